@@ -1,0 +1,61 @@
+# The two commands that matter:  make demo   and   make test
+# Works with GNU make 3.81 and later; `make demo PYTHON=python3.12` picks the interpreter.  On Linux, the tests' torch
+# comes without its CUDA libraries with `make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"`.
+
+# The first interpreter that is new enough; python3 itself when none is, so that the check below can say so.
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; exit; fi; \
+	done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR := runs/demo
+PIP_FLAGS :=
+PYTEST_FLAGS := -n 2 --dist worksteal
+
+# A first try that was interrupted may have left an environment without pip.
+ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install test lint clean
+
+help:  ## this list
+	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed  ## install, then train, evaluate and report the micro model; again: resumes
+	$(BIN)/python -m ivr_jax.demo --workdir=$(WORKDIR)
+
+install: $(VENV)/.installed  ## only make the environment
+
+test: lint  ## install, lint, run the tests with coverage
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) --cov --cov-report=term
+
+lint: $(VENV)/.installed-test  ## ruff
+	$(BIN)/python -m ruff check .
+
+clean:  ## remove the environment, caches and build files; runs/ stays
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+
+# An environment is made once, and installed into again when setup.py changes.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) -V 2>&1 | tail -n 1)." >&2; \
+		echo "       Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv; macOS: brew install python@3.12)," >&2; \
+		echo "       then say: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot make environments. Debian, Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "making $(VENV) and installing into it; the first time this takes some minutes"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed: setup.py $(VENV)/bin/python
+	$(ENSURE_PIP)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e .
+	@touch $@
+
+$(VENV)/.installed-test: setup.py $(VENV)/bin/python
+	$(ENSURE_PIP)
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,33 @@
+"""Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw directly and to evaluate.
+
+Three parts exact drawings (loss on G1 E1) to one part failed drawings (loss on E1 alone).  Stopped while it is good at
+one edit and poor at four, so that reflection and multi-step have something to add.
+Command: python -m ivr_jax.train --config=configs/micro_base.py --workdir=runs/demo/base \
+    --config.data.path=runs/demo/construct_base/dataset --config.image_tokenizer=runs/demo/image_tokenizer
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "sft"
+    config.seed = 0
+    config.steps = 600
+    config.batch = 48
+    config.accumulation = 1
+    config.chunk = 4096
+    config.log_every = 20
+    config.checkpoint_every = 200
+    config.keep = 1
+    config.init = ""
+    config.image_tokenizer = ""
+    config.text_tokenizer = "micro"
+    config.model = ConfigDict({
+        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 512,
+    })
+    config.data = ConfigDict({"path": "", "length": 288, "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0}})
+    config.optimizer = ConfigDict({"peak": 2e-3, "final": 2e-4, "warmup": 0.05, "b1": 0.9, "b2": 0.95, "eps": 1e-8,
+                                   "weight_decay": 0.01, "clip_norm": 1.0})
+    return config

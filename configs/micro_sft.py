@@ -1,0 +1,21 @@
+"""Supervised fine-tuning of the micro-world's base model on direct, reflection and multi-step trajectories (1:2:2).
+
+Paper: next-token loss on the selected tokens, one epoch, cosine schedule with 10% warm-up.  Here: several epochs over
+a few thousand trajectories.
+Command: python -m ivr_jax.train --config=configs/micro_sft.py --workdir=runs/demo/sft --config.init=runs/demo/base \
+    --config.data.path=runs/demo/construct/dataset --config.image_tokenizer=runs/demo/image_tokenizer
+"""
+
+from ml_collections import ConfigDict
+
+from . import micro_base
+
+
+def get_config() -> ConfigDict:
+    config = micro_base.get_config()
+    config.steps = 600
+    config.batch = 32
+    config.data.mix = ConfigDict({"direct": 1.0, "reflection": 2.0, "multi_step": 2.0})
+    config.optimizer.peak = 1.5e-3
+    config.optimizer.warmup = 0.1
+    return config

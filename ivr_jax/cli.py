@@ -1,0 +1,353 @@
+"""The frame around every command: flags, configuration, work directory, logging, errors.
+
+An entry point is a thin `main` and one line:
+
+    def main(call: cli.Call) -> None:
+        train(call.config, call.workdir)
+
+    def entry() -> None:
+        cli.run(main, config=True)
+
+What a user may rely on, whatever the command:
+
+    --config=configs/micro_sft.py     a file, or the bare name of an installed one (`micro_sft`); `:word` after it is
+                                      passed to its `get_config`.  A config file imports its neighbours relatively
+                                      (`from . import micro_base`).
+    --config.a.b=value                overrides one key; unknown keys and wrong types are errors.
+    --workdir=runs/name               made when missing, and checked for writing before anything is computed.
+    --help                            the command's own docstring; with --config, also that file's keys.
+
+Bad input ends in one line, `error: what. remedy`, on stderr and status 2; Ctrl-C in status 130.  Any other exception is
+a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags import config_path
+
+from ivr_jax.config import config_names, describe_config, flatten, load_config, with_article
+from ivr_jax.errors import UserError
+
+CACHE_VARIABLE = "IVR_JAX_CACHE"
+_OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What the user asked of one command.
+
+    Attributes:
+      config: the file's configuration with the overrides applied, locked; None for a command without one.
+      workdir: an existing folder that can be written to; None when the command does not need one and got none.
+      flags: the values of the command's own flags (`call.flags.prompt`).
+      verbose: whether to log what the libraries say.
+    """
+
+    config: ConfigDict | None
+    workdir: Path | None
+    flags: flags.FlagValues
+    verbose: bool = False
+
+
+def run(
+    main: Callable[[Call], int | None],
+    *,
+    config: bool,
+    workdir: bool = True,
+    add_flags: Callable[[flags.FlagValues], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parses the command line, calls `main`, and exits with its status (0 for None).
+
+    Args:
+      main: the command; its module's docstring is what `--help` prints.
+      config: whether the command takes `--config` (and then requires it).
+      workdir: whether `--workdir` is required; it is accepted either way.
+      add_flags: defines the command's own flags on the `FlagValues` it is given.  They are kept apart from
+        `absl.flags.FLAGS`, so that commands can be imported side by side.
+      argv: the command line, program name first; `sys.argv` by default.
+    """
+
+    def parse_flags(arguments: list[str]) -> Call:
+        return parse(arguments, config=config, workdir=workdir, add_flags=add_flags, doc=_doc_of(main))
+
+    def start(call: Call) -> int | None:
+        set_logging(call.verbose)
+        enable_compilation_cache()
+        return main(call)
+
+    try:
+        app.run(start, argv=list(sys.argv if argv is None else argv), flags_parser=parse_flags)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        sys.exit(130)
+    raise AssertionError("absl's app.run always exits")
+
+
+def parse(
+    argv: Sequence[str],
+    *,
+    config: bool,
+    workdir: bool = True,
+    add_flags: Callable[[flags.FlagValues], None] | None = None,
+    doc: str = "",
+) -> Call:
+    """The command line as a `Call`; see `run`.  Raises UserError for anything wrong, SystemExit(0) for `--help`."""
+    argv = list(argv)
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder for everything this command writes", flag_values=values)
+    flags.DEFINE_boolean("verbose", False, "also show what the libraries log", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this text and exit", short_name="h", flag_values=values)
+    if add_flags is not None:
+        add_flags(values)
+    spec = None
+    if config:
+        spec, argv = _take_config_flag(argv)
+    settings = None if spec is None else load_config(spec)
+    if _wants_help(argv):
+        print(_help_text(doc, values, config, spec, settings))
+        raise SystemExit(0)
+    if config and (spec is None or settings is None):
+        raise UserError("no configuration was named.", f"Add --config=NAME; installed: {_installed()}.")
+    if spec is not None and settings is not None:
+        _check_overrides(argv, spec, settings)
+        original = settings.copy_and_resolve_references()
+        _parse_flags(argv, values, settings)
+        _check_tuples(values, original, settings)
+    else:
+        _parse_flags(argv, values, settings)
+    folder = None
+    if values.workdir is not None:
+        folder = prepare_workdir(values.workdir)
+    elif workdir:
+        raise UserError("no work directory was named.", "Add --workdir=runs/NAME; it is made when it does not exist.")
+    return Call(settings, folder, values, values.verbose)
+
+
+def config_from_argv(argv: Sequence[str]) -> ConfigDict:
+    """The configuration that `--config=… --config.a.b=…` describes: `config_from_argv(["--config=micro_sft"])`."""
+    call = parse(["ivr_jax", *argv], config=True, workdir=False)
+    assert call.config is not None
+    return call.config
+
+
+# Flags
+
+
+def _take_config_flag(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Splits `--config=SPEC` (or `--config SPEC`) off the command line."""
+    found, rest, index = [], [], 0
+    while index < len(argv):
+        word = argv[index]
+        if word in ("--config", "-config"):
+            index += 1
+            found.append(argv[index] if index < len(argv) else "")
+        elif word.startswith(("--config=", "-config=")):
+            found.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+        index += 1
+    if len(found) > 1:
+        raise UserError(f"--config was given {len(found)} times: {', '.join(found)}.", "Give it once.")
+    if found and not found[0]:
+        raise UserError("--config names no file.", f"Write --config=NAME; installed: {_installed()}.")
+    return (found[0] if found else None), rest
+
+
+def _check_overrides(argv: Sequence[str], spec: str, settings: ConfigDict) -> None:
+    """Raises UserError when an override names a key that the config does not have, or a whole section."""
+    for word in argv[1:]:
+        match = _OVERRIDE.match(word)
+        if match is None:
+            continue
+        name, node, section = match.group(1), settings, ""
+        for part in name.split("."):
+            if not isinstance(node, ConfigDict):
+                raise UserError(f"`{section}` is a value, not a section of {spec}.", f"Write --config.{section}=VALUE.")
+            if part not in node:
+                raise _unknown_key(name, section, part, node, spec, settings)
+            node = node[part]
+            section = f"{section}.{part}".lstrip(".")
+        if isinstance(node, ConfigDict):
+            example = f"--config.{name}.{next(iter(node), 'KEY')}=VALUE"
+            raise UserError(f"`{name}` is a section of {spec}, not a value.", f"Set its keys one by one: {example}.")
+        kind = config_path.get_type(name, settings)
+        if kind not in (bool, int, float, str, tuple):
+            raise UserError(f"`{name}` of {spec} holds {node!r}, which says no type to check a flag against.",
+                            "Change it in the file (config_dict.placeholder(TYPE) makes a typed None).")
+
+
+def _unknown_key(name: str, section: str, part: str, node: ConfigDict, spec: str, settings: ConfigDict) -> UserError:
+    """The error for an override of a key that is not there: names the likeliest meant one, here or elsewhere."""
+    every = list(flatten(settings))
+    prefix = f"{section}." if section else ""
+    if name == f"{prefix}{part}":
+        near = [f"{prefix}{key}" for key in difflib.get_close_matches(part, list(node), n=1)]
+    else:
+        near = difflib.get_close_matches(name, every, n=1)
+    near = near or [key for key in every if key.split(".")[-1] == name.split(".")[-1]]
+    remedy = f"Did you mean --config.{near[0]}?" if near else f"The keys here are: {', '.join(node)}."
+    return UserError(f"{spec} has no key `{name}`.", remedy)
+
+
+def _parse_flags(argv: list[str], values: flags.FlagValues, settings: ConfigDict | None) -> None:
+    """Parses our flags into `values` and `settings`, and the libraries' own (absl, Grain, …) into the global FLAGS."""
+    try:
+        if settings is not None:
+            config_flags.DEFINE_config_dict("config", settings, flag_values=values, sys_argv=argv)
+        rest = values(argv, known_only=True)
+        rest = flags.FLAGS(rest, known_only=True)[1:]
+    except flags.IllegalFlagValueError as error:
+        raise _illegal_value(error, settings) from error
+    except (flags.Error, TypeError) as error:
+        raise UserError(f"{str(error).rstrip('.')}.", "See --help.") from error
+    if not rest:
+        return
+    name = rest[0].lstrip("-").partition("=")[0]
+    if not rest[0].startswith("-"):
+        raise UserError(f"unexpected argument {rest[0]!r}.", "Flags are written --name=value; see --help.")
+    if settings is None and re.match(r"(no)?config(\.|$)", name):
+        raise UserError(f"this command takes no --{name}.", "See --help for its flags.")
+    near = difflib.get_close_matches(name, list(values), n=1)
+    raise UserError(f"unknown flag --{name}.", f"Did you mean --{near[0]}? See --help." if near else "See --help.")
+
+
+def _illegal_value(error: flags.IllegalFlagValueError, settings: ConfigDict | None) -> UserError:
+    match = re.match(r"flag --(?:no)?config\.(.*?)=(.*?): ", str(error), re.DOTALL)
+    if match is None or settings is None:
+        return UserError(f"{str(error).rstrip('.')}.", "See --help.")
+    name, given = match.groups()
+    now = config_path.get_value(name, settings)
+    kind = config_path.get_type(name, settings).__name__
+    return UserError(f"`{name}` takes {with_article(kind)}, not {given!r}.", f"It is {now!r} in the config file.")
+
+
+def _check_tuples(values: flags.FlagValues, original: ConfigDict, settings: ConfigDict) -> None:
+    """Raises UserError for an override whose elements are not of the one type that the file's tuple has.
+
+    Whole numbers become floats in a tuple of floats, as they do outside of one.
+    """
+    for name, given in values["config"].override_values.items():
+        before = config_path.get_value(name, original)
+        kinds = {type(element) for element in before} if isinstance(before, tuple) else set()
+        if len(kinds) != 1:
+            continue
+        kind = kinds.pop()
+        if kind is float and all(type(element) in (int, float) for element in given):
+            config_path.set_value(name, settings, tuple(float(element) for element in given))
+        elif any(type(element) is not kind for element in given):
+            what = f"`{name}` takes a tuple of {kind.__name__}, not {given!r}."
+            raise UserError(what, f"It is {before!r} in the config file.")
+
+
+def _installed() -> str:
+    return ", ".join(config_names()) or "none"
+
+
+# Help
+
+
+def _doc_of(function: Callable[..., Any]) -> str:
+    return sys.modules[function.__module__].__doc__ or ""
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(word in ("--help", "-help", "-h", "--h", "-?", "--helpshort", "--helpfull") for word in argv[1:])
+
+
+def _help_text(
+    doc: str, values: flags.FlagValues, config: bool, spec: str | None, settings: ConfigDict | None
+) -> str:
+    lines = [doc.strip(), "", "Flags:"] if doc else ["Flags:"]
+    rows = []
+    if config:
+        rows.append(("--config=NAME[:WORD]", f"a config file, or one of: {_installed()}"))
+        rows.append(("--config.KEY=VALUE", "overrides one key; --config=NAME --help lists the keys"))
+    for name in sorted(values, key=lambda n: (n in ("verbose", "help"), n)):
+        flag = values[name]
+        if name != flag.name:  # a short name of a flag that is listed already
+            continue
+        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        rows.append((f"--{name}" if flag.boolean else f"--{name}=…", f"{flag.help}{default}"))
+    lines += _table(rows)
+    if spec is not None and settings is not None:
+        lines += ["", f"{spec}:", "", describe_config(spec) or "(no description)", "", "Keys:"]
+        lines += _table([(f"--config.{key}", repr(value)) for key, value in flatten(settings).items()])
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max((len(left) for left, _ in rows), default=0)
+    return [f"  {left:<{width}}  {right}" for left, right in rows]
+
+
+# Work directory
+
+
+def prepare_workdir(path: str | os.PathLike[str]) -> Path:
+    """Makes the folder when it is missing, and proves that a file can be written in it.
+
+    Raises UserError when it cannot.
+    """
+    if "://" in str(path):
+        raise UserError(f"the work directory {str(path)!r} is not a folder of this machine.",
+                        "Mount the bucket, and name the folder where it is mounted.")
+    folder = Path(path).expanduser()
+    remedy = "Name a folder that you may write to with --workdir=…."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise UserError(f"the work directory {str(folder)!r} is a file.", remedy) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write to the work directory {str(folder)!r}: {reason}.", remedy) from error
+    return folder
+
+
+# Libraries
+
+
+def set_logging(verbose: bool) -> None:
+    """Warnings and errors of absl, JAX and Orbax only; with `verbose` also what they log for information."""
+    logging.set_verbosity(logging.INFO if verbose else logging.WARNING)
+
+
+def enable_compilation_cache() -> Path | None:
+    """Lets XLA keep compiled programs between runs; returns the folder, or None when there is none.
+
+    The folder is `$IVR_JAX_CACHE`, or `~/.cache/ivr_jax/xla`.  A cache that JAX was already told of
+    (JAX_COMPILATION_CACHE_DIR) stays; `IVR_JAX_CACHE=` (empty) and a folder that cannot be made mean no cache.
+    """
+    import jax  # here, so that --help and flag errors do not wait for it
+
+    if jax.config.jax_compilation_cache_dir:
+        return Path(jax.config.jax_compilation_cache_dir)
+    name = os.environ.get(CACHE_VARIABLE, "~/.cache/ivr_jax/xla")
+    if not name:
+        return None
+    try:
+        folder = Path(name).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        logging.warning("compiled programs are not kept between runs: %s", error)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return folder

@@ -1,0 +1,219 @@
+"""Configurations: found by name, loaded from Python files, saved beside a run, and compared when it goes on.
+
+A config file has a docstring (paper, cost, command) and one function, `get_config()` or `get_config(word)`, which
+returns an `ml_collections.ConfigDict` of plain values: numbers, texts, true/false, and tuples of them.  It is a module
+of its folder, so one config can start from a neighbour: `from . import micro_base`.  Every default stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from ivr_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def config_folders() -> list[Path]:
+    """Where bare config names are looked up: beside the package in a checkout, inside it when installed."""
+    checkout = _PACKAGE.parent
+    folders = [checkout / "configs"] if (checkout / "setup.py").is_file() else []
+    return [folder for folder in (*folders, _PACKAGE / "configs") if folder.is_dir()]
+
+
+def config_names() -> list[str]:
+    """The bare names that `resolve_config` knows, sorted."""
+    names = {file.stem for folder in config_folders() for file in folder.glob("*.py")}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def resolve_config(name: str) -> Path:
+    """The file meant by `name`: a path, or a bare name (`micro_sft`, `configs/micro_sft.py`) of an installed config."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.parent in (Path(), Path("configs")):
+        for folder in config_folders():
+            candidate = folder / f"{path.name.removesuffix('.py')}.py"
+            if candidate.is_file():
+                return candidate
+    known = config_names()
+    near = difflib.get_close_matches(path.name.removesuffix(".py"), known, n=1)
+    others = f"Name a file, or one of: {', '.join(known) or 'none installed'}."
+    raise UserError(f"there is no config file {name!r}.", f"Did you mean --config={near[0]}?" if near else others)
+
+
+def load_config(spec: str) -> ConfigDict:
+    """What `get_config` of the file `path_or_name[:argument]` returns, not yet locked."""
+    name, colon, argument = spec.partition(":")
+    path = resolve_config(name)
+    module = _config_module(path)
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path} has no function get_config().", "Add one that returns an ml_collections.ConfigDict.")
+    arguments = (argument,) if colon else ()
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError:
+        takes = f"takes no argument, but got {argument!r} after the colon" if colon else "needs an argument"
+        raise UserError(f"{path} {takes}.", f"See --config={name} --help.") from None
+    settings = _run_config_code(path, lambda: module.get_config(*arguments))
+    if not isinstance(settings, ConfigDict):
+        kind = type(settings).__name__
+        raise UserError(f"{path}: get_config() returned {with_article(kind)}.", "Return an ml_collections.ConfigDict.")
+    try:
+        flatten(settings)
+    except config_dict.RequiredValueError as error:
+        raise UserError(f"{path}: {str(error).rstrip('.')}.", "Give every key a value in the file.") from error
+    return settings
+
+
+def as_dataclass(kind: type, section: Mapping[str, Any] | ConfigDict) -> Any:
+    """The dataclass `kind` from a section of a config; every field must stand in the config, and no other key."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if fields != set(section):
+        wrong = ", ".join(sorted(fields ^ set(section)))
+        what = f"the config section for {kind.__name__} lacks, or should not have: {wrong}."
+        raise UserError(what, "Mend the config file.")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
+
+
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`, keys in order."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, (Mapping, ConfigDict)):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _config_module(path: Path) -> types.ModuleType:
+    """Runs the file as a module of a package that stands for its folder, so that relative imports find neighbours."""
+    folder = path.resolve().parent
+    package_name = "ivr_jax_configs_" + re.sub(r"\W", "_", str(folder))
+    package = sys.modules.setdefault(package_name, types.ModuleType(package_name))
+    package.__path__ = [str(folder)]
+    spec = importlib.util.spec_from_file_location(f"{package_name}.{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file.", "A config is a .py file with a function get_config().")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    _run_config_code(path, lambda: spec.loader.exec_module(module))
+    return module
+
+
+def _run_config_code(path: Path, code: Callable[[], Any]) -> Any:
+    """Calls `code`, which runs the user's config file, and says in one line where it failed."""
+    try:
+        return code()
+    except UserError as error:
+        raise UserError(f"{path}: {error.what}", error.remedy) from error
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}.", "Mend the config file.") from error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.filename}, line {frame.lineno}"
+        raise UserError(f"{where}: {type(error).__name__}: {error}.", f"Mend the config file {path}.") from error
+
+
+def describe_config(spec: str) -> str:
+    """The docstring of the file that `path_or_name[:argument]` names, or ""."""
+    return (_config_module(resolve_config(spec.partition(":")[0])).__doc__ or "").strip()
+
+
+def with_article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def save_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes `config.json` (tuples as lists), whole or not at all."""
+    for key, value in flatten(config).items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise UserError(f"the config key `{key}` holds {with_article(type(value).__name__)}.",
+                            "Use numbers, texts, true/false and tuples of them.") from None
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    scratch = workdir / f"{CONFIG_FILE}.{os.getpid()}.tmp"
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, workdir / CONFIG_FILE)
+
+
+def saved_config(workdir: Path) -> dict[str, Any] | None:
+    """The nested values of `config.json`, or None when the folder has none.  Raises UserError when it is damaged."""
+    path = workdir / CONFIG_FILE
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}.", "Restore the file, or use another --workdir.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a configuration.", "Restore the file, or use another --workdir.")
+    return value
+
+
+def check_same_config(saved: Mapping[str, Any], config: ConfigDict, ignore: Iterable[str] = ()) -> None:
+    """Raises UserError listing the keys in which a run's saved config and `config` differ.
+
+    Args:
+      saved: what `saved_config` returned.
+      config: the configuration asked for now.
+      ignore: dotted keys, or whole sections, that may change between two parts of one run.
+    """
+    before = flatten(saved)
+    now = flatten(json.loads(json.dumps(config.to_dict())))
+    skipped = tuple(ignore)
+    differing = [
+        key
+        for key in dict.fromkeys((*before, *now))
+        if (key in before) != (key in now) or before.get(key) != now.get(key)
+        if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+    ]
+    if not differing:
+        return
+
+    def show(values: Mapping[str, Any], key: str) -> str:
+        return json.dumps(values[key]) if key in values else "absent"
+
+    shown = [f"{key} was {show(before, key)}, is {show(now, key)}" for key in differing[:5]]
+    more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise UserError(f"the work directory belongs to a run with another configuration: {'; '.join(shown)}{more}.",
+                    "Use another --workdir, or the configuration that the run was started with.")
+
+
+def claim_workdir(workdir: Path, config: ConfigDict, *, resuming: bool, ignore: Iterable[str] = ()) -> None:
+    """Settles, before a run starts or goes on in `workdir`, that the folder is this configuration's; saves it there.
+
+    Args:
+      workdir: an existing folder.
+      config: the configuration asked for now.
+      resuming: whether the folder holds a checkpoint; without one, an earlier configuration is simply replaced.
+      ignore: see `check_same_config`.
+
+    Raises:
+      UserError: there is a checkpoint, and it is another configuration's, or nobody knows whose.
+    """
+    if resuming:
+        saved = saved_config(workdir)
+        if saved is None:
+            raise UserError(f"{workdir} holds a checkpoint, but no {CONFIG_FILE} that says how it was made.",
+                            "Restore the file, or use another --workdir.")
+        check_same_config(saved, config, ignore)
+    save_config(workdir, config)

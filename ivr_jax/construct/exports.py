@@ -1,0 +1,207 @@
+"""Training text for other trainers: the three released JSONL forms, made from `result.json` records.
+
+    sharegpt   {"id", "conversations": [{"from": "human", ...}, {"from": "gpt", ...}], "images": [path, ...]}
+    messages   {"id", "messages": [{"role": "user", "content": [part, ...]}, {"role": "assistant", "content": [...]}]}
+    chatml     {"id", "text"}
+
+An answer is a row of thoughts, each followed by the image it led to.  What is said is fixed by the format: the first
+thought announces the edit or lists the steps, a reflection and a step speak for themselves, and when the final image is
+not the last one shown (rounds were capped), one last thought presents it.  `result_from_trajectory` makes the record
+of a trajectory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ivr_jax.construct.released import RESULT, Problem, load_result, sample_folders
+from ivr_jax.errors import UserError
+
+Record: TypeAlias = dict[str, Any]
+_LABELS = (
+    ("failure_analysis", "Failure analysis: "),
+    ("specific_issues", "Specific issues: "),
+    ("improvement_plan", "Improvement plan: "),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What the forms leave open.
+
+    Attributes:
+      image_token: stands for an image.
+      think_open, think_close: around a thought.
+      skip_direct: leave out samples with neither a reflection nor a step.
+      max_reflections: show at most this many reflection rounds; None shows all.
+    """
+
+    image_token: str = "<image>"
+    think_open: str = "<think>"
+    think_close: str = "</think>"
+    skip_direct: bool = False
+    max_reflections: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """A thought in its tags, and the path of the image that follows ("" when none does)."""
+
+    thought: str
+    image: str
+
+
+def answer(result: Mapping[str, Any], options: ExportOptions) -> list[_Turn]:
+    """The assistant's side of a record, thought by thought."""
+    steps = [_text(step.get("step_instruction")) for step in result.get("multi_step") or []]
+    if steps:
+        lines = [
+            "I will decompose this task into the following atomic edits:",
+            *(f"{i}. {s}" for i, s in enumerate(steps, 1)),
+        ]
+        rows = [("\n".join(lines), result.get("direct_edit_image_path"))]
+    else:
+        rows = [
+            (
+                f"I will perform the requested edit: {_text(result.get('edit_prompt'))}",
+                result.get("direct_edit_image_path"),
+            )
+        ]
+    for reflection in (result.get("reflect") or [])[: options.max_reflections]:
+        rows.append((_reflection_text(reflection.get("reflect_thinking") or {}), reflection.get("reflect_image_path")))
+    for instruction, step in zip(steps, result.get("multi_step") or [], strict=True):
+        rows.append((f"Next sub-step: {instruction}", step.get("step_image_path")))
+    final = result.get("final_edited_image_path")
+    if isinstance(final, str) and final and final != rows[-1][1]:
+        rows.append(("This result satisfies all the requirements.", final))
+    return [_Turn(f"{options.think_open}{thought}{options.think_close}", image or "") for thought, image in rows]
+
+
+def to_sharegpt(result: Mapping[str, Any], options: ExportOptions) -> Record:
+    """The `sharegpt` record of a `result.json`."""
+    sources, turns = _sources(result), answer(result, options)
+    said = "".join(turn.thought + (options.image_token if turn.image else "") for turn in turns)
+    asked = f"{options.image_token}\n" * len(sources) + result["edit_prompt"]
+    return {
+        "id": result["task_id"],
+        "conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": said}],
+        "images": sources + [turn.image for turn in turns if turn.image],
+    }
+
+
+def to_messages(result: Mapping[str, Any], options: ExportOptions) -> Record:
+    """The `messages` record of a `result.json`."""
+    asked = [*map(_image_part, _sources(result)), {"type": "text", "text": result["edit_prompt"]}]
+    said: list[Record] = []
+    for turn in answer(result, options):
+        said.append({"type": "text", "text": turn.thought})
+        if turn.image:
+            said.append(_image_part(turn.image))
+    return {
+        "id": result["task_id"],
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
+    }
+
+
+def to_chatml(result: Mapping[str, Any], options: ExportOptions) -> Record:
+    """The `chatml` record of a `result.json`."""
+
+    def shown(path: str) -> str:
+        return options.image_token + "{" + path + "}" if path else ""
+
+    asked = "".join(map(shown, _sources(result))) + result["edit_prompt"]
+    said = "".join(turn.thought + shown(turn.image) for turn in answer(result, options))
+    text = f"<|im_start|>user\n{asked}<|im_end|><|im_start|>assistant\n{said}<|im_end|>"
+    return {"id": result["task_id"], "text": text}
+
+
+FORMS: dict[str, Callable[[Mapping[str, Any], ExportOptions], Record]] = {
+    "sharegpt": to_sharegpt,
+    "messages": to_messages,
+    "chatml": to_chatml,
+}
+
+
+def export_records(
+    results: Iterable[Mapping[str, Any]], form: str, options: ExportOptions | None = None
+) -> Iterator[Record]:
+    """The records of `results` in one of `FORMS`, in order, without the samples that the options leave out.
+
+    Raises:
+      UserError: the form is unknown, or a result lacks its task_id or prompt or has a field of the wrong kind.
+    """
+    if form not in FORMS:
+        raise UserError(f"the export form {form!r} is unknown.", f"Choose one of {', '.join(FORMS)}.")
+    options = options or ExportOptions()
+    for result in results:
+        if options.skip_direct and not result.get("reflect") and not result.get("multi_step"):
+            continue
+        try:
+            yield FORMS[form](result, options)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the result {result.get('task_id')!r} has a missing field or one of the wrong kind ({error}).",
+                "Mend it, or leave it out.",
+            ) from error
+
+
+def export_success(
+    root: str | os.PathLike, out: str | os.PathLike, form: str, options: ExportOptions | None = None
+) -> tuple[int, list[Problem]]:
+    """Writes the JSONL of a released `success/` tree, folders sorted by name; `out` appears when it is complete.
+
+    Returns:
+      How many records were written, and the folders that could not be.
+
+    Raises:
+      UserError: the form is unknown, `root` holds no samples, or `out` cannot be written.
+    """
+    folders, problems, written = sample_folders(root), [], 0
+    target = Path(out)
+    list(export_records([], form))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror}.", "Name a file in a directory that you may write."
+        ) from error
+    try:
+        with open(descriptor, "w", encoding="utf-8") as lines:
+            for folder in folders:
+                try:
+                    for record in export_records([load_result(folder / RESULT)], form, options):
+                        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        written += 1
+                except UserError as error:
+                    problems.append(Problem(folder, str(error)))
+        os.chmod(partial, 0o644)
+        os.replace(partial, target)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    return written, problems
+
+
+def _sources(result: Mapping[str, Any]) -> list[str]:
+    paths: str | Sequence[str] | None = result.get("original_image_path")
+    return [] if paths is None else [paths] if isinstance(paths, str) else list(paths)
+
+
+def _reflection_text(thinking: Mapping[str, Any]) -> str:
+    parts = [label + _text(thinking.get(field)) for field, label in _LABELS if _text(thinking.get(field))]
+    return " ".join(parts) or "Let me try once more."
+
+
+def _text(value: str | None) -> str:
+    return (value or "").strip()
+
+
+def _image_part(path: str) -> Record:
+    return {"type": "image", "image": path}

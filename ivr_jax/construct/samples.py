@@ -1,0 +1,135 @@
+"""The input of data construction: a JSON list of samples, as the released scripts take it.
+
+[{"key": "sample_0001",                    names the sample and its output folder
+  "src_path": "cat.png",                   or a list of paths, or null for text-to-image
+  "edit_prompt": "Put a hat on the cat.",
+  "edit_path": "mine.png",                 G1 by the user's own model, or null
+  "edit_key": {"category": "addition"},    optional, free-form, copied through
+  "explanation": "",                       optional facts for the knowledge axis
+  "__comment": "keys that start with two underscores are comments"}]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ivr_jax.construct.escalation import Request
+from ivr_jax.construct.released import checked_key
+from ivr_jax.errors import UserError
+from ivr_jax.images import image_name, load_image
+from ivr_jax.trajectory import Sample
+
+_REQUIRED = {"key", "src_path", "edit_prompt", "edit_path"}
+_OPTIONAL = {"edit_key", "explanation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSample:
+    """One entry of the list, its images not loaded yet.
+
+    Attributes:
+      key, prompt, explanation: texts; the key can name a folder.
+      sources: paths of the references.
+      candidate: path of a ready G1, or None.
+      edit_key: any JSON value, or None.
+    """
+
+    key: str
+    prompt: str
+    sources: tuple[Path, ...] = ()
+    candidate: Path | None = None
+    edit_key: Any = None
+    explanation: str = ""
+
+    def load(self) -> Request:
+        """Reads the images; UserError when one is missing, corrupt or too large."""
+        pixels = [load_image(path) for path in self.sources]
+        images = {image_name(p): p for p in pixels}
+        category = self.edit_key.get("category") if isinstance(self.edit_key, dict) else None
+        facts: dict[str, Any] = {} if self.edit_key is None else {"edit_key": self.edit_key}
+        if self.candidate is not None:
+            facts["candidate"] = True
+        sample = Sample(
+            self.key,
+            self.prompt,
+            tuple(image_name(p) for p in pixels),
+            self.explanation,
+            category if isinstance(category, str) else "",
+            facts,
+        )
+        return Request(sample, images, load_image(self.candidate) if self.candidate else None)
+
+
+def read_samples(file: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[InputSample]:
+    """Reads and checks the whole list; images are loaded later, sample by sample (`InputSample.load`).
+
+    Args:
+      file: a JSON list of samples.
+      image_root: where relative image paths start; the directory of `file` when None.
+
+    Raises:
+      UserError: unreadable JSON, an unknown or missing field, a field of the wrong kind, a key that is taken or that
+        cannot name a folder, an image file that does not exist.  The entry and its field are named.
+    """
+    path = Path(file)
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}.", "Mend the file.") from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path} is not a list of samples.", "Put at least one object into a JSON list.")
+    root = Path(image_root) if image_root is not None else path.parent
+    samples: dict[str, InputSample] = {}
+    for i, entry in enumerate(entries):
+        sample = _sample(entry, f"{path}, entry {i}", root)
+        if sample.key in samples:
+            raise UserError(f"{path}, entry {i}: the key {sample.key!r} is taken.", "Give every sample its own key.")
+        samples[sample.key] = sample
+    return list(samples.values())
+
+
+def _sample(entry: Any, where: str, root: Path) -> InputSample:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where} is no object.", "Give every sample as a JSON object.")
+    fields = {name: value for name, value in entry.items() if not name.startswith("__")}
+    unknown, missing = sorted(set(fields) - _REQUIRED - _OPTIONAL), sorted(_REQUIRED - set(fields))
+    if unknown:
+        raise UserError(
+            f"{where} has the unknown field {unknown[0]!r}.",
+            "Remove it, or start it with two underscores to make it a comment.",
+        )
+    if missing:
+        raise UserError(f"{where} lacks the field {missing[0]!r}.", "Add it (src_path and edit_path may be null).")
+    explanation = fields.get("explanation") or ""
+    if not isinstance(explanation, str):
+        raise UserError(f"{where}: explanation is {explanation!r}.", "Give a text.")
+    if not isinstance(fields["edit_prompt"], str) or not fields["edit_prompt"].strip():
+        raise UserError(f"{where}: edit_prompt is {fields['edit_prompt']!r}.", "Give a non-empty text.")
+    given = fields["src_path"]
+    sources = [] if given is None else given if isinstance(given, list) else [given]
+    candidate = fields["edit_path"]
+    return InputSample(
+        key=checked_key(fields["key"], where),
+        prompt=fields["edit_prompt"],
+        sources=tuple(_image_path(fields, "src_path", source, where, root) for source in sources),
+        candidate=None if candidate is None else _image_path(fields, "edit_path", candidate, where, root),
+        edit_key=fields.get("edit_key"),
+        explanation=explanation,
+    )
+
+
+def _image_path(fields: Mapping[str, Any], field: str, value: Any, where: str, root: Path) -> Path:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise UserError(f"{where}: {field} is {fields[field]!r}.", "Give a path, or null.")
+    path = root / value
+    if not path.is_file():
+        raise UserError(
+            f"{where}: the {field} {path} is no file.",
+            "Mend the path; relative ones start at the list's own directory.",
+        )
+    return path

@@ -1,0 +1,360 @@
+"""A dataset of trajectories on disk: written once, as a whole or not at all, and read at random.
+
+    DATASET/
+      dataset.json             what is in it: format version, counts, provenance
+      records.array_record     one record a trajectory: the JSON of `trajectory_to_json`, UTF-8
+      images.array_record      every image once, as PNG
+      images.json              their names in the order of images.array_record
+
+Images are named by their content (`ivr_jax.images.image_name`), so a source that many samples share is stored once.
+A writer works in a hidden directory beside DATASET and renames it when it is closed; an exception leaves nothing
+behind, and what a killed process left is removed by the next writer.  Both ArrayRecord files hold one record a group,
+which is what random access (Grain) wants; neither reading nor writing imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import operator
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+from PIL import Image
+
+from ivr_jax.construct.interfaces import Images, Pixels
+from ivr_jax.errors import UserError
+from ivr_jax.images import image_name
+from ivr_jax.trajectory import Trajectory, trajectory_from_json, trajectory_to_json
+
+FORMAT = "ivr_jax.trajectories"
+VERSION = 1
+_MANIFEST, _RECORDS, _PIXELS, _NAMES = "dataset.json", "records.array_record", "images.array_record", "images.json"
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_REBUILD = "Build the dataset again, or restore it from a copy."
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """PNG of uint8 [height, width, 3]; the same pixels always give the same bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+class TrajectoryWriter:
+    """Writes a dataset directory; use it as a context manager.
+
+    Args:
+      path: the directory to make.  One that exists and is not empty is an error, unless `replace` is set: then it is
+        replaced when the new one is complete.
+      provenance: JSON values that say how the dataset came about (configuration, seeds, versions).
+      replace: see `path`.
+
+    Raises:
+      UserError: `path` exists, cannot be made, or is being written by another process; the provenance is no JSON.
+    """
+
+    def __init__(self, path: str | os.PathLike, provenance: Mapping[str, Any] | None = None, *, replace: bool = False):
+        self.path = Path(path)
+        self.provenance = _json_copy(provenance or {})
+        if not replace and self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise UserError(f"{self.path} exists.", "Name another directory, or remove this one first.")
+        self._partial = self.path.parent / f".{self.path.name}.partial"
+        self._lock = _locked_directory(self._partial)
+        self._records = array_record_module.ArrayRecordWriter(str(self._partial / _RECORDS), "group_size:1,zstd:3")
+        self._pixels = array_record_module.ArrayRecordWriter(str(self._partial / _PIXELS), "group_size:1,uncompressed")
+        self._names: dict[str, None] = {}
+        self._keys: set[str] = set()
+        self._counts = {kind: collections.Counter() for kind in ("mode", "category", "image_size")}
+        self._open = True
+
+    def add(self, trajectory: Trajectory, images: Images) -> None:
+        """Stores one trajectory, and those of its images (sources included) that are not stored yet.
+
+        Args:
+          trajectory: its sample's key must be new.
+          images: uint8 [height, width, 3] by name, at least those of the trajectory; others are ignored.
+
+        Raises:
+          UserError: the key is taken, an image is missing or not what its name says, the facts are no JSON, or
+            the disk is full (leave the context then: nothing stays).
+        """
+        if not self._open:
+            raise ValueError("the writer is closed")
+        key = trajectory.sample.key
+        if key in self._keys:
+            raise UserError(f"the key {key!r} occurs twice.", "Give every sample its own key.")
+        record = _encode_record(trajectory)
+        fresh = {}
+        for name in dict.fromkeys((*trajectory.sample.sources, *trajectory.images)):
+            if name not in self._names:
+                fresh[name] = _checked(name, images, key)
+        for name, pixels in fresh.items():
+            self._wrote(self._pixels.write, encode_png(pixels))
+            self._names[name] = None
+            self._counts["image_size"][f"{pixels.shape[1]}x{pixels.shape[0]}"] += 1
+        self._wrote(self._records.write, record)
+        self._keys.add(key)
+        self._counts["mode"][trajectory.mode.value] += 1
+        self._counts["category"][trajectory.sample.category] += 1
+
+    def close(self) -> None:
+        """Completes the dataset and puts it in its place.
+
+        Raises:
+          UserError: nothing was added (nothing is left then), the disk is full, or the place was taken meanwhile.
+        """
+        if not self._open:
+            return
+        try:
+            if not self._keys:
+                raise UserError(
+                    f"no trajectory was added to {self.path}.",
+                    "See the construction's counts for why samples were dropped.",
+                )
+            self._wrote(self._records.close)
+            self._wrote(self._pixels.close)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "trajectories": len(self._keys),
+                "images": len(self._names),
+                **{f"by_{kind}": dict(sorted(counts.items())) for kind, counts in self._counts.items()},
+                "provenance": self.provenance,
+            }
+            _write_json(self._partial / _NAMES, list(self._names))
+            _write_json(self._partial / _MANIFEST, manifest)
+            self._take_place()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Ends writing and removes what was written, unless the dataset is already complete."""
+        if self._open:
+            self._open = False
+            for writer in (self._records, self._pixels):
+                with contextlib.suppress(RuntimeError):  # what a full disk has broken is removed all the same
+                    writer.close()
+            shutil.rmtree(self._partial, ignore_errors=True)
+            os.close(self._lock)
+
+    def _wrote(self, act: Callable[..., None], *data: bytes) -> None:
+        try:
+            act(*data)
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot write {self._partial}: {_first_line(error)}.", "Make room on the disk, and run again."
+            ) from error
+
+    def _take_place(self) -> None:
+        old = self.path.parent / f".{self.path.name}.old"
+        try:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.path, old)
+            os.rename(self._partial, self.path)
+        except OSError as error:
+            raise UserError(
+                f"cannot put the dataset at {self.path}: {error.strerror}.", "Name another directory."
+            ) from error
+        shutil.rmtree(old, ignore_errors=True)
+
+    def __enter__(self) -> TrajectoryWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.abandon() if kind else self.close()
+
+
+class TrajectoryDataset:
+    """A dataset directory, read at random; a source for Grain (`len`, `[i]`, picklable).
+
+    Args:
+      path: the directory.  Its files are opened at the first access, once a process.
+
+    Raises:
+      UserError: there is no dataset, it is empty, or its version is not ours.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.manifest = self._read_manifest()
+        self._records: array_record_module.ArrayRecordReader | None = None
+        self._pixels: array_record_module.ArrayRecordReader | None = None
+        self._positions: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return self.manifest["trajectories"]
+
+    def __getitem__(self, index: int) -> Trajectory:
+        """The trajectory at `index` (from the end when negative).
+
+        Raises:
+          IndexError: there is none.
+          UserError: its record is corrupt.
+        """
+        i = operator.index(index)
+        i += len(self) if i < 0 else 0
+        if not 0 <= i < len(self):
+            raise IndexError(f"trajectory {index} of {len(self)}")
+        if self._records is None:
+            self._records = self._open(_RECORDS, len(self))
+        try:
+            return trajectory_from_json(json.loads(self._records.read([i])[0]))
+        except (RuntimeError, ValueError, TypeError, UserError) as error:
+            raise UserError(f"record {i} of {self.path} is corrupt: {_first_line(error)}", _REBUILD) from error
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return (self[i] for i in range(len(self)))
+
+    def image(self, name: str) -> Pixels:
+        """The pixels of one image, uint8 [height, width, 3].
+
+        Raises:
+          UserError: it is not in the dataset, or corrupt.
+        """
+        if self._positions is None:
+            self._positions = self._read_names()
+        position = self._positions.get(name)
+        if position is None:
+            raise UserError(f"{self.path} has no image {name!r}.", _REBUILD)
+        if self._pixels is None:
+            self._pixels = self._open(_PIXELS, len(self._positions))
+        try:
+            return np.array(Image.open(io.BytesIO(self._pixels.read([position])[0]), formats=("PNG",)))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"image {name!r} of {self.path} is corrupt: {_first_line(error)}", _REBUILD) from error
+
+    def images(self, trajectory: Trajectory) -> dict[str, Pixels]:
+        """The pixels of a trajectory's sources and drawn images, by name."""
+        return {name: self.image(name) for name in dict.fromkeys((*trajectory.sample.sources, *trajectory.images))}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the dataset does: a short hash of its manifest and record file size."""
+        size = (self.path / _RECORDS).stat().st_size
+        return hashlib.sha256(json.dumps([self.manifest, size], sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """Names of all images, in stored order."""
+        if self._positions is None:
+            self._positions = self._read_names()
+        return tuple(self._positions)
+
+    def __repr__(self) -> str:
+        return f"TrajectoryDataset({str(self.path)!r})"
+
+    def _read_manifest(self) -> dict[str, Any]:
+        file = self.path / _MANIFEST
+        if not file.is_file():
+            raise UserError(
+                f"{self.path} holds no dataset: {_MANIFEST} is missing.",
+                "Build it with `python -m ivr_jax.construct`, or mend the path.",
+            )
+        manifest = _read_json(file)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise UserError(
+                f"{file} is not a {FORMAT} dataset of version {VERSION}.", "Build it with this version of the program."
+            )
+        count = manifest.get("trajectories")
+        if not isinstance(count, int) or count < 0:
+            raise UserError(f"{file} does not say how many trajectories there are.", _REBUILD)
+        if count == 0:
+            raise UserError(f"the dataset {self.path} is empty.", "Construct at least one trajectory.")
+        return manifest
+
+    def _read_names(self) -> dict[str, int]:
+        names = _read_json(self.path / _NAMES)
+        if not isinstance(names, list) or len(names) != self.manifest.get("images"):
+            raise UserError(f"{self.path / _NAMES} does not list the images of the dataset.", _REBUILD)
+        return {name: position for position, name in enumerate(names)}
+
+    def _open(self, file: str, count: int) -> array_record_module.ArrayRecordReader:
+        path = self.path / file
+        if not path.is_file():
+            raise UserError(f"{path} is missing.", _REBUILD)
+        reader = array_record_module.ArrayRecordReader(str(path), _RANDOM_ACCESS)
+        if not reader.ok() or reader.num_records() != count:
+            raise UserError(f"{path} is corrupt: {reader.num_records()} readable records instead of {count}.", _REBUILD)
+        return reader
+
+
+def _checked(name: str, images: Images, key: str) -> Pixels:
+    """The image `name`, if it is there and what its name says."""
+    if name not in images:
+        raise UserError(
+            f"image {name!r} of trajectory {key!r} was not given.", "Pass the sources and every drawn image."
+        )
+    pixels = images[name]
+    if image_name(pixels) != name:
+        raise UserError(
+            f"image {name!r} of trajectory {key!r} holds other pixels than its name says.",
+            "Name images with `image_name`.",
+        )
+    return pixels
+
+
+def _encode_record(trajectory: Trajectory) -> bytes:
+    try:
+        return json.dumps(trajectory_to_json(trajectory), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"trajectory {trajectory.sample.key!r} is no JSON: {error}.", "Keep only JSON values in its facts."
+        ) from error
+
+
+def _json_copy(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(provenance)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the provenance of a dataset is no JSON: {error}.", "Pass plain values.") from error
+
+
+def _locked_directory(path: Path) -> int:
+    """Makes an empty `path` and locks it for this process; returns the lock's file descriptor."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.", "Name a directory that you may write.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise UserError(
+            f"{path} is being written by another process.", "Wait for it, or name another directory."
+        ) from error
+    for stale in path.iterdir():
+        stale.unlink()
+    return lock
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}", _REBUILD) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{error}".splitlines()[0] if f"{error}" else type(error).__name__

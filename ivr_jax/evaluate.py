@@ -1,0 +1,44 @@
+"""Evaluate a checkpoint on held-out prompts of the micro-world: scores, images an answer, modes, calibration.
+
+    python -m ivr_jax.evaluate --config=configs/micro_evaluate.py --workdir=runs/demo/eval_sft \
+        --config.checkpoint=runs/demo/sft
+
+Writes evaluation.json (every figure with its 95% interval), answers.jsonl and images/ for the report.  A finished
+evaluation of the same checkpoint and config is left as it is.
+"""
+
+from __future__ import annotations
+
+from ivr_jax import cli
+from ivr_jax import system as systems
+from ivr_jax.config import claim_workdir
+from ivr_jax.evaluation import benchmark, metrics, tables
+from ivr_jax.evaluation.answers import write_answers
+from ivr_jax.training import checkpoint
+
+
+def main(call: cli.Call) -> None:
+    config, workdir = call.config, call.workdir
+    about = {"checkpoint": str(checkpoint.resolve(config.checkpoint)), "config": config.to_dict()}
+    if (workdir / metrics.EVALUATION_FILE).exists():
+        claim_workdir(workdir, config, resuming=True)
+        result = metrics.read_evaluation(workdir)
+        if result["about"] == about:
+            print(f"evaluate: {workdir} is complete")
+            tables.print_table({workdir.name: result})
+            return
+    claim_workdir(workdir, config, resuming=False)
+    system = systems.load(config.checkpoint, config.image_tokenizer or None)
+    answers, images = benchmark.run(system, config)
+    result = metrics.evaluate(answers, config.seed, about)
+    write_answers(workdir, answers, images)
+    metrics.write_evaluation(workdir, result)
+    tables.print_table({workdir.name: result})
+
+
+def entry() -> None:
+    cli.run(main, config=True)
+
+
+if __name__ == "__main__":
+    entry()

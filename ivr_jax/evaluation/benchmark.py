@@ -1,0 +1,88 @@
+"""Answers of a system to held-out prompts, judged: what `metrics.evaluate` and the report are made from."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ivr_jax.config import as_dataclass
+from ivr_jax.errors import UserError
+from ivr_jax.evaluation.answers import Answer, Segment
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.rewards import functions as reward_functions
+from ivr_jax.rewards.judge import Judged, judge_answers
+from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.rollout import Answer as DrawnAnswer
+from ivr_jax.sampling.rollout import roll_out
+from ivr_jax.system import System
+from ivr_jax.trajectory import Reflection, Step, Trajectory
+from ivr_jax.world import benchmarks
+from ivr_jax.world.analyzer import WorldAnalyzer
+from ivr_jax.world.sampler import Task, sample_task
+
+
+def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
+    """(task, split): `config.prompts` of the training mixture by number of edits, and `config.each_split` a split."""
+    most = config.most_edits
+    tasks = [(sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), "mixture") for i in range(config.prompts)]
+    for split in benchmarks.SPLITS:
+        tasks += [(benchmarks.benchmark_task(split, config.level, config.seed, i), split) for i in range(config.each_split)]
+    if not tasks:
+        raise UserError("the benchmark is empty.", "Raise config.prompts or config.each_split.")
+    return tasks
+
+
+def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray]]:
+    """Judged answers to `held_out_tasks`, and every image that they name."""
+    options = as_dataclass(SamplingOptions, config.sampling)
+    rewards = as_dataclass(reward_functions.RewardOptions, config.reward)
+    grammar = Grammar(system.tokenizer, as_dataclass(GrammarOptions, config.grammar))
+    tasks, key = held_out_tasks(config), jax.random.key(config.seed)
+    answers, images = [], {}
+    for start in tqdm(range(0, len(tasks), config.batch), desc="evaluate", unit=f"x{config.batch}"):
+        part = tasks[start : start + config.batch]
+        filled = part + [part[0]] * (config.batch - len(part))
+        rollout = roll_out(system, grammar, [t.sample for t, _ in filled], [t.images for t, _ in filled],
+                           jax.random.fold_in(key, start), config.answer_length, options)
+        drawn = rollout.answers[: len(part)]
+        judged = asyncio.run(judge_answers(WorldAnalyzer(), [(a.trajectory, a.images) if a else None for a in drawn], every_image=True))
+        for (task, split), answer, error, verdict in zip(part, drawn, rollout.errors, judged):
+            answers.append(to_answer(task, split, answer, error, verdict, rewards))
+            images |= {**task.images, **(answer.images if answer else {})}
+    return answers, images
+
+
+def to_answer(task: Task, split: str, drawn: DrawnAnswer | None, error: str, judged: Judged, rewards: reward_functions.RewardOptions) -> Answer:
+    """One judged answer as the record that metrics and report read."""
+    if drawn is None:
+        return Answer(task.sample, None, error, rewards={"format": 0.0}, split=split)
+    trajectory = drawn.trajectory
+    outcome = float(reward_functions.outcome(np.asarray(judged.scores)))
+    step = 0.0 if judged.step is None else judged.step
+    total = float(reward_functions.total(np.float32(outcome), np.float32(judged.format), np.float32(step), np.bool_(judged.step is not None), rewards))
+    components = {"outcome": outcome, "format": judged.format, "total": total} | ({} if judged.step is None else {"step": judged.step})
+    exact = WorldAnalyzer().exact_all([task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images])
+    return Answer(task.sample, trajectory, "", trajectory.images, judged.truth, tuple(map(bool, exact)), components,
+                  shown_segments(trajectory, drawn.segments), split, trajectory.mode)
+
+
+def shown_segments(trajectory: Trajectory, segments: Sequence[Any]) -> tuple[Segment, ...]:
+    """Codec segments with what they carry, for the report's token bars."""
+    shown = []
+    for segment in segments:
+        round_ = trajectory.rounds[segment.round - 1]
+        text = ""
+        if segment.part == "S" and isinstance(round_.cause, Step):
+            text = round_.cause.instruction
+        elif segment.part == "R" and isinstance(round_.cause, Reflection):
+            text = f"{round_.cause.failure_analysis} {round_.cause.improvement_plan}"
+        elif segment.part == "E":
+            text = "; ".join(f"{'pass' if axis.passed else 'fail'}: {axis.reason}" for axis in round_.evaluation.axes)
+        image = round_.image if segment.part == "G" else None
+        shown.append(Segment(segment.name, text, image, segment.end - segment.start, segment.loss))
+    return tuple(shown)

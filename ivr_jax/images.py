@@ -1,0 +1,101 @@
+"""Images on disk and their names.
+
+Pixels are uint8 [height, width, 3] RGB everywhere in the package.  An image's name is the hash of its content, so
+equal images have one name and one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ivr_jax.errors import UserError
+
+MAX_MEGAPIXELS = 64
+
+
+def image_name(pixels: np.ndarray) -> str:
+    """32 hexadecimal characters: the SHA-256 of shape and bytes.  `pixels` uint8 [height, width, 3]."""
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UserError(f"an image must be uint8 [height, width, 3], not {getattr(pixels, 'dtype', type(pixels))} "
+                        f"{getattr(pixels, 'shape', '')}.", "Convert it to RGB pixels first.")
+    digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
+    digest.update(np.ascontiguousarray(pixels).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def load_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a file as uint8 [height, width, 3].
+
+    Conversions: the EXIF rotation is applied; transparency is composited on white; 16-bit grey keeps its 8 high bits;
+    CMYK, grey and palette images become RGB; of an animation the first frame counts.  Raises UserError for a file
+    that is missing, is no image, is truncated, or holds more than 64 megapixels.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            megapixels = image.width * image.height / 1e6
+            if megapixels > MAX_MEGAPIXELS:
+                raise UserError(f"{path} holds {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.",
+                                "Scale it down.")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no image file {path}.", "Check the path.") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path} holds more than {MAX_MEGAPIXELS} megapixels.", "Scale it down.") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image file.", "Give a PNG, JPEG, WebP or another common image.") from error
+    except (OSError, EOFError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}).",
+                        "The file is damaged, or may not be read: copy or make it again.") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16-bit grey, as Pillow opens it
+        grey = np.asarray(image).astype(np.int64)
+        return np.repeat(np.clip(grey >> 8, 0, 255).astype(np.uint8)[..., None], 3, 2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
+
+
+def save_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
+    """Writes uint8 [height, width, 3] as PNG under a temporary name, then renames: never half a file."""
+    path = Path(path)
+    image_name(pixels)  # the same check of shape and type
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".png")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}).", "Choose a folder that may be written.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            Image.fromarray(pixels).save(file, "PNG")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{path} cannot be written ({error}).", "Free space, or choose another folder.") from error
+        raise
+
+
+def fit(pixels: np.ndarray, area: int, multiple: int) -> np.ndarray:
+    """Resizes to about `area` pixels, keeping the aspect ratio, each side a multiple of `multiple`; bicubic.
+
+    The released rule of Emu3.5: side = round(side * sqrt(area / (height * width)) / multiple) * multiple, at least one
+    multiple.  An image that already has that size is returned as it is.
+    """
+    height, width = pixels.shape[:2]
+    scale = (area / (height * width)) ** 0.5
+    rows, columns = (max(1, round(side * scale / multiple)) * multiple for side in (height, width))
+    if (rows, columns) == (height, width):
+        return pixels
+    return np.array(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC))

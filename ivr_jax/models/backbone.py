@@ -1,0 +1,260 @@
+"""The decoder: Emu3.5's architecture (arXiv 2510.26583) at any size, one code for 1 M and 34 B parameters.
+
+Pre-norm decoder with RMSNorm on q and k before rotary positions, grouped kv heads, SwiGLU, no biases, an output matrix of
+its own.  Layers are stacked on a leading L axis and scanned.  The module is Flax NNX and used functionally: parameters live
+outside as a plain nested dict, and every function here takes them as an argument:
+
+    params = init_params(config, key)
+    hidden, _ = apply(config, params, tokens, positions, segment_ids)         training, packed rows
+    cache = init_cache(config, batch, slots)
+    hidden, cache = apply(config, params, prompts, positions, cache=cache)    prefill
+    hidden, cache = apply(config, params, tokens, positions, cache=cache)     one token a row
+    scores = logits(config, params, hidden)
+
+Shapes follow the legend of `layers.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ivr_jax.models import layers
+from ivr_jax.models.backbone_config import BackboneConfig
+
+Params = dict[str, Any]
+
+
+class KVCache(NamedTuple):
+    """Keys (rotated) and values of every layer and slot: k, v [L, B, S, K, h]. Slot s of a row holds its position s."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of all layers (leading L); `project` and `output` act on one layer's slice."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        self.config = config
+        count, width, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
+        query, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
+        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
+        into, ones = layers.fan_in_normal(width), jax.nn.initializers.ones
+        back = layers.fan_in_normal(query, 1 / math.sqrt(2 * count))
+        self.q = new((count, width, query), ("layers", "embed", "q_heads"), into)
+        self.k = new((count, width, kv), ("layers", "embed", "kv_heads"), into)
+        self.v = new((count, width, kv), ("layers", "embed", "kv_heads"), into)
+        self.o = new((count, query, width), ("layers", "q_heads", "embed"), back)
+        self.q_norm = new((count, dim), ("layers", "head_dim"), ones)
+        self.k_norm = new((count, dim), ("layers", "head_dim"), ones)
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] → q [B, T, H, h] and k, v [B, T, K, h]; q and k normalised, then rotated."""
+        config, (batch, length, _) = self.config, x.shape
+        shape = (batch, length, -1, config.head_dim)
+        q, k, v = ((x @ kernel[...].astype(x.dtype)).reshape(shape) for kernel in (self.q, self.k, self.v))
+        q = layers.rotate(layers.rms_norm(q, self.q_norm[...], config.rms_norm_eps), cos, sin)
+        k = layers.rotate(layers.rms_norm(k, self.k_norm[...], config.rms_norm_eps), cos, sin)
+        return q, k, v
+
+    def output(self, mixed: jax.Array) -> jax.Array:
+        """mixed [B, T, H, h] → [B, T, D]."""
+        return mixed.reshape(*mixed.shape[:2], -1) @ self.o[...].astype(mixed.dtype)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU of all layers (leading L)."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        count, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
+        into, back = layers.fan_in_normal(width), layers.fan_in_normal(inner, 1 / math.sqrt(2 * count))
+        self.gate = new((count, width, inner), ("layers", "embed", "mlp"), into)
+        self.up = new((count, width, inner), ("layers", "embed", "mlp"), into)
+        self.down = new((count, inner, width), ("layers", "mlp", "embed"), back)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate, up = x @ self.gate[...].astype(x.dtype), x @ self.up[...].astype(x.dtype)
+        return (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+
+
+class Layers(nnx.Module):
+    """All decoder layers; `nnx.split` it, scan over the leading axis, and merge one slice to run one layer."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+        self.config = config
+        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
+        shape, axes = (config.num_hidden_layers, config.hidden_size), ("layers", "embed")
+        self.attention_norm = new(shape, axes, jax.nn.initializers.ones)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = new(shape, axes, jax.nn.initializers.ones)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x, tables, mask, keys, cache, write) -> tuple[jax.Array, KVCache | None]:
+        """One layer. `cache` is all layers' (or None); `write` = (layer, rows [B, 1], slots [B, T])."""
+        config, (drop_mix, drop_attention, drop_mlp) = self.config, keys
+        q, k, v = self.attention.project(layers.rms_norm(x, self.attention_norm[...], config.rms_norm_eps), *tables)
+        if cache is not None:
+            # Slots outside the cache (padding) are dropped. Carrying the whole cache lets XLA update it in place.
+            cache = KVCache(*(whole.at[write].set(new.astype(whole.dtype), mode="drop")
+                              for whole, new in zip(cache, (k, v))))
+            k, v = (whole[write[0]].astype(q.dtype) for whole in cache)
+        attend = functools.partial(layers.attention, causal=cache is None, dropout=config.attention_dropout)
+        if config.remat == "none" and cache is None:
+            attend = jax.checkpoint(attend)  # weights [B, H, T, S] are dearer to store than to compute again
+        mixed = attend(q, k, v, mask, key=drop_attention)
+        x = x + layers.drop(self.attention.output(mixed), config.dropout, drop_mix)
+        inner = self.mlp(layers.rms_norm(x, self.mlp_norm[...], config.rms_norm_eps))
+        return x + layers.drop(inner, config.dropout, drop_mlp), cache
+
+
+class Backbone(nnx.Module):
+    """The decoder as a module; see the functions below for its functional use."""
+
+    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        rows, width = config.padded_vocab_size, config.hidden_size
+        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
+        self.embed = new((rows, width), ("vocab", "embed"), layers.fan_in_normal(width))
+        self.layers = Layers(config, rngs)
+        self.final_norm = new((width,), ("embed",), jax.nn.initializers.ones)
+        if not config.tie_word_embeddings:
+            self.lm_head = new((width, rows), ("embed", "vocab"), layers.fan_in_normal(width))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states after the final norm; see `apply`."""
+        config = self.config
+        x = jnp.asarray(self.embed[...], config.dtype)[tokens]
+        tables = layers.rotary_tables(
+            positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
+        )
+        if cache is None:
+            mask, write = _packed_mask(tokens.shape, segment_ids), None
+        elif segment_ids is not None:
+            raise ValueError("packed rows and a cache do not go together: segment_ids must be None with a cache")
+        else:
+            slots = cache.k.shape[2]
+            mask = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
+            # A negative index would count from the end, so padding is sent past it.
+            write = jnp.arange(tokens.shape[0])[:, None], jnp.where(positions < 0, slots, positions)
+        x, cache = self._scan(x, tables, mask, cache, write, dropout_key)
+        return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
+
+    def _scan(self, x, tables, mask, cache, write, dropout_key) -> tuple[jax.Array, KVCache | None]:
+        graph, stacked = nnx.split(self.layers)
+
+        def one_layer(carry, inputs):
+            x, cache = carry
+            layer, params = inputs
+            keys = (None,) * 3 if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer), 3)
+            place = None if write is None else (layer, *write)
+            return nnx.merge(graph, params)(x, tables, mask, keys, cache, place), None
+
+        if self.config.remat != "none":
+            policies = jax.checkpoint_policies
+            kept = policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
+            one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
+        indices = jnp.arange(self.config.num_hidden_layers)
+        return jax.lax.scan(one_layer, (x, cache), (indices, stacked), unroll=self.config.unroll)[0]
+
+    def lm_head_kernel(self) -> jax.Array:
+        """[D, padded V] in the parameter's dtype; columns from `vocab_size` on are padding."""
+        return self.embed[...].T if self.config.tie_word_embeddings else self.lm_head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] → float32 [..., V], the padding of the vocabulary left out."""
+        kernel = self.lm_head_kernel().astype(hidden.dtype)
+        scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return scores[..., : self.config.vocab_size]
+
+
+def _packed_mask(shape: tuple[int, int], segment_ids: jax.Array | None) -> jax.Array:
+    """bool [B or 1, T, T]: causal, and within one segment (0, padding, sees padding only)."""
+    order = jnp.arange(shape[1])
+    causal = (order[None, :] <= order[:, None])[None]
+    return causal if segment_ids is None else causal & (segment_ids[:, None, :] == segment_ids[:, :, None])
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0))))
+
+
+def module(config: BackboneConfig, params: Params) -> Backbone:
+    """The module that holds these parameters; cheap, meant for use inside `jax.jit`."""
+    return nnx.merge(_abstract(config)[0], params)
+
+
+def init_params(config: BackboneConfig, key: jax.Array) -> Params:
+    """Fresh parameters, a plain nested dict of arrays in `param_dtype`; jit it with out_shardings to place them."""
+    return nnx.to_pure_dict(nnx.state(Backbone(config, rngs=nnx.Rngs(key))))
+
+
+def param_shapes(config: BackboneConfig) -> Params:
+    """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
+    return nnx.to_pure_dict(_abstract(config)[1])
+
+
+def param_axes(config: BackboneConfig) -> Params:
+    """The tree of `init_params` with each array's logical axes, a tuple of one name a dimension."""
+    return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda variable: variable.get_metadata("axes"))
+
+
+def init_cache(config: BackboneConfig, batch: int, slots: int, dtype: str | None = None) -> KVCache:
+    """An empty cache of `slots` positions a row, in `dtype` (the compute dtype unless given)."""
+    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    return KVCache(*(jnp.zeros(shape, dtype or config.dtype) for _ in range(2)))
+
+
+CACHE_AXES = KVCache(*(("layers", "batch", "slots", "kv_heads", "head_dim"),) * 2)
+
+
+def apply(
+    config: BackboneConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    *,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Run the decoder.
+
+    Args:
+      tokens: int32 [B, T].
+      positions: int32 [B, T], rotary positions. With a cache also the slot that a token is written to; a token at a
+        negative position is padding and written nowhere (left padding), and right padding continues the positions: its
+        slots are overwritten before any query can see them.
+      segment_ids: int32 [B, T] for packed rows (no cache): a token sees earlier tokens of its own segment only. 0 is
+        padding. None: plain causal attention.
+      cache: keys and values so far; a query at position p sees the slots 0 … p.
+      dropout_key: turns on the configured dropout.
+
+    Returns:
+      hidden [B, T, D] after the final norm, in the compute dtype, and the cache with these tokens added (or None).
+    """
+    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key)
+
+
+def logits(config: BackboneConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] → float32 [..., V]."""
+    return module(config, params).logits(hidden)
+
+
+def lm_head(config: BackboneConfig, params: Params) -> jax.Array:
+    """The output matrix [D, padded V] for losses that work in chunks; mask columns from `vocab_size` on."""
+    return module(config, params).lm_head_kernel()

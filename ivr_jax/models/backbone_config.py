@@ -1,0 +1,155 @@
+"""The decoder's sizes and options, and how they read and write a transformers `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ivr_jax.errors import UserError
+
+MODEL_TYPES = {"emu3": ("Emu3", "Emu3ForCausalLM"), "qwen3": ("qwen3", "Qwen3ForCausalLM")}
+REMAT = ("none", "full", "dots")
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+_REFUSED = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """Sizes and options of the decoder. Names of the sizes are those of transformers' `config.json`.
+
+    Attributes:
+      rope_scaling: None, or (rope_type, factor) with rope_type "linear" or "dynamic"; a mapping is accepted.
+      dropout: rate on the output of attention and MLP; attention_dropout: rate on attention weights. Both act only
+        when a dropout key is given to the forward pass.
+      dtype: of activations and matrix products; param_dtype: of the stored parameters.
+      remat: what the backward pass recomputes in a layer: "none", "full" (all) or "dots" (all but matrix products).
+      unroll: layers that the scan writes out at a time; a small model on a CPU gains from all of them.
+      vocab_multiple: embedding and output rows are padded inside to a multiple of this, so that they divide over a
+        mesh; logits and exports never show the padding.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: Any = None
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    attention_dropout: float = 0.0
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+    vocab_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (*_SIZES, "vocab_multiple", "unroll"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise _bad(name, value, "a positive whole number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise _bad("num_attention_heads", self.num_attention_heads,
+                       f"a multiple of num_key_value_heads = {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise _bad("head_dim", self.head_dim, "even, because rotary positions turn pairs")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise _bad(name, getattr(self, name), "a positive number")
+        for name in ("attention_dropout", "dropout"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
+                raise _bad(name, getattr(self, name), "in [0, 1)")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
+                raise _bad(name, getattr(self, name), "float32, bfloat16, float16 or float64")
+        if self.remat not in REMAT:
+            raise _bad("remat", self.remat, f"one of {', '.join(REMAT)}")
+        object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling, self.head_dim))
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding inside the program."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def scaling(self) -> dict[str, Any] | None:
+        """`rope_scaling` as a mapping with keys rope_type and factor."""
+        return dict(zip(("rope_type", "factor"), self.rope_scaling)) if self.rope_scaling else None
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any], **options: Any) -> BackboneConfig:
+        """From the mapping in a `config.json`; `options` sets what such a file does not know (dtype, remat, …).
+
+        Dropout rates of the file are not taken over: they are a training option. Raises UserError for a model type that
+        is not this decoder, for options it does not have (biases, sliding windows, other activations), missing sizes.
+        """
+        kind = str(fields.get("model_type", "missing")).lower()
+        if kind not in MODEL_TYPES:
+            raise UserError(f"model_type {fields.get('model_type')!r} is not a decoder that this program knows.",
+                            "Give a checkpoint whose config.json says Emu3 (Emu3.5) or qwen3.")
+        for name, only in _REFUSED.items():
+            if fields.get(name, only) not in (only, None):
+                raise _bad(name, fields[name], f"{only!r} (this decoder has no other form)")
+        missing = [name for name in (*_SIZES, "rms_norm_eps") if fields.get(name) is None]
+        if missing:
+            raise UserError(f"config.json has no {', '.join(missing)}.", "Take the config.json that belongs to the weights.")
+        rope = fields.get("rope_parameters") or {}
+        theta = fields.get("rope_theta", rope.get("rope_theta"))
+        if theta is None:
+            raise UserError("config.json has no rope_theta.", "Take the config.json that belongs to the weights.")
+        scaling = fields.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
+        return cls(
+            **{name: fields[name] for name in _SIZES}, rms_norm_eps=float(fields["rms_norm_eps"]),
+            rope_theta=float(theta), rope_scaling=scaling or None,
+            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)), **options,
+        )  # fmt: skip
+
+    def to_hf(self, model_type: str = "qwen3") -> dict[str, Any]:
+        """The mapping for a `config.json`; `model_type` "qwen3" loads in stock transformers, "Emu3" in Emu3.5's code."""
+        if model_type.lower() not in MODEL_TYPES:
+            raise _bad("model_type", model_type, "Emu3 or qwen3")
+        name, architecture = MODEL_TYPES[model_type.lower()]
+        rope = self.scaling or {"rope_type": "default"}
+        return {
+            "model_type": name, "architectures": [architecture], **{size: getattr(self, size) for size in _SIZES},
+            "rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta,
+            "rope_scaling": self.scaling, "rope_parameters": {"rope_theta": self.rope_theta, **rope},
+            "tie_word_embeddings": self.tie_word_embeddings, "hidden_act": "silu", "attention_bias": False,
+            "attention_dropout": max(self.attention_dropout, self.dropout), "use_sliding_window": False,
+            "torch_dtype": self.param_dtype, "dtype": self.param_dtype,
+        }  # fmt: skip
+
+
+def _bad(name: str, value: Any, wanted: str) -> UserError:
+    return UserError(f"model option {name} = {value!r} is not possible.", f"It must be {wanted}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _rope_scaling(value: Any, head_dim: int) -> tuple[str, float] | None:
+    """Normalise None, a mapping (transformers, old and new keys) or a (type, factor) pair."""
+    wanted = 'null, or {"rope_type": "linear" or "dynamic", "factor": a number of at least 1}'
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        kind, factor = value.get("rope_type", value.get("type")), value.get("factor", 1.0)
+    elif isinstance(value, (tuple, list)) and len(value) == 2:
+        kind, factor = value
+    else:
+        raise _bad("rope_scaling", value, wanted)
+    if kind == "default":
+        return None
+    if kind not in ("linear", "dynamic") or not _is_number(factor) or factor < 1 or (kind == "dynamic" and head_dim < 4):
+        raise _bad("rope_scaling", value, wanted)
+    return kind, float(factor)

@@ -1,0 +1,305 @@
+"""Checkpoints in and out: safetensors as PyTorch users have them ⇄ our parameter trees.
+
+The decoder has the tensor names of a Llama/Qwen3 model in transformers, the image tokenizer those of Emu3.5's IBQ code.
+Their matrices are [out, in] and their convolutions [out, in, height, width]; ours are [in, out] and [height, width, in, out].
+Everything moves one tensor at a time, is checked strictly, and appears under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone, image_tokenizer
+from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
+from ivr_jax.models.safetensors_io import PlannedTensor, open_directory, write_directory
+
+SHARD_BYTES = 5_000_000_000
+Keys = tuple[str, ...]
+Place = Callable[[Keys, np.ndarray], Any]
+
+
+class Slot(NamedTuple):
+    """Where a tensor of theirs sits among our parameters.
+
+    Attributes:
+      path: keys into our tree.
+      layer: index on the leading layer axis, or None where there is none.
+      order: transposition from their axes to ours.
+      shape: their shape.
+    """
+
+    path: Keys
+    layer: int | None
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+_LAYER_NAMES = {
+    ("attention_norm",): "input_layernorm", ("mlp_norm",): "post_attention_layernorm",
+    **{("attention", name): f"self_attn.{name}_proj" for name in "qkvo"},
+    **{("attention", name): f"self_attn.{name}" for name in ("q_norm", "k_norm")},
+    **{("mlp", name): f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}  # fmt: skip
+
+
+def backbone_slots(config: BackboneConfig) -> dict[str, Slot]:
+    """Every tensor name of the decoder in a transformers checkpoint, with its place here; padding left out."""
+    rows, width = config.vocab_size, config.hidden_size
+    slots = {"model.embed_tokens.weight": Slot(("embed",), None, (0, 1), (rows, width))}
+    stacked = backbone.param_shapes(config)["layers"]
+    for layer in range(config.num_hidden_layers):
+        for path, name in _LAYER_NAMES.items():
+            ours = _get(stacked, path).shape[1:]
+            order = tuple(reversed(range(len(ours))))
+            slots[f"model.layers.{layer}.{name}.weight"] = Slot(("layers", *path), layer, order, ours[::-1])
+    slots["model.norm.weight"] = Slot(("final_norm",), None, (0,), (width,))
+    if not config.tie_word_embeddings:
+        slots["lm_head.weight"] = Slot(("lm_head",), None, (1, 0), (rows, width))
+    return slots
+
+
+def image_tokenizer_slots(config: ImageTokenizerConfig) -> dict[str, Slot]:
+    """Every tensor name of the image tokenizer in a PyTorch checkpoint, with its place here."""
+    slots = {}
+    for path, shape in _leaves(image_tokenizer.param_shapes(config)):
+        leaf = "weight" if path[-1] in ("kernel", "scale") else path[-1]
+        order = (2, 3, 1, 0) if len(shape.shape) == 4 else tuple(range(len(shape.shape)))
+        theirs = tuple(shape.shape[order.index(axis)] for axis in range(len(order)))
+        slots[".".join((*path[:-1], leaf))] = Slot(path, None, order, theirs)
+    return slots
+
+
+def export_backbone(
+    config: BackboneConfig,
+    params: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    *,
+    model_type: str = "qwen3",
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write `directory` so that transformers loads it strictly: safetensors (shards and index) and config.json.
+
+    Args:
+      params: the tree of `backbone.init_params`; leaves need `shape`, `dtype` and indexing, and are fetched one layer at a time.
+      model_type: "qwen3" for stock transformers, "Emu3" for Emu3.5's own code.
+      dtype: of the written tensors, the parameters' own by default.
+
+    Raises:
+      UserError: the directory has content already (and not `overwrite`), or cannot be written. It is complete or absent.
+    """
+    fields = config.to_hf(model_type)
+    written = dtype or jnp.dtype(config.param_dtype).name
+    fields |= {"torch_dtype": written, "dtype": written}
+    with new_directory(directory, overwrite) as target:
+        write_directory(target, _plan(backbone_slots(config), params, written), shard_bytes)
+        (target / "config.json").write_text(json.dumps(fields, indent=2))
+
+
+def export_image_tokenizer(
+    config: ImageTokenizerConfig,
+    params: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write `model.safetensors` under PyTorch names and `config.yaml`; errors as in `export_backbone`."""
+    with new_directory(directory, overwrite) as target:
+        plan = _plan(image_tokenizer_slots(config), params, dtype or config.param_dtype)
+        write_directory(target, plan, shard_bytes=1 << 62)
+        (target / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def import_backbone(
+    directory: str | os.PathLike[str], *, place: Place | None = None, **options: Any
+) -> tuple[BackboneConfig, dict[str, Any]]:
+    """Read a decoder from a transformers directory: config and parameter tree.
+
+    Args:
+      place: what to do with each finished array of the tree (put it on a mesh, write it away); by default it becomes a
+        jax array. One stacked array is in memory beside what `place` keeps.
+      options: fields of BackboneConfig that config.json does not know; `param_dtype` (float32 by default) is what the
+        tensors are converted to.
+
+    Raises:
+      UserError: missing, unexpected, truncated or misshapen tensors, by name and file; or an unusable config.json.
+    """
+    source = Path(directory)
+    config = BackboneConfig.from_hf(_read_mapping(source, ("config.json",)), **options)
+    stored = open_directory(source)
+    shapes = backbone.param_shapes(config)
+    return config, _assemble(backbone_slots(config), stored, shapes, str(source), place or _to_jax)
+
+
+def import_image_tokenizer(
+    directory: str | os.PathLike[str], *, place: Place | None = None, **options: Any
+) -> tuple[ImageTokenizerConfig, dict[str, Any]]:
+    """Read an image tokenizer: `config.yaml` or `config.json`, and safetensors or else `model.ckpt` (needs torch).
+
+    Tensors under `loss.` (a training checkpoint's discriminator) are left out. Arguments and errors as in
+    `import_backbone`; a `model.ckpt` is read with `weights_only`, so that a pickle never runs code.
+    """
+    source = Path(directory)
+    config = ImageTokenizerConfig.from_dict(_read_mapping(source, ("config.yaml", "config.json")), **options)
+    pickled = source / "model.ckpt"
+    if any(source.glob("*.safetensors")) or not pickled.exists():
+        stored: Mapping[str, Any] = open_directory(source)
+    else:
+        stored = _open_torch(pickled)
+    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
+    shapes = image_tokenizer.param_shapes(config)
+    return config, _assemble(image_tokenizer_slots(config), stored, shapes, str(source), place or _to_jax)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling that takes the name `directory` when the block succeeds, and vanishes when it fails."""
+    final = Path(directory)
+    if final.exists() and not final.is_dir():
+        raise UserError(f"{final} is a file.", "Name a folder that does not exist yet.")
+    if not overwrite and final.is_dir() and any(final.iterdir()):
+        raise UserError(f"{final} exists and is not empty.", "Name another folder, or remove this one first.")
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    except OSError as error:
+        raise UserError(f"cannot write {final}: {error.strerror or error}.", "Mend permissions or space.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _plan(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:
+    target = jnp.dtype(dtype)
+
+    def fetcher(slot: Slot) -> Callable[[], np.ndarray]:
+        def fetch() -> np.ndarray:
+            leaf = _get(params, slot.path)
+            ours = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
+            theirs = ours.transpose(np.argsort(slot.order))
+            theirs = theirs[tuple(slice(size) for size in slot.shape)]  # the vocabulary's padding stays here
+            return theirs.astype(target, copy=False)
+
+        return fetch
+
+    return [PlannedTensor(name, target, slot.shape, fetcher(slot)) for name, slot in slots.items()]
+
+
+def _assemble(
+    slots: Mapping[str, Slot], stored: Mapping[str, Any], shapes: Mapping[str, Any], where: str, place: Place
+) -> dict[str, Any]:
+    """Check names and shapes first, then fill and place one array of our tree after the other."""
+    missing, unexpected = sorted(slots.keys() - stored.keys()), sorted(stored.keys() - slots.keys())
+    for names, what in ((missing, "lacks"), (unexpected, "has the unexpected")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"the checkpoint {where} {what} tensor {names[0]}{more}.",
+                            "Check that config and weights belong together and are complete.")
+    for name, slot in slots.items():
+        if tuple(stored[name].shape) != slot.shape:
+            raise UserError(f"tensor {name} in {stored[name].file} has shape {list(stored[name].shape)}, "
+                            f"the config wants {list(slot.shape)}.", "Check that config and weights belong together.")
+    parts: dict[Keys, list[str]] = {}
+    for name, slot in slots.items():
+        parts.setdefault(slot.path, []).append(name)
+    tree: dict[str, Any] = {}
+    for path, names in parts.items():
+        _set(tree, path, place(path, _fill(_get(shapes, path), names, slots, stored)))
+    return tree
+
+
+def _fill(shape: jax.ShapeDtypeStruct, names: Sequence[str], slots: Mapping[str, Slot], stored) -> np.ndarray:
+    array = np.zeros(shape.shape, shape.dtype)
+    for name in names:
+        slot = slots[name]
+        target = array if slot.layer is None else array[slot.layer]
+        ours = stored[name].read().transpose(slot.order)
+        target[tuple(slice(size) for size in ours.shape)] = ours
+    return array
+
+
+def _to_jax(path: Keys, array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array)
+
+
+class _TorchTensor(NamedTuple):
+    """A tensor of a loaded `model.ckpt`, with the interface of `StoredTensor`."""
+
+    tensor: Any
+    file: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self) -> np.ndarray:
+        return self.tensor.detach().float().numpy()
+
+
+def _open_torch(path: Path) -> dict[str, _TorchTensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{path} is a PyTorch pickle, and PyTorch is not installed.",
+                        "Install torch, or convert the file to safetensors elsewhere.") from None
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; all of them mean that the file is unfit
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is no plain PyTorch checkpoint ({reason}).",
+                        "It must hold tensors only; get the file again, or convert it to safetensors.") from None
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors.", "Give the checkpoint of the image tokenizer.")
+    return {name: _TorchTensor(tensor, path) for name, tensor in state.items()}
+
+
+def _read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
+    path = next((directory / name for name in names if (directory / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{directory} has no {' or '.join(names)}.", "Name a folder that holds a complete checkpoint.")
+    try:
+        value = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}).", "Get the file again.") from None
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path} holds no mapping.", "Get the file again.")
+    return value
+
+
+def _get(tree: Mapping[str, Any], path: Keys) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _set(tree: dict[str, Any], path: Keys, value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def _leaves(tree: Mapping[str, Any], prefix: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value

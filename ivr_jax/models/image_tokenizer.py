@@ -1,0 +1,394 @@
+"""The image tokenizer (IBQ: index backpropagation quantization) of Emu3.5, at any size.
+
+A convolutional encoder makes a grid of latents, each latent takes the code with the largest *dot product*, a convolutional
+decoder paints the codes back.  Training keeps every code alive: the forward pass uses the hard assignment, the backward pass
+the softmax over all codes.  Functional use, parameters in a plain nested dict:
+
+    params = init_params(config, key)
+    codes = encode(config, params, pixels_to_unit(images))          int32 [B, y, x]
+    images = unit_to_pixels(decode(config, params, codes))          uint8 [B, height, width, 3]
+    reconstruction, aux = train_forward(config, params, pixels_to_unit(images))
+
+height and width are multiples of `config.factor` (16 for five levels); y = height / factor, x = width / factor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ivr_jax.errors import UserError
+from ivr_jax.models import layers
+from ivr_jax.models.image_layers import Conv, Downsample, GroupNorm, ResBlock, SpatialAttention, Upsample
+
+Params = dict[str, Any]
+CODEBOOK_CHUNK = 8192  # codes scored at a time by `encode`
+SCORES_AT_A_TIME = 1 << 27  # entries of the [cells, codes] table that training holds (and recomputes backwards)
+_DDCONFIG = ("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "resolution", "z_channels",
+             "double_z", "dropout")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """Sizes of the tokenizer; names are those of the public `config.yaml` (`ddconfig`, `n_embed`, `embed_dim`, `beta`).
+
+    Attributes:
+      norm_groups: groups of every group norm (32 in public checkpoints); every channel count must be a multiple.
+      attn_resolutions: levels with attention, named by their side when the image has side `resolution`.
+      entropy_temperature: of the softmax in the entropy terms.
+      dtype, param_dtype: of the convolutions and of the stored parameters.
+    """
+
+    ch: int
+    out_ch: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    in_channels: int
+    resolution: int
+    z_channels: int
+    n_embed: int
+    embed_dim: int
+    double_z: bool = False
+    dropout: float = 0.0
+    beta: float = 0.25
+    norm_groups: int = 32
+    entropy_temperature: float = 0.01
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("ch_mult", "attn_resolutions"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        sizes = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels", "n_embed", "embed_dim",
+                 "norm_groups")  # fmt: skip
+        for name in sizes:
+            _check(_is_size(getattr(self, name)), name, getattr(self, name), "a positive whole number")
+        _check(bool(self.ch_mult) and all(map(_is_size, self.ch_mult)), "ch_mult", self.ch_mult, "positive whole numbers")
+        _check(all(map(_is_size, self.attn_resolutions)), "attn_resolutions", self.attn_resolutions, "whole numbers")
+        for width in (self.ch, *(self.ch * multiple for multiple in self.ch_mult)):
+            _check(width % self.norm_groups == 0, "norm_groups", self.norm_groups, f"a divisor of every width, here {width}")
+        _check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        _check(self.entropy_temperature > 0, "entropy_temperature", self.entropy_temperature, "positive")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell, along each side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], **options: Any) -> ImageTokenizerConfig:
+        """From a parsed `config.yaml` or `config.json`, flat, or with `ddconfig` inside, or under model → params or
+        model → init_args. `options` sets what such a file does not know (dtypes)."""
+        for key in ("model", "params", "init_args"):
+            inner = fields.get(key)
+            fields = inner if isinstance(inner, Mapping) else fields
+        flat = {**fields, **(fields.get("ddconfig") or {})}
+        known = {field.name for field in dataclasses.fields(cls)}
+        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        if missing := sorted(required - flat.keys()):
+            raise UserError(f"the image tokenizer's config has no {', '.join(missing)}.",
+                            "Take the config.yaml or config.json that belongs to the weights.")
+        return cls(**{name: value for name, value in flat.items() if name in known}, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping to write to `config.json` or `config.yaml`, in the public layout."""
+        fields = dataclasses.asdict(self)
+        fields["ch_mult"], fields["attn_resolutions"] = list(self.ch_mult), list(self.attn_resolutions)
+        ddconfig = {name: fields.pop(name) for name in _DDCONFIG}
+        return {"ddconfig": ddconfig, **{name: value for name, value in fields.items() if "dtype" not in name}}
+
+
+class TokenizerAux(NamedTuple):
+    """What training measures beside the reconstruction; means are over all cells of the batch, entropies in nats.
+
+    Attributes:
+      quantisation: the loss |z_q − z|² + |sg(z_q2) − z|² + β |z_q2 − sg(z)|², each a mean over cells and channels.
+      cell_entropy: mean entropy of a cell's softmax over codes (to be made small: decided cells).
+      batch_entropy: entropy of the mean softmax (to be made large: all codes in use).
+      code_counts: int32 [N], how many cells took each code.
+      codes: int32 [B, y, x].
+    """
+
+    quantisation: jax.Array
+    cell_entropy: jax.Array
+    batch_entropy: jax.Array
+    code_counts: jax.Array
+    codes: jax.Array
+
+
+class _Stack(nnx.Module):
+    """Children named "0", "1", …, so that parameter paths read as in PyTorch's ModuleList."""
+
+    def __init__(self, children: list[nnx.Module]):
+        self.count = len(children)
+        for index, child in enumerate(children):
+            setattr(self, str(index), child)
+
+    def __iter__(self):
+        return (getattr(self, str(index)) for index in range(self.count))
+
+
+class _Level(nnx.Module):
+    """Residual blocks, each followed by attention if the level has it, then a resampler if it is not the last."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attends: bool, config: ImageTokenizerConfig, rngs: nnx.Rngs):
+        groups, dtype = config.norm_groups, config.param_dtype
+        widths = [inputs] + [outputs] * blocks
+        self.block = _Stack([ResBlock(a, b, groups, config.dropout, rngs, dtype) for a, b in zip(widths, widths[1:])])
+        self.attn = _Stack([SpatialAttention(outputs, groups, rngs, dtype) for _ in range(blocks if attends else 0)])
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        attention = list(self.attn) or [None] * self.block.count
+        for index, (block, attend) in enumerate(zip(self.block, attention)):
+            x = block(x, _fold(key, index))
+            x = attend(x) if attend else x
+        return x
+
+
+class _Middle(nnx.Module):
+    def __init__(self, width: int, config: ImageTokenizerConfig, rngs: nnx.Rngs):
+        groups, dtype = config.norm_groups, config.param_dtype
+        self.block_1 = ResBlock(width, width, groups, config.dropout, rngs, dtype)
+        self.attn_1 = SpatialAttention(width, groups, rngs, dtype)
+        self.block_2 = ResBlock(width, width, groups, config.dropout, rngs, dtype)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.block_2(self.attn_1(self.block_1(x, _fold(key, 0))), _fold(key, 1))
+
+
+class Encoder(nnx.Module):
+    """[B, height, width, in_channels] → [B, y, x, z_channels (twice that with double_z)]."""
+
+    def __init__(self, config: ImageTokenizerConfig, rngs: nnx.Rngs):
+        widths = [config.ch * multiple for multiple in (1, *config.ch_mult)]
+        dtype, last = config.param_dtype, len(config.ch_mult) - 1
+        self.conv_in = Conv(config.in_channels, config.ch, 3, rngs, dtype)
+        levels = []
+        for index, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+            attends = config.resolution // 2**index in config.attn_resolutions
+            level = _Level(inputs, outputs, config.num_res_blocks, attends, config, rngs)
+            if index != last:
+                level.downsample = Downsample(outputs, rngs, dtype)
+            levels.append(level)
+        self.down = _Stack(levels)
+        self.mid = _Middle(widths[-1], config, rngs)
+        self.norm_out = GroupNorm(widths[-1], config.norm_groups, rngs, dtype)
+        self.conv_out = Conv(widths[-1], config.z_channels * (1 + config.double_z), 3, rngs, dtype)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        x = self.conv_in(x)
+        for index, level in enumerate(self.down):
+            x = level(x, _fold(key, index))
+            x = level.downsample(x) if index != self.down.count - 1 else x
+        x = self.mid(x, _fold(key, self.down.count))
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Decoder(nnx.Module):
+    """[B, y, x, z_channels] → [B, height, width, out_ch]; one residual block a level more than the encoder."""
+
+    def __init__(self, config: ImageTokenizerConfig, rngs: nnx.Rngs):
+        widths = [config.ch * multiple for multiple in config.ch_mult]
+        dtype = config.param_dtype
+        self.conv_in = Conv(config.z_channels, widths[-1], 3, rngs, dtype)
+        self.mid = _Middle(widths[-1], config, rngs)
+        levels = []
+        for index, (inputs, outputs) in enumerate(zip([*widths[1:], widths[-1]], widths)):
+            attends = config.resolution // 2**index in config.attn_resolutions
+            level = _Level(inputs, outputs, config.num_res_blocks + 1, attends, config, rngs)
+            if index != 0:
+                level.upsample = Upsample(outputs, rngs, dtype)
+            levels.append(level)
+        self.up = _Stack(levels)
+        self.norm_out = GroupNorm(widths[0], config.norm_groups, rngs, dtype)
+        self.conv_out = Conv(widths[0], config.out_ch, 3, rngs, dtype)
+
+    def __call__(self, z: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        x = self.mid(self.conv_in(z), _fold(key, self.up.count))
+        for index, level in reversed(list(enumerate(self.up))):
+            x = level(x, _fold(key, index))
+            x = level.upsample(x) if index != 0 else x
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class _Embedding(nnx.Module):
+    def __init__(self, config: ImageTokenizerConfig, rngs: nnx.Rngs):
+        shape, init = (config.n_embed, config.embed_dim), layers.fan_in_normal(config.embed_dim)
+        self.weight = layers.declare(rngs, shape, ("codes", "code_dim"), init, config.param_dtype)
+
+
+class _Quantizer(nnx.Module):
+    """The codebook, `quantize.embedding.weight` [N, C]."""
+
+    def __init__(self, config: ImageTokenizerConfig, rngs: nnx.Rngs):
+        self.embedding = _Embedding(config, rngs)
+
+
+class ImageTokenizer(nnx.Module):
+    """Encoder, codebook and decoder; see the functions below for its functional use."""
+
+    def __init__(self, config: ImageTokenizerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dtype, z_channels = config.param_dtype, config.z_channels
+        self.encoder = Encoder(config, rngs)
+        self.quant_conv = Conv(z_channels * (1 + config.double_z), config.embed_dim, 1, rngs, dtype)
+        self.quantize = _Quantizer(config, rngs)
+        self.post_quant_conv = Conv(config.embed_dim, z_channels, 1, rngs, dtype)
+        self.decoder = Decoder(config, rngs)
+
+    @property
+    def codebook(self) -> jax.Array:
+        """float32 [N, C]."""
+        return jnp.asarray(self.quantize.embedding.weight[...], jnp.float32)
+
+    def latents(self, pixels: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """pixels [B, height, width, channels] in [−1, 1] → float32 [B, y, x, C]."""
+        height, width = pixels.shape[1:3]
+        if height % self.config.factor or width % self.config.factor:
+            raise UserError(f"an image of {height}×{width} pixels does not divide into cells of {self.config.factor}.",
+                            f"Resize it so that both sides are multiples of {self.config.factor}.")
+        hidden = self.encoder(pixels.astype(self.config.dtype), _fold(key, 0))
+        return self.quant_conv(hidden).astype(jnp.float32)
+
+    def paint(self, latents: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Quantised latents [B, y, x, C] → float32 [B, height, width, out_ch], about [−1, 1], not clipped."""
+        hidden = self.post_quant_conv(latents.astype(self.config.dtype))
+        return self.decoder(hidden, _fold(key, 1)).astype(jnp.float32)
+
+
+def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, index)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check(condition: bool, name: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise UserError(f"image tokenizer option {name} = {value!r} is not possible.", f"It must be {wanted}.")
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(config: ImageTokenizerConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: ImageTokenizer(config, rngs=nnx.Rngs(0))))
+
+
+def module(config: ImageTokenizerConfig, params: Params) -> ImageTokenizer:
+    """The module that holds these parameters; cheap, meant for use inside `jax.jit`."""
+    return nnx.merge(_abstract(config)[0], params)
+
+
+def init_params(config: ImageTokenizerConfig, key: jax.Array) -> Params:
+    """Fresh parameters, a plain nested dict of arrays in `param_dtype`."""
+    return nnx.to_pure_dict(nnx.state(ImageTokenizer(config, rngs=nnx.Rngs(key))))
+
+
+def param_shapes(config: ImageTokenizerConfig) -> Params:
+    """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
+    return nnx.to_pure_dict(_abstract(config)[1])
+
+
+def param_axes(config: ImageTokenizerConfig) -> Params:
+    """The tree of `init_params` with each array's logical axes, a tuple of one name a dimension."""
+    return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda variable: variable.get_metadata("axes"))
+
+
+def nearest_codes(latents: jax.Array, codebook: jax.Array, chunk: int = CODEBOOK_CHUNK) -> jax.Array:
+    """Index of the code with the largest dot product (the first of equals), `chunk` codes scored at a time.
+
+    latents float32 [..., C], codebook float32 [N, C] → int32 [...].
+    """
+    count, width = codebook.shape
+    cells = latents.reshape(-1, width)
+    chunk = min(chunk, count)
+    chunks = -(-count // chunk)
+    codebook = jnp.pad(codebook, ((0, chunks * chunk - count), (0, 0))).reshape(chunks, chunk, width)
+    starts = jnp.arange(chunks, dtype=jnp.int32) * chunk
+
+    def score(best, block):
+        codes, start = block
+        scores = jnp.matmul(cells, codes.T, precision=jax.lax.Precision.HIGHEST)
+        scores = jnp.where((start + jnp.arange(chunk) < count)[None, :], scores, -jnp.inf)
+        index, value = jnp.argmax(scores, axis=1).astype(jnp.int32), jnp.max(scores, axis=1)
+        better = value > best[0]
+        return (jnp.where(better, value, best[0]), jnp.where(better, start + index, best[1])), None
+
+    empty = jnp.full(cells.shape[:1], -jnp.inf), jnp.zeros(cells.shape[:1], jnp.int32)
+    (_, codes), _ = jax.lax.scan(score, empty, (codebook, starts))
+    return codes.reshape(latents.shape[:-1])
+
+
+def encode(config: ImageTokenizerConfig, params: Params, pixels: jax.Array) -> jax.Array:
+    """pixels float [B, height, width, 3] in [−1, 1] → codes int32 [B, y, x]. UserError if a side does not divide."""
+    model = module(config, params)
+    return nearest_codes(model.latents(pixels), model.codebook)
+
+
+def decode(config: ImageTokenizerConfig, params: Params, codes: jax.Array) -> jax.Array:
+    """codes int [B, y, x] → float32 [B, height, width, 3], about [−1, 1], not clipped."""
+    model = module(config, params)
+    return model.paint(model.codebook[codes])
+
+
+def _index_backpropagation(
+    cells: jax.Array, codebook: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """cells [n, C] → straight-through codes z_q [n, C], indices [n], summed softmax [N] and summed entropy."""
+    scores = jnp.matmul(cells, codebook.T, precision=jax.lax.Precision.HIGHEST)
+    index = jnp.argmax(scores, axis=1)
+    soft = jax.nn.softmax(scores, axis=1)
+    one_hot = jax.nn.one_hot(index, codebook.shape[0]) + (soft - jax.lax.stop_gradient(soft))
+    log_p = jax.nn.log_softmax(scores / temperature, axis=1)
+    p = jnp.exp(log_p)
+    return jnp.matmul(one_hot, codebook), index.astype(jnp.int32), jnp.sum(p, axis=0), -jnp.sum(p * log_p)
+
+
+def quantise(config: ImageTokenizerConfig, codebook: jax.Array, latents: jax.Array) -> tuple[jax.Array, TokenizerAux]:
+    """Index backpropagation: latents float32 [B, y, x, C] → straight-through codes [B, y, x, C] and the loss terms.
+
+    The table of cells × codes is held `SCORES_AT_A_TIME` entries at a time and recomputed in the backward pass.
+    """
+    cells = latents.reshape(-1, latents.shape[-1])
+    count, codes = cells.shape[0], codebook.shape[0]
+    parts = next(n for n in range(1, count + 1) if count % n == 0 and (count // n * codes <= SCORES_AT_A_TIME or n == count))
+    assign = functools.partial(_index_backpropagation, codebook=codebook, temperature=config.entropy_temperature)
+    if parts == 1:
+        z_q, index, p_sum, entropy = assign(cells)
+    else:
+        z_q, index, p_sum, entropy = jax.lax.map(jax.checkpoint(assign), cells.reshape(parts, count // parts, -1))
+        z_q, index, p_sum, entropy = z_q.reshape(cells.shape), index.reshape(count), p_sum.sum(0), entropy.sum()
+    hard, fixed = codebook[index], jax.lax.stop_gradient
+    loss = jnp.mean(jnp.square(z_q - cells)) + jnp.mean(jnp.square(fixed(hard) - cells))
+    loss = loss + config.beta * jnp.mean(jnp.square(hard - fixed(cells)))
+    p_mean = p_sum / count
+    batch_entropy = -jnp.sum(p_mean * jnp.log(jnp.maximum(p_mean, 1e-30)))
+    counts = jnp.zeros(codes, jnp.int32).at[index].add(1)
+    aux = TokenizerAux(loss, entropy / count, batch_entropy, counts, index.reshape(latents.shape[:-1]))
+    return z_q.reshape(latents.shape), aux
+
+
+def train_forward(
+    config: ImageTokenizerConfig, params: Params, pixels: jax.Array, *, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, TokenizerAux]:
+    """pixels float [B, height, width, 3] in [−1, 1] → reconstruction of the same shape (not clipped) and `TokenizerAux`."""
+    model = module(config, params)
+    quantised, aux = quantise(config, model.codebook, model.latents(pixels, dropout_key))
+    return model.paint(quantised, dropout_key), aux
+
+
+def pixels_to_unit(pixels: jax.Array) -> jax.Array:
+    """uint8 in 0…255 → float32 in [−1, 1]."""
+    return pixels.astype(jnp.float32) / 127.5 - 1.0
+
+
+def unit_to_pixels(unit: jax.Array) -> jax.Array:
+    """float in about [−1, 1] → uint8, clipped and rounded."""
+    return jnp.round((jnp.clip(unit, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

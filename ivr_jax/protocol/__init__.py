@@ -1,0 +1,16 @@
+"""The token language: how a trajectory is written as tokens, and which token sequences are trajectories.
+
+    vocabulary.py   which id means what (the Emu3.5 table, and the micro table built the same way)
+    text.py         text <-> ids
+    markers.py      the fixed strings of an answer
+    grammar.py      one table-driven automaton: constrained decoding, the format reward and the parser all use it
+    codec.py        sample -> prompt tokens, trajectory <-> answer tokens, segments and the selective loss mask
+
+An answer stands between `<|extra_100|>` (BSS) and EOS:
+
+    answer   = draw evaluate ( reflect draw evaluate )*  |  draw evaluate ( step draw evaluate )+
+    draw     = BOI h "*" w IMG  row EOL row ... row  EOI
+    evaluate = "<Evaluate>" four axes, each "pass: reason" or "fail: reason" "</Evaluate>"
+    reflect  = "<Failure Analysis>" text "</Failure Analysis>" "<Improvement Plan>" text "</Improvement Plan>"
+    step     = "<Step k>" text "</Step k>"                                        k = 2, 3, ...
+"""

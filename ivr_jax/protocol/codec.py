@@ -1,0 +1,271 @@
+"""Samples and trajectories <-> tokens, with the segment map and the selective loss mask.
+
+Worked example at micro size (4x4 latent cells, one reference; `[..]` is one token or a run of one kind):
+
+    [BOS][system][BOI]4*4[IMG][16 cells, 3 EOL][EOI][question][ASSISTANT][BSS]          prompt, never carries loss
+    [BOI]4*4[IMG][..][EOI]                      G1
+    [<Evaluate>][\\nInstruction: ][fail: ][wrong at b2] ... [</Evaluate>]                E1
+    [<Step 2>][put a red circle at b2][</Step 2>]                                        S2
+    [BOI]4*4[IMG][..][EOI]                      G2
+    [<Evaluate>] ... [</Evaluate>]              E2
+    [EOS]                                       belongs to the last evaluation
+
+Loss (paper, section on supervised fine-tuning): direct G1 E1; reflection E_{K-1} R_{K-1} G_K E_K; multi-step E1 and
+every S_i G_i E_i.  A failed image is never a target, so a lone G1 that failed its evaluation (training data for
+evaluation alone) carries loss on E1 only, and not on EOS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ivr_jax.errors import UserError
+from ivr_jax.protocol import grammar as grammar_lib
+from ivr_jax.protocol import markers
+from ivr_jax.protocol.text import TextTokenizer
+from ivr_jax.protocol.vocabulary import Vocabulary
+from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
+
+Codes = Mapping[str, np.ndarray]  # image name -> int [rows, columns] codes of the image tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Tokens [start, end) of an answer are `part` (G, E, R, S) of `round`, and carry loss or not."""
+
+    part: str
+    round: int
+    start: int
+    end: int
+    loss: bool
+
+    @property
+    def name(self) -> str:
+        """As in the paper: G1 E1 R1 G2 ...; the reflection that leads to round k + 1 is R_k."""
+        return f"{self.part}{self.round - 1 if self.part == 'R' else self.round}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A trajectory as tokens: `tokens` int32 [T] (prompt then answer), `answer_start`, and the answer's segments."""
+
+    tokens: np.ndarray
+    answer_start: int
+    segments: tuple[Segment, ...]
+
+    def loss_mask(self) -> np.ndarray:
+        """bool [T]: True where the token is a target."""
+        mask = np.zeros(len(self.tokens), bool)
+        for segment in self.segments:
+            if segment.loss:
+                mask[self.answer_start + segment.start : self.answer_start + segment.end] = True
+        return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedAnswer:
+    """An answer read back: its trajectory, the codes of its images (names "G1", "G2", ...) and its segments."""
+
+    trajectory: Trajectory
+    codes: dict[str, np.ndarray]
+    segments: tuple[Segment, ...]
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def encode_image(tokenizer: TextTokenizer, codes: np.ndarray) -> list[int]:
+    """Codes int [rows, columns] -> BOI "h*w" IMG row EOL row ... row EOI.  Raises UserError for codes out of range."""
+    vocab = tokenizer.vocab
+    if codes.ndim != 2 or 0 in codes.shape or codes.min() < 0 or codes.max() >= vocab.visual_size:
+        raise UserError(f"image codes of shape {codes.shape} do not fit a vocabulary of {vocab.visual_size} visual tokens.",
+                        "Use the image tokenizer that the vocabulary was made for.")
+    rows = (codes + vocab.visual_start).tolist()
+    grid = [token for row in rows for token in (*row, vocab.eol)][:-1]
+    size = [tokenizer.encode(character)[0] for character in f"{codes.shape[0]}*{codes.shape[1]}"]
+    return [vocab.boi, *size, vocab.img, *grid, vocab.eoi]
+
+
+def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int]) -> np.ndarray:
+    """The inverse of `encode_image`: int32 [rows, columns].  Raises UserError naming position and reason."""
+    vocab = tokenizer.vocab
+    tokens = np.asarray(tokens)
+
+    def bad(position: int, reason: str) -> UserError:
+        return UserError(f"image block does not parse at token {position}: {reason}.", "Draw the image again.")
+
+    if len(tokens) == 0 or tokens[0] != vocab.boi:
+        raise bad(0, "it does not begin with BOI")
+    start = np.flatnonzero(tokens == vocab.img)
+    if len(start) != 1:
+        raise bad(len(tokens), f"{len(start)} IMG tokens, not one")
+    size = tokenizer.decode([t for t in tokens[1 : start[0]] if t < vocab.text_size]).split("*")
+    if len(size) != 2 or not all(s.isascii() and s.isdigit() and 0 < int(s) < 10_000 for s in size):
+        raise bad(1, "the size is not height*width in latent cells")
+    rows, columns = map(int, size)
+    first = int(start[0]) + 1
+    expected = first + rows * (columns + 1)
+    if len(tokens) != expected or tokens[-1] != vocab.eoi:
+        raise bad(min(len(tokens), expected) - 1, f"{rows}*{columns} cells need {expected} tokens that end in EOI, not {len(tokens)}")
+    grid = np.append(tokens[first:-1], vocab.eol).reshape(rows, columns + 1)
+    wrong = (grid[:, -1:] != vocab.eol) | (grid[:, :-1] < vocab.visual_start) | (grid[:, :-1] >= vocab.size)
+    if wrong.any():
+        raise bad(first + int(np.flatnonzero(np.pad(wrong, ((0, 0), (0, 1))))[0]), "a visual token or an EOL is out of place")
+    return (grid[:, :-1] - vocab.visual_start).astype(np.int32)
+
+
+# -- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: TextTokenizer, sample: Sample, codes: Codes) -> list[int]:
+    """BOS, the template of the sample's task with its references and question, BSS."""
+    question = markers.check_user_text(sample.prompt, f"the prompt of sample {sample.key!r}")
+    return _template(tokenizer, markers.SYSTEM[sample.task], sample.sources, codes, question)
+
+
+def encode_unconditional_prompt(tokenizer: TextTokenizer, sample: Sample, codes: Codes) -> list[int]:
+    """The prompt of classifier-free guidance: references kept, task and question dropped."""
+    return _template(tokenizer, markers.SYSTEM_UNCONDITIONAL, sample.sources, codes, "")
+
+
+def _template(tokenizer: TextTokenizer, system: str, sources: Sequence[str], codes: Codes, question: str) -> list[int]:
+    images = [token for name in sources for token in encode_image(tokenizer, codes[name])]
+    text = tokenizer.encode(question) + list(tokenizer.marker(markers.ASSISTANT))
+    return [tokenizer.vocab.bos, *tokenizer.marker(system), *images, *text, tokenizer.vocab.bss]
+
+
+# -- answers --------------------------------------------------------------------------------------------------------------
+
+
+def loss_parts(trajectory: Trajectory) -> set[tuple[str, int]]:
+    """The (part, round) pairs that carry loss: the selected subset O of the paper."""
+    last = len(trajectory.rounds)
+    if trajectory.mode is Mode.MULTI_STEP:
+        later = {(part, k) for part in "SGE" for k in range(2, last + 1)}
+        return {("E", 1)} | later
+    parts = {("G", last), ("E", last)} if trajectory.rounds[-1].evaluation.passed else {("E", last)}
+    if trajectory.mode is Mode.REFLECTION:
+        parts |= {("E", last - 1), ("R", last)}
+    return parts
+
+
+def encode_answer(tokenizer: TextTokenizer, trajectory: Trajectory, codes: Codes) -> tuple[list[int], tuple[Segment, ...]]:
+    """Answer tokens, EOS included, and their segments.  Raises UserError for a text that would end itself early."""
+    tokens: list[int] = []
+    segments: list[Segment] = []
+    selected = loss_parts(trajectory)
+
+    def add(part: str, round_: int, ids: Sequence[int]) -> None:
+        segments.append(Segment(part, round_, len(tokens), len(tokens) + len(ids), (part, round_) in selected))
+        tokens.extend(ids)
+
+    for k, round_ in enumerate(trajectory.rounds, 1):
+        if isinstance(round_.cause, Reflection):
+            add("R", k, _encode_reflection(tokenizer, round_.cause))
+        elif isinstance(round_.cause, Step):
+            text = _free_text(tokenizer, round_.cause.instruction, markers.STEP_CLOSE[k])
+            add("S", k, [*tokenizer.marker(markers.STEP_OPEN[k]), *text])
+        add("G", k, encode_image(tokenizer, np.asarray(codes[round_.image])))
+        add("E", k, _encode_evaluation(tokenizer, round_.evaluation))
+    ends_well = trajectory.rounds[-1].evaluation.passed
+    last = segments[-1]
+    if ends_well:
+        segments[-1] = dataclasses.replace(last, end=last.end + 1)
+    tokens.append(tokenizer.vocab.eos)
+    return tokens, tuple(segments)
+
+
+def encode_trajectory(tokenizer: TextTokenizer, trajectory: Trajectory, codes: Codes) -> Encoded:
+    """Prompt and answer.  `codes` holds the codes of every source and drawn image."""
+    prompt = encode_prompt(tokenizer, trajectory.sample, codes)
+    answer, segments = encode_answer(tokenizer, trajectory, codes)
+    return Encoded(np.array(prompt + answer, np.int32), len(prompt), segments)
+
+
+def _encode_evaluation(tokenizer: TextTokenizer, evaluation: Evaluation) -> list[int]:
+    ids = [*tokenizer.marker(markers.EVALUATE_OPEN), *tokenizer.marker(markers.AXIS[AXES[0]])]
+    closes = [*(markers.AXIS[axis] for axis in AXES[1:]), markers.EVALUATE_CLOSE]
+    for verdict, close in zip(evaluation.axes, closes):
+        ids += tokenizer.marker(markers.PASS if verdict.passed else markers.FAIL)
+        ids += _free_text(tokenizer, verdict.reason, close)
+    return ids
+
+
+def _encode_reflection(tokenizer: TextTokenizer, reflection: Reflection) -> list[int]:
+    return [*tokenizer.marker(markers.ANALYSIS_OPEN), *_free_text(tokenizer, reflection.failure_analysis, markers.ANALYSIS_CLOSE),
+            *tokenizer.marker(markers.PLAN_OPEN), *_free_text(tokenizer, reflection.improvement_plan, markers.PLAN_CLOSE)]
+
+
+def _free_text(tokenizer: TextTokenizer, text: str, close: str) -> list[int]:
+    """A text and its closing marker; the marker must not stand in the text itself, and the text must not begin blank."""
+    markers.check_user_text(text, f"the text {text[:60]!r} of a trajectory")
+    ids, marker = tokenizer.encode(text), list(tokenizer.marker(close))
+    first = next((i for i in range(len(ids) + 1) if (ids + marker)[i : i + len(marker)] == marker), 0)
+    if first != len(ids) or tokenizer.is_blank(ids[0]):
+        raise UserError(f"the text {text[:60]!r} holds the marker {close!r} that ends it, or begins with white space.", "Rewrite the text.")
+    return ids + marker
+
+
+def parse_answer(grammar: grammar_lib.Grammar, sample: Sample, tokens: np.ndarray, nodes: np.ndarray | None = None) -> ParsedAnswer:
+    """Reads an answer (int [T], up to and including EOS) back into a trajectory.
+
+    `nodes` are the automaton's nodes before each token (`Grammar.run`, or what the sampler recorded); computed when
+    not given.  Raises UserError with the position when the grammar does not accept the tokens.
+    """
+    tokens = np.asarray(tokens)
+    if nodes is None:
+        nodes = grammar.run(tokens[None])[0]
+    if nodes[len(tokens)] != grammar_lib.ACCEPT or (nodes[: len(tokens)] <= grammar_lib.ACCEPT).any():
+        wrong = np.flatnonzero(nodes <= grammar_lib.ACCEPT)
+        position = int(wrong[0]) - 1 if len(wrong) else len(tokens)
+        raise UserError(f"the answer is not well-formed at token {position} of {len(tokens)}.", "It ends too early, or leaves the grammar.")
+    runs = _runs(grammar, nodes[: len(tokens)])
+    tokenizer, fields = grammar.tokenizer, {}
+    codes: dict[str, np.ndarray] = {}
+    for slot, start, end in runs:
+        key = (slot.part, slot.round, slot.field)
+        if slot.part == "G":
+            codes[f"G{slot.round}"] = decode_image(tokenizer, tokens[start:end])
+        elif slot.field.endswith(".verdict"):
+            fields[key] = tuple(tokens[start:end]) == tokenizer.marker(markers.PASS)
+        elif slot.marker:
+            fields[key] = tokenizer.decode(tokens[start : end - len(tokenizer.marker(slot.marker))])
+    rounds = []
+    for k in range(1, len(codes) + 1):
+        axes = (AxisVerdict(fields["E", k, f"{axis}.verdict"], fields["E", k, f"{axis}.reason"]) for axis in AXES)
+        cause: Reflection | Step | None = None
+        if ("S", k, "instruction") in fields:
+            cause = Step(fields["S", k, "instruction"])
+        elif ("R", k, "improvement_plan") in fields:
+            cause = Reflection(fields["R", k, "failure_analysis"], fields["R", k, "improvement_plan"])
+        rounds.append(Round(cause, f"G{k}", Evaluation(*axes)))
+    trajectory = Trajectory(sample, tuple(rounds))
+    return ParsedAnswer(trajectory, codes, _segments(runs, trajectory))
+
+
+def _runs(grammar: grammar_lib.Grammar, nodes: np.ndarray) -> list[tuple[grammar_lib.Slot, int, int]]:
+    """Maximal runs of one slot: (slot, start, end)."""
+    slots = grammar.slot_of[nodes]
+    starts = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist()]
+    return [(grammar.slots[slots[a]], a, b) for a, b in zip(starts, [*starts[1:], len(nodes)])]
+
+
+def _segments(runs: Sequence[tuple[grammar_lib.Slot, int, int]], trajectory: Trajectory) -> tuple[Segment, ...]:
+    """Runs joined to G, E, R, S; the tokens that choose how to go on belong to what they open, EOS to the last E."""
+    selected, segments, pending = loss_parts(trajectory), [], None
+    for slot, start, end in runs:
+        if not slot.part:
+            pending = start if pending is None else pending
+            continue
+        if segments and (segments[-1].part, segments[-1].round) == (slot.part, slot.round):
+            segments[-1] = dataclasses.replace(segments[-1], end=end)
+        else:
+            begin = start if pending is None else pending
+            segments.append(Segment(slot.part, slot.round, begin, end, (slot.part, slot.round) in selected))
+        pending = None
+    if trajectory.rounds[-1].evaluation.passed and pending is not None:
+        segments[-1] = dataclasses.replace(segments[-1], end=runs[-1][2])
+    return tuple(segments)

@@ -1,0 +1,146 @@
+"""From samples to parsed answers: encode prompts, draw, parse, decode the images.
+
+Used by RL, evaluation, construction and `generate` alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from ivr_jax.construct.interfaces import Images
+from ivr_jax.errors import UserError
+from ivr_jax.images import image_name
+from ivr_jax.protocol import codec
+from ivr_jax.protocol.grammar import ACCEPT, Grammar
+from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.sampler import Samples, pad_prompts, sample
+from ivr_jax.system import System
+from ivr_jax.trajectory import Sample, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One parsed answer: image names are content hashes, `images` holds sources and drawn images."""
+
+    trajectory: Trajectory
+    images: dict[str, np.ndarray]
+    segments: tuple[codec.Segment, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """`group` answers to each of P prompts, groups adjacent; None where an answer is not well-formed.
+
+    `errors[i]` says why.  `samples` holds numpy arrays (see `sampler.Samples`); prompts int32 [P, T], right-padded.
+    """
+
+    prompts: np.ndarray
+    prompt_lengths: np.ndarray
+    samples: Samples
+    answers: tuple[Answer | None, ...]
+    errors: tuple[str, ...]
+    group: int
+
+    @property
+    def total_lengths(self) -> np.ndarray:
+        """int32 [P * group]: prompt and answer tokens."""
+        return np.repeat(self.prompt_lengths, self.group) + self.samples.lengths
+
+    def prompt(self, row: int) -> np.ndarray:
+        """Prompt tokens of answer `row`, without padding."""
+        return self.prompts[row // self.group, : self.prompt_lengths[row // self.group]]
+
+    def answer_tokens(self, row: int) -> np.ndarray:
+        """Answer tokens of `row`, EOS included."""
+        return self.samples.tokens[row, : self.samples.lengths[row]]
+
+    def judgeable(self) -> list[tuple[Trajectory, Images] | None]:
+        """What the judge needs of each answer."""
+        return [(a.trajectory, a.images) if a else None for a in self.answers]
+
+
+def roll_out(system: System, grammar: Grammar, samples: Sequence[Sample], images: Sequence[Images], key: jax.Array, answer_length: int,
+             options: SamplingOptions | None = None, group: int = 1, size: tuple[int, int] | None = None,
+             strict: Grammar | None = None) -> Rollout:
+    """Draws and parses `group` answers to each sample.
+
+    Args:
+      images: pixels of each sample's sources, by name; sides must be multiples of the tokenizer's factor.
+      size: latent rows and columns of every drawn image; by default those of the first source, or of the image
+        tokenizer's training resolution without one.  All samples of a call must agree.
+      strict: a grammar that an answer must also satisfy to count as well-formed.
+    """
+    options = options or SamplingOptions()
+    tokenizer = system.tokenizer
+    names = list(dict.fromkeys((i, name) for i, s in enumerate(samples) for name in s.sources))
+    codes = dict(zip(names, system.codec.encode([images[i][name] for i, name in names])))
+    per_sample = [{name: codes[i, name] for name in s.sources} for i, s in enumerate(samples)]
+    size = size or _size(system, samples, per_sample)
+    pad = tokenizer.vocab.pad
+    prompts, lengths = pad_prompts([codec.encode_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample)], pad)
+    free = None
+    if options.guidance != 1.0:
+        free = pad_prompts([codec.encode_unconditional_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample)], pad)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples) * group))
+    drawn = sample(system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group, free)
+    drawn = Samples(*map(np.asarray, drawn))
+    answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
+    return Rollout(prompts, lengths, drawn, answers, errors, group)
+
+
+def _size(system: System, samples: Sequence[Sample], codes: Sequence[Mapping[str, np.ndarray]]) -> tuple[int, int]:
+    default = system.codec.config.resolution // system.codec.config.factor
+    sizes = {c[s.sources[0]].shape if s.sources else (default, default) for s, c in zip(samples, codes)}
+    if len(sizes) != 1:
+        raise UserError(f"one batch asks for images of different sizes {sorted(sizes)}.", "Answer them in separate batches.")
+    return next(iter(sizes))
+
+
+def _parse(system: System, grammar: Grammar, samples: Sequence[Sample], images: Sequence[Images], drawn: Samples, group: int,
+           size: tuple[int, int], strict: Grammar | None) -> tuple[tuple[Answer | None, ...], tuple[str, ...]]:
+    count = len(drawn.lengths)
+    well_formed = np.ones(count, bool)
+    if strict is not None and strict.options != grammar.options:
+        nodes = strict.run(drawn.tokens, np.full(count, size[0]), np.full(count, size[1]))
+        well_formed = nodes[np.arange(count), drawn.lengths] == ACCEPT
+    parsed: list[codec.ParsedAnswer | None] = []
+    errors = []
+    for row in range(count):
+        length = drawn.lengths[row]
+        try:
+            if not well_formed[row]:
+                raise UserError("the answer does not go on as its verdict says.")
+            parsed.append(codec.parse_answer(grammar, samples[row // group], drawn.tokens[row, :length], drawn.nodes[row, : length + 1]))
+            errors.append("")
+        except UserError as error:
+            parsed.append(None)
+            errors.append(str(error))
+    pixels = iter(system.codec.decode([grid for p in parsed if p for grid in p.codes.values()]))
+    answers = []
+    for row, answer in enumerate(parsed):
+        if answer is None:
+            answers.append(None)
+            continue
+        drawn_images = {name: next(pixels) for name in answer.codes}
+        renamed = {name: image_name(x) for name, x in drawn_images.items()}
+        rounds = tuple(dataclasses.replace(r, image=renamed[r.image]) for r in answer.trajectory.rounds)
+        held = {**images[row // group], **{renamed[name]: x for name, x in drawn_images.items()}}
+        answers.append(Answer(dataclasses.replace(answer.trajectory, rounds=rounds), held, answer.segments))
+    return tuple(answers), tuple(errors)
+
+
+def draw_first_images(system: System, samples: Sequence[Sample], images: Sequence[Images], key: jax.Array,
+                      options: SamplingOptions | None = None) -> list[np.ndarray]:
+    """`G1` alone, uint8 [height, width, 3] for each sample: drawing stops when the first image is complete."""
+    grammar = Grammar(system.tokenizer)
+    codes = [dict(zip(s.sources, system.codec.encode([held[name] for name in s.sources]))) for s, held in zip(samples, images)]
+    rows, columns = _size(system, samples, codes)
+    length = len(codec.encode_image(system.tokenizer, np.zeros((rows, columns), np.int32)))
+    prompts, lengths = pad_prompts([codec.encode_prompt(system.tokenizer, s, c) for s, c in zip(samples, codes)], system.tokenizer.vocab.pad)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples)))
+    drawn = sample(system.config, system.params, grammar, prompts, lengths, (rows, columns), keys, length, options)
+    return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in np.asarray(drawn.tokens)])

@@ -1,0 +1,120 @@
+"""A model with everything it needs to read and write: backbone, text tokenizer, image tokenizer.
+
+A backbone checkpoint's metadata names its vocabulary and where its image tokenizer is, so one path is enough:
+
+    system = load("runs/demo/rl")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone, image_tokenizer
+from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.models.image_codec import ImageCodec
+from ivr_jax.protocol.text import PhraseTokenizer, TextTokenizer
+from ivr_jax.training import checkpoint
+from ivr_jax.world.language import PHRASES
+
+BACKBONE, IMAGE_TOKENIZER = "backbone", "image_tokenizer"
+
+
+@dataclasses.dataclass
+class System:
+    """One model ready for use.  `params` is the backbone's pytree; `meta` its checkpoint's metadata."""
+
+    config: BackboneConfig
+    params: Any
+    tokenizer: TextTokenizer
+    codec: ImageCodec
+    meta: dict[str, Any]
+
+
+def text_tokenizer(kind: str, visual_size: int) -> TextTokenizer:
+    """The text tokenizer named in a config: "micro" is the micro-world's phrase list."""
+    if kind == "micro":
+        return PhraseTokenizer(PHRASES, visual_size)
+    raise UserError(f"unknown text tokenizer {kind!r}.", 'Use "micro".')
+
+
+def load_image_codec(path: str | os.PathLike) -> ImageCodec:
+    """The image tokenizer trained in workdir `path`."""
+    if not path:
+        raise UserError("no image tokenizer was named.", "Give --config.image_tokenizer=WORKDIR of an image_tokenizer run.")
+    meta = checkpoint.read_meta(path)
+    if meta.get("kind") != IMAGE_TOKENIZER:
+        raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not an image tokenizer.",
+                        "Name the workdir of an image_tokenizer run.")
+    config = image_tokenizer.ImageTokenizerConfig(**_tuples(meta["model"]))
+    like = jax.eval_shape(lambda: image_tokenizer.init_params(config, jax.random.key(0)))
+    params, _ = checkpoint.read_params(path, IMAGE_TOKENIZER, like)
+    return ImageCodec(config, params)
+
+
+def load(path: str | os.PathLike, image_tokenizer_path: str | os.PathLike | None = None, codec: ImageCodec | None = None) -> System:
+    """The system of the backbone checkpoint at `path` (see `checkpoint.resolve`).
+
+    Args:
+      image_tokenizer_path: where its image tokenizer is now, if it was moved.
+      codec: an image tokenizer already loaded.
+    """
+    meta = checkpoint.read_meta(path)
+    if meta.get("kind") != BACKBONE:
+        raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not a backbone.", "Name the workdir of an sft or rl run.")
+    codec = codec or load_image_codec(image_tokenizer_path or _nearby(path, meta["image_tokenizer"]))
+    if meta["image_tokenizer_fingerprint"] != fingerprint(codec.params):
+        raise UserError(f"{str(path)!r} was trained with another image tokenizer.", "Name the right one with --image_tokenizer=WORKDIR.")
+    tokenizer = text_tokenizer(meta["text_tokenizer"], codec.config.n_embed)
+    check_vocabulary(tokenizer, meta, path)
+    config = BackboneConfig(**_tuples(meta["model"]))
+    like = jax.eval_shape(lambda: backbone.init_params(config, jax.random.key(0)))
+    params, meta = checkpoint.read_params(path, BACKBONE, like)
+    return System(config, params, tokenizer, codec, meta)
+
+
+def backbone_meta(config: BackboneConfig, tokenizer_kind: str, tokenizer: TextTokenizer, image_tokenizer_path: str | os.PathLike,
+                  codec: ImageCodec, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a backbone checkpoint: what `load` needs, and the run's config for the record."""
+    return {"kind": BACKBONE, "model": dataclasses.asdict(config), "text_tokenizer": tokenizer_kind,
+            "vocabulary": tokenizer.fingerprint, "image_tokenizer": os.path.abspath(image_tokenizer_path),
+            "image_tokenizer_fingerprint": fingerprint(codec.params), "run": dict(run)}
+
+
+def check_vocabulary(tokenizer: TextTokenizer, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Raises UserError when the checkpoint's token ids mean something else here."""
+    if meta["vocabulary"] != tokenizer.fingerprint:
+        raise UserError(f"the checkpoint {str(path)!r} was made with another vocabulary.", "Train it again with this version of the program.")
+
+
+def fingerprint(params: Any) -> str:
+    """A short hash of a parameter pytree's values."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _nearby(path: str | os.PathLike, recorded: str) -> pathlib.Path:
+    """The recorded image tokenizer, or the folder of that name beside the run when the runs were moved together."""
+    recorded_path = pathlib.Path(recorded)
+    if recorded_path.exists():
+        return recorded_path
+    folder = checkpoint.resolve(path)
+    run = folder.parent.parent if folder.parent.name == checkpoint.FOLDER else folder
+    beside = run.parent / recorded_path.name
+    if beside.exists():
+        return beside
+    raise UserError(f"the image tokenizer {recorded!r} of checkpoint {str(path)!r} is not there.", "Name it with --image_tokenizer=WORKDIR.")
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,0 +1,106 @@
+"""Orbax checkpoints: `<workdir>/checkpoints/<step>/` with state, data iterator and metadata.
+
+`meta` says what the parameters are (kind, model config, vocabulary, the run's config), so that a checkpoint can be
+used without the config file that made it.  Only committed steps are ever seen: Orbax writes under a temporary name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ivr_jax.errors import UserError
+
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint read back: the step it was taken at, state pytree, data iterator state and metadata."""
+
+    step: int
+    state: Any
+    data: Any
+    meta: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores one run.  `keep` newest steps are kept (0 keeps all)."""
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
+
+    def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
+        """Starts an asynchronous save; `state` may be donated to the next step as soon as this returns."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"state": data}), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=args)
+
+    def restore(self, like: Any) -> Restored | None:
+        """The newest committed step, placed like `like` (arrays or ShapeDtypeStructs), or None."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
+        found = self._manager.restore(step, args=args)
+        return Restored(step, found.state, found.data["state"], found.meta)
+
+    def wait(self) -> None:
+        """Returns when every started save is committed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def resolve(path: str | os.PathLike) -> pathlib.Path:
+    """A run's workdir (its newest step), or one `checkpoints/<step>` folder -> that step's folder."""
+    path = pathlib.Path(path)
+    if path.is_dir() and (path / "meta").is_dir() and (path / "state").is_dir():
+        return path
+    folder = path / FOLDER
+    steps = sorted((int(p.name), p) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir()) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"no checkpoint in {str(path)!r}.", "Name a workdir of ivr_jax.train, or one of its checkpoints/<step> folders.")
+    return steps[-1][1]
+
+
+def read_meta(path: str | os.PathLike) -> dict[str, Any]:
+    """Metadata of the checkpoint at `path` (see `resolve`)."""
+    folder = resolve(path).absolute()
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder / "meta")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the checkpoint {str(folder)!r} is damaged ({type(error).__name__}).", "Use another step, or copy it again.") from error
+
+
+def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Parameters alone, placed like `like`, and the metadata.  Optimiser state is never read.
+
+    Raises UserError when the checkpoint is of another kind, or of other shapes than `like`.
+    """
+    folder = resolve(path).absolute()
+    meta = read_meta(folder)
+    if meta.get("kind") != kind:
+        raise UserError(f"{str(folder)!r} holds a checkpoint of kind {meta.get('kind')!r}, not {kind!r}.", "Name the run of the right stage.")
+    tree = {"params": jax.tree.map(_abstract, like)}
+    try:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True))
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(f"the parameters of {str(folder)!r} do not fit: {str(error).splitlines()[0][:200]}",
+                        "The checkpoint is damaged, or was made with another model config.") from error
+    return found["params"], meta
+
+
+def _abstract(value: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=getattr(value, "sharding", None))

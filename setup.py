@@ -1,0 +1,88 @@
+"""Packaging of ivr_jax; tool settings stand in pyproject.toml.
+
+The experiment files of `configs/` are installed as `ivr_jax/configs`, so that `--config=micro_sft` works without the
+source tree.  Lower bounds are the versions that the tests were run with.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+
+REQUIREMENTS = [
+    "absl-py>=2.5.1",
+    "array_record>=0.8.6",
+    "clu>=0.0.12",
+    "flax>=0.12.8",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "Jinja2>=3.1.6",
+    "matplotlib>=3.11.2",
+    "ml-collections>=1.1.0",
+    "numpy>=2.4.6",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "Pillow>=13.0.0",
+    "rich>=15.0.0",
+    "safetensors>=0.8.0",
+    "tensorboardX>=2.6.5",
+    "tensorflow-datasets>=4.9.10",  # reads ArrayRecord datasets; TensorFlow itself is never needed to train
+    "tiktoken>=0.14.0",
+    "tqdm>=4.70.1",
+    "transformers>=5.23.0",
+]
+TEST_REQUIREMENTS = [
+    "hypothesis>=6.170.15",
+    "pytest>=9.2.0",
+    "pytest-cov>=7.1.0",
+    "pytest-xdist>=3.8.0",
+    "ruff>=0.17.6,<0.18",  # a new minor version may bring new rules
+    "scikit-image>=0.26.0",  # ships the photographs that the tests train on
+    "torch==2.13.0",  # the independent implementation that exports are compared with; runs on a CPU
+]
+COMMANDS = {
+    "ivr-train": "ivr_jax.train",
+    "ivr-construct": "ivr_jax.construct.__main__",  # ivr_jax.construct is a package
+    "ivr-generate": "ivr_jax.generate",
+    "ivr-evaluate": "ivr_jax.evaluate",
+    "ivr-convert": "ivr_jax.convert",
+    "ivr-demo": "ivr_jax.demo",
+    "ivr-report": "ivr_jax.report",
+}
+
+
+def version() -> str:
+    """`__version__` of the package, read without importing it."""
+    source = (HERE / "ivr_jax" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE).group(1)
+
+
+setup(
+    name="ivr_jax",
+    version=version(),
+    description="Interleaved visual reasoning in JAX: one model that draws, judges what it drew, and draws again.",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["ivr_jax", "ivr_jax.*"]), "ivr_jax.configs"],
+    package_dir={"ivr_jax.configs": "configs"},
+    package_data={"ivr_jax.evaluation": ["templates/*"]},
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "test": TEST_REQUIREMENTS,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "gpu": ["jax[cuda13]>=0.10.2"],
+    },
+    entry_points={"console_scripts": [f"{name} = {module}:entry" for name, module in COMMANDS.items()]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

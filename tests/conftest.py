@@ -1,0 +1,27 @@
+"""One strict, repeatable session for all tests: CPU, no network, no display, no silent rank promotion.
+
+Compiled programs are kept under `.cache/` and shared with the processes that tests start.  The number of devices is
+left alone: a test of sharding starts its own process with as many as it needs.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+# Read by the libraries on import, and inherited by subprocesses.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The same examples every time; a slow machine is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("repeatable")

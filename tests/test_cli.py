@@ -1,0 +1,451 @@
+"""The command line as users meet it: configs, overrides, work directories, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags, logging
+
+from ivr_jax import cli, config
+from ivr_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY_CONFIG = '''
+"""A tiny experiment.
+
+Cost: nothing.
+"""
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config(word="plain"):
+    return ConfigDict({
+        "steps": 100, "name": word, "remat": True, "shape": (1, 2), "start": config_dict.placeholder(str),
+        "untyped": None, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.95)},
+    })
+'''
+
+TINY_MAIN = '''
+"""Adds up.
+
+    python tiny.py --config=tiny_config.py --workdir=runs/tiny
+"""
+from absl import flags, logging
+from ivr_jax import cli
+from ivr_jax.errors import UserError
+
+
+def add_flags(values):
+    flags.DEFINE_string("end", "well", "how to end: well, badly, bug, or interrupted", flag_values=values)
+
+
+def main(call):
+    logging.info("for information only")
+    logging.warning("worth a warning")
+    ends = {"badly": UserError("the well is\\ndry.", "Dig."), "bug": RuntimeError("ours")}
+    if call.flags.end == "interrupted":
+        raise KeyboardInterrupt
+    if call.flags.end in ends:
+        raise ends[call.flags.end]
+    (call.workdir / "out.txt").write_text(str(call.config.steps + 1))
+
+
+if __name__ == "__main__":
+    cli.run(main, config=True, add_flags=add_flags)
+'''
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> Path:
+    """A folder with a config and a command, made the current one."""
+    (tmp_path / "tiny_config.py").write_text(TINY_CONFIG)
+    (tmp_path / "tiny.py").write_text(TINY_MAIN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parsed(*argv: str) -> cli.Call:
+    return cli.parse(["tiny", "--config=tiny_config.py", *argv], config=True, workdir=False)
+
+
+def complaint(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parsed(*argv)
+    return str(caught.value)
+
+
+def start(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "tiny.py", *argv], cwd=folder, env=env, capture_output=True, text=True)
+
+
+# Overrides
+
+
+def test_overrides_replace_values_of_the_same_type(tiny):
+    call = parsed("--config.steps=5", "--config.optimizer.lr", "0.5", "--noconfig.remat", "--config.start=runs/base")
+    assert (call.config.steps, call.config.optimizer.lr) == (5, 0.5)
+    assert (call.config.remat, call.config.start, call.config.name) == (False, "runs/base", "plain")
+
+
+def test_tuples_are_overridden_whole_and_keep_the_type_of_their_elements(tiny):
+    call = parsed("--config.shape=(3, 4, 5)", "--config.optimizer.betas=0,1")
+    assert call.config.shape == (3, 4, 5)
+    assert call.config.optimizer.betas == (0.0, 1.0) and isinstance(call.config.optimizer.betas[0], float)
+
+
+def test_a_word_after_the_colon_goes_to_get_config(tiny):
+    assert cli.config_from_argv(["--config=tiny_config.py:fancy"]).name == "fancy"
+
+
+def test_config_from_argv_reads_like_a_command_line(tiny):
+    assert cli.config_from_argv(["--config", "tiny_config.py", "--config.steps=7"]).steps == 7
+
+
+def test_a_parsed_config_takes_no_new_keys(tiny):
+    with pytest.raises(AttributeError):
+        parsed().config.stepz = 1
+
+
+@pytest.mark.parametrize(("flag", "meant"), [
+    ("--config.stpes=3", "--config.steps?"),
+    ("--config.optimizer.lrr=3", "--config.optimizer.lr?"),
+    ("--config.optimiser.lr=3", "--config.optimizer.lr?"),
+    ("--config.lr=3", "--config.optimizer.lr?"),
+    ("--noconfig.remta", "--config.remat?"),
+])
+def test_an_unknown_key_is_an_error_that_names_the_likely_one(tiny, flag, meant):
+    message = complaint(flag)
+    assert "tiny_config.py has no key" in message and message.endswith(f"Did you mean {meant}")
+
+
+def test_an_unknown_key_like_no_other_lists_the_keys(tiny):
+    assert complaint("--config.optimizer.zzz=3").endswith("The keys here are: betas, lr.")
+
+
+@pytest.mark.parametrize(("flag", "says"), [
+    ("--config.steps=many", "`steps` takes an int, not 'many'. It is 100 in the config file."),
+    ("--config.steps=1.5", "`steps` takes an int, not '1.5'."),
+    ("--config.optimizer.lr=fast", "`optimizer.lr` takes a float, not 'fast'."),
+    ("--config.remat=perhaps", "`remat` takes a bool, not 'perhaps'."),
+    ("--config.shape=(1, 'a')", "`shape` takes a tuple of int, not (1, 'a')."),
+    ("--config.shape=(True, 1)", "`shape` takes a tuple of int"),
+    ("--config.optimizer={}", "`optimizer` is a section of tiny_config.py, not a value."),
+    ("--config.steps.x=1", "`steps` is a value, not a section"),
+    ("--config.untyped=1", "`untyped` of tiny_config.py holds None"),
+    ("--config.steps", "Missing value for flag --config.steps."),
+])
+def test_a_wrong_type_is_an_error_that_names_the_right_one(tiny, flag, says):
+    assert says in complaint(flag)
+
+
+# Flags
+
+
+def test_a_mistyped_flag_is_an_error_that_names_the_likely_one(tiny):
+    assert complaint("--wrkdir=x") == "unknown flag --wrkdir. Did you mean --workdir? See --help."
+
+
+def test_an_argument_that_is_no_flag_is_an_error(tiny):
+    assert "unexpected argument 'runs/x'" in complaint("runs/x")
+
+
+def test_a_command_without_a_config_says_so(tiny):
+    with pytest.raises(UserError, match="takes no --config"):
+        cli.parse(["tiny", "--config=tiny_config.py"], config=False, workdir=False)
+
+
+def test_a_command_with_a_config_asks_for_one_and_only_one(tiny):
+    with pytest.raises(UserError, match="no configuration was named"):
+        cli.parse(["tiny"], config=True, workdir=False)
+    assert "given 2 times" in complaint("--config=other.py")
+
+
+def test_a_command_that_writes_asks_for_a_work_directory(tiny):
+    with pytest.raises(UserError, match="no work directory was named. Add --workdir="):
+        cli.parse(["tiny", "--config=tiny_config.py"], config=True)
+
+
+def test_two_commands_may_use_the_same_flag_name_for_their_own_ends():
+    def add_text(values):
+        flags.DEFINE_string("size", "big", "a word", flag_values=values)
+
+    def add_number(values):
+        flags.DEFINE_integer("size", 3, "a number", flag_values=values)
+
+    assert cli.parse(["a"], config=False, workdir=False, add_flags=add_text).flags.size == "big"
+    assert cli.parse(["b", "--size=4"], config=False, workdir=False, add_flags=add_number).flags.size == 4
+    with pytest.raises(UserError, match="--size=x"):
+        cli.parse(["b", "--size=x"], config=False, workdir=False, add_flags=add_number)
+
+
+def test_bad_flags_leave_no_work_directory_behind(tiny):
+    complaint("--workdir=runs/new", "--config.stpes=1")
+    assert not (tiny / "runs").exists()
+
+
+def test_help_shows_the_commands_own_words_and_the_keys_of_a_config(tiny):
+    plain = start(tiny, "--help")
+    assert plain.returncode == 0 and plain.stderr == ""
+    assert plain.stdout.startswith("Adds up.\n\n    python tiny.py --config=tiny_config.py")
+    assert "--end=…" in plain.stdout and "(default: well)" in plain.stdout
+    assert "--pdb" not in plain.stdout, "absl's own flags would bury the command's"
+    described = start(tiny, "--config=tiny_config.py", "-h").stdout
+    assert "A tiny experiment." in described and "--config.optimizer.lr" in described and "0.001" in described
+
+
+# Config files
+
+
+def test_a_missing_config_file_is_an_error_that_names_the_likely_one(tiny, monkeypatch):
+    monkeypatch.setattr(config, "config_folders", lambda: [tiny])
+    assert config.config_names() == ["tiny", "tiny_config"]
+    with pytest.raises(UserError, match="no config file 'tiny_confg'. Did you mean --config=tiny_config?"):
+        config.load_config("tiny_confg")
+    with pytest.raises(UserError, match="no config file 'else/where.py'. Name a file, or one of: tiny, tiny_config."):
+        config.load_config("else/where.py")
+
+
+@pytest.mark.parametrize("name", ["micro_x", "micro_x.py", "configs/micro_x.py"])
+def test_bare_names_and_the_readmes_paths_find_installed_configs(tmp_path, monkeypatch, name):
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    (installed / "micro_x.py").write_text(TINY_CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "config_folders", lambda: [installed])
+    assert config.load_config(name).steps == 100
+
+
+def test_a_file_in_the_current_folder_comes_before_an_installed_one(tmp_path, monkeypatch):
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "x.py").write_text(TINY_CONFIG)
+    (tmp_path / "x.py").write_text(TINY_CONFIG.replace("100", "1"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "config_folders", lambda: [tmp_path / "installed"])
+    assert config.load_config("x.py").steps == 1
+
+
+def test_the_configs_of_a_checkout_are_found_beside_the_package():
+    assert config.config_folders()[0] == ROOT / "configs"
+
+
+def test_a_config_may_start_from_its_neighbour(tiny):
+    (tiny / "longer.py").write_text("from .tiny_config import get_config as tiny\n"
+                                    "def get_config():\n    c = tiny()\n    c.steps = 900\n    return c\n")
+    assert config.load_config("longer.py").steps == 900
+    assert config.load_config("tiny_config.py").steps == 100
+
+
+@pytest.mark.parametrize(("code", "says"), [
+    ("def get_config(:", "line 1: invalid syntax"),
+    ("\n\nimport no_such_module", "line 3: ModuleNotFoundError: No module named 'no_such_module'"),
+    ("def get_config():\n    return 1 / 0", "line 2: ZeroDivisionError"),
+    ("def get_config():\n    return {}", "get_config() returned a dict. Return an ml_collections.ConfigDict."),
+    ("steps = 3", "has no function get_config()"),
+    ("def get_config(word):\n    pass", "needs an argument"),
+    ("from ivr_jax.errors import UserError as E\ndef get_config():\n    raise E('no.', 'Yes.')", "broken.py: no. Yes."),
+])
+def test_a_broken_config_file_says_where(tiny, code, says):
+    (tiny / "broken.py").write_text(code)
+    with pytest.raises(UserError) as caught:
+        config.load_config("broken.py")
+    assert says in str(caught.value) and "broken.py" in str(caught.value)
+
+
+def test_a_word_for_a_config_that_takes_none_is_an_error(tiny):
+    (tiny / "fixed.py").write_text("def get_config():\n    pass")
+    with pytest.raises(UserError, match="takes no argument, but got 'big' after the colon"):
+        config.load_config("fixed.py:big")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What the tiny config's section describes."""
+
+    lr: float
+    betas: tuple[float, ...]
+
+
+def test_a_section_becomes_a_dataclass_only_when_every_field_is_there_and_no_other():
+    assert config.as_dataclass(Optimizer, {"lr": 0.1, "betas": [0.9, 0.95]}) == Optimizer(0.1, (0.9, 0.95))
+    with pytest.raises(UserError, match="section for Optimizer lacks, or should not have: betas, decay."):
+        config.as_dataclass(Optimizer, config.ConfigDict({"lr": 0.1, "decay": 0.0}))
+
+
+# Work directories
+
+
+def test_a_work_directory_is_made_with_its_parents(tiny):
+    assert parsed("--workdir=runs/a/b").workdir.is_dir()
+
+
+def test_a_work_directory_that_is_a_file_or_below_one_is_an_error(tiny):
+    assert "'tiny.py' is a file. Name a folder" in complaint("--workdir=tiny.py")
+    assert "cannot write to the work directory 'tiny.py/x': Not a directory." in complaint("--workdir=tiny.py/x")
+
+
+def test_a_work_directory_on_another_machine_is_an_error_and_not_a_strange_local_folder(tiny):
+    assert "Mount the bucket" in complaint("--workdir=gs://bucket/run")
+    assert not (tiny / "gs:").exists()
+
+
+def test_a_work_directory_without_permission_is_an_error(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)  # root may write anywhere; nobody may not
+    try:
+        with pytest.raises(UserError, match="cannot write to the work directory .*: Permission denied. Name a folder"):
+            cli.prepare_workdir(locked)
+    finally:
+        os.seteuid(was)
+
+
+# The config of a run
+
+
+def test_a_config_is_saved_as_json_and_read_back(tiny):
+    call = parsed("--workdir=run", "--config.steps=5")
+    config.claim_workdir(call.workdir, call.config, resuming=False)
+    assert json.loads((tiny / "run" / "config.json").read_text())["optimizer"] == {"lr": 1e-3, "betas": [0.9, 0.95]}
+    assert config.saved_config(call.workdir)["steps"] == 5
+    config.claim_workdir(call.workdir, call.config, resuming=True)
+    assert os.listdir(call.workdir) == ["config.json"], "nothing half-written stays behind"
+
+
+def test_a_checkpoint_of_another_config_is_an_error_that_lists_the_keys(tiny):
+    call = parsed("--workdir=run")
+    config.claim_workdir(call.workdir, call.config, resuming=False)
+    other = parsed("--config.optimizer.lr=1.0", "--config.shape=(1,)").config
+    with pytest.raises(UserError) as caught:
+        config.claim_workdir(call.workdir, other, resuming=True)
+    message = str(caught.value)
+    assert "optimizer.lr was 0.001, is 1.0" in message and "shape was [1, 2], is [1]" in message
+    assert "steps" not in message and "Use another --workdir" in message
+    assert config.saved_config(call.workdir)["optimizer"]["lr"] == 1e-3, "the run keeps its own config"
+
+
+def test_a_folder_without_a_checkpoint_may_change_its_config(tiny):
+    call = parsed("--workdir=run")
+    config.claim_workdir(call.workdir, call.config, resuming=False)
+    config.claim_workdir(call.workdir, parsed("--config.steps=9").config, resuming=False)
+    assert config.saved_config(call.workdir)["steps"] == 9
+
+
+def test_keys_and_sections_that_may_change_are_ignored_and_then_kept(tiny):
+    call = parsed("--workdir=run")
+    config.claim_workdir(call.workdir, call.config, resuming=False)
+    longer = parsed("--config.steps=200", "--config.optimizer.lr=0.5").config
+    config.claim_workdir(call.workdir, longer, resuming=True, ignore=("steps", "optimizer"))
+    assert config.saved_config(call.workdir)["steps"] == 200
+    with pytest.raises(UserError, match="step was absent, is 1"):
+        config.check_same_config({}, config.ConfigDict({"step": 1}), ignore=("ste", "steps"))
+
+
+def test_many_differences_are_cut_short():
+    with pytest.raises(UserError, match="; and 3 more"):
+        config.check_same_config({f"k{i}": 0 for i in range(8)}, config.ConfigDict({f"k{i}": 1 for i in range(8)}))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"])
+def test_a_damaged_saved_config_is_an_error(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="config.json.*Restore the file"):
+        config.claim_workdir(tmp_path, config.ConfigDict(), resuming=True)
+
+
+def test_a_checkpoint_without_its_config_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="holds a checkpoint, but no config.json"):
+        config.claim_workdir(tmp_path, config.ConfigDict(), resuming=True)
+
+
+def test_a_config_of_unplain_values_is_not_saved(tmp_path):
+    with pytest.raises(UserError, match="`a.b` holds a set"):
+        config.save_config(tmp_path, config.ConfigDict({"a": {"b": {1}}}))
+    assert os.listdir(tmp_path) == []
+
+
+# A whole command
+
+
+def test_a_command_succeeds_quietly_and_shows_more_when_asked(tiny):
+    done = start(tiny, "--config=tiny_config.py", "--config.steps=4", "--workdir=run")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert (tiny / "run" / "out.txt").read_text() == "5"
+    assert "worth a warning" in done.stderr and "for information only" not in done.stderr
+    loud = start(tiny, "--config=tiny_config.py", "--workdir=run", "--verbose")
+    assert loud.returncode == 0 and "for information only" in loud.stderr
+
+
+def run_in_process(tiny: Path, capsys, *argv: str) -> tuple[int, str]:
+    """Exit status and stderr of the tiny command, without a new process."""
+    sys.path.insert(0, str(tiny))
+    try:
+        module = importlib.import_module("tiny")
+        with pytest.raises(SystemExit) as exited:
+            cli.run(module.main, config=True, add_flags=module.add_flags, argv=["tiny", *argv])
+    finally:
+        sys.path.remove(str(tiny))
+        sys.modules.pop("tiny", None)
+        logging.use_python_logging(quiet=True)
+    return exited.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "line"), [
+    (["--config=tiny_config.py", "--workdir=run", "--end=badly"], "error: the well is dry. Dig."),
+    (["--config=tiny_config.py", "--workdir=tiny.py"], "error: the work directory 'tiny.py' is a file. Name a folder"),
+    (["--config=nowhere.py", "--workdir=run"], "error: there is no config file 'nowhere.py'."),
+    (["--config=tiny_config.py", "--workdir=run", "--config.x=1"], "error: tiny_config.py has no key `x`."),
+])
+def test_bad_input_ends_in_one_line_and_status_2(tiny, capsys, argv, line):
+    status, stderr = run_in_process(tiny, capsys, *argv)
+    errors = [text for text in stderr.splitlines() if "worth a warning" not in text]
+    assert status == 2 and len(errors) == 1 and errors[0].startswith(line)
+
+
+def test_an_interrupted_command_has_status_130(tiny, capsys):
+    status, stderr = run_in_process(tiny, capsys, "--config=tiny_config.py", "--workdir=run", "--end=interrupted")
+    assert status == 130 and stderr.splitlines()[-1] == "interrupted."
+
+
+def test_a_bug_keeps_its_traceback(tiny):
+    done = start(tiny, "--config=tiny_config.py", "--workdir=run", "--end=bug")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "RuntimeError: ours" in done.stderr
+
+
+# The compilation cache
+
+
+def cache_of(folder: Path, **env: str) -> str:
+    """What a fresh process with these variables ends up with as JAX's compilation cache."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMPILATION", "IVR_JAX"))}
+    code = ("from ivr_jax import cli; import jax; made = cli.enable_compilation_cache();"
+            "assert str(made) == str(jax.config.jax_compilation_cache_dir); print(made)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True,
+                          env={**clean, "PYTHONPATH": str(ROOT), "HOME": str(folder), **env})
+    return done.stdout.strip()
+
+
+def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
+    assert cache_of(tmp_path) == str(tmp_path / ".cache" / "ivr_jax" / "xla")
+    assert cache_of(tmp_path, IVR_JAX_CACHE=str(tmp_path / "mine")) == str(tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_without_a_usable_folder_nothing_is_kept_and_the_command_goes_on(tmp_path):
+    (tmp_path / "file").touch()
+    assert cache_of(tmp_path, IVR_JAX_CACHE="") == "None"
+    assert cache_of(tmp_path, IVR_JAX_CACHE=str(tmp_path / "file" / "x")) == "None"
+
+
+def test_a_cache_that_jax_was_told_of_stays(tmp_path):
+    assert cache_of(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax")) == str(tmp_path / "jax")
