@@ -103,7 +103,8 @@ def test_other_images_lend_objects_and_colours():
         Edit("copy", ref="b2", image=3, to="a2").apply(BOARD, references)
 
 
-@pytest.mark.parametrize("words", ["d1", "a4", "the cell left of a1", "the cell below c3", "the blue square", "the red cross"])
+@pytest.mark.parametrize("words", ["d1", "a4", "the cell left of a1", "the cell below c3", "the blue square",
+                                   "the red cross"])
 def test_a_reference_that_means_no_cell_or_several_is_an_error(words):
     with pytest.raises(EditError):
         resolve(words, BOARD)

@@ -53,7 +53,7 @@ def test_every_cell_is_one_tile():
 
 def test_level_0_is_crisp():
     scenes, images = gallery(0, 20)
-    assert len(np.unique(images.reshape(-1, 3), axis=0)) <= 8  # ground, line, ruler, ink, mark, three colours
+    assert len(np.unique(images.reshape(-1, 3), axis=0)) <= 11  # ground, three colours, seven tabs of the ruler
 
 
 def test_colours_and_shapes_of_level_0_are_far_apart():
@@ -64,7 +64,7 @@ def test_colours_and_shapes_of_level_0_are_far_apart():
 
 
 @given(st.integers(0, 3), st.integers(0, 2**20))
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_what_is_drawn_is_recognised(level, seed):
     scenes, images = gallery(level, 1, seed)
     assert read_scene(images[0], level) == (scenes[0], True)
@@ -111,7 +111,7 @@ def test_a_smeared_ruler_is_seen():
 
 
 def test_every_appearance_is_recognised():
-    for level in (2, 3):
+    for level in (1, 2):
         for index, appearance in enumerate(appearances(level)):
             rules = level_of(level)
             scene = Scene(rules.rows, rules.columns, rules.blank.cells, *appearance)

@@ -1,8 +1,8 @@
 """The decoder: Emu3.5's architecture (arXiv 2510.26583) at any size, one code for 1 M and 34 B parameters.
 
-Pre-norm decoder with RMSNorm on q and k before rotary positions, grouped kv heads, SwiGLU, no biases, an output matrix of
-its own.  Layers are stacked on a leading L axis and scanned.  The module is Flax NNX and used functionally: parameters live
-outside as a plain nested dict, and every function here takes them as an argument:
+Pre-norm decoder with RMSNorm on q and k before rotary positions, grouped kv heads, SwiGLU, no biases, an output matrix
+of its own.  Layers are stacked on a leading L axis and scanned.  The module is Flax NNX and used functionally:
+parameters live outside as a plain nested dict, and every function here takes them as an argument:
 
     params = init_params(config, key)
     hidden, _ = apply(config, params, tokens, positions, segment_ids)         training, packed rows
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ivr_jax import sharding
 from ivr_jax.models import layers
 from ivr_jax.models.backbone_config import BackboneConfig
 
@@ -58,14 +59,14 @@ class Attention(nnx.Module):
         """x [B, T, D] → q [B, T, H, h] and k, v [B, T, K, h]; q and k normalised, then rotated."""
         config, (batch, length, _) = self.config, x.shape
         shape = (batch, length, -1, config.head_dim)
-        q, k, v = ((x @ kernel[...].astype(x.dtype)).reshape(shape) for kernel in (self.q, self.k, self.v))
+        q, k, v = (layers.project(x, kernel[...]).reshape(shape) for kernel in (self.q, self.k, self.v))
         q = layers.rotate(layers.rms_norm(q, self.q_norm[...], config.rms_norm_eps), cos, sin)
         k = layers.rotate(layers.rms_norm(k, self.k_norm[...], config.rms_norm_eps), cos, sin)
         return q, k, v
 
     def output(self, mixed: jax.Array) -> jax.Array:
         """mixed [B, T, H, h] → [B, T, D]."""
-        return mixed.reshape(*mixed.shape[:2], -1) @ self.o[...].astype(mixed.dtype)
+        return layers.project(mixed.reshape(*mixed.shape[:2], -1), self.o[...])
 
 
 class Mlp(nnx.Module):
@@ -80,8 +81,8 @@ class Mlp(nnx.Module):
         self.down = new((count, inner, width), ("layers", "mlp", "embed"), back)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = x @ self.gate[...].astype(x.dtype), x @ self.up[...].astype(x.dtype)
-        return (jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype)
+        gate, up = layers.project(x, self.gate[...]), layers.project(x, self.up[...])
+        return layers.project(jax.nn.silu(gate) * up, self.down[...])
 
 
 class Layers(nnx.Module):
@@ -103,7 +104,7 @@ class Layers(nnx.Module):
         if cache is not None:
             # Slots outside the cache (padding) are dropped. Carrying the whole cache lets XLA update it in place.
             cache = KVCache(*(whole.at[write].set(new.astype(whole.dtype), mode="drop")
-                              for whole, new in zip(cache, (k, v))))
+                              for whole, new in zip(cache, (k, v), strict=True)))
             k, v = (whole[write[0]].astype(q.dtype) for whole in cache)
         attend = functools.partial(layers.attention, causal=cache is None, dropout=config.attention_dropout)
         if config.remat == "none" and cache is None:
@@ -137,7 +138,7 @@ class Backbone(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm; see `apply`."""
         config = self.config
-        x = jnp.asarray(self.embed[...], config.dtype)[tokens]
+        x = sharding.constrain(jnp.asarray(self.embed[...], config.dtype), ("vocab", "width"))[tokens]
         tables = layers.rotary_tables(
             positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
         )
@@ -157,7 +158,7 @@ class Backbone(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(carry, inputs):
-            x, cache = carry
+            x, cache = sharding.constrain(carry[0], ("batch", "length", "width")), carry[1]
             layer, params = inputs
             keys = (None,) * 3 if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer), 3)
             place = None if write is None else (layer, *write)

@@ -15,6 +15,7 @@ _SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 _REFUSED = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+_OTHER_FILE = "Take the config.json that belongs to the weights."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class BackboneConfig:
     @property
     def scaling(self) -> dict[str, Any] | None:
         """`rope_scaling` as a mapping with keys rope_type and factor."""
-        return dict(zip(("rope_type", "factor"), self.rope_scaling)) if self.rope_scaling else None
+        return dict(zip(("rope_type", "factor"), self.rope_scaling, strict=True)) if self.rope_scaling else None
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any], **options: Any) -> BackboneConfig:
@@ -101,11 +102,11 @@ class BackboneConfig:
                 raise _bad(name, fields[name], f"{only!r} (this decoder has no other form)")
         missing = [name for name in (*_SIZES, "rms_norm_eps") if fields.get(name) is None]
         if missing:
-            raise UserError(f"config.json has no {', '.join(missing)}.", "Take the config.json that belongs to the weights.")
+            raise UserError(f"config.json has no {', '.join(missing)}.", _OTHER_FILE)
         rope = fields.get("rope_parameters") or {}
         theta = fields.get("rope_theta", rope.get("rope_theta"))
         if theta is None:
-            raise UserError("config.json has no rope_theta.", "Take the config.json that belongs to the weights.")
+            raise UserError("config.json has no rope_theta.", _OTHER_FILE)
         scaling = fields.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
         return cls(
             **{name: fields[name] for name in _SIZES}, rms_norm_eps=float(fields["rms_norm_eps"]),
@@ -114,7 +115,7 @@ class BackboneConfig:
         )  # fmt: skip
 
     def to_hf(self, model_type: str = "qwen3") -> dict[str, Any]:
-        """The mapping for a `config.json`; `model_type` "qwen3" loads in stock transformers, "Emu3" in Emu3.5's code."""
+        """The mapping for a `config.json`: "qwen3" loads in stock transformers, "Emu3" in Emu3.5's own code."""
         if model_type.lower() not in MODEL_TYPES:
             raise _bad("model_type", model_type, "Emu3 or qwen3")
         name, architecture = MODEL_TYPES[model_type.lower()]
@@ -150,6 +151,7 @@ def _rope_scaling(value: Any, head_dim: int) -> tuple[str, float] | None:
         raise _bad("rope_scaling", value, wanted)
     if kind == "default":
         return None
-    if kind not in ("linear", "dynamic") or not _is_number(factor) or factor < 1 or (kind == "dynamic" and head_dim < 4):
+    possible = kind == "linear" or (kind == "dynamic" and head_dim > 2)
+    if not possible or not _is_number(factor) or factor < 1:
         raise _bad("rope_scaling", value, wanted)
     return kind, float(factor)

@@ -1,8 +1,8 @@
 """Checkpoints in and out: safetensors as PyTorch users have them ⇄ our parameter trees.
 
 The decoder has the tensor names of a Llama/Qwen3 model in transformers, the image tokenizer those of Emu3.5's IBQ code.
-Their matrices are [out, in] and their convolutions [out, in, height, width]; ours are [in, out] and [height, width, in, out].
-Everything moves one tensor at a time, is checked strictly, and appears under its final name only when it is complete.
+Their matrices are [out, in] and their convolutions [out, in, height, width]; ours are [in, out] and [height, width, in,
+out]. Everything moves one tensor at a time, is checked strictly, and takes its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -95,18 +95,18 @@ def export_backbone(
     """Write `directory` so that transformers loads it strictly: safetensors (shards and index) and config.json.
 
     Args:
-      params: the tree of `backbone.init_params`; leaves need `shape`, `dtype` and indexing, and are fetched one layer at a time.
+      params: the tree of `backbone.init_params`; of a leaf (`shape`, `dtype`, indexing) one layer is fetched at once.
       model_type: "qwen3" for stock transformers, "Emu3" for Emu3.5's own code.
       dtype: of the written tensors, the parameters' own by default.
 
     Raises:
-      UserError: the directory has content already (and not `overwrite`), or cannot be written. It is complete or absent.
+      UserError: the directory has content already (and not `overwrite`), or cannot be written. It is whole or absent.
     """
     fields = config.to_hf(model_type)
     written = dtype or jnp.dtype(config.param_dtype).name
     fields |= {"torch_dtype": written, "dtype": written}
     with new_directory(directory, overwrite) as target:
-        write_directory(target, _plan(backbone_slots(config), params, written), shard_bytes)
+        write_directory(target, planned_tensors(backbone_slots(config), params, written), shard_bytes)
         (target / "config.json").write_text(json.dumps(fields, indent=2))
 
 
@@ -120,7 +120,7 @@ def export_image_tokenizer(
 ) -> None:
     """Write `model.safetensors` under PyTorch names and `config.yaml`; errors as in `export_backbone`."""
     with new_directory(directory, overwrite) as target:
-        plan = _plan(image_tokenizer_slots(config), params, dtype or config.param_dtype)
+        plan = planned_tensors(image_tokenizer_slots(config), params, dtype or config.param_dtype)
         write_directory(target, plan, shard_bytes=1 << 62)
         (target / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
@@ -174,20 +174,22 @@ def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterato
         raise UserError(f"{final} is a file.", "Name a folder that does not exist yet.")
     if not overwrite and final.is_dir() and any(final.iterdir()):
         raise UserError(f"{final} exists and is not empty.", "Name another folder, or remove this one first.")
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    partial, old = (final.with_name(f".{final.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
     try:
         partial.mkdir(parents=True)
         yield partial
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(old)
         partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {final}: {error.strerror or error}.", "Mend permissions or space.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _plan(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:
+def planned_tensors(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:
+    """Our parameters as their tensors, fetched one at a time: names, order of axes and `dtype` as a file would hold."""
     target = jnp.dtype(dtype)
 
     def fetcher(slot: Slot) -> Callable[[], np.ndarray]:

@@ -1,7 +1,7 @@
 """What the image tokenizer is made of: convolution, group norm, residual block, spatial attention, resampling.
 
-Pixels and latents are channels-last here, [B, height, width, C]; kernels are [height, width, in, out]. Attribute names are
-those of the public PyTorch checkpoints, so that a parameter's path is its name there.
+Pixels and latents are channels-last here, [B, height, width, C]; kernels are [height, width, in, out]. Attribute names
+are those of the public PyTorch checkpoints, so that a parameter's path is its name there.
 """
 
 from __future__ import annotations

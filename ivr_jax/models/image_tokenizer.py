@@ -1,8 +1,8 @@
 """The image tokenizer (IBQ: index backpropagation quantization) of Emu3.5, at any size.
 
-A convolutional encoder makes a grid of latents, each latent takes the code with the largest *dot product*, a convolutional
-decoder paints the codes back.  Training keeps every code alive: the forward pass uses the hard assignment, the backward pass
-the softmax over all codes.  Functional use, parameters in a plain nested dict:
+A convolutional encoder makes a grid of latents, each latent takes the code with the largest *dot product*, a
+convolutional decoder paints the codes back.  Training keeps every code alive: the forward pass uses the hard
+assignment, the backward pass the softmax over all codes.  Functional use, parameters in a plain nested dict:
 
     params = init_params(config, key)
     codes = encode(config, params, pixels_to_unit(images))          int32 [B, y, x]
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -70,10 +71,12 @@ class ImageTokenizerConfig:
                  "norm_groups")  # fmt: skip
         for name in sizes:
             _check(_is_size(getattr(self, name)), name, getattr(self, name), "a positive whole number")
-        _check(bool(self.ch_mult) and all(map(_is_size, self.ch_mult)), "ch_mult", self.ch_mult, "positive whole numbers")
+        sound = bool(self.ch_mult) and all(map(_is_size, self.ch_mult))
+        _check(sound, "ch_mult", self.ch_mult, "positive whole numbers")
         _check(all(map(_is_size, self.attn_resolutions)), "attn_resolutions", self.attn_resolutions, "whole numbers")
         for width in (self.ch, *(self.ch * multiple for multiple in self.ch_mult)):
-            _check(width % self.norm_groups == 0, "norm_groups", self.norm_groups, f"a divisor of every width, here {width}")
+            divides = width % self.norm_groups == 0
+            _check(divides, "norm_groups", self.norm_groups, f"a divisor of every width, here {width}")
         _check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         _check(self.entropy_temperature > 0, "entropy_temperature", self.entropy_temperature, "positive")
 
@@ -138,15 +141,17 @@ class _Stack(nnx.Module):
 class _Level(nnx.Module):
     """Residual blocks, each followed by attention if the level has it, then a resampler if it is not the last."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attends: bool, config: ImageTokenizerConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, attends: bool, config: ImageTokenizerConfig, rngs: nnx.Rngs
+    ):
         groups, dtype = config.norm_groups, config.param_dtype
-        widths = [inputs] + [outputs] * blocks
-        self.block = _Stack([ResBlock(a, b, groups, config.dropout, rngs, dtype) for a, b in zip(widths, widths[1:])])
+        widths = itertools.pairwise([inputs] + [outputs] * blocks)
+        self.block = _Stack([ResBlock(a, b, groups, config.dropout, rngs, dtype) for a, b in widths])
         self.attn = _Stack([SpatialAttention(outputs, groups, rngs, dtype) for _ in range(blocks if attends else 0)])
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         attention = list(self.attn) or [None] * self.block.count
-        for index, (block, attend) in enumerate(zip(self.block, attention)):
+        for index, (block, attend) in enumerate(zip(self.block, attention, strict=True)):
             x = block(x, _fold(key, index))
             x = attend(x) if attend else x
         return x
@@ -171,7 +176,7 @@ class Encoder(nnx.Module):
         dtype, last = config.param_dtype, len(config.ch_mult) - 1
         self.conv_in = Conv(config.in_channels, config.ch, 3, rngs, dtype)
         levels = []
-        for index, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+        for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             attends = config.resolution // 2**index in config.attn_resolutions
             level = _Level(inputs, outputs, config.num_res_blocks, attends, config, rngs)
             if index != last:
@@ -200,7 +205,7 @@ class Decoder(nnx.Module):
         self.conv_in = Conv(config.z_channels, widths[-1], 3, rngs, dtype)
         self.mid = _Middle(widths[-1], config, rngs)
         levels = []
-        for index, (inputs, outputs) in enumerate(zip([*widths[1:], widths[-1]], widths)):
+        for index, (outputs, inputs) in enumerate(itertools.pairwise([*widths, widths[-1]])):
             attends = config.resolution // 2**index in config.attn_resolutions
             level = _Level(inputs, outputs, config.num_res_blocks + 1, attends, config, rngs)
             if index != 0:
@@ -358,7 +363,8 @@ def quantise(config: ImageTokenizerConfig, codebook: jax.Array, latents: jax.Arr
     """
     cells = latents.reshape(-1, latents.shape[-1])
     count, codes = cells.shape[0], codebook.shape[0]
-    parts = next(n for n in range(1, count + 1) if count % n == 0 and (count // n * codes <= SCORES_AT_A_TIME or n == count))
+    divisors = (n for n in range(1, count + 1) if count % n == 0)
+    parts = next((n for n in divisors if count // n * codes <= SCORES_AT_A_TIME), count)
     assign = functools.partial(_index_backpropagation, codebook=codebook, temperature=config.entropy_temperature)
     if parts == 1:
         z_q, index, p_sum, entropy = assign(cells)
@@ -378,7 +384,7 @@ def quantise(config: ImageTokenizerConfig, codebook: jax.Array, latents: jax.Arr
 def train_forward(
     config: ImageTokenizerConfig, params: Params, pixels: jax.Array, *, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, TokenizerAux]:
-    """pixels float [B, height, width, 3] in [−1, 1] → reconstruction of the same shape (not clipped) and `TokenizerAux`."""
+    """pixels float [B, height, width, 3] in [−1, 1] → reconstruction of that shape (not clipped) and `TokenizerAux`."""
     model = module(config, params)
     quantised, aux = quantise(config, model.codebook, model.latents(pixels, dropout_key))
     return model.paint(quantised, dropout_key), aux

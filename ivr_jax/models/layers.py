@@ -21,7 +21,7 @@ CAUSAL_BLOCKS = 4  # causal attention leaves out the blocks above the diagonal o
 def declare(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: jax.nn.initializers.Initializer, dtype: str
 ) -> nnx.Param:
-    """A parameter with all there is to know about it: shape, dtype, logical axes (one name a dimension), initialiser."""
+    """A parameter and all there is to know of it: shape, logical axes (one name a dimension), initialiser, dtype."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in length")
     return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
@@ -30,6 +30,30 @@ def declare(
 def fan_in_normal(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:
     """Normal with standard deviation gain / sqrt(fan_in), for kernels that may carry a leading layer axis."""
     return jax.nn.initializers.normal(gain / math.sqrt(fan_in))
+
+
+@jax.custom_vjp
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] times kernel [in, out] → [..., out], in the dtype of `x`.
+
+    The gradient of the kernel is written out as one contraction over all leading axes; the one that JAX derives makes
+    XLA transpose the large operand in memory first, a quarter of a small model's training step on a CPU.
+    """
+    return jnp.matmul(x, kernel.astype(x.dtype))
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, kernel), (x, kernel)
+
+
+def _project_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    leading = tuple(range(x.ndim - 1))
+    back = jax.lax.dot_general(g, kernel.astype(g.dtype), (((g.ndim - 1,), (1,)), ((), ())))
+    return back, jax.lax.dot_general(x, g, ((leading, leading), ((), ()))).astype(kernel.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -46,7 +70,7 @@ def rotary_tables(
 
     `scaling` is None, `{"rope_type": "linear", "factor"}` (positions divided by the factor) or
     `{"rope_type": "dynamic", "factor"}` (NTK: beyond `trained_length` the base grows with the longest position *of this
-    call*, as in transformers; a generation that crosses `trained_length` therefore keeps its older keys at the older base).
+    call*, as in transformers; a generation that crosses `trained_length` so keeps its older keys at the older base).
     """
     base = jnp.float32(theta)
     angle_positions = positions.astype(jnp.float32)

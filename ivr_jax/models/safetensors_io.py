@@ -1,8 +1,8 @@
 """Safetensors files, one tensor in memory at a time, in both directions.
 
-The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header that gives each tensor's dtype, shape
-and [begin, end) in the data, then the data.  Written and read here directly, so that a file never stands in memory whole and
-a mapped file never counts as memory; nothing in it is ever executed.
+The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header that gives each tensor's dtype,
+shape and [begin, end) in the data, then the data.  Written and read here directly, so that a file never stands in
+memory whole and a mapped file never counts as memory; nothing in it is ever executed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
         for tensor in tensors:
             array = np.ascontiguousarray(tensor.fetch())
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise ValueError(f"{tensor.name}: fetched {array.dtype}{array.shape}, planned {tensor.dtype}{tensor.shape}")
+                raise ValueError(f"{tensor.name}: fetched {array.dtype}{array.shape}, not {tensor.dtype}{tensor.shape}")
             stream.write(array.reshape(-1).view(np.uint8).data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
 """The micro-world: small scenes in which instruction, exact target and four-axis score are all computable.
 
-An image is a board of cells, each empty or holding one object, behind a ruler that names columns a, b, c and rows
-1, 2, 3.  A request is a few edits in templated English; applying them in order to the source gives the one right
+An image is a board of cells, each empty or holding one object, framed by a ruler that tells columns a, b, c and rows
+1, 2, 3 apart.  A request is a few edits in templated English; applying them in order to the source gives the one right
 answer, so that data construction, training, rewards and evaluation run for real and end in numbers that can be wrong.
 
 Worked example (level 0: 3x3 cells of 16 pixels, 64x64 pixels in all).  The source shows
@@ -25,7 +25,8 @@ answer that forgot the paint scores 3, 5, 5, 3 and is told
     failure analysis    Wrong target at b1.
     improvement plan    Make b1 green circle.
 
-Its decomposition reads "Move a1 to b1, nothing else.", "Recolour ..." and so on, one step an edit.
+Its decomposition is one step an edit: "Move a1 to b1, nothing else.", "Paint the cell above b2 green, nothing else.",
+"Swap b2 with c3, nothing else."
 
     levels.py       what each difficulty level contains
     scene.py        scenes and objects as values

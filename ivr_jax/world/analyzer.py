@@ -10,13 +10,14 @@ that near misses are cheap.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ivr_jax.construct.interfaces import Attempt, Images, Pixels, RootCause
 from ivr_jax.errors import UserError
-from ivr_jax.trajectory import AXES, MAX_STEPS, Evaluation, Reflection, Sample
+from ivr_jax.trajectory import AXES, MAX_STEPS, AxisVerdict, Evaluation, Reflection, Sample
 from ivr_jax.world import judgement, language
 from ivr_jax.world.edits import Edit, EditError, changes, touches
 from ivr_jax.world.facts import Facts, facts_of
@@ -75,8 +76,8 @@ class WorldAnalyzer:
             target = edit.apply(before, facts.sources)
             touched = touches([edit], before, facts.sources)
         except EditError:
-            finding = judgement.Finding((UNCLEAR,), {axis: () for axis in AXES} | {"instruction": (UNCLEAR,) * 2})
-            return finding.evaluation(self.thresholds)
+            fine = judgement.Finding((), {axis: () for axis in AXES}).evaluation(self.thresholds)
+            return dataclasses.replace(fine, instruction=AxisVerdict(False, UNCLEAR, float(judgement.WORST)))
         return judgement.compare(view, target, touched).evaluation(self.thresholds)
 
     # -- critique and planning --

@@ -211,9 +211,10 @@ class _Artist:
         there = self.pick(self.cells(lambda c: (c is None) == (kind == "copy")))
         if not subjects or there is None:
             return None
-        ref = self.name(_choice(self.rng, subjects), source) if self.level.describes else \
-            source.places[_choice(self.rng, subjects)]
-        return Edit(kind, ref=ref, to=self.name(there, describe=kind != "copy"), image=image)
+        subject = _choice(self.rng, subjects)
+        if not self.level.describes:
+            return Edit(kind, ref=source.places[subject], to=self.scene.places[there], image=image)
+        return Edit(kind, ref=self.name(subject, source), to=self.name(there, describe=kind != "copy"), image=image)
 
 
 _ABOUT: dict[str, Callable[[Object | None], bool]] = {  # the objects that a kind of edit is about; any, if not listed

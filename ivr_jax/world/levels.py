@@ -2,7 +2,7 @@
 
 | level | board, image | objects | what is new |
 | --- | --- | --- | --- |
-| 0 | 3x3, 64 px | 3 shapes x 3 colours | cell references, crisp sprites at fixed places: learnt in minutes |
+| 0 | 3x3, 64 px | 3 shapes x 3 colours | cell references, crisp sprites in place, plain ruler: learnt in minutes |
 | 1 | 4x4, 80 px | 4 shapes x 4 colours | places by relation and description, anti-aliasing, attribute transfer |
 | 2 | 4x4, 80 px | 5 shapes, 3 letters, 6 colours, sizes, textures, poses, defects | all sub-categories |
 | 3 | 5x5, 96 px | the same | objects wobble in place and size, patterned background, up to 5 edits |
@@ -29,6 +29,8 @@ class Level:
       shapes, colours, sizes, textures, poses, defects, backgrounds, styles, tones: values in use; letters count as
         shapes.
       antialias: whether sprites have smooth edges.
+      ruler: "glyphs" (column letters, row digits) on a board with grid lines, or "tabs": one plain colour a row and
+        column and no lines, which a small image tokenizer learns in minutes.
       wobble: objects stand up to this many pixels off their cell's centre, and vary a little in size, when > 0.
       kinds: relative frequency of every kind of edit (`ivr_jax.world.edits.KINDS`) in ordinary requests.
       most_edits: requests have 1 to this many edits.
@@ -61,6 +63,7 @@ class Level:
     styles: tuple[str, ...] = ("filled",)
     tones: tuple[str, ...] = ("bright",)
     antialias: bool = False
+    ruler: str = "glyphs"
     wobble: int = 0
 
     @property
@@ -96,7 +99,7 @@ _RICH = {"shapes": SHAPES + LETTERS, "colours": COLOURS, "kinds": _ALL, "sizes":
 
 LEVELS = (
     Level(0, 3, 3, SHAPES[:3], COLOURS[:3], _LEVEL_0, relational=0.05, describes=False, reference_kinds=("copy",),
-          most_images=2, most_long=2),
+          most_images=2, most_long=2, ruler="tabs"),
     Level(1, 4, 4, SHAPES[:4], COLOURS[:4], _LEVEL_1, antialias=True),
     Level(2, 4, 4, backgrounds=BACKGROUNDS[:3], **_RICH),
     Level(3, 5, 5, backgrounds=BACKGROUNDS, most_edits=5, wobble=1, **_RICH),

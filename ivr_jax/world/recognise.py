@@ -138,7 +138,7 @@ def _read_ruler(tiles: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class _Prototypes:
-    """pixels uint8 [prototypes, 768], their sums of squares float32, the code of each int32, and the error to reject."""
+    """pixels uint8 [prototypes, 768], their sums of squares float32, the code of each int32, the error to reject at."""
 
     pixels: np.ndarray
     squares: np.ndarray
@@ -156,7 +156,7 @@ def _prototypes(level: int, appearance: int) -> _Prototypes:
     tiles, codes = [], []
     for code, content in enumerate(contents(level)):
         offsets = wobbles(rules.wobble) if content is not None else ((0, 0, 0),)
-        tiles += [tile(content, look, rules.antialias, offset) for offset in offsets]
+        tiles += [tile(content, look, rules.antialias, offset, rules.ruler != "tabs") for offset in offsets]
         codes += [code] * len(offsets)
     sharp = np.stack(tiles)
     versions = [sharp] if len(rules.textures) == 1 else [sharp, _blurred(sharp)]

@@ -1,7 +1,8 @@
 """Scenes -> pixels.
 
 An image is a ruler (column letters above, row digits at the left, each 16 px) and one 16x16 tile a cell, so that every
-cell is exactly one latent of a factor-16 image tokenizer.  Tiles are drawn once, cached, and blitted.
+cell is exactly one latent of a factor-16 image tokenizer.  At level 0 a tile of the ruler is one plain colour, and the
+board has no grid lines.  Tiles are drawn once, cached, and blitted.
 
 The ruler tells the appearance of the whole image: it takes the background's colour and the tone, and the mark in its
 corner is outlined or not like the objects.
@@ -25,8 +26,11 @@ Offset: TypeAlias = tuple[int, int, int]  # pixels right, pixels down, size step
 
 RGB = {"red": (216, 48, 44), "green": (44, 160, 66), "blue": (42, 84, 220), "yellow": (238, 196, 30),
        "purple": (150, 56, 176), "teal": (20, 178, 190), "grey": (128, 128, 128)}
-GROUND = {"white": (246, 244, 238), "sand": (232, 210, 164), "sky": (176, 214, 246), "checked": (240, 236, 228)}
+GROUND = {"white": (246, 244, 238), "sand": (232, 210, 164), "sky": (176, 214, 246), "checked": (214, 232, 208)}
+TABS = ((240, 222, 150), (190, 170, 222), (160, 222, 212), (226, 180, 160), (150, 182, 204), (202, 212, 160),
+        (200, 200, 200))  # of the plain ruler: columns, rows, corner
 INK = (64, 64, 70)
+LIGHT = np.array((246.0, 244.0, 238.0))  # between stripes and in dots
 DARK = 0.55  # the factor of the dark tone
 SIZE_STEP = 0.06  # relative change of an object's radius for one step of wobble
 _RADIUS = {"big": 5.8, "small": 4.0}
@@ -53,7 +57,8 @@ def render(scene: Scene, level: int, wobble: np.ndarray | None = None) -> np.nda
             offset = (0, 0, 0) if wobble is None else tuple(wobble[place].tolist())
             y, x = divmod(place, rules.columns)
             top, left = CELL * (y + 1), CELL * (x + 1)
-            image[top : top + CELL, left : left + CELL] = tile(cell, scene.appearance, rules.antialias, offset)
+            image[top : top + CELL, left : left + CELL] = tile(
+                cell, scene.appearance, rules.antialias, offset, rules.ruler != "tabs")
     return image
 
 
@@ -94,22 +99,28 @@ def wobbles(bound: int) -> tuple[Offset, ...]:
 def _empty_board(level: int, appearance: Appearance) -> np.ndarray:
     rules = level_of(level)
     image = np.empty((rules.height, rules.width, 3), np.uint8)
-    image[:CELL, :CELL] = _corner(appearance, rules.antialias)
+    labels = [*COLUMN_LETTERS[: rules.columns], *(str(y + 1) for y in range(rules.rows))]
+    if rules.ruler == "tabs":
+        corner, tiles = _tab(len(labels), appearance), [_tab(i, appearance) for i in range(len(labels))]
+    else:
+        corner, tiles = _corner(appearance, rules.antialias), [_label(label, appearance) for label in labels]
+    image[:CELL, :CELL] = corner
     for x in range(rules.columns):
-        image[:CELL, CELL * (x + 1) : CELL * (x + 2)] = _label(COLUMN_LETTERS[x], appearance)
+        image[:CELL, CELL * (x + 1) : CELL * (x + 2)] = tiles[x]
     for y in range(rules.rows):
-        image[CELL * (y + 1) : CELL * (y + 2), :CELL] = _label(str(y + 1), appearance)
+        image[CELL * (y + 1) : CELL * (y + 2), :CELL] = tiles[rules.columns + y]
     for place in range(rules.rows * rules.columns):
-        image[cell_box(place, rules.columns)] = tile(None, appearance, rules.antialias)
+        image[cell_box(place, rules.columns)] = tile(None, appearance, rules.antialias, lines=rules.ruler != "tabs")
     image.flags.writeable = False
     return image
 
 
 @functools.lru_cache(maxsize=65536)
-def tile(content: Object | None, appearance: Appearance, antialias: bool, offset: Offset = (0, 0, 0)) -> np.ndarray:
-    """uint8 [16, 16, 3], read-only: one cell."""
+def tile(content: Object | None, appearance: Appearance, antialias: bool, offset: Offset = (0, 0, 0),
+         lines: bool = True) -> np.ndarray:
+    """uint8 [16, 16, 3], read-only: one cell, with grid lines or without."""
     background, style, tone = appearance
-    pixels = _ground(background)
+    pixels = _ground(background, lines)
     if content == FOREIGN:
         y, x = np.indices((CELL, CELL))
         pixels = np.where(((x // 3 + y // 5) % 2)[..., None], (255.0, 0.0, 200.0), (20.0, 30.0, 20.0))
@@ -118,13 +129,16 @@ def tile(content: Object | None, appearance: Appearance, antialias: bool, offset
     return _finish(pixels, tone)
 
 
-def _ground(background: str) -> np.ndarray:
-    """float [16, 16, 3]: an empty cell, with the grid line at its top and left."""
+@functools.lru_cache(maxsize=16)
+def _ground(background: str, lines: bool = True) -> np.ndarray:
+    """float [16, 16, 3], read-only: an empty cell, with the grid line at its top and left if `lines`."""
     pixels = np.broadcast_to(np.array(GROUND[background], np.float64), (CELL, CELL, 3)).copy()
     if background == "checked":
         y, x = np.indices((CELL, CELL))
         pixels[(x // 4 + y // 4) % 2 == 1] -= 26.0
-    pixels[0, :] = pixels[:, 0] = np.array(GROUND[background]) * 0.82
+    if lines:
+        pixels[0, :] = pixels[:, 0] = np.array(GROUND[background]) * 0.82
+    pixels.flags.writeable = False
     return pixels
 
 
@@ -134,9 +148,14 @@ def _finish(pixels: np.ndarray, tone: str) -> np.ndarray:
     return result
 
 
+def _tab(number: int, appearance: Appearance) -> np.ndarray:
+    """uint8 [16, 16, 3]: a ruler tile of one plain colour."""
+    return _finish(np.broadcast_to(np.array(TABS[number], np.float64), (CELL, CELL, 3)), appearance[2])
+
+
 def _label(character: str, appearance: Appearance) -> np.ndarray:
     """uint8 [16, 16, 3]: a letter or digit of the ruler."""
-    pixels = np.broadcast_to(np.array(GROUND[appearance[0]], np.float64) * 0.92, (CELL, CELL, 3)).copy()
+    pixels = _ground(appearance[0], lines=False) * 0.92  # a copy
     pixels[_glyph(character, 0, 0) > 0] = INK
     return _finish(pixels, appearance[2])
 
@@ -165,14 +184,14 @@ def _paint(pixels: np.ndarray, content: Object, style: str, antialias: bool, off
     radius = _RADIUS[content.size] * (1 + SIZE_STEP * step)
     glyph = _glyph(content.shape[-1], right, down) if content.is_letter else None
     if style == "outlined":
-        ink = _around(glyph) if glyph is not None else _shape(content, radius + _OUTLINE, antialias, offset)
+        wide = radius + _OUTLINE
+        ink = _shape(content.shape, content.pose, wide, antialias, right, down) if glyph is None else _around(glyph)
         pixels = pixels + (ink * visible)[..., None] * (np.array(INK) - pixels)
-    shape = _shape(content, radius, antialias, offset) if glyph is None else glyph
+    shape = _shape(content.shape, content.pose, radius, antialias, right, down) if glyph is None else glyph
     colour = np.array(RGB[content.colour], np.float64)
     if content.defect == "odd":
         colour = np.where((np.arange(CELL) > CELL // 2 + right)[None, :, None], RGB["grey"], colour)
-    light = np.array(GROUND["white"], np.float64)
-    colour = light + _texture(content.texture, right, down)[..., None] * (colour - light)
+    colour = LIGHT + _texture(content.texture, right, down)[..., None] * (colour - LIGHT)
     return pixels + (shape * visible)[..., None] * (colour - pixels)
 
 
@@ -182,6 +201,7 @@ def _around(mask: np.ndarray) -> np.ndarray:
     return np.max([padded[y : y + CELL, x : x + CELL] for y in range(3) for x in range(3)], axis=0)
 
 
+@functools.lru_cache(maxsize=256)
 def _texture(texture: str, right: int, down: int) -> np.ndarray:
     """float [16, 16]: 1 where an object shows its colour, 0 where it shows light stripes or dots."""
     y, x = np.indices((CELL, CELL))
@@ -192,14 +212,15 @@ def _texture(texture: str, right: int, down: int) -> np.ndarray:
     return np.ones((CELL, CELL))
 
 
-def _shape(content: Object, radius: float, antialias: bool, offset: Offset) -> np.ndarray:
+@functools.lru_cache(maxsize=4096)
+def _shape(shape: str, pose: str, radius: float, antialias: bool, right: int, down: int) -> np.ndarray:
     """float [16, 16]: the share of each pixel inside the shape (0 or 1 without anti-aliasing)."""
     samples = _SAMPLES if antialias else 1
     points = (np.arange(CELL * samples) + 0.5) / samples - (CELL + 1) / 2
-    x, y = (points[None, :] - offset[0]) / radius, (points[:, None] - offset[1]) / radius
-    for _ in range(POSES.index(content.pose)):  # a quarter turn each
+    x, y = (points[None, :] - right) / radius, (points[:, None] - down) / radius
+    for _ in range(POSES.index(pose)):  # a quarter turn each
         x, y = y, -x
-    inside = _INSIDE[content.shape](x, y)
+    inside = _INSIDE[shape](x, y)
     return inside.astype(np.float64).reshape(CELL, samples, CELL, samples).mean((1, 3))
 
 

@@ -1,0 +1,151 @@
+"""Where every array lives: one table from logical axes to mesh axes, and the mesh.
+
+Arrays name their axes for what they mean ("vocab", "mlp", "batch"); the table below alone says which mesh axis splits
+them:
+
+    data      copies of the model, each with its part of the batch
+    fsdp      parameters and optimiser state cut along the model width, the batch as well
+    tensor    heads, mlp width and vocabulary
+    sequence  tokens of one row (long rollouts)
+
+The same path runs on one CPU device with a mesh of 1×1×1×1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ivr_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # parameters of the decoder
+    "layers": None, "vocab": "tensor", "embed": "fsdp", "q_heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
+    "head_dim": None,
+    # parameters of the image tokenizer
+    "codes": "fsdp", "code_dim": None, "kernel_height": None, "kernel_width": None, "conv_in": None, "conv_out": "fsdp",
+    # activations and caches
+    "batch": ("data", "fsdp"), "length": "sequence", "slots": "sequence", "width": None,
+    "height": None, "columns": None, "channels": None,
+}  # fmt: skip
+LARGE = 1 << 20  # entries from which an array must not be left whole by accident
+
+Axes = Sequence[str | None]
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes of `MESH_AXES`.
+
+    Args:
+      shape: size of each axis; axes not named have size 1, and one axis may be −1 (all that is left). Default: all
+        devices along "data".
+      devices: all devices by default.
+
+    Raises:
+      UserError: an unknown axis, or sizes whose product is not the number of devices.
+    """
+    devices = list(devices if devices is not None else jax.devices())
+    shape = dict(shape if shape is not None else {"data": -1})
+    if unknown := sorted(shape.keys() - set(MESH_AXES)):
+        raise UserError(f"the mesh has an unknown axis {unknown[0]!r}.", f"Its axes are {', '.join(MESH_AXES)}.")
+    sizes = [shape.get(axis, 1) for axis in MESH_AXES]
+    if any(not isinstance(size, int) or size < -1 or size == 0 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"the mesh {shape} is not possible.", "Give positive sizes; one axis may be -1, the rest.")
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise UserError(f"the mesh {dict(zip(MESH_AXES, sizes, strict=True))} wants {math.prod(sizes)} devices, "
+                        f"there are {len(devices)}.", "Change the mesh sizes so that their product is that number.")
+    if len(devices) == 1:
+        return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+    return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), MESH_AXES)
+
+
+def partition(axes: Axes) -> PartitionSpec:
+    """The partition of an array with these logical axes (None: an axis that is never split).
+
+    Raises:
+      ValueError: a logical axis that the table does not know, or two axes of one array on the same mesh axis.
+    """
+    used: set[str] = set()
+    parts: list[str | tuple[str, ...] | None] = []
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"logical axis {axis!r} is not in the sharding table")
+        rule = RULES[axis] if axis is not None else None
+        names = (rule,) if isinstance(rule, str) else rule or ()
+        if clash := used & set(names):
+            raise ValueError(f"logical axes {tuple(axes)} put two axes of one array on mesh axis {min(clash)!r}")
+        used |= set(names)
+        parts.append(rule)
+    return PartitionSpec(*parts)
+
+
+def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array") -> NamedSharding:
+    """How an array of this shape lies on the mesh.
+
+    An axis that does not divide is left whole in an array of fewer than `LARGE` entries, and is an error in a larger
+    one; so is a larger one that a mesh with fsdp or tensor shards would leave whole altogether.
+    """
+    parts: list[str | tuple[str, ...] | None] = []
+    large = math.prod(shape) >= LARGE
+    for axis, size, part in zip(axes, shape, partition(axes), strict=True):
+        shards = _shards(mesh, part)
+        if size % shards == 0:
+            parts.append(part)
+        elif large:
+            raise UserError(f"{name} of shape {tuple(shape)} does not divide: axis {axis!r} has {size} entries for "
+                            f"{shards} shards of mesh axis {part!r}.", _advice(axis, size, shards))
+        else:
+            parts.append(None)
+    must_split = large and not {"batch", "length", "slots"} & set(axes) and _shards(mesh, ("fsdp", "tensor")) > 1
+    if must_split and all(_shards(mesh, part) == 1 for part in parts):
+        raise UserError(f"{name} of shape {tuple(shape)} with axes {tuple(axes)} would be whole on every device.",
+                        "Give one of its axes a mesh axis in ivr_jax/sharding.py, or use another mesh.")
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """`sharding` for a whole tree: `axes` holds a tuple of logical axes where `shapes` holds an array or its shape."""
+
+    def one(path: Any, leaf: Any, names: Axes) -> NamedSharding:
+        return sharding(mesh, names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/"))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def sharded_init(mesh: Mesh, init: Callable[..., Any], axes: Any, *args: Any) -> Any:
+    """Run `init(*args)` so that each of its arrays is made in place, shard by shard, never whole on one device."""
+    placed = shardings(mesh, axes, jax.eval_shape(init, *args))
+    return jax.jit(init, out_shardings=placed)(*args)
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """Pin an activation inside a jitted function to the mesh in force (`jax.set_mesh`); without one, do nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    rules = zip(x.shape, partition(axes), strict=True)
+    parts = (part if size % _shards(mesh, part) == 0 else None for size, part in rules)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def _shards(mesh: Any, part: str | tuple[str, ...] | None) -> int:
+    names = (part,) if isinstance(part, str) else part or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _advice(axis: str | None, size: int, shards: int) -> str:
+    if axis == "vocab":
+        return f"Set the model's vocab_multiple to a multiple of {shards}; exports never show the padding."
+    if axis == "batch":
+        return f"Use a batch that is a multiple of {shards}."
+    best = max(n for n in range(1, shards + 1) if size % n == 0)
+    return f"Use at most {best} shards for it, or a size that is a multiple of {shards}."

@@ -1,0 +1,133 @@
+"""Image files in every common form, and files that are none."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ivr_jax import images
+from ivr_jax.errors import UserError
+from ivr_jax.images import image_name, load_image, save_png
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
+
+
+def test_names_tell_content_and_shape_apart():
+    assert image_name(PIXELS) == image_name(PIXELS.copy())
+    assert image_name(PIXELS) != image_name(PIXELS.reshape(4, 6, 3))
+    assert image_name(PIXELS) != image_name(255 - PIXELS)
+    assert len(image_name(PIXELS)) == 32 and int(image_name(PIXELS), 16) >= 0
+    assert image_name(PIXELS[:, ::-1]) == image_name(np.ascontiguousarray(PIXELS[:, ::-1]))
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), "x"])
+def test_only_rgb_pixels_have_names(bad, tmp_path):
+    with pytest.raises(UserError, match="uint8"):
+        image_name(bad)
+    with pytest.raises(UserError, match="uint8"):
+        save_png(tmp_path / "x.png", bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_is_exact_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "deep" / "image.png"
+    save_png(path, PIXELS)
+    save_png(path, PIXELS)
+    assert (load_image(path) == PIXELS).all()
+    assert [p.name for p in path.parent.iterdir()] == ["image.png"]
+
+
+def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_png(tmp_path / "file" / "image.png", PIXELS)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        save_png(tmp_path / "folder.png", PIXELS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    Image.fromarray(PIXELS).save(tmp_path / "turned.png", exif=exif)
+    assert (load_image(tmp_path / "turned.png") == np.rot90(PIXELS, -1)).all()
+
+
+def test_transparency_shows_white(tmp_path):
+    alpha = np.zeros((6, 4), np.uint8)
+    alpha[:3] = 255
+    Image.fromarray(np.dstack([PIXELS, alpha])).save(tmp_path / "alpha.png")
+    loaded = load_image(tmp_path / "alpha.png")
+    assert (loaded[:3] == PIXELS[:3]).all() and (loaded[3:] == 255).all()
+
+
+def test_grey_palette_and_two_level_images_become_rgb(tmp_path):
+    grey = PIXELS[..., 0]
+    for name, image in (("grey", Image.fromarray(grey)), ("palette", Image.fromarray(grey).convert("P")),
+                        ("bits", Image.fromarray((grey > 127).astype(np.uint8) * 255).convert("1"))):
+        image.save(tmp_path / f"{name}.png")
+        loaded = load_image(tmp_path / f"{name}.png")
+        wanted = (grey > 127) * 255 if name == "bits" else grey
+        assert loaded.shape == (6, 4, 3) and (loaded == wanted[..., None]).all()
+
+
+def test_transparent_palettes_and_grey_with_alpha(tmp_path):
+    image = Image.fromarray(np.zeros((4, 4), np.uint8)).convert("P")
+    image.save(tmp_path / "palette.png", transparency=0)
+    assert (load_image(tmp_path / "palette.png") == 255).all()
+    Image.merge("LA", [Image.new("L", (4, 4), 0), Image.new("L", (4, 4), 0)]).save(tmp_path / "la.png")
+    assert (load_image(tmp_path / "la.png") == 255).all()
+
+
+def test_16_bit_grey_keeps_its_high_bits(tmp_path):
+    deep = np.array([[0, 255, 256], [32768, 65280, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert load_image(tmp_path / "deep.png")[..., 0].tolist() == [[0, 0, 1], [128, 255, 255]]
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "ink.jpg")
+    loaded = load_image(tmp_path / "ink.jpg")
+    assert loaded.shape == (8, 8, 3)
+    assert loaded[..., 0].min() > 200 and loaded[..., 1:].max() < 60
+
+
+def test_extreme_shapes_load(tmp_path):
+    Image.new("RGB", (5000, 1), "red").save(tmp_path / "thin.png")
+    assert load_image(tmp_path / "thin.png").shape == (1, 5000, 3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_truncated_file_is_a_user_error(tmp_path, form, share):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(buffer, form)
+    path = tmp_path / "cut"
+    path.write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * share)])
+    with pytest.raises(UserError, match="cut"):
+        load_image(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", bytes(1000)])
+def test_other_files_are_user_errors(tmp_path, content):
+    (tmp_path / "note.png").write_bytes(content)
+    with pytest.raises(UserError, match="note.png"):
+        load_image(tmp_path / "note.png")
+
+
+def test_missing_files_and_folders_are_user_errors(tmp_path):
+    with pytest.raises(UserError, match="no image file"):
+        load_image(tmp_path / "absent.png")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_image(tmp_path)
+
+
+def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_MEGAPIXELS", 0.001)
+    save_png(tmp_path / "large.png", np.zeros((40, 40, 3), np.uint8))
+    with pytest.raises(UserError, match="megapixels"):
+        load_image(tmp_path / "large.png")
