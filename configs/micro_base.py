@@ -23,11 +23,31 @@ def get_config() -> ConfigDict:
     config.init = ""
     config.image_tokenizer = ""
     config.text_tokenizer = "micro"
-    config.model = ConfigDict({
-        "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 512,
-    })
+    config.model = ConfigDict(
+        {
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e4,
+            "max_position_embeddings": 512,
+        }
+    )
     config.data = ConfigDict({"path": "", "length": 288, "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0}})
-    config.optimizer = ConfigDict({"peak": 2e-3, "final": 2e-4, "warmup": 0.05, "b1": 0.9, "b2": 0.95, "eps": 1e-8,
-                                   "weight_decay": 0.01, "clip_norm": 1.0})
+    config.optimizer = ConfigDict(
+        {
+            "kind": "adamw",
+            "peak": 2e-3,
+            "final": 2e-4,
+            "warmup": 0.05,
+            "b1": 0.9,
+            "b2": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+        }
+    )
     return config

@@ -16,10 +16,20 @@ def get_config() -> ConfigDict:
     config.concurrency = 64
     config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 2, 3, 3), "limit": 100_000})
     config.quotas = ConfigDict({"direct": 800, "reflection": 1600, "multi_step": 1600, "evaluation": 0})
-    config.rules = ConfigDict({"thresholds": None, "step_thresholds": None, "max_reflections": 3, "min_steps": 2, "max_steps": 4,
-                               "step_tries": 3, "max_step_chars": 500})
+    config.rules = ConfigDict(
+        {
+            "thresholds": None,
+            "step_thresholds": None,
+            "max_reflections": 3,
+            "min_steps": 2,
+            "max_steps": 4,
+            "step_tries": 3,
+            "max_step_chars": 500,
+        }
+    )
     config.analyzer = ConfigDict({"threshold": 5})
     config.generator = ConfigDict({"fault_rate": 0.7, "step_fault_rate": 0.1, "seed": 2, "level": 0})
-    config.sampling = ConfigDict({"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0,
-                                  "guidance": 1.0})
+    config.sampling = ConfigDict(
+        {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}
+    )
     return config

@@ -25,13 +25,45 @@ def get_config() -> ConfigDict:
     config.init = ""
     config.image_tokenizer = ""  # where the image tokenizer is, if it was moved since init was trained
     config.prompts = ConfigDict({"source": "world", "level": 0, "seed": 3, "size": 1_000_000})
-    config.sampling = ConfigDict({"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0,
-                                  "guidance": 1.0})
-    config.grammar = ConfigDict({"modes": ("direct", "reflection", "multi_step"), "force": False, "max_reflections": 3,
-                                 "max_steps": 4, "follow_verdict": True, "text_cap": 24})
-    config.reward = ConfigDict({"outcome_weight": 0.7, "format_weight": 0.1, "step_weight": 0.2, "renormalise": True,
-                                "bonus_weight": 1.0, "epsilon": 0.05, "divide_by_std": True, "min_valid": 2})
-    config.grpo = ConfigDict({"clip_low": 0.2, "clip_high": 0.2, "kl": 0.01, "normalisation": "sequence", "constant": 256})
-    config.optimizer = ConfigDict({"peak": 1e-4, "final": 1e-5, "warmup": 0.1, "b1": 0.9, "b2": 0.95, "eps": 1e-8,
-                                   "weight_decay": 0.0, "clip_norm": 1.0})
+    config.sampling = ConfigDict(
+        {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}
+    )
+    config.grammar = ConfigDict(
+        {
+            "modes": ("direct", "reflection", "multi_step"),
+            "force": False,
+            "max_reflections": 3,
+            "max_steps": 4,
+            "follow_verdict": True,
+            "text_cap": 24,
+        }
+    )
+    config.reward = ConfigDict(
+        {
+            "outcome_weight": 0.7,
+            "format_weight": 0.1,
+            "step_weight": 0.2,
+            "renormalise": True,
+            "bonus_weight": 1.0,
+            "epsilon": 0.05,
+            "divide_by_std": True,
+            "min_valid": 2,
+        }
+    )
+    config.grpo = ConfigDict(
+        {"clip_low": 0.2, "clip_high": 0.2, "kl": 0.01, "normalisation": "sequence", "constant": 256}
+    )
+    config.optimizer = ConfigDict(
+        {
+            "kind": "adamw",
+            "peak": 1e-4,
+            "final": 1e-5,
+            "warmup": 0.1,
+            "b1": 0.9,
+            "b2": 0.95,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+        }
+    )
     return config

@@ -1,7 +1,7 @@
 """Answer a prompt, with or without images, and show how the answer unfolded.
 
     python -m ivr_jax.generate --checkpoint=runs/demo/rl --prompt="Put a red circle at b2." --out=runs/answer
-    python -m ivr_jax.generate --checkpoint=runs/demo/rl --image=board.png --prompt="Clear a1. Paint b2 blue." --out=runs/answer
+    python -m ivr_jax.generate --checkpoint=runs/demo/rl --image=board.png --prompt="Clear a1." --out=runs/answer
 
 Writes every drawn image as PNG, answer.json (the trajectory) and answer.html (one page).  Without --image the prompt is
 text-to-image.  Several --image flags give several references, in order.
@@ -33,14 +33,20 @@ from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Mode, Sample, traject
 
 
 def add_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("checkpoint", None, "workdir of an sft or rl run, or one of its checkpoints/<step> folders", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "workdir of an sft or rl run, or one of its checkpoints/<step> folders", flag_values=values
+    )
     flags.DEFINE_string("prompt", None, "what to draw, or how to change the image", flag_values=values)
     flags.DEFINE_multi_string("image", [], "a reference image file; may be given several times", flag_values=values)
     flags.DEFINE_string("out", None, "folder for the answer", flag_values=values)
     flags.DEFINE_string("image_tokenizer", None, "workdir of the image tokenizer, if it was moved", flag_values=values)
-    flags.DEFINE_multi_enum("mode", [m.value for m in Mode], [m.value for m in Mode], "modes the answer may use", flag_values=values)
+    flags.DEFINE_multi_enum(
+        "mode", [m.value for m in Mode], [m.value for m in Mode], "modes the answer may use", flag_values=values
+    )
     flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("cfg", 1.0, "classifier-free guidance on image tokens; 1 is off", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float(
+        "cfg", 1.0, "classifier-free guidance on image tokens; 1 is off", lower_bound=0.0, flag_values=values
+    )
     flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
     flags.DEFINE_integer("answer_length", 384, "most answer tokens", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("text_cap", 64, "most tokens of one free text", lower_bound=1, flag_values=values)
@@ -66,16 +72,32 @@ def main(call: cli.Call) -> None:
     system = systems.load(wanted.checkpoint, wanted.image_tokenizer)
     sample, images = read_request(wanted.prompt, wanted.image, system)
     limit = system.config.max_position_embeddings
-    options = GrammarOptions(modes=tuple(wanted.mode), max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=wanted.text_cap)
+    options = GrammarOptions(
+        modes=tuple(wanted.mode), max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=wanted.text_cap
+    )
     sampling = SamplingOptions(temperature=wanted.temperature, guidance=wanted.cfg)
     clock = time.perf_counter()
-    rollout = roll_out(system, Grammar(system.tokenizer, options), [sample], [images], jax.random.key(wanted.seed),
-                       min(wanted.answer_length, limit - 128), sampling)
+    rollout = roll_out(
+        system,
+        Grammar(system.tokenizer, options),
+        [sample],
+        [images],
+        jax.random.key(wanted.seed),
+        min(wanted.answer_length, limit - 128),
+        sampling,
+    )
     seconds, tokens = time.perf_counter() - clock, int(rollout.samples.lengths[0])
     answer = rollout.answers[0]
     if answer is None:
-        raise UserError(f"the answer did not come to an end: {rollout.errors[0]}", "Raise --answer_length, or try another --seed.")
-    write_answer(out, wanted.prompt, answer, {"checkpoint": wanted.checkpoint, "seed": wanted.seed, "temperature": wanted.temperature, "cfg": wanted.cfg})
+        raise UserError(
+            f"the answer did not come to an end: {rollout.errors[0]}", "Raise --answer_length, or try another --seed."
+        )
+    write_answer(
+        out,
+        wanted.prompt,
+        answer,
+        {"checkpoint": wanted.checkpoint, "seed": wanted.seed, "temperature": wanted.temperature, "cfg": wanted.cfg},
+    )
     for number, round_ in enumerate(answer.trajectory.rounds, 1):
         verdict = "pass" if round_.evaluation.passed else "fail"
         print(f"G{number}: {out / f'G{number}.png'}  own verdict: {verdict}")

@@ -1,9 +1,9 @@
-"""Write the report of a run: one self-contained HTML page with tables, curves and a gallery of answers as they unfolded.
+"""Write the report of a run: one self-contained HTML page with tables, curves and a gallery of answers.
 
     python -m ivr_jax.report --workdir=runs/demo
 
-WORKDIR holds stage folders (image_tokenizer/ base/ sft/ rl/) and evaluations (eval_base/ eval_sft/ eval_rl/ ...); what is
-missing is left out.  The page is WORKDIR/report.html, with its plots as PNG files beside it.
+WORKDIR holds stage folders (image_tokenizer/ base/ sft/ rl/) and evaluations (eval_base/ eval_sft/ eval_rl/ ...); what
+is missing is left out.  The page is WORKDIR/report.html, with its plots as PNG files beside it.
 """
 
 from __future__ import annotations

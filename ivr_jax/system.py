@@ -49,18 +49,24 @@ def text_tokenizer(kind: str, visual_size: int) -> TextTokenizer:
 def load_image_codec(path: str | os.PathLike) -> ImageCodec:
     """The image tokenizer trained in workdir `path`."""
     if not path:
-        raise UserError("no image tokenizer was named.", "Give --config.image_tokenizer=WORKDIR of an image_tokenizer run.")
+        raise UserError(
+            "no image tokenizer was named.", "Give --config.image_tokenizer=WORKDIR of an image_tokenizer run."
+        )
     meta = checkpoint.read_meta(path)
     if meta.get("kind") != IMAGE_TOKENIZER:
-        raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not an image tokenizer.",
-                        "Name the workdir of an image_tokenizer run.")
+        raise UserError(
+            f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not an image tokenizer.",
+            "Name the workdir of an image_tokenizer run.",
+        )
     config = image_tokenizer.ImageTokenizerConfig(**_tuples(meta["model"]))
     like = jax.eval_shape(lambda: image_tokenizer.init_params(config, jax.random.key(0)))
     params, _ = checkpoint.read_params(path, IMAGE_TOKENIZER, like)
     return ImageCodec(config, params)
 
 
-def load(path: str | os.PathLike, image_tokenizer_path: str | os.PathLike | None = None, codec: ImageCodec | None = None) -> System:
+def load(
+    path: str | os.PathLike, image_tokenizer_path: str | os.PathLike | None = None, codec: ImageCodec | None = None
+) -> System:
     """The system of the backbone checkpoint at `path` (see `checkpoint.resolve`).
 
     Args:
@@ -69,10 +75,16 @@ def load(path: str | os.PathLike, image_tokenizer_path: str | os.PathLike | None
     """
     meta = checkpoint.read_meta(path)
     if meta.get("kind") != BACKBONE:
-        raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not a backbone.", "Name the workdir of an sft or rl run.")
+        raise UserError(
+            f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not a backbone.",
+            "Name the workdir of an sft or rl run.",
+        )
     codec = codec or load_image_codec(image_tokenizer_path or _nearby(path, meta["image_tokenizer"]))
     if meta["image_tokenizer_fingerprint"] != fingerprint(codec.params):
-        raise UserError(f"{str(path)!r} was trained with another image tokenizer.", "Name the right one with --image_tokenizer=WORKDIR.")
+        raise UserError(
+            f"{str(path)!r} was trained with another image tokenizer.",
+            "Name the right one with --image_tokenizer=WORKDIR.",
+        )
     tokenizer = text_tokenizer(meta["text_tokenizer"], codec.config.n_embed)
     check_vocabulary(tokenizer, meta, path)
     config = BackboneConfig(**_tuples(meta["model"]))
@@ -81,18 +93,33 @@ def load(path: str | os.PathLike, image_tokenizer_path: str | os.PathLike | None
     return System(config, params, tokenizer, codec, meta)
 
 
-def backbone_meta(config: BackboneConfig, tokenizer_kind: str, tokenizer: TextTokenizer, image_tokenizer_path: str | os.PathLike,
-                  codec: ImageCodec, run: Mapping[str, Any]) -> dict[str, Any]:
+def backbone_meta(
+    config: BackboneConfig,
+    tokenizer_kind: str,
+    tokenizer: TextTokenizer,
+    image_tokenizer_path: str | os.PathLike,
+    codec: ImageCodec,
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
     """Metadata of a backbone checkpoint: what `load` needs, and the run's config for the record."""
-    return {"kind": BACKBONE, "model": dataclasses.asdict(config), "text_tokenizer": tokenizer_kind,
-            "vocabulary": tokenizer.fingerprint, "image_tokenizer": os.path.abspath(image_tokenizer_path),
-            "image_tokenizer_fingerprint": fingerprint(codec.params), "run": dict(run)}
+    return {
+        "kind": BACKBONE,
+        "model": dataclasses.asdict(config),
+        "text_tokenizer": tokenizer_kind,
+        "vocabulary": tokenizer.fingerprint,
+        "image_tokenizer": os.path.abspath(image_tokenizer_path),
+        "image_tokenizer_fingerprint": fingerprint(codec.params),
+        "run": dict(run),
+    }
 
 
 def check_vocabulary(tokenizer: TextTokenizer, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Raises UserError when the checkpoint's token ids mean something else here."""
     if meta["vocabulary"] != tokenizer.fingerprint:
-        raise UserError(f"the checkpoint {str(path)!r} was made with another vocabulary.", "Train it again with this version of the program.")
+        raise UserError(
+            f"the checkpoint {str(path)!r} was made with another vocabulary.",
+            "Train it again with this version of the program.",
+        )
 
 
 def fingerprint(params: Any) -> str:
@@ -113,7 +140,10 @@ def _nearby(path: str | os.PathLike, recorded: str) -> pathlib.Path:
     beside = run.parent / recorded_path.name
     if beside.exists():
         return beside
-    raise UserError(f"the image tokenizer {recorded!r} of checkpoint {str(path)!r} is not there.", "Name it with --image_tokenizer=WORKDIR.")
+    raise UserError(
+        f"the image tokenizer {recorded!r} of checkpoint {str(path)!r} is not there.",
+        "Name it with --image_tokenizer=WORKDIR.",
+    )
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

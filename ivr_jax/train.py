@@ -15,7 +15,11 @@ from ivr_jax.config import claim_workdir
 from ivr_jax.errors import UserError
 from ivr_jax.training import checkpoint, loop
 
-STAGES = {"image_tokenizer": "ivr_jax.training.image_tokenizer", "sft": "ivr_jax.training.sft", "rl": "ivr_jax.training.grpo"}
+STAGES = {
+    "image_tokenizer": "ivr_jax.training.image_tokenizer",
+    "sft": "ivr_jax.training.sft",
+    "rl": "ivr_jax.training.grpo",
+}
 MAY_CHANGE = ("log_every", "checkpoint_every", "keep")
 
 

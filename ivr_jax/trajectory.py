@@ -26,7 +26,7 @@ MAX_REFLECTIONS = 3
 MAX_STEPS = 5
 
 
-class Mode(str, enum.Enum):
+class Mode(enum.StrEnum):
     """How a request was answered (paper, table 1)."""
 
     DIRECT = "direct"
@@ -40,13 +40,15 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _text(value: Any, where: str) -> str:
-    _require(isinstance(value, str) and bool(value.strip(" \t\n\r\f\v")), f"{where} must be a non-empty text, not {value!r}.")
+    _require(
+        isinstance(value, str) and bool(value.strip(" \t\n\r\f\v")), f"{where} must be a non-empty text, not {value!r}."
+    )
     return value
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisVerdict:
-    """One axis of an evaluation: did it pass, why, and the analyzer's score (1-5; None when only a verdict is known)."""
+    """One axis of an evaluation: did it pass, why, and the analyzer's score (1-5, or None)."""
 
     passed: bool
     reason: str
@@ -56,7 +58,9 @@ class AxisVerdict:
         _require(isinstance(self.passed, bool), f"a verdict must be true or false, not {self.passed!r}.")
         _text(self.reason, "the reason of a verdict")
         if self.score is not None:
-            in_range = isinstance(self.score, (int, float)) and not isinstance(self.score, bool) and 1 <= self.score <= 5
+            in_range = (
+                isinstance(self.score, (int, float)) and not isinstance(self.score, bool) and 1 <= self.score <= 5
+            )
             _require(in_range, f"a score must be a number from 1 to 5, not {self.score!r}.")
 
 
@@ -148,8 +152,10 @@ class Sample:
     def __post_init__(self) -> None:
         _text(self.key, "a sample's key")
         _text(self.prompt, f"the prompt of sample {self.key!r}")
-        _require(isinstance(self.sources, tuple) and all(isinstance(s, str) and s for s in self.sources),
-                 f"the sources of sample {self.key!r} must be a tuple of image names.")
+        _require(
+            isinstance(self.sources, tuple) and all(isinstance(s, str) and s for s in self.sources),
+            f"the sources of sample {self.key!r} must be a tuple of image names.",
+        )
 
     @property
     def task(self) -> str:
@@ -169,10 +175,15 @@ class Trajectory:
         _require(len(self.rounds) >= 1, f"{where} has no image.")
         _require(self.rounds[0].cause is None, f"{where}: the first image has no cause.")
         kinds = {type(r.cause) for r in self.rounds[1:]}
-        _require(kinds <= {Reflection} or kinds <= {Step},
-                 f"{where} mixes reflections and steps; failed reflection rounds are pruned before steps begin.")
+        _require(
+            kinds <= {Reflection} or kinds <= {Step},
+            f"{where} mixes reflections and steps; failed reflection rounds are pruned before steps begin.",
+        )
         limit = MAX_STEPS if kinds == {Step} else MAX_REFLECTIONS
-        _require(len(self.rounds) - 1 <= limit, f"{where} has {len(self.rounds) - 1} rounds after the first; at most {limit}.")
+        _require(
+            len(self.rounds) - 1 <= limit,
+            f"{where} has {len(self.rounds) - 1} rounds after the first; at most {limit}.",
+        )
 
     @property
     def mode(self) -> Mode:
@@ -197,7 +208,7 @@ def _verdict_to_json(verdict: AxisVerdict) -> dict[str, Any]:
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
-    return {axis: _verdict_to_json(verdict) for axis, verdict in zip(AXES, evaluation.axes)}
+    return {axis: _verdict_to_json(verdict) for axis, verdict in zip(AXES, evaluation.axes, strict=True)}
 
 
 def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
@@ -231,11 +242,17 @@ def trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
 
 def trajectory_from_json(value: Mapping[str, Any]) -> Trajectory:
     """Raises UserError naming the field when `value` is not what `trajectory_to_json` writes."""
-    _require(isinstance(value, Mapping) and {"sample", "rounds"} <= set(value), "a trajectory record needs `sample` and `rounds`.")
+    _require(
+        isinstance(value, Mapping) and {"sample", "rounds"} <= set(value),
+        "a trajectory record needs `sample` and `rounds`.",
+    )
     rounds = []
     for record in value["rounds"]:
         known = {"image", "evaluation", "reflection", "step", "step_evaluation"}
-        _require(isinstance(record, Mapping) and set(record) <= known, f"a round has unknown fields: {sorted(set(record) - known)}.")
+        _require(
+            isinstance(record, Mapping) and set(record) <= known,
+            f"a round has unknown fields: {sorted(set(record) - known)}.",
+        )
         _require({"image", "evaluation"} <= set(record), "a round needs `image` and `evaluation`.")
         cause: Reflection | Step | None = None
         if "reflection" in record:
@@ -254,7 +271,8 @@ def _fields(value: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = set(inner) - set(fields)
     _require(not unknown, f"`{name}` has unknown fields: {sorted(unknown)}.")
-    required = {f.name for f in fields.values()
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
     _require(required <= set(inner), f"`{name}` lacks {sorted(required - set(inner))}.")
     return dict(inner)

@@ -73,7 +73,9 @@ async def fill(config: Any, stream: Iterator[Request], writer: TrajectoryWriter)
     quotas, tally, drawn = Quotas(config.quotas.to_dict()), Tally(), 0
     analyzer = WorldAnalyzer(threshold=config.analyzer.threshold)
     generator = WorldGenerator(**config.generator)
-    outcomes = construct_stream(stream, analyzer, generator, as_dataclass(Rules, config.rules), concurrency=config.concurrency)
+    outcomes = construct_stream(
+        stream, analyzer, generator, as_dataclass(Rules, config.rules), concurrency=config.concurrency
+    )
     with tqdm(total=sum(quotas.wanted.values()), desc="construct", unit="sample", mininterval=1.0) as bar:
         async for outcome in outcomes:
             drawn += 1
@@ -88,10 +90,17 @@ async def fill(config: Any, stream: Iterator[Request], writer: TrajectoryWriter)
                 break
         await outcomes.aclose()
     if not quotas.full:
-        raise UserError(f"{drawn} requests gave {dict(quotas.counts)}; the quotas are {quotas.wanted}.",
-                        "Raise tasks.limit, or lower the quotas that the generator cannot fill.")
-    return {"requests": drawn, "kept": dict(quotas.counts), "surplus": dict(quotas.surplus),
-            "yield": {mode.value: n for mode, n in tally.modes.items()}, "drops": {drop.value: n for drop, n in tally.drops.items()}}
+        raise UserError(
+            f"{drawn} requests gave {dict(quotas.counts)}; the quotas are {quotas.wanted}.",
+            "Raise tasks.limit, or lower the quotas that the generator cannot fill.",
+        )
+    return {
+        "requests": drawn,
+        "kept": dict(quotas.counts),
+        "surplus": dict(quotas.surplus),
+        "yield": {mode.value: n for mode, n in tally.modes.items()},
+        "drops": {drop.value: n for drop, n in tally.drops.items()},
+    }
 
 
 def main(call: cli.Call) -> None:
@@ -108,7 +117,9 @@ def main(call: cli.Call) -> None:
         pairs = requests(config.tasks)
         if config.baseline:
             system = systems.load(config.baseline)
-            stream = with_first_images(system, pairs, config.seed, config.batch, as_dataclass(SamplingOptions, config.sampling))
+            stream = with_first_images(
+                system, pairs, config.seed, config.batch, as_dataclass(SamplingOptions, config.sampling)
+            )
         else:
             stream = itertools.starmap(Request, pairs)
         with TrajectoryWriter(target, {"config": config.to_dict()}) as writer:

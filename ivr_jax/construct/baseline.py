@@ -15,15 +15,19 @@ from ivr_jax.system import System
 from ivr_jax.trajectory import Sample
 
 
-def with_first_images(system: System, tasks: Iterable[tuple[Sample, Images]], seed: int, batch: int, options: SamplingOptions) -> Iterator[Request]:
-    """Draws `G1` of each (sample, images) with `system`, `batch` at a time; the last batch is filled up with repeats."""
+def with_first_images(
+    system: System, tasks: Iterable[tuple[Sample, Images]], seed: int, batch: int, options: SamplingOptions
+) -> Iterator[Request]:
+    """Draws `G1` of each (sample, images) with `system`, `batch` at a time; the last batch is filled up."""
     waiting: list[tuple[Sample, Images]] = []
     key, number = jax.random.key(seed), 0
 
     def drawn(part: Sequence[tuple[Sample, Images]]) -> Iterator[Request]:
         filled = list(part) + [part[0]] * (batch - len(part))
-        firsts: list[np.ndarray] = draw_first_images(system, [s for s, _ in filled], [i for _, i in filled], jax.random.fold_in(key, number), options)
-        return (Request(sample, images, first) for (sample, images), first in zip(part, firsts))
+        firsts: list[np.ndarray] = draw_first_images(
+            system, [s for s, _ in filled], [i for _, i in filled], jax.random.fold_in(key, number), options
+        )
+        return (Request(sample, images, first) for (sample, images), first in zip(part, firsts, strict=False))
 
     for task in tasks:
         waiting.append(task)

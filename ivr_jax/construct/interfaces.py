@@ -20,7 +20,7 @@ Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
 Images: TypeAlias = Mapping[str, Pixels]  # image name -> pixels
 
 
-class RootCause(str, enum.Enum):
+class RootCause(enum.StrEnum):
     """Why reflection did not repair an image (paper, section on data construction)."""
 
     PROMPT_TOO_COMPLEX = "prompt_too_complex"
@@ -44,8 +44,10 @@ class Analyzer(Protocol):
     async def evaluate(self, sample: Sample, images: Images, image: Pixels) -> Evaluation:
         """Scores `image` (any size, any content) as an answer to the whole request: four axes, 1-5, with reasons."""
 
-    async def evaluate_step(self, sample: Sample, images: Images, instruction: str, previous: Sequence[Pixels], image: Pixels) -> Evaluation:
-        """Scores `image` as the result of applying `instruction` alone to `previous` (the last result, or the sources)."""
+    async def evaluate_step(
+        self, sample: Sample, images: Images, instruction: str, previous: Sequence[Pixels], image: Pixels
+    ) -> Evaluation:
+        """Scores `image` as the result of applying `instruction` alone to `previous` (last result, or sources)."""
 
     async def reflect(self, sample: Sample, images: Images, image: Pixels, evaluation: Evaluation) -> Reflection:
         """What is wrong with the rejected `image`, and how to draw it again."""
@@ -56,7 +58,9 @@ class Analyzer(Protocol):
     async def decompose(self, sample: Sample, images: Images) -> tuple[str, ...]:
         """2-5 atomic sub-instructions, in the order in which to apply them."""
 
-    async def judge_reasoning(self, sample: Sample, images: Images, kind: str, text: str, previous: Sequence[Pixels]) -> float:
+    async def judge_reasoning(
+        self, sample: Sample, images: Images, kind: str, text: str, previous: Sequence[Pixels]
+    ) -> float:
         """Logical validity in [0, 1] of one intermediate text.
 
         `kind` is "failure_analysis", "improvement_plan" or "step"; `previous` holds the images drawn so far, oldest
@@ -67,7 +71,14 @@ class Analyzer(Protocol):
 class Generator(Protocol):
     """Draws images."""
 
-    async def generate(self, sample: Sample, instruction: str, sources: Sequence[Pixels], reflection: Reflection | None = None, attempt: int = 0) -> Pixels:
+    async def generate(
+        self,
+        sample: Sample,
+        instruction: str,
+        sources: Sequence[Pixels],
+        reflection: Reflection | None = None,
+        attempt: int = 0,
+    ) -> Pixels:
         """Applies `instruction` (the whole prompt, or one step) to `sources`; `reflection` says what to mend.
 
         `attempt` distinguishes repeated calls, so that a deterministic generator can answer differently.

@@ -38,11 +38,21 @@ def unpack_example(record: bytes) -> dict[str, np.ndarray]:
     size = int(np.frombuffer(record, "<i4", 1)[0])
     if len(record) != 4 + 5 * size:
         raise UserError("a token example is corrupt.", "Delete the examples folder; it is made anew.")
-    return {"tokens": np.frombuffer(record, "<i4", size, 4), "loss": np.frombuffer(record, np.uint8, size, 4 + 4 * size)}
+    return {
+        "tokens": np.frombuffer(record, "<i4", size, 4),
+        "loss": np.frombuffer(record, np.uint8, size, 4 + 4 * size),
+    }
 
 
-def make_examples(dataset: TrajectoryDataset, tokenizer: TextTokenizer, encode_images: EncodeImages, folder: str | os.PathLike,
-                  longest: int, fingerprint: str, chunk: int = 256) -> dict:
+def make_examples(
+    dataset: TrajectoryDataset,
+    tokenizer: TextTokenizer,
+    encode_images: EncodeImages,
+    folder: str | os.PathLike,
+    longest: int,
+    fingerprint: str,
+    chunk: int = 256,
+) -> dict:
     """Writes the examples of `dataset` into `folder` (renamed into place when complete) and returns the manifest.
 
     Raises UserError for a trajectory of more than `longest` tokens, naming it.
@@ -51,7 +61,10 @@ def make_examples(dataset: TrajectoryDataset, tokenizer: TextTokenizer, encode_i
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    writers = {mode: array_record_module.ArrayRecordWriter(str(partial / f"{mode.value}.array_record"), "group_size:1") for mode in Mode}
+    writers = {
+        mode: array_record_module.ArrayRecordWriter(str(partial / f"{mode.value}.array_record"), "group_size:1")
+        for mode in Mode
+    }
     counts, tokens, most = Counter(), 0, 0
     try:
         for start in tqdm(range(0, len(dataset), chunk), desc="tokenise", unit=f"x{chunk}", leave=False):
@@ -61,8 +74,10 @@ def make_examples(dataset: TrajectoryDataset, tokenizer: TextTokenizer, encode_i
                 encoded = codec.encode_trajectory(tokenizer, trajectory, codes)
                 size = len(encoded.tokens)
                 if size > longest:
-                    raise UserError(f"trajectory {trajectory.sample.key!r} has {size} tokens; the context holds {longest}.",
-                                    "Raise data.length (and the model's context), or leave the trajectory out.")
+                    raise UserError(
+                        f"trajectory {trajectory.sample.key!r} has {size} tokens; the context holds {longest}.",
+                        "Raise data.length (and the model's context), or leave the trajectory out.",
+                    )
                 writers[trajectory.mode].write(pack_example(encoded.tokens, encoded.loss_mask()))
                 counts[trajectory.mode.value] += 1
                 tokens, most = tokens + size, max(most, size)
@@ -81,9 +96,11 @@ def make_examples(dataset: TrajectoryDataset, tokenizer: TextTokenizer, encode_i
     return manifest
 
 
-def _codes(dataset: TrajectoryDataset, trajectories: Sequence[Trajectory], encode_images: EncodeImages) -> dict[str, np.ndarray]:
+def _codes(
+    dataset: TrajectoryDataset, trajectories: Sequence[Trajectory], encode_images: EncodeImages
+) -> dict[str, np.ndarray]:
     names = list(dict.fromkeys(name for t in trajectories for name in (*t.sample.sources, *t.images)))
-    return dict(zip(names, encode_images([dataset.image(name) for name in names])))
+    return dict(zip(names, encode_images([dataset.image(name) for name in names]), strict=True))
 
 
 def read_manifest(folder: str | os.PathLike) -> dict | None:

@@ -29,7 +29,9 @@ class Indexed:
         return self.make(int(index))
 
 
-def packed_examples(folder: str | os.PathLike, mix: Mapping[str, float], batch: int, length: int, seed: int) -> grain.DatasetIterator:
+def packed_examples(
+    folder: str | os.PathLike, mix: Mapping[str, float], batch: int, length: int, seed: int
+) -> grain.DatasetIterator:
     """Endless packed batches from token examples.
 
     Args:
@@ -43,24 +45,34 @@ def packed_examples(folder: str | os.PathLike, mix: Mapping[str, float], batch: 
     if manifest is None:
         raise UserError(f"{folder} holds no token examples.", "Run the training command again; it makes them.")
     if manifest["longest"] > length:
-        raise UserError(f"the longest example has {manifest['longest']} tokens, a row holds {length}.", "Raise data.length.")
+        raise UserError(
+            f"the longest example has {manifest['longest']} tokens, a row holds {length}.", "Raise data.length."
+        )
     modes = [mode for mode, weight in mix.items() if weight > 0]
     missing = [mode for mode in modes if not manifest["counts"].get(mode)]
     if missing or not modes:
-        raise UserError(f"data.mix weights {missing or 'nothing'}, but the dataset holds {manifest['counts']}.",
-                        "Set the weights of absent modes to 0 and give one that is there a positive weight.")
+        raise UserError(
+            f"data.mix weights {missing or 'nothing'}, but the dataset holds {manifest['counts']}.",
+            "Set the weights of absent modes to 0 and give one that is there a positive weight.",
+        )
     sources = []
     for number, mode in enumerate(modes):
         source = grain.sources.ArrayRecordDataSource(str(pathlib.Path(folder) / f"{mode}.array_record"))
         sources.append(grain.MapDataset.source(source).shuffle(seed=seed + number).repeat().map(unpack_example))
     mixed = grain.MapDataset.mix(sources, [mix[mode] for mode in modes]) if len(sources) > 1 else sources[0]
     packed = grain_experimental.FirstFitPackIterDataset(
-        mixed.to_iter_dataset(), length_struct={"tokens": length, "loss": length}, num_packing_bins=4 * batch, seed=seed)
+        mixed.to_iter_dataset(), length_struct={"tokens": length, "loss": length}, num_packing_bins=4 * batch, seed=seed
+    )
     return iter(packed.map(_rename).batch(batch, drop_remainder=True))
 
 
 def _rename(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {"tokens": row["tokens"], "loss": row["loss"], "segment_ids": row["tokens_segment_ids"], "positions": row["tokens_positions"]}
+    return {
+        "tokens": row["tokens"],
+        "loss": row["loss"],
+        "segment_ids": row["tokens_segment_ids"],
+        "positions": row["tokens_positions"],
+    }
 
 
 def indexed_batches(source: Indexed, batch: int, seed: int, collate: Callable | None = None) -> grain.DatasetIterator:
@@ -68,4 +80,6 @@ def indexed_batches(source: Indexed, batch: int, seed: int, collate: Callable | 
     if len(source) < 1:
         raise UserError("the dataset is empty.", "Add at least one sample.")
     dataset = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    return iter(dataset.to_iter_dataset().batch(batch, drop_remainder=True, **({"batch_fn": collate} if collate else {})))
+    return iter(
+        dataset.to_iter_dataset().batch(batch, drop_remainder=True, **({"batch_fn": collate} if collate else {}))
+    )

@@ -29,9 +29,14 @@ from ivr_jax.world.sampler import Task, sample_task
 def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
     """(task, split): `config.prompts` of the training mixture by number of edits, and `config.each_split` a split."""
     most = config.most_edits
-    tasks = [(sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), "mixture") for i in range(config.prompts)]
+    tasks = [
+        (sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), "mixture")
+        for i in range(config.prompts)
+    ]
     for split in benchmarks.SPLITS:
-        tasks += [(benchmarks.benchmark_task(split, config.level, config.seed, i), split) for i in range(config.each_split)]
+        tasks += [
+            (benchmarks.benchmark_task(split, config.level, config.seed, i), split) for i in range(config.each_split)
+        ]
     if not tasks:
         raise UserError("the benchmark is empty.", "Raise config.prompts or config.each_split.")
     return tasks
@@ -47,28 +52,62 @@ def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray
     for start in tqdm(range(0, len(tasks), config.batch), desc="evaluate", unit=f"x{config.batch}"):
         part = tasks[start : start + config.batch]
         filled = part + [part[0]] * (config.batch - len(part))
-        rollout = roll_out(system, grammar, [t.sample for t, _ in filled], [t.images for t, _ in filled],
-                           jax.random.fold_in(key, start), config.answer_length, options)
+        rollout = roll_out(
+            system,
+            grammar,
+            [t.sample for t, _ in filled],
+            [t.images for t, _ in filled],
+            jax.random.fold_in(key, start),
+            config.answer_length,
+            options,
+        )
         drawn = rollout.answers[: len(part)]
-        judged = asyncio.run(judge_answers(WorldAnalyzer(), [(a.trajectory, a.images) if a else None for a in drawn], every_image=True))
-        for (task, split), answer, error, verdict in zip(part, drawn, rollout.errors, judged):
+        judged = asyncio.run(
+            judge_answers(WorldAnalyzer(), [(a.trajectory, a.images) if a else None for a in drawn], every_image=True)
+        )
+        for (task, split), answer, error, verdict in zip(part, drawn, rollout.errors, judged, strict=False):
             answers.append(to_answer(task, split, answer, error, verdict, rewards))
             images |= {**task.images, **(answer.images if answer else {})}
     return answers, images
 
 
-def to_answer(task: Task, split: str, drawn: DrawnAnswer | None, error: str, judged: Judged, rewards: reward_functions.RewardOptions) -> Answer:
+def to_answer(
+    task: Task,
+    split: str,
+    drawn: DrawnAnswer | None,
+    error: str,
+    judged: Judged,
+    rewards: reward_functions.RewardOptions,
+) -> Answer:
     """One judged answer as the record that metrics and report read."""
     if drawn is None:
         return Answer(task.sample, None, error, rewards={"format": 0.0}, split=split)
     trajectory = drawn.trajectory
     outcome = float(reward_functions.outcome(np.asarray(judged.scores)))
     step = 0.0 if judged.step is None else judged.step
-    total = float(reward_functions.total(np.float32(outcome), np.float32(judged.format), np.float32(step), np.bool_(judged.step is not None), rewards))
-    components = {"outcome": outcome, "format": judged.format, "total": total} | ({} if judged.step is None else {"step": judged.step})
-    exact = WorldAnalyzer().exact_all([task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images])
-    return Answer(task.sample, trajectory, "", trajectory.images, judged.truth, tuple(map(bool, exact)), components,
-                  shown_segments(trajectory, drawn.segments), split, trajectory.mode)
+    total = float(
+        reward_functions.total(
+            np.float32(outcome), np.float32(judged.format), np.float32(step), np.bool_(judged.step is not None), rewards
+        )
+    )
+    components = {"outcome": outcome, "format": judged.format, "total": total} | (
+        {} if judged.step is None else {"step": judged.step}
+    )
+    exact = WorldAnalyzer().exact_all(
+        [task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images]
+    )
+    return Answer(
+        task.sample,
+        trajectory,
+        "",
+        trajectory.images,
+        judged.truth,
+        tuple(map(bool, exact)),
+        components,
+        shown_segments(trajectory, drawn.segments),
+        split,
+        trajectory.mode,
+    )
 
 
 def shown_segments(trajectory: Trajectory, segments: Sequence[Any]) -> tuple[Segment, ...]:

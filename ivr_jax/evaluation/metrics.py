@@ -161,7 +161,7 @@ def _summary(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
         "rewards": {name: mean(values, seed, f"rewards/{name}") for name, values in rewards.items()},
         "calibration": {
             # Without truths there are no pairs, however many images were drawn.
-            "images": _calibration([pair for a in answers for pair in zip(a.own, a.truth, strict=False)]),
+            "images": _calibration([pair for a in answers for pair in zip(a.own, a.truth, strict=True)]),
             "final": _calibration([(a.own[-1], a.truth[-1]) for a in answers if a.own and a.truth]),
         },
     }

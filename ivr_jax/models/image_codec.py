@@ -20,19 +20,33 @@ from ivr_jax.models import image_tokenizer
 class ImageCodec:
     """`encode`: uint8 [height, width, 3] images -> int32 [rows, columns] codes; `decode`: the way back."""
 
-    def __init__(self, config: image_tokenizer.ImageTokenizerConfig, params: Any, batch: int = 64, remember: int = 20_000):
+    def __init__(
+        self, config: image_tokenizer.ImageTokenizerConfig, params: Any, batch: int = 64, remember: int = 20_000
+    ):
         self.config, self.params, self._batch = config, params, batch
-        self._encode = jax.jit(lambda params, x: image_tokenizer.encode(config, params, image_tokenizer.pixels_to_unit(x)))
-        self._decode = jax.jit(lambda params, x: image_tokenizer.unit_to_pixels(image_tokenizer.decode(config, params, x)))
+        self._encode = jax.jit(
+            lambda params, x: image_tokenizer.encode(config, params, image_tokenizer.pixels_to_unit(x))
+        )
+        self._decode = jax.jit(
+            lambda params, x: image_tokenizer.unit_to_pixels(image_tokenizer.decode(config, params, x))
+        )
         self._codes, self._pixels = _Cache(remember), _Cache(remember)
 
     def encode(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Raises UserError for an image whose sides are not multiples of the tokenizer's factor."""
         factor = self.config.factor
         for image in images:
-            if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % factor or image.shape[1] % factor or 0 in image.shape:
-                raise UserError(f"an image of shape {image.shape} does not divide into {factor}-pixel cells.",
-                                f"Resize it to multiples of {factor} first (`ivr_jax.images.fit`).")
+            if (
+                image.ndim != 3
+                or image.shape[2] != 3
+                or image.shape[0] % factor
+                or image.shape[1] % factor
+                or 0 in image.shape
+            ):
+                raise UserError(
+                    f"an image of shape {image.shape} does not divide into {factor}-pixel cells.",
+                    f"Resize it to multiples of {factor} first (`ivr_jax.images.fit`).",
+                )
         return self._map(self._encode, images, self._codes)
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -43,7 +57,7 @@ class ImageCodec:
         keys: list[Hashable] = [(x.shape, x.tobytes()) for x in arrays]
         results = {key: cache.get(key) for key in keys}
         todo = collections.defaultdict(dict)
-        for key, x in zip(keys, arrays):
+        for key, x in zip(keys, arrays, strict=True):
             if results[key] is None:
                 todo[x.shape][key] = x
         for same in todo.values():
@@ -52,7 +66,7 @@ class ImageCodec:
                 part = items[start : start + self._batch]
                 size = self._batch if len(items) > 8 else 8  # two shapes: a full batch, and a small one
                 stacked = np.stack([x for _, x in part] + [part[0][1]] * (size - len(part)))
-                for (key, _), value in zip(part, np.asarray(function(self.params, stacked))):
+                for (key, _), value in zip(part, np.asarray(function(self.params, stacked)), strict=False):
                     results[key] = cache.put(key, value)
         return [results[key] for key in keys]
 

@@ -306,6 +306,15 @@ def param_axes(config: ImageTokenizerConfig) -> Params:
     return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda variable: variable.get_metadata("axes"))
 
 
+def with_codebook(params: Params, codebook: jax.Array) -> Params:
+    """The parameters with another codebook [N, C]."""
+    old = params["quantize"]["embedding"]["weight"]
+    if codebook.shape != old.shape:
+        raise ValueError(f"a codebook of shape {codebook.shape} for one of shape {old.shape}")
+    embedding = {**params["quantize"]["embedding"], "weight": codebook.astype(old.dtype)}
+    return {**params, "quantize": {**params["quantize"], "embedding": embedding}}
+
+
 def nearest_codes(latents: jax.Array, codebook: jax.Array, chunk: int = CODEBOOK_CHUNK) -> jax.Array:
     """Index of the code with the largest dot product (the first of equals), `chunk` codes scored at a time.
 

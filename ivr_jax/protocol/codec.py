@@ -26,7 +26,6 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol import grammar as grammar_lib
 from ivr_jax.protocol import markers
 from ivr_jax.protocol.text import TextTokenizer
-from ivr_jax.protocol.vocabulary import Vocabulary
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
 
 Codes = Mapping[str, np.ndarray]  # image name -> int [rows, columns] codes of the image tokenizer
@@ -81,8 +80,10 @@ def encode_image(tokenizer: TextTokenizer, codes: np.ndarray) -> list[int]:
     """Codes int [rows, columns] -> BOI "h*w" IMG row EOL row ... row EOI.  Raises UserError for codes out of range."""
     vocab = tokenizer.vocab
     if codes.ndim != 2 or 0 in codes.shape or codes.min() < 0 or codes.max() >= vocab.visual_size:
-        raise UserError(f"image codes of shape {codes.shape} do not fit a vocabulary of {vocab.visual_size} visual tokens.",
-                        "Use the image tokenizer that the vocabulary was made for.")
+        raise UserError(
+            f"image codes of shape {codes.shape} do not fit a vocabulary of {vocab.visual_size} visual tokens.",
+            "Use the image tokenizer that the vocabulary was made for.",
+        )
     rows = (codes + vocab.visual_start).tolist()
     grid = [token for row in rows for token in (*row, vocab.eol)][:-1]
     size = [tokenizer.encode(character)[0] for character in f"{codes.shape[0]}*{codes.shape[1]}"]
@@ -109,15 +110,20 @@ def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int]) -> np.ndarray:
     first = int(start[0]) + 1
     expected = first + rows * (columns + 1)
     if len(tokens) != expected or tokens[-1] != vocab.eoi:
-        raise bad(min(len(tokens), expected) - 1, f"{rows}*{columns} cells need {expected} tokens that end in EOI, not {len(tokens)}")
+        raise bad(
+            min(len(tokens), expected) - 1,
+            f"{rows}*{columns} cells need {expected} tokens that end in EOI, not {len(tokens)}",
+        )
     grid = np.append(tokens[first:-1], vocab.eol).reshape(rows, columns + 1)
     wrong = (grid[:, -1:] != vocab.eol) | (grid[:, :-1] < vocab.visual_start) | (grid[:, :-1] >= vocab.size)
     if wrong.any():
-        raise bad(first + int(np.flatnonzero(np.pad(wrong, ((0, 0), (0, 1))))[0]), "a visual token or an EOL is out of place")
+        raise bad(
+            first + int(np.flatnonzero(np.pad(wrong, ((0, 0), (0, 1))))[0]), "a visual token or an EOL is out of place"
+        )
     return (grid[:, :-1] - vocab.visual_start).astype(np.int32)
 
 
-# -- prompts ------------------------------------------------------------------------------------------------------------
+# -- prompts ----------------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer: TextTokenizer, sample: Sample, codes: Codes) -> list[int]:
@@ -137,7 +143,7 @@ def _template(tokenizer: TextTokenizer, system: str, sources: Sequence[str], cod
     return [tokenizer.vocab.bos, *tokenizer.marker(system), *images, *text, tokenizer.vocab.bss]
 
 
-# -- answers --------------------------------------------------------------------------------------------------------------
+# -- answers ----------------------------------------------------------------------------------------------------
 
 
 def loss_parts(trajectory: Trajectory) -> set[tuple[str, int]]:
@@ -152,7 +158,9 @@ def loss_parts(trajectory: Trajectory) -> set[tuple[str, int]]:
     return parts
 
 
-def encode_answer(tokenizer: TextTokenizer, trajectory: Trajectory, codes: Codes) -> tuple[list[int], tuple[Segment, ...]]:
+def encode_answer(
+    tokenizer: TextTokenizer, trajectory: Trajectory, codes: Codes
+) -> tuple[list[int], tuple[Segment, ...]]:
     """Answer tokens, EOS included, and their segments.  Raises UserError for a text that would end itself early."""
     tokens: list[int] = []
     segments: list[Segment] = []
@@ -188,28 +196,37 @@ def encode_trajectory(tokenizer: TextTokenizer, trajectory: Trajectory, codes: C
 def _encode_evaluation(tokenizer: TextTokenizer, evaluation: Evaluation) -> list[int]:
     ids = [*tokenizer.marker(markers.EVALUATE_OPEN), *tokenizer.marker(markers.AXIS[AXES[0]])]
     closes = [*(markers.AXIS[axis] for axis in AXES[1:]), markers.EVALUATE_CLOSE]
-    for verdict, close in zip(evaluation.axes, closes):
+    for verdict, close in zip(evaluation.axes, closes, strict=True):
         ids += tokenizer.marker(markers.PASS if verdict.passed else markers.FAIL)
         ids += _free_text(tokenizer, verdict.reason, close)
     return ids
 
 
 def _encode_reflection(tokenizer: TextTokenizer, reflection: Reflection) -> list[int]:
-    return [*tokenizer.marker(markers.ANALYSIS_OPEN), *_free_text(tokenizer, reflection.failure_analysis, markers.ANALYSIS_CLOSE),
-            *tokenizer.marker(markers.PLAN_OPEN), *_free_text(tokenizer, reflection.improvement_plan, markers.PLAN_CLOSE)]
+    return [
+        *tokenizer.marker(markers.ANALYSIS_OPEN),
+        *_free_text(tokenizer, reflection.failure_analysis, markers.ANALYSIS_CLOSE),
+        *tokenizer.marker(markers.PLAN_OPEN),
+        *_free_text(tokenizer, reflection.improvement_plan, markers.PLAN_CLOSE),
+    ]
 
 
 def _free_text(tokenizer: TextTokenizer, text: str, close: str) -> list[int]:
-    """A text and its closing marker; the marker must not stand in the text itself, and the text must not begin blank."""
+    """A text and its closing marker; the marker must not stand in the text, which must not begin blank."""
     markers.check_user_text(text, f"the text {text[:60]!r} of a trajectory")
     ids, marker = tokenizer.encode(text), list(tokenizer.marker(close))
     first = next((i for i in range(len(ids) + 1) if (ids + marker)[i : i + len(marker)] == marker), 0)
     if first != len(ids) or tokenizer.is_blank(ids[0]):
-        raise UserError(f"the text {text[:60]!r} holds the marker {close!r} that ends it, or begins with white space.", "Rewrite the text.")
+        raise UserError(
+            f"the text {text[:60]!r} holds the marker {close!r} that ends it, or begins with white space.",
+            "Rewrite the text.",
+        )
     return ids + marker
 
 
-def parse_answer(grammar: grammar_lib.Grammar, sample: Sample, tokens: np.ndarray, nodes: np.ndarray | None = None) -> ParsedAnswer:
+def parse_answer(
+    grammar: grammar_lib.Grammar, sample: Sample, tokens: np.ndarray, nodes: np.ndarray | None = None
+) -> ParsedAnswer:
     """Reads an answer (int [T], up to and including EOS) back into a trajectory.
 
     `nodes` are the automaton's nodes before each token (`Grammar.run`, or what the sampler recorded); computed when
@@ -221,7 +238,10 @@ def parse_answer(grammar: grammar_lib.Grammar, sample: Sample, tokens: np.ndarra
     if nodes[len(tokens)] != grammar_lib.ACCEPT or (nodes[: len(tokens)] <= grammar_lib.ACCEPT).any():
         wrong = np.flatnonzero(nodes <= grammar_lib.ACCEPT)
         position = int(wrong[0]) - 1 if len(wrong) else len(tokens)
-        raise UserError(f"the answer is not well-formed at token {position} of {len(tokens)}.", "It ends too early, or leaves the grammar.")
+        raise UserError(
+            f"the answer is not well-formed at token {position} of {len(tokens)}.",
+            "It ends too early, or leaves the grammar.",
+        )
     runs = _runs(grammar, nodes[: len(tokens)])
     tokenizer, fields = grammar.tokenizer, {}
     codes: dict[str, np.ndarray] = {}
@@ -250,7 +270,7 @@ def _runs(grammar: grammar_lib.Grammar, nodes: np.ndarray) -> list[tuple[grammar
     """Maximal runs of one slot: (slot, start, end)."""
     slots = grammar.slot_of[nodes]
     starts = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist()]
-    return [(grammar.slots[slots[a]], a, b) for a, b in zip(starts, [*starts[1:], len(nodes)])]
+    return [(grammar.slots[slots[a]], a, b) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
 
 
 def _segments(runs: Sequence[tuple[grammar_lib.Slot, int, int]], trajectory: Trajectory) -> tuple[Segment, ...]:

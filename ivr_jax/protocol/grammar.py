@@ -28,7 +28,9 @@ from ivr_jax.trajectory import AXES, MAX_REFLECTIONS, MAX_STEPS, Mode
 ERROR, ACCEPT = 0, 1  # the first two nodes
 ILLEGAL, TEXT, VISUAL = 0, 1, 2  # the first three classes
 ANY_TEXT = -1  # key of a node's default transition for every text class
-PLAIN, BEGIN_IMAGE, HEIGHT, WIDTH, GRID, END_ROW, FREE_TEXT = range(7)  # node kinds: what `advance` does beside the table
+PLAIN, BEGIN_IMAGE, HEIGHT, WIDTH, GRID, END_ROW, FREE_TEXT = range(
+    7
+)  # node kinds: what `advance` does beside the table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +55,16 @@ class GrammarOptions:
     def __post_init__(self) -> None:
         known = {mode.value for mode in Mode}
         if not self.modes or not set(self.modes) <= known:
-            raise UserError(f"grammar modes {self.modes!r} are not among {sorted(known)}.", "Name at least one of them.")
-        if not (0 <= self.max_reflections <= MAX_REFLECTIONS and 0 <= self.max_steps <= MAX_STEPS and self.text_cap >= 1):
-            raise UserError(f"grammar limits {self} are out of range.",
-                            f"Use max_reflections 0-{MAX_REFLECTIONS}, max_steps 0-{MAX_STEPS}, text_cap >= 1.")
+            raise UserError(
+                f"grammar modes {self.modes!r} are not among {sorted(known)}.", "Name at least one of them."
+            )
+        if not (
+            0 <= self.max_reflections <= MAX_REFLECTIONS and 0 <= self.max_steps <= MAX_STEPS and self.text_cap >= 1
+        ):
+            raise UserError(
+                f"grammar limits {self} are out of range.",
+                f"Use max_reflections 0-{MAX_REFLECTIONS}, max_steps 0-{MAX_STEPS}, text_cap >= 1.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +143,9 @@ class Grammar:
     def _single(self, text: str) -> int:
         ids = self.tokenizer.encode(text)
         if len(ids) != 1:
-            raise UserError(f"the text tokenizer writes {text!r} as {len(ids)} tokens.", "Image sizes need one token a digit.")
+            raise UserError(
+                f"the text tokenizer writes {text!r} as {len(ids)} tokens.", "Image sizes need one token a digit."
+            )
         return ids[0]
 
     def _classes_of(self, text: str) -> tuple[int, ...]:
@@ -164,7 +174,10 @@ class Grammar:
                     self._transitions[node][class_] = self._node(slot)
                 node = self._transitions[node][class_]
             if classes[-1] in self._transitions[node]:
-                raise UserError("two markers of the answer begin with the same tokens in this tokenizer.", "Use another text tokenizer.")
+                raise UserError(
+                    "two markers of the answer begin with the same tokens in this tokenizer.",
+                    "Use another text tokenizer.",
+                )
             self._transitions[node][classes[-1]] = following
         return entry
 
@@ -225,7 +238,7 @@ class Grammar:
         """Four axes; the table remembers whether one of them has failed."""
         after = (passed, failed)
         closes = [*(markers.AXIS[axis] for axis in AXES[1:]), markers.EVALUATE_CLOSE]
-        for axis, close in reversed(list(zip(AXES, closes))):
+        for axis, close in reversed(list(zip(AXES, closes, strict=True))):
             verdict = self._slot("E", round_, f"{axis}.verdict")
             reasons = [self._slot("E", round_, f"{axis}.reason", close) for _ in range(2)]
             texts = [self._free_text(reasons[fail], close, after[fail]) for fail in range(2)]
@@ -243,7 +256,10 @@ class Grammar:
         reflections = self._rounds(Mode.REFLECTION, options.max_reflections if Mode.REFLECTION in options.modes else 0)
         on = [branch for branch in (reflections, steps) if branch]
         if options.force and not on:
-            raise UserError("grammar.force needs a mode that has rounds after the first image.", "Add reflection or multi_step to grammar.modes.")
+            raise UserError(
+                "grammar.force needs a mode that has rounds after the first image.",
+                "Add reflection or multi_step to grammar.modes.",
+            )
         return self._image(1, self._verdict_control(1, on, end, force=options.force))
 
     def _rounds(self, mode: Mode, count: int) -> tuple[tuple[int, ...], int] | None:
@@ -254,7 +270,9 @@ class Grammar:
             branch = (self._reflection if mode is Mode.REFLECTION else self._step)(round_, self._image(round_, control))
         return branch
 
-    def _verdict_control(self, round_: int, on: list[tuple[tuple[int, ...], int]], end: tuple[int, ...], force: bool = False) -> int:
+    def _verdict_control(
+        self, round_: int, on: list[tuple[tuple[int, ...], int]], end: tuple[int, ...], force: bool = False
+    ) -> int:
         """The evaluation of a round, and where the answer may go after it."""
         slot = self._slot("", round_, "control")
         stop = (end, ACCEPT)
@@ -271,7 +289,9 @@ class Grammar:
         opening = self._slot("R", round_, "open")
         plan = self._slot("R", round_, "improvement_plan", markers.PLAN_CLOSE)
         plan_text = self._free_text(plan, markers.PLAN_CLOSE, following)
-        analysis_text = self._free_text(analysis, markers.ANALYSIS_CLOSE, self._literal(opening, markers.PLAN_OPEN, plan_text))
+        analysis_text = self._free_text(
+            analysis, markers.ANALYSIS_CLOSE, self._literal(opening, markers.PLAN_OPEN, plan_text)
+        )
         return self._classes_of(markers.ANALYSIS_OPEN), analysis_text
 
     def _step(self, round_: int, following: int) -> tuple[tuple[int, ...], int]:
@@ -293,8 +313,14 @@ class Grammar:
         legal = np.zeros((nodes + 12, self._classes), bool)
         legal[:nodes] = table != ERROR
         legal[np.arange(nodes, nodes + 12), np.arange(self._digit_class, self._digit_class + 12)] = True
-        return Tables(table, legal, np.array(self._kinds, np.int32), np.array(self._capped, np.int32),
-                      self._class_of, np.int32(self.options.text_cap))
+        return Tables(
+            table,
+            legal,
+            np.array(self._kinds, np.int32),
+            np.array(self._capped, np.int32),
+            self._class_of,
+            np.int32(self.options.text_cap),
+        )
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -302,7 +328,9 @@ class Grammar:
         """State before the first answer token; `height`, `width` int [B]: forced size in cells, or 0."""
         height, width = np.asarray(height, np.int32), np.asarray(width, np.int32)
         if not ((0 <= height) & (height <= 99) & (0 <= width) & (width <= 99) & ((height == 0) == (width == 0))).all():
-            raise UserError("an image's size must be 1-99 latent cells a side.", "Resize it, or leave the size free (0).")
+            raise UserError(
+                "an image's size must be 1-99 latent cells a side.", "Resize it, or leave the size free (0)."
+            )
         zero = np.zeros_like(height)
         return GrammarState(np.full_like(height, self.start), zero, zero, zero, zero, zero, height, width)
 
@@ -327,7 +355,10 @@ def legal_row(tables: Tables, state: GrammarState, xp: Any) -> Any:
     kind = tables.kind[state.node]
     nodes = tables.next_node.shape[0]
     in_height = kind == HEIGHT
-    value, want = xp.where(in_height, state.height, state.width), xp.where(in_height, state.want_height, state.want_width)
+    value, want = (
+        xp.where(in_height, state.height, state.width),
+        xp.where(in_height, state.want_height, state.want_width),
+    )
     closing = xp.where(in_height, nodes + 10, nodes + 11)
     digit = xp.where((value == 0) & (want >= 10), want // 10, want % 10)
     forced = xp.where(value == want, closing, nodes + digit)
@@ -350,11 +381,15 @@ def advance(tables: Tables, state: GrammarState, token: Any, xp: Any) -> Grammar
     height, width = xp.where(begin, 0, height), xp.where(begin, 0, width)
 
     enters_grid = (kind == WIDTH) & ~is_digit
-    cells = xp.where(enters_grid | (kind == END_ROW), width, xp.where(kind == GRID, state.cells_left - 1, state.cells_left))
+    cells = xp.where(
+        enters_grid | (kind == END_ROW), width, xp.where(kind == GRID, state.cells_left - 1, state.cells_left)
+    )
     row_ends = (kind == GRID) & (cells == 0)
     rows = xp.where(enters_grid, height, xp.where(row_ends, state.rows_left - 1, state.rows_left))
     alive = node > ACCEPT
-    node = xp.where(row_ends & alive, xp.where(rows == 0, node - 1, node + 1), node)  # the grid node's neighbours: EOI, END_ROW
+    node = xp.where(
+        row_ends & alive, xp.where(rows == 0, node - 1, node + 1), node
+    )  # the grid node's neighbours: EOI, END_ROW
 
     in_text, was_text = tables.kind[node] == FREE_TEXT, kind == FREE_TEXT
     text_left = xp.where(in_text & was_text, state.text_left - 1, xp.where(in_text, tables.text_cap, state.text_left))

@@ -20,8 +20,18 @@ STEP_OPEN = {k: f"<Step {k}>" for k in range(2, MAX_STEPS + 2)}
 STEP_CLOSE = {k: f"</Step {k}>" for k in range(2, MAX_STEPS + 2)}
 
 ANSWER_MARKERS: tuple[str, ...] = (
-    EVALUATE_OPEN, EVALUATE_CLOSE, *AXIS.values(), PASS, FAIL, ANALYSIS_OPEN, ANALYSIS_CLOSE, PLAN_OPEN, PLAN_CLOSE,
-    *STEP_OPEN.values(), *STEP_CLOSE.values())
+    EVALUATE_OPEN,
+    EVALUATE_CLOSE,
+    *AXIS.values(),
+    PASS,
+    FAIL,
+    ANALYSIS_OPEN,
+    ANALYSIS_CLOSE,
+    PLAN_OPEN,
+    PLAN_CLOSE,
+    *STEP_OPEN.values(),
+    *STEP_CLOSE.values(),
+)
 
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
 SYSTEM = {task: f"You are a helpful assistant for {task} task. USER: " for task in TASKS}
@@ -29,12 +39,16 @@ SYSTEM_UNCONDITIONAL = "You are a helpful assistant. USER: "
 ASSISTANT = " ASSISTANT: "
 
 _CONTROL = re.compile(
-    r"<\|[^|<>\n]{1,40}\|>|</?(?:Evaluate|Failure Analysis|Improvement Plan|Step \d+)>", re.IGNORECASE)
+    r"<\|[^|<>\n]{1,40}\|>|</?(?:Evaluate|Failure Analysis|Improvement Plan|Step \d+)>", re.IGNORECASE
+)
 
 
 def check_user_text(text: str, where: str) -> str:
     """Returns `text`, or raises UserError when it holds a control token or an answer marker."""
     found = _CONTROL.search(text)
     if found:
-        raise UserError(f"{where} contains the control token {found.group(0)!r}.", "Remove it, or write it differently (a space inside is enough).")
+        raise UserError(
+            f"{where} contains the control token {found.group(0)!r}.",
+            "Remove it, or write it differently (a space inside is enough).",
+        )
     return text

@@ -46,7 +46,9 @@ class PhraseTokenizer:
         text_size = 256 + len(self.phrases)
         self._markers = {text: text_size + i for i, text in enumerate(markers.ANSWER_MARKERS)}
         self._bytes = {i: phrase.encode() for phrase, i in (self._ids | self._markers).items()}
-        self._pattern = re.compile("|".join(re.escape(p) for p in sorted(self.phrases, key=len, reverse=True)) + "|.", re.DOTALL)
+        self._pattern = re.compile(
+            "|".join(re.escape(p) for p in sorted(self.phrases, key=len, reverse=True)) + "|.", re.DOTALL
+        )
         self.vocab = vocabulary.micro(text_size, len(self._markers), visual_size)
 
     def encode(self, text: str) -> list[int]:
@@ -69,4 +71,6 @@ class PhraseTokenizer:
     @property
     def fingerprint(self) -> str:
         """Changes when any id changes its meaning: checkpoints and tokenised data carry it."""
-        return hashlib.sha256(json.dumps([self.phrases, markers.ANSWER_MARKERS, self.vocab.size]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.phrases, markers.ANSWER_MARKERS, self.vocab.size]).encode()).hexdigest()[
+            :16
+        ]

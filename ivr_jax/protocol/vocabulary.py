@@ -39,12 +39,25 @@ class Vocabulary:
 def emu35() -> Vocabulary:
     """The released Emu3.5 table: 282,926 ids."""
     extra = 151_646
-    return Vocabulary(text_size=151_643, pad=151_643, bos=extra + 203, eos=extra + 204, bss=extra + 100,
-                      boi=151_852, img=151_851, eoi=151_853, eol=extra + 200, visual_start=151_854, visual_size=131_072)
+    return Vocabulary(
+        text_size=151_643,
+        pad=151_643,
+        bos=extra + 203,
+        eos=extra + 204,
+        bss=extra + 100,
+        boi=151_852,
+        img=151_851,
+        eoi=151_853,
+        eol=extra + 200,
+        visual_start=151_854,
+        visual_size=131_072,
+    )
 
 
 def micro(text_size: int, markers: int, visual_size: int) -> Vocabulary:
     """A small table: `text_size` text ids, ids of their own for `markers` fixed strings, specials, then the codes."""
     first = text_size + markers
     pad, bos, eos, bss, boi, img, eoi, eol = range(first, first + 8)
-    return Vocabulary(text_size, pad, bos, eos, bss, boi, img, eoi, eol, visual_start=first + 8, visual_size=visual_size)
+    return Vocabulary(
+        text_size, pad, bos, eos, bss, boi, img, eoi, eol, visual_start=first + 8, visual_size=visual_size
+    )

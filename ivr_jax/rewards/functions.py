@@ -45,8 +45,10 @@ class RewardOptions:
     def __post_init__(self) -> None:
         weights = (self.outcome_weight, self.format_weight, self.step_weight, self.bonus_weight, self.epsilon)
         if min(weights) < 0 or self.outcome_weight <= 0 or self.min_valid < 2:
-            raise UserError(f"reward options {self} are out of range.",
-                            "Weights and epsilon must be >= 0, outcome_weight > 0 and min_valid >= 2.")
+            raise UserError(
+                f"reward options {self} are out of range.",
+                "Weights and epsilon must be >= 0, outcome_weight > 0 and min_valid >= 2.",
+            )
 
 
 def outcome(scores: jax.Array) -> jax.Array:
@@ -54,7 +56,13 @@ def outcome(scores: jax.Array) -> jax.Array:
     return 0.05 * scores.sum(-1)
 
 
-def total(outcome_reward: jax.Array, format_reward: jax.Array, step_reward: jax.Array, has_step: jax.Array, options: RewardOptions) -> jax.Array:
+def total(
+    outcome_reward: jax.Array,
+    format_reward: jax.Array,
+    step_reward: jax.Array,
+    has_step: jax.Array,
+    options: RewardOptions,
+) -> jax.Array:
     """R float [...]; `has_step` bool [...] says where R_s is present."""
     w_o, w_f, w_s = options.outcome_weight, options.format_weight, options.step_weight
     base = w_o * outcome_reward + w_f * format_reward
@@ -74,7 +82,9 @@ def complexity_bonus(rewards: jax.Array, images: jax.Array, valid: jax.Array, op
     return jnp.where(competitive, options.bonus_weight * fewest / jnp.maximum(images, 1), 0.0)
 
 
-def advantages(rewards: jax.Array, valid: jax.Array, options: RewardOptions, tiny: float = 1e-6) -> tuple[jax.Array, jax.Array]:
+def advantages(
+    rewards: jax.Array, valid: jax.Array, options: RewardOptions, tiny: float = 1e-6
+) -> tuple[jax.Array, jax.Array]:
     """Group-relative advantages float [P, M] and the members that take part in the update, bool [P, M].
 
     Mean and (sample) standard deviation run over the present members; missing members, and groups with fewer than

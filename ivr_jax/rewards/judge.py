@@ -53,20 +53,27 @@ async def judge_answer(analyzer: Analyzer, trajectory: Trajectory, images: Image
     sample = trajectory.sample
     drawn = [images[name] for name in trajectory.images]
     try:
-        truth = await asyncio.gather(*(analyzer.evaluate(sample, images, x) for x in (drawn if every_image else drawn[-1:])))
+        truth = await asyncio.gather(
+            *(analyzer.evaluate(sample, images, x) for x in (drawn if every_image else drawn[-1:]))
+        )
         scores = tuple(float(s) for s in truth[-1].scores)
     except JudgeFailed:
         return Judged(None, 1.0, None)
     texts = list(_intermediate_texts(trajectory))
     try:
-        values = await asyncio.gather(*(_validity(analyzer, sample, images, kind, text, drawn[:n]) for n, kind, text in texts))
+        values = await asyncio.gather(
+            *(_validity(analyzer, sample, images, kind, text, drawn[:n]) for n, kind, text in texts)
+        )
     except JudgeFailed:
         return Judged(scores, 1.0, None, step_failed=True, truth=tuple(truth))
     return Judged(scores, 1.0, sum(values) / len(values) if values else None, truth=tuple(truth))
 
 
-async def judge_answers(analyzer: Analyzer, answers: Sequence[tuple[Trajectory, Images] | None], every_image: bool = False) -> list[Judged]:
+async def judge_answers(
+    analyzer: Analyzer, answers: Sequence[tuple[Trajectory, Images] | None], every_image: bool = False
+) -> list[Judged]:
     """`judge_answer` for many; None (an answer that did not parse) is INVALID."""
+
     async def one(answer: tuple[Trajectory, Images] | None) -> Judged:
         return INVALID if answer is None else await judge_answer(analyzer, *answer, every_image=every_image)
 
@@ -83,7 +90,9 @@ def _intermediate_texts(trajectory: Trajectory):
             yield n, "step", round_.cause.instruction
 
 
-async def _validity(analyzer: Analyzer, sample: Sample, images: Images, kind: str, text: str, previous: Sequence[Pixels]) -> float:
+async def _validity(
+    analyzer: Analyzer, sample: Sample, images: Images, kind: str, text: str, previous: Sequence[Pixels]
+) -> float:
     value = await analyzer.judge_reasoning(sample, images, kind, text, previous)
     if not 0 <= value <= 1:
         raise JudgeFailed(f"the judge rated a {kind} {value!r}.", "Ratings are in [0, 1].")

@@ -38,7 +38,9 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.guidance < 0 or min(self.text_top_k, self.image_top_k) < 0:
-            raise UserError(f"sampling options {self} are out of range.", "temperature, guidance and top_k must be >= 0.")
+            raise UserError(
+                f"sampling options {self} are out of range.", "temperature, guidance and top_k must be >= 0."
+            )
         if not (0 < self.text_top_p <= 1 and 0 < self.image_top_p <= 1):
             raise UserError(f"top_p of {self} is out of range.", "Use 0 < top_p <= 1.")
 
@@ -48,8 +50,9 @@ def legal_ids(tables: Tables, rows: jax.Array) -> jax.Array:
     return jnp.asarray(tables.legal)[rows][..., jnp.asarray(tables.class_of)]
 
 
-def log_probabilities(logits: jax.Array, tables: Tables, rows: jax.Array, options: SamplingOptions,
-                      unconditional: jax.Array | None = None) -> jax.Array:
+def log_probabilities(
+    logits: jax.Array, tables: Tables, rows: jax.Array, options: SamplingOptions, unconditional: jax.Array | None = None
+) -> jax.Array:
     """float32 [..., V] log-probabilities of the next id.
 
     Args:

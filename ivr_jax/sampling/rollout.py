@@ -63,9 +63,18 @@ class Rollout:
         return [(a.trajectory, a.images) if a else None for a in self.answers]
 
 
-def roll_out(system: System, grammar: Grammar, samples: Sequence[Sample], images: Sequence[Images], key: jax.Array, answer_length: int,
-             options: SamplingOptions | None = None, group: int = 1, size: tuple[int, int] | None = None,
-             strict: Grammar | None = None) -> Rollout:
+def roll_out(
+    system: System,
+    grammar: Grammar,
+    samples: Sequence[Sample],
+    images: Sequence[Images],
+    key: jax.Array,
+    answer_length: int,
+    options: SamplingOptions | None = None,
+    group: int = 1,
+    size: tuple[int, int] | None = None,
+    strict: Grammar | None = None,
+) -> Rollout:
     """Draws and parses `group` answers to each sample.
 
     Args:
@@ -77,16 +86,22 @@ def roll_out(system: System, grammar: Grammar, samples: Sequence[Sample], images
     options = options or SamplingOptions()
     tokenizer = system.tokenizer
     names = list(dict.fromkeys((i, name) for i, s in enumerate(samples) for name in s.sources))
-    codes = dict(zip(names, system.codec.encode([images[i][name] for i, name in names])))
+    codes = dict(zip(names, system.codec.encode([images[i][name] for i, name in names]), strict=True))
     per_sample = [{name: codes[i, name] for name in s.sources} for i, s in enumerate(samples)]
     size = size or _size(system, samples, per_sample)
     pad = tokenizer.vocab.pad
-    prompts, lengths = pad_prompts([codec.encode_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample)], pad)
+    prompts, lengths = pad_prompts(
+        [codec.encode_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample, strict=True)], pad
+    )
     free = None
     if options.guidance != 1.0:
-        free = pad_prompts([codec.encode_unconditional_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample)], pad)
+        free = pad_prompts(
+            [codec.encode_unconditional_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample, strict=True)], pad
+        )
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples) * group))
-    drawn = sample(system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group, free)
+    drawn = sample(
+        system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group, free
+    )
     drawn = Samples(*map(np.asarray, drawn))
     answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
     return Rollout(prompts, lengths, drawn, answers, errors, group)
@@ -94,14 +109,24 @@ def roll_out(system: System, grammar: Grammar, samples: Sequence[Sample], images
 
 def _size(system: System, samples: Sequence[Sample], codes: Sequence[Mapping[str, np.ndarray]]) -> tuple[int, int]:
     default = system.codec.config.resolution // system.codec.config.factor
-    sizes = {c[s.sources[0]].shape if s.sources else (default, default) for s, c in zip(samples, codes)}
+    sizes = {c[s.sources[0]].shape if s.sources else (default, default) for s, c in zip(samples, codes, strict=True)}
     if len(sizes) != 1:
-        raise UserError(f"one batch asks for images of different sizes {sorted(sizes)}.", "Answer them in separate batches.")
+        raise UserError(
+            f"one batch asks for images of different sizes {sorted(sizes)}.", "Answer them in separate batches."
+        )
     return next(iter(sizes))
 
 
-def _parse(system: System, grammar: Grammar, samples: Sequence[Sample], images: Sequence[Images], drawn: Samples, group: int,
-           size: tuple[int, int], strict: Grammar | None) -> tuple[tuple[Answer | None, ...], tuple[str, ...]]:
+def _parse(
+    system: System,
+    grammar: Grammar,
+    samples: Sequence[Sample],
+    images: Sequence[Images],
+    drawn: Samples,
+    group: int,
+    size: tuple[int, int],
+    strict: Grammar | None,
+) -> tuple[tuple[Answer | None, ...], tuple[str, ...]]:
     count = len(drawn.lengths)
     well_formed = np.ones(count, bool)
     if strict is not None and strict.options != grammar.options:
@@ -114,7 +139,11 @@ def _parse(system: System, grammar: Grammar, samples: Sequence[Sample], images: 
         try:
             if not well_formed[row]:
                 raise UserError("the answer does not go on as its verdict says.")
-            parsed.append(codec.parse_answer(grammar, samples[row // group], drawn.tokens[row, :length], drawn.nodes[row, : length + 1]))
+            parsed.append(
+                codec.parse_answer(
+                    grammar, samples[row // group], drawn.tokens[row, :length], drawn.nodes[row, : length + 1]
+                )
+            )
             errors.append("")
         except UserError as error:
             parsed.append(None)
@@ -133,14 +162,25 @@ def _parse(system: System, grammar: Grammar, samples: Sequence[Sample], images: 
     return tuple(answers), tuple(errors)
 
 
-def draw_first_images(system: System, samples: Sequence[Sample], images: Sequence[Images], key: jax.Array,
-                      options: SamplingOptions | None = None) -> list[np.ndarray]:
+def draw_first_images(
+    system: System,
+    samples: Sequence[Sample],
+    images: Sequence[Images],
+    key: jax.Array,
+    options: SamplingOptions | None = None,
+) -> list[np.ndarray]:
     """`G1` alone, uint8 [height, width, 3] for each sample: drawing stops when the first image is complete."""
     grammar = Grammar(system.tokenizer)
-    codes = [dict(zip(s.sources, system.codec.encode([held[name] for name in s.sources]))) for s, held in zip(samples, images)]
+    codes = [
+        dict(zip(s.sources, system.codec.encode([held[name] for name in s.sources]), strict=True))
+        for s, held in zip(samples, images, strict=True)
+    ]
     rows, columns = _size(system, samples, codes)
     length = len(codec.encode_image(system.tokenizer, np.zeros((rows, columns), np.int32)))
-    prompts, lengths = pad_prompts([codec.encode_prompt(system.tokenizer, s, c) for s, c in zip(samples, codes)], system.tokenizer.vocab.pad)
+    prompts, lengths = pad_prompts(
+        [codec.encode_prompt(system.tokenizer, s, c) for s, c in zip(samples, codes, strict=True)],
+        system.tokenizer.vocab.pad,
+    )
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples)))
     drawn = sample(system.config, system.params, grammar, prompts, lengths, (rows, columns), keys, length, options)
     return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in np.asarray(drawn.tokens)])

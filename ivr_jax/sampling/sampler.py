@@ -45,9 +45,19 @@ class _Loop(NamedTuple):
     samples: Samples
 
 
-def sample(config: backbone.BackboneConfig, params: Any, grammar: Grammar, prompts: np.ndarray, prompt_lengths: np.ndarray,
-           size: tuple[int, int], keys: jax.Array, answer_length: int, options: SamplingOptions | None = None,
-           group: int = 1, unconditional: tuple[np.ndarray, np.ndarray] | None = None) -> Samples:
+def sample(
+    config: backbone.BackboneConfig,
+    params: Any,
+    grammar: Grammar,
+    prompts: np.ndarray,
+    prompt_lengths: np.ndarray,
+    size: tuple[int, int],
+    keys: jax.Array,
+    answer_length: int,
+    options: SamplingOptions | None = None,
+    group: int = 1,
+    unconditional: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Samples:
     """Draws `group` answers to each prompt.
 
     Args:
@@ -63,22 +73,48 @@ def sample(config: backbone.BackboneConfig, params: Any, grammar: Grammar, promp
         raise ValueError(f"{len(keys)} keys for {batch} answers")
     slots = prompts.shape[1] + answer_length
     if slots > config.max_position_embeddings:
-        raise UserError(f"a prompt of {prompts.shape[1]} and an answer of {answer_length} tokens do not fit a context of "
-                        f"{config.max_position_embeddings}.", "Shorten the prompt or lower the answer length.")
+        raise UserError(
+            f"a prompt of {prompts.shape[1]} and an answer of {answer_length} tokens do not fit a context of "
+            f"{config.max_position_embeddings}.",
+            "Shorten the prompt or lower the answer length.",
+        )
     state = grammar.initial(np.full(batch, size[0]), np.full(batch, size[1]))
     if options.guidance == 1.0:
         unconditional = None
     elif unconditional is None:
         raise ValueError("guidance needs unconditional prompts")
-    return _sample(params, grammar.tables, state, jnp.asarray(prompts), jnp.asarray(prompt_lengths), keys, unconditional,
-                   config=config, answer_length=answer_length, options=options, group=group,
-                   pad=grammar.tokenizer.vocab.pad)
+    return _sample(
+        params,
+        grammar.tables,
+        state,
+        jnp.asarray(prompts),
+        jnp.asarray(prompt_lengths),
+        keys,
+        unconditional,
+        config=config,
+        answer_length=answer_length,
+        options=options,
+        group=group,
+        pad=grammar.tokenizer.vocab.pad,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "answer_length", "options", "group", "pad"))
-def _sample(params: Any, tables: Tables, state: GrammarState, prompts: jax.Array, prompt_lengths: jax.Array, keys: jax.Array,
-            unconditional: tuple[jax.Array, jax.Array] | None, *, config: backbone.BackboneConfig, answer_length: int,
-            options: SamplingOptions, group: int, pad: int) -> Samples:
+def _sample(
+    params: Any,
+    tables: Tables,
+    state: GrammarState,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    keys: jax.Array,
+    unconditional: tuple[jax.Array, jax.Array] | None,
+    *,
+    config: backbone.BackboneConfig,
+    answer_length: int,
+    options: SamplingOptions,
+    group: int,
+    pad: int,
+) -> Samples:
     tables = Tables(*map(jnp.asarray, tables))
     state = GrammarState(*map(jnp.asarray, state))
     if unconditional is not None:  # one batch: conditional rows, then unconditional rows
@@ -86,9 +122,13 @@ def _sample(params: Any, tables: Tables, state: GrammarState, prompts: jax.Array
     logits, cache = _prefill(config, params, prompts, prompt_lengths, prompts.shape[1] + answer_length, group)
     lengths = jnp.repeat(prompt_lengths, group)
     batch = state.node.shape[0]
-    samples = Samples(jnp.full((batch, answer_length), pad, jnp.int32), jnp.zeros((batch, answer_length), jnp.int32),
-                      jnp.zeros((batch, answer_length + 1), jnp.int32).at[:, 0].set(state.node),
-                      jnp.zeros((batch, answer_length), jnp.float32), jnp.zeros((batch,), jnp.int32))
+    samples = Samples(
+        jnp.full((batch, answer_length), pad, jnp.int32),
+        jnp.zeros((batch, answer_length), jnp.int32),
+        jnp.zeros((batch, answer_length + 1), jnp.int32).at[:, 0].set(state.node),
+        jnp.zeros((batch, answer_length), jnp.float32),
+        jnp.zeros((batch,), jnp.int32),
+    )
 
     def running(loop: _Loop) -> jax.Array:
         return (loop.step < answer_length) & (loop.state.node != ACCEPT).any()
@@ -97,14 +137,21 @@ def _sample(params: Any, tables: Tables, state: GrammarState, prompts: jax.Array
         t, before = loop.step, loop.state
         active = before.node != ACCEPT
         row = legal_row(tables, before, jnp)
-        log_probs = log_probabilities(loop.logits[:batch], tables, row, options, loop.logits[batch:] if unconditional is not None else None)
+        log_probs = log_probabilities(
+            loop.logits[:batch], tables, row, options, loop.logits[batch:] if unconditional is not None else None
+        )
         token = draw(log_probs, jax.vmap(lambda key: jax.random.fold_in(key, t))(keys), options)
         token = jnp.where(active, token, pad)
         drawn = jnp.where(active, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0], 0.0)
         after = advance(tables, before, token, jnp)
         out = loop.samples
-        samples = Samples(out.tokens.at[:, t].set(token), out.rows.at[:, t].set(row), out.nodes.at[:, t + 1].set(after.node),
-                          out.log_probs.at[:, t].set(drawn), out.lengths + active)
+        samples = Samples(
+            out.tokens.at[:, t].set(token),
+            out.rows.at[:, t].set(row),
+            out.nodes.at[:, t + 1].set(after.node),
+            out.log_probs.at[:, t].set(drawn),
+            out.lengths + active,
+        )
         inputs = jnp.tile(token, 2)[: lengths.shape[0]]
         hidden, cache = backbone.apply(config, params, inputs[:, None], (lengths + t)[:, None], cache=loop.cache)
         return _Loop(t + 1, after, backbone.logits(config, params, hidden[:, 0]), cache, samples)
@@ -112,7 +159,9 @@ def _sample(params: Any, tables: Tables, state: GrammarState, prompts: jax.Array
     return jax.lax.while_loop(running, body, _Loop(jnp.int32(0), state, logits, cache, samples)).samples
 
 
-def _prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array, lengths: jax.Array, slots: int, group: int) -> tuple[jax.Array, Any]:
+def _prefill(
+    config: backbone.BackboneConfig, params: Any, prompts: jax.Array, lengths: jax.Array, slots: int, group: int
+) -> tuple[jax.Array, Any]:
     """Logits after the last prompt token float [B, V], and the filled cache, both repeated `group` times."""
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     cache = backbone.init_cache(config, prompts.shape[0], slots)
@@ -122,7 +171,9 @@ def _prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array, l
     return jnp.repeat(logits, group, axis=0), jax.tree.map(lambda x: jnp.repeat(x, group, axis=1), cache)
 
 
-def _join(prompts: jax.Array, lengths: jax.Array, other: jax.Array, other_lengths: jax.Array, pad: int) -> tuple[jax.Array, jax.Array]:
+def _join(
+    prompts: jax.Array, lengths: jax.Array, other: jax.Array, other_lengths: jax.Array, pad: int
+) -> tuple[jax.Array, jax.Array]:
     width = max(prompts.shape[1], other.shape[1])
     rows = [jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=pad) for x in (prompts, other)]
     return jnp.concatenate(rows), jnp.concatenate([lengths, other_lengths])
@@ -133,6 +184,6 @@ def pad_prompts(prompts: list[list[int]], pad: int, multiple: int = 16) -> tuple
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = -(-int(lengths.max()) // multiple) * multiple
     padded = np.full((len(prompts), width), pad, np.int32)
-    for row, prompt in zip(padded, prompts):
+    for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     return padded, lengths

@@ -1,1 +1,1 @@
-"""The three stages (`image_tokenizer.py`, `sft.py`, `grpo.py`) and what they share (loop, optimiser, losses, checkpoints)."""
+"""The three stages (`image_tokenizer.py`, `sft.py`, `grpo.py`) and what they share."""

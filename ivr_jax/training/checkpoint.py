@@ -40,7 +40,9 @@ class Checkpointer:
 
     def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
         """Starts an asynchronous save; `state` may be donated to the next step as soon as this returns."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"state": data}), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"state": data}), meta=ocp.args.JsonSave(meta)
+        )
         self._manager.save(step, args=args)
 
     def restore(self, like: Any) -> Restored | None:
@@ -48,7 +50,9 @@ class Checkpointer:
         step = self._manager.latest_step()
         if step is None:
             return None
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+        )
         found = self._manager.restore(step, args=args)
         return Restored(step, found.state, found.data["state"], found.meta)
 
@@ -66,9 +70,16 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
     if path.is_dir() and (path / "meta").is_dir() and (path / "state").is_dir():
         return path
     folder = path / FOLDER
-    steps = sorted((int(p.name), p) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir()) if folder.is_dir() else []
+    steps = (
+        sorted((int(p.name), p) for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
+        if folder.is_dir()
+        else []
+    )
     if not steps:
-        raise UserError(f"no checkpoint in {str(path)!r}.", "Name a workdir of ivr_jax.train, or one of its checkpoints/<step> folders.")
+        raise UserError(
+            f"no checkpoint in {str(path)!r}.",
+            "Name a workdir of ivr_jax.train, or one of its checkpoints/<step> folders.",
+        )
     return steps[-1][1]
 
 
@@ -79,7 +90,10 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder / "meta")
     except (OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {str(folder)!r} is damaged ({type(error).__name__}).", "Use another step, or copy it again.") from error
+        raise UserError(
+            f"the checkpoint {str(folder)!r} is damaged ({type(error).__name__}).",
+            "Use another step, or copy it again.",
+        ) from error
 
 
 def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -90,15 +104,23 @@ def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dic
     folder = resolve(path).absolute()
     meta = read_meta(folder)
     if meta.get("kind") != kind:
-        raise UserError(f"{str(folder)!r} holds a checkpoint of kind {meta.get('kind')!r}, not {kind!r}.", "Name the run of the right stage.")
+        raise UserError(
+            f"{str(folder)!r} holds a checkpoint of kind {meta.get('kind')!r}, not {kind!r}.",
+            "Name the run of the right stage.",
+        )
     tree = {"params": jax.tree.map(_abstract, like)}
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(folder / "state", args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True))
+            found = checkpointer.restore(
+                folder / "state",
+                args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True),
+            )
     except (KeyError, ValueError, OSError) as error:
-        raise UserError(f"the parameters of {str(folder)!r} do not fit: {str(error).splitlines()[0][:200]}",
-                        "The checkpoint is damaged, or was made with another model config.") from error
+        raise UserError(
+            f"the parameters of {str(folder)!r} do not fit: {str(error).splitlines()[0][:200]}",
+            "The checkpoint is damaged, or was made with another model config.",
+        ) from error
     return found["params"], meta
 
 

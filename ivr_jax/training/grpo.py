@@ -36,8 +36,8 @@ from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged, judge_answers
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.rollout import Rollout, roll_out
-from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.loop import Stage
+from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.sft import TrainState
 from ivr_jax.trajectory import Mode, Sample
@@ -91,9 +91,15 @@ def score(rollout: Rollout, judged: Sequence[Judged], group: int, options: rewar
 
     present = grid([j.present for j in judged]).astype(bool)
     has_step = grid([j.step is not None for j in judged]).astype(bool)
-    axes = np.asarray([j.scores if j.scores is not None else (1.0,) * 4 for j in judged], np.float32).reshape(-1, group, 4)
-    components = {"outcome": np.asarray(reward_functions.outcome(axes)), "format": grid([j.format for j in judged]),
-                  "step": grid([j.step or 0.0 for j in judged]), "has_step": has_step}
+    axes = np.asarray([j.scores if j.scores is not None else (1.0,) * 4 for j in judged], np.float32).reshape(
+        -1, group, 4
+    )
+    components = {
+        "outcome": np.asarray(reward_functions.outcome(axes)),
+        "format": grid([j.format for j in judged]),
+        "step": grid([j.step or 0.0 for j in judged]),
+        "has_step": has_step,
+    }
     total = reward_functions.total(components["outcome"], components["format"], components["step"], has_step, options)
     images = grid([len(a.trajectory.rounds) if a else 0 for a in rollout.answers]).astype(np.int32)
     bonus = reward_functions.complexity_bonus(total, images, present, options)
@@ -105,7 +111,9 @@ def score(rollout: Rollout, judged: Sequence[Judged], group: int, options: rewar
 class Trainer:
     """The functions of one RL run: rollout, judgement, update.  Holds no state that learning changes."""
 
-    def __init__(self, system: systems.System, analyzer: Analyzer, options: Options, optimizer: optax.GradientTransformation):
+    def __init__(
+        self, system: systems.System, analyzer: Analyzer, options: Options, optimizer: optax.GradientTransformation
+    ):
         self.system, self.analyzer, self.options, self.optimizer = system, analyzer, options, optimizer
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
@@ -117,7 +125,9 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, state: TrainState, tasks: Sequence[Prompt], step: int, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+    def step(
+        self, state: TrainState, tasks: Sequence[Prompt], step: int, key: jax.Array
+    ) -> tuple[TrainState, dict[str, Any]]:
         """Rolls out, judges and updates once per `options.updates`; returns the metrics of the step."""
         clock = time.perf_counter()
         rollout = self.rollout(state.params, tasks, jax.random.fold_in(key, step))
@@ -127,17 +137,32 @@ class Trainer:
         scored_at = time.perf_counter()
         for update in range(self.options.updates):
             state, learned = self.update(state, rollout, scored, check_ratio=update == 0)
-        seconds = {"rollout_seconds": rolled - clock, "judge_seconds": scored_at - rolled, "update_seconds": time.perf_counter() - scored_at}
+        seconds = {
+            "rollout_seconds": rolled - clock,
+            "judge_seconds": scored_at - rolled,
+            "update_seconds": time.perf_counter() - scored_at,
+        }
         return state, {**_summary(rollout, scored), **learned, **seconds}
 
     def rollout(self, params: Any, tasks: Sequence[Prompt], key: jax.Array) -> Rollout:
         """`group` answers to each task by the current policy."""
         system = dataclasses.replace(self.system, params=params)
         options = self.options
-        return roll_out(system, self.grammar, [t.sample for t in tasks], [t.images for t in tasks], key, options.answer_length,
-                        options.sampling, options.group, strict=self.strict)
+        return roll_out(
+            system,
+            self.grammar,
+            [t.sample for t in tasks],
+            [t.images for t in tasks],
+            key,
+            options.answer_length,
+            options.sampling,
+            options.group,
+            strict=self.strict,
+        )
 
-    def update(self, state: TrainState, rollout: Rollout, scored: Scored, check_ratio: bool) -> tuple[TrainState, dict[str, Any]]:
+    def update(
+        self, state: TrainState, rollout: Rollout, scored: Scored, check_ratio: bool
+    ) -> tuple[TrainState, dict[str, Any]]:
         """One optimiser step over all answers, in minibatches of similar length that add up exactly."""
         used, advantages = scored.used.reshape(-1), scored.advantages.reshape(-1)
         rows = np.flatnonzero(used)
@@ -154,15 +179,28 @@ class Trainer:
             else:
                 add = functools.partial(jax.tree.map, jnp.add)
                 deviation = jnp.maximum(sums["ratio_deviation"], extra["ratio_deviation"])
-                gradients, total, sums = add(gradients, gradient), add(total, parts), {**add(sums, extra), "ratio_deviation": deviation}
+                gradients, total, sums = (
+                    add(gradients, gradient),
+                    add(total, parts),
+                    {**add(sums, extra), "ratio_deviation": deviation},
+                )
         if check_ratio and float(sums["ratio_deviation"]) > RATIO_TOLERANCE:
-            raise RuntimeError(f"importance ratio deviates from 1 by {float(sums['ratio_deviation']):.2e} before the first update: "
-                               "the trainer does not replay the sampler's distribution")
+            raise RuntimeError(
+                f"importance ratio deviates from 1 by {float(sums['ratio_deviation']):.2e} before the first update: "
+                "the trainer does not replay the sampler's distribution"
+            )
         state, norm = self._apply(state.params, state.opt_state, gradients, total[1])
         tokens = sums["tokens"]
-        return state, {"loss": total, "kl": (sums["kl"], tokens), "clip_fraction": (sums["clipped"], tokens), "grad_norm": norm,
-                       "ratio_deviation": sums["ratio_deviation"], "text_entropy": (sums["text_entropy"], sums["text_tokens"]),
-                       "image_entropy": (sums["image_entropy"], sums["image_tokens"]), "skipped_updates": 0.0}
+        return state, {
+            "loss": total,
+            "kl": (sums["kl"], tokens),
+            "clip_fraction": (sums["clipped"], tokens),
+            "grad_norm": norm,
+            "ratio_deviation": sums["ratio_deviation"],
+            "text_entropy": (sums["text_entropy"], sums["text_tokens"]),
+            "image_entropy": (sums["image_entropy"], sums["image_tokens"]),
+            "skipped_updates": 0.0,
+        }
 
     # -- jitted parts -----------------------------------------------------------------------------------------------
 
@@ -171,8 +209,10 @@ class Trainer:
         longest = int(rollout.total_lengths[rows].max())
         fits = [bucket for bucket in self.options.buckets if bucket >= longest]
         if not fits:
-            raise UserError(f"an answer and its prompt take {longest} tokens; the largest bucket holds {max(self.options.buckets)}.",
-                            "Add a larger bucket to config.buckets, or lower config.answer_length.")
+            raise UserError(
+                f"an answer and its prompt take {longest} tokens; the largest bucket is {max(self.options.buckets)}.",
+                "Add a larger bucket to config.buckets, or lower config.answer_length.",
+            )
         size, length = self.options.minibatch, min(fits)
         names = ("tokens", "rows", "old", "mask")
         batch = {name: np.zeros((size, length), np.float32 if name in ("old", "mask") else np.int32) for name in names}
@@ -194,20 +234,36 @@ class Trainer:
         hidden, _ = backbone.apply(config, params, tokens, positions)
         head = backbone.lm_head(config, params)[:, : config.vocab_size]
         tables = Tables(*map(jnp.asarray, self.grammar.tables))
-        found = token_statistics(hidden, head, jnp.roll(tokens, -1, 1), self.options.chunk, jnp.roll(batch["rows"], -1, 1), tables, self.options.sampling)
+        found = token_statistics(
+            hidden,
+            head,
+            jnp.roll(tokens, -1, 1),
+            self.options.chunk,
+            jnp.roll(batch["rows"], -1, 1),
+            tables,
+            self.options.sampling,
+        )
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
 
     def _loss(self, params: Any, tables: Tables, batch: dict[str, jax.Array]):
         found = self._statistics_of(params, batch)
-        total, denominator, sums = grpo_loss(found.log_probs, batch["old"], batch["reference"], batch["advantages"], batch["mask"], self.options.grpo)
+        total, denominator, sums = grpo_loss(
+            found.log_probs, batch["old"], batch["reference"], batch["advantages"], batch["mask"], self.options.grpo
+        )
         choices = batch["mask"] * (jnp.asarray(tables.legal).sum(1)[batch["rows"]] > 0)
         image = choices * (batch["tokens"] >= self.system.tokenizer.vocab.visual_start)
         text = choices - image
-        sums |= {"image_entropy": (found.entropy * image).sum(), "image_tokens": image.sum(),
-                 "text_entropy": (found.entropy * text).sum(), "text_tokens": text.sum()}
+        sums |= {
+            "image_entropy": (found.entropy * image).sum(),
+            "image_tokens": image.sum(),
+            "text_entropy": (found.entropy * text).sum(),
+            "text_tokens": text.sum(),
+        }
         return total, ((total, denominator), sums)
 
-    def _apply_gradients(self, params: Any, opt_state: Any, gradients: Any, denominator: jax.Array) -> tuple[TrainState, jax.Array]:
+    def _apply_gradients(
+        self, params: Any, opt_state: Any, gradients: Any, denominator: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
         gradients = jax.tree.map(lambda g: g / jnp.maximum(denominator, 1), gradients)
         updates, opt_state = self.optimizer.update(gradients, opt_state, params)
         return TrainState(optax.apply_updates(params, updates), opt_state), optax.global_norm(gradients)
@@ -223,13 +279,21 @@ def _summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
 
     parts = scored.components
     reward = parts["total"] + scored.bonus
-    contrast = [np.ptp(r[p]) > 1e-6 if p.sum() > 1 else False for r, p in zip(reward, present)]
+    contrast = [np.ptp(r[p]) > 1e-6 if p.sum() > 1 else False for r, p in zip(reward, present, strict=True)]
     modes = [a.trajectory.mode if a else None for a in rollout.answers]
     shares = {f"mode_{mode.value}": (float(sum(m is mode for m in modes)), float(len(modes))) for mode in Mode}
-    return {"reward": mean(parts["total"]), "outcome": mean(parts["outcome"]), "images": mean(scored.images), "format": mean(parts["format"]),
-            "step_reward": mean(parts["step"], present & parts["has_step"]), "bonus": mean(scored.bonus), **shares,
-            "groups_with_contrast": (float(sum(contrast)), float(len(contrast))), "missing": float(present.size) - members,
-            "answer_tokens": (float(rollout.samples.lengths.sum()), float(len(rollout.answers)))}
+    return {
+        "reward": mean(parts["total"]),
+        "outcome": mean(parts["outcome"]),
+        "images": mean(scored.images),
+        "format": mean(parts["format"]),
+        "step_reward": mean(parts["step"], present & parts["has_step"]),
+        "bonus": mean(scored.bonus),
+        **shares,
+        "groups_with_contrast": (float(sum(contrast)), float(len(contrast))),
+        "missing": float(present.size) - members,
+        "answer_tokens": (float(rollout.samples.lengths.sum()), float(len(rollout.answers))),
+    }
 
 
 # -- the stage ------------------------------------------------------------------------------------------------------
@@ -259,12 +323,28 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
     system = systems.load(config.init, config.image_tokenizer or None)
     optimizer = make_optimizer(config.optimizer, config.steps * config.updates)
-    options = Options(as_dataclass(SamplingOptions, config.sampling), as_dataclass(GrammarOptions, config.grammar),
-                      as_dataclass(reward_functions.RewardOptions, config.reward), as_dataclass(GrpoOptions, config.grpo),
-                      config.group, config.answer_length, config.minibatch, tuple(config.buckets), config.updates, config.chunk)
+    options = Options(
+        as_dataclass(SamplingOptions, config.sampling),
+        as_dataclass(GrammarOptions, config.grammar),
+        as_dataclass(reward_functions.RewardOptions, config.reward),
+        as_dataclass(GrpoOptions, config.grpo),
+        config.group,
+        config.answer_length,
+        config.minibatch,
+        tuple(config.buckets),
+        config.updates,
+        config.chunk,
+    )
     trainer = Trainer(system, WorldAnalyzer(), options, optimizer)
     key = jax.random.key(config.seed)
-    data = pipeline.indexed_batches(prompt_source(config.prompts, config.prompts.seed), config.prompts_per_step, config.seed, collate=list)
+    data = pipeline.indexed_batches(
+        prompt_source(config.prompts, config.prompts.seed), config.prompts_per_step, config.seed, collate=list
+    )
     meta = {**system.meta, "run": config.to_dict()}
     params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
-    return Stage(TrainState(params, optimizer.init(params)), data, lambda state, tasks, step: trainer.step(state, tasks, step, key), meta)
+    return Stage(
+        TrainState(params, optimizer.init(params)),
+        data,
+        lambda state, tasks, step: trainer.step(state, tasks, step, key),
+        meta,
+    )

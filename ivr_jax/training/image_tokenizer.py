@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +22,88 @@ from ivr_jax.models import image_tokenizer as model_lib
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.sft import TrainState
-from ivr_jax.world.sampler import sample_task
+from ivr_jax.world.draws import random_scene
+from ivr_jax.world.levels import level_of
+from ivr_jax.world.render import random_wobble, render
 
 
-def make_step(model: model_lib.ImageTokenizerConfig, optimizer: optax.GradientTransformation, loss_config: Any):
-    """Jitted (state, pixels uint8 [B, height, width, 3]) -> (state, metrics)."""
+class Steps(NamedTuple):
+    """Jitted: (state, pixels uint8 [B, height, width, 3]) -> (state, metrics), and state, pixels -> state."""
 
-    def loss(params: Any, pixels: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    continuous: Callable
+    quantised: Callable
+    place_codebook: Callable
+
+
+def make_steps(
+    model: model_lib.ImageTokenizerConfig, optimizer: optax.GradientTransformation, loss_config: Any
+) -> Steps:
+    """The two phases of training, and the passage between them.
+
+    A fresh codebook tends to split the images by position and to merge objects, so training may begin without
+    quantisation (`continuous`); the codebook is then placed on the latents by spherical k-means, and from there on
+    every cell goes through its code (`quantised`, index backpropagation).
+    """
+
+    def loss(params: Any, pixels: jax.Array, quantised: bool) -> tuple[jax.Array, dict[str, Any]]:
         target = model_lib.pixels_to_unit(pixels)
-        reconstruction, aux = model_lib.train_forward(model, params, target)
+        if quantised:
+            reconstruction, aux = model_lib.train_forward(model, params, target)
+            entropy = aux.cell_entropy - loss_config.diversity * aux.batch_entropy
+            extra = loss_config.quantisation * aux.quantisation + loss_config.entropy * entropy
+            metrics = {
+                "quantisation": aux.quantisation,
+                "cell_entropy": aux.cell_entropy,
+                "batch_entropy": aux.batch_entropy,
+                "codes_in_batch": (aux.code_counts > 0).sum().astype(jnp.float32),
+                "batch_perplexity": _perplexity(aux.code_counts),
+            }
+        else:
+            module = model_lib.module(model, params)
+            latents = module.latents(target)
+            reconstruction, extra, metrics = module.paint(latents), loss_config.latents * jnp.square(latents).mean(), {}
         absolute, squared = jnp.abs(reconstruction - target).mean(), jnp.square(reconstruction - target).mean()
-        reconstruction_loss = loss_config.l1 * absolute + loss_config.l2 * squared
-        entropy = aux.cell_entropy - loss_config.diversity * aux.batch_entropy
-        total = reconstruction_loss + loss_config.quantisation * aux.quantisation + loss_config.entropy * entropy
-        metrics = {"loss": total, "reconstruction": reconstruction_loss, "quantisation": aux.quantisation,
-                   "psnr": 10 * jnp.log10(4.0 / squared), "cell_entropy": aux.cell_entropy, "batch_entropy": aux.batch_entropy,
-                   "codes_in_batch": (aux.code_counts > 0).sum().astype(jnp.float32), "batch_perplexity": _perplexity(aux.code_counts)}
-        return total, metrics
+        total = loss_config.l1 * absolute + loss_config.l2 * squared + extra
+        return total, {"loss": total, "psnr": 10 * jnp.log10(4.0 / squared), **metrics}
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, pixels: jax.Array) -> tuple[TrainState, dict[str, Any]]:
-        gradients, metrics = jax.grad(loss, has_aux=True)(state.params, pixels)
+    def step(quantised: bool, state: TrainState, pixels: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.params, pixels, quantised)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), {**metrics, "grad_norm": optax.global_norm(gradients)}
+        state = TrainState(optax.apply_updates(state.params, updates), opt_state)
+        return state, {**metrics, "grad_norm": optax.global_norm(gradients)}
 
-    return step
+    def place_codebook(state: TrainState, pixels: jax.Array) -> TrainState:
+        latents = model_lib.module(model, state.params).latents(model_lib.pixels_to_unit(pixels))
+        codebook = spherical_k_means(latents.reshape(-1, model.embed_dim), model.n_embed)
+        return TrainState(model_lib.with_codebook(state.params, codebook), state.opt_state)
+
+    phases = [jax.jit(functools.partial(step, quantised), donate_argnums=0) for quantised in (False, True)]
+    return Steps(*phases, jax.jit(place_codebook, donate_argnums=0))
+
+
+def spherical_k_means(cells: jax.Array, count: int, rounds: int = 10) -> jax.Array:
+    """Codes [count, C] for a dot-product assignment of `cells` [n, C]: directions of k-means, all of the mean length.
+
+    Starts from the farthest cells, so rare kinds of cell get a code of their own.
+    """
+    length = jnp.linalg.norm(cells, axis=1)
+    directions = cells / jnp.maximum(length, 1e-6)[:, None]
+
+    def farthest(i: int, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        codes, nearest = found
+        codes = codes.at[i].set(directions[jnp.argmin(nearest)])
+        return codes, jnp.maximum(nearest, directions @ codes[i])
+
+    first = jnp.zeros((count, cells.shape[1])).at[0].set(directions[0])
+    codes, _ = jax.lax.fori_loop(1, count, farthest, (first, directions @ directions[0]))
+
+    def refine(_: int, codes: jax.Array) -> jax.Array:
+        nearest = jnp.argmax(directions @ codes.T, axis=1)
+        sums = jnp.zeros_like(codes).at[nearest].add(directions)
+        size = jnp.linalg.norm(sums, axis=1, keepdims=True)
+        return jnp.where(size > 1e-6, sums / jnp.maximum(size, 1e-6), codes)
+
+    return jax.lax.fori_loop(0, rounds, refine, codes) * length.mean()
 
 
 def _perplexity(usage: jax.Array) -> jax.Array:
@@ -54,22 +112,24 @@ def _perplexity(usage: jax.Array) -> jax.Array:
 
 
 def image_source(data: Any, seed: int, factor: int) -> pipeline.Indexed:
-    """Images to train on: rendered scenes of the micro-world (`data.source` "world"), or those of a trajectory dataset."""
+    """Images to train on: random boards of the micro-world (`data.source` "world"), or those of a dataset."""
     if data.source == "world":
-        return pipeline.Indexed(functools.partial(_world_image, data.level, seed), data.size)
+        return pipeline.Indexed(functools.partial(_board, data.level, seed), data.size)
     dataset = TrajectoryDataset(data.source)
     names = dataset.image_names
     shapes = {dataset.image(name).shape for name in names[:1]}
     if any(side % factor for shape in shapes for side in shape[:2]):
-        raise UserError(f"images of {data.source!r} have sides that are not multiples of {factor}.", "Build the dataset with resized images.")
+        raise UserError(
+            f"images of {data.source!r} have sides that are not multiples of {factor}.",
+            "Build the dataset with resized images.",
+        )
     return pipeline.Indexed(lambda index: dataset.image(names[index]), len(names))
 
 
-def _world_image(level: int, seed: int, index: int) -> np.ndarray:
-    """One of the images of task `index`, the target included."""
-    task = sample_task(level, seed, index)
-    images = [*task.images.values(), task.target_image]
-    return images[index % len(images)]
+def _board(level: int, seed: int, index: int) -> np.ndarray:
+    """Random board `index`, uint8 [height, width, 3]."""
+    rng = np.random.default_rng([seed, index])
+    return render(random_scene(rng, level_of(level)), level, random_wobble(rng, level))
 
 
 def build(config: Any, workdir: pathlib.Path) -> Stage:
@@ -78,7 +138,7 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     params = jax.jit(functools.partial(model_lib.init_params, model))(jax.random.key(config.seed))
     print(parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=12))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    step = make_step(model, optimizer, config.loss)
+    steps = make_steps(model, optimizer, config.loss)
     source = image_source(config.data, config.seed, model.factor)
     data = pipeline.indexed_batches(source, config.batch, config.seed)
     meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(model), "run": config.to_dict()}
@@ -89,9 +149,21 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     def summary(state: TrainState, _: int) -> dict[str, float]:
         pixels, codes = measure(state.params, held_out)
         squared = np.mean((pixels.astype(np.float32) - held_out) ** 2)
-        return {"eval_psnr": float(10 * np.log10(255**2 / max(squared, 1e-9))), "eval_codes_used": float(len(np.unique(codes)))}
+        return {
+            "eval_psnr": float(10 * np.log10(255**2 / max(squared, 1e-9))),
+            "eval_codes_used": float(len(np.unique(codes))),
+        }
 
-    return Stage(TrainState(params, optimizer.init(params)), data, lambda state, batch, _: step(state, batch), meta, summary)
+    sampled = np.stack([source[i] for i in range(min(len(source), config.codebook_images))])
+
+    def step(state: TrainState, pixels: np.ndarray, number: int) -> tuple[TrainState, dict[str, Any]]:
+        if number < config.continuous_steps:
+            return steps.continuous(state, pixels)
+        if number == config.continuous_steps and number > 0:
+            state = steps.place_codebook(state, sampled)
+        return steps.quantised(state, pixels)
+
+    return Stage(TrainState(params, optimizer.init(params)), data, step, meta, summary)
 
 
 def _reconstruct(model: model_lib.ImageTokenizerConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -60,7 +60,9 @@ class NonFinite(UserError):
     """A metric is not a finite number."""
 
 
-def run(stage: Stage, workdir: str | os.PathLike, steps: int, log_every: int, checkpoint_every: int, keep: int, name: str) -> Any:
+def run(
+    stage: Stage, workdir: str | os.PathLike, steps: int, log_every: int, checkpoint_every: int, keep: int, name: str
+) -> Any:
     """Trains to `steps` and returns the final state.  Writes metrics.jsonl, TensorBoard files and checkpoints.
 
     SIGTERM (pre-emption) saves a checkpoint and ends the process with status 0.
@@ -72,7 +74,9 @@ def run(stage: Stage, workdir: str | os.PathLike, steps: int, log_every: int, ch
     if restored is not None:
         state, first = restored.state, restored.step
         stage.data.set_state(restored.data["iterator"])
-        print(f"{name}: resumed at step {first} of {steps}" if first < steps else f"{name}: already trained {first} steps")
+        print(
+            f"{name}: resumed at step {first} of {steps}" if first < steps else f"{name}: already trained {first} steps"
+        )
     log = MetricsLog(workdir, first)
     with _Preemption() as preempted, tqdm(total=steps, initial=first, desc=name, unit="step", mininterval=1.0) as bar:
         pending = _unpack(restored.data["pending"]) if restored is not None else {}
@@ -116,7 +120,7 @@ def _merge(pending: dict[str, clu_metrics.Average], values: Mapping[str, Any]) -
 
 
 def _pack(pending: Mapping[str, clu_metrics.Average]) -> dict[str, list[float]]:
-    """Sums since the last log line, exactly (a float32 is a float64), so that a resumed line equals an uninterrupted one."""
+    """Sums since the last log line, exactly (a float32 is a float64), so a resumed line equals an uninterrupted one."""
     return {key: [float(value.total), float(value.count)] for key, value in pending.items()}
 
 
@@ -125,7 +129,11 @@ def _unpack(packed: Mapping[str, Any]) -> dict[str, clu_metrics.Average]:
 
 
 def _like(value: Any) -> Any:
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding) if isinstance(value, jax.Array) else value
+    return (
+        jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+        if isinstance(value, jax.Array)
+        else value
+    )
 
 
 class MetricsLog:
@@ -144,13 +152,17 @@ class MetricsLog:
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Appends one line; raises NonFinite after writing it when a value is NaN or infinite."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **{k: v if np.isfinite(v) else str(v) for k, v in row.items()}}) + "\n")
+            file.write(
+                json.dumps({"step": step, **{k: v if np.isfinite(v) else str(v) for k, v in row.items()}}) + "\n"
+            )
         for key, value in row.items():
             self._board.add_scalar(key, value, step)
         bad = [key for key, value in row.items() if not np.isfinite(value)]
         if bad:
-            raise NonFinite(f"step {step}: {', '.join(bad)} is not finite.",
-                            "Lower the learning rate or raise warm-up; the last checkpoint is intact.")
+            raise NonFinite(
+                f"step {step}: {', '.join(bad)} is not finite.",
+                "Lower the learning rate or raise warm-up; the last checkpoint is intact.",
+            )
 
     def close(self) -> None:
         self._board.close()

@@ -18,15 +18,22 @@ from ivr_jax.sampling.chain import SamplingOptions, log_probabilities
 
 
 class TokenStatistics(NamedTuple):
-    """float32 [B, T] each: log-probability of the target, entropy of its distribution, 1 where it is the likeliest id."""
+    """float32 [B, T] each: log-probability of the target, entropy of its distribution, 1 where likeliest."""
 
     log_probs: jax.Array
     entropy: jax.Array
     correct: jax.Array
 
 
-def token_statistics(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int, rows: jax.Array | None = None,
-                     tables: Tables | None = None, options: SamplingOptions | None = None) -> TokenStatistics:
+def token_statistics(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    chunk: int,
+    rows: jax.Array | None = None,
+    tables: Tables | None = None,
+    options: SamplingOptions | None = None,
+) -> TokenStatistics:
     """Statistics of `targets` int [B, T] under `hidden` [B, T, D] and `head` [D, V].
 
     The vocabulary is only ever materialised for `chunk` tokens at a time, forwards and backwards (each chunk is
@@ -37,15 +44,21 @@ def token_statistics(hidden: jax.Array, head: jax.Array, targets: jax.Array, chu
     count = batch * length
     chunk = min(chunk, count)
     padding = -count % chunk
-    flat = [jnp.pad(x.reshape(count, *x.shape[2:]), ((0, padding), *((0, 0),) * (x.ndim - 2)))
-            for x in (hidden, targets, targets if rows is None else rows)]
+    flat = [
+        jnp.pad(x.reshape(count, *x.shape[2:]), ((0, padding), *((0, 0),) * (x.ndim - 2)))
+        for x in (hidden, targets, targets if rows is None else rows)
+    ]
     chunks = [x.reshape(-1, chunk, *x.shape[1:]) for x in flat]
 
     @jax.checkpoint
     def one(_: None, inputs: tuple) -> tuple[None, TokenStatistics]:
         h, target, row = inputs
         logits = jnp.einsum("td,dv->tv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-        log_probs = jax.nn.log_softmax(logits) if tables is None else log_probabilities(logits, tables, row, options or SamplingOptions())
+        log_probs = (
+            jax.nn.log_softmax(logits)
+            if tables is None
+            else log_probabilities(logits, tables, row, options or SamplingOptions())
+        )
         taken = jnp.take_along_axis(log_probs, target[:, None], axis=1)[:, 0]
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return None, TokenStatistics(taken, entropy, (jnp.argmax(log_probs, -1) == target).astype(jnp.float32))
@@ -73,12 +86,25 @@ class GrpoOptions:
     constant: int = 256
 
     def __post_init__(self) -> None:
-        if self.normalisation not in ("sequence", "token", "constant") or min(self.clip_low, self.clip_high, self.kl) < 0 or self.constant < 1:
-            raise UserError(f"GRPO options {self} are out of range.", "normalisation is sequence, token or constant; the rest are >= 0.")
+        if (
+            self.normalisation not in ("sequence", "token", "constant")
+            or min(self.clip_low, self.clip_high, self.kl) < 0
+            or self.constant < 1
+        ):
+            raise UserError(
+                f"GRPO options {self} are out of range.",
+                "normalisation is sequence, token or constant; the rest are >= 0.",
+            )
 
 
-def grpo_loss(log_probs: jax.Array, old_log_probs: jax.Array, reference_log_probs: jax.Array, advantages: jax.Array,
-              mask: jax.Array, options: GrpoOptions) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+def grpo_loss(
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    reference_log_probs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    options: GrpoOptions,
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """(sum, denominator, metric sums) of the clipped objective with a k3 KL term.
 
     Args:
@@ -102,7 +128,13 @@ def grpo_loss(log_probs: jax.Array, old_log_probs: jax.Array, reference_log_prob
         total, denominator = per_token.sum(), tokens.sum()
     else:
         total, denominator = (per_token.sum(1) / options.constant).sum(), members
-    is_clipped = ((ratio < 1 - options.clip_low) & (advantages[:, None] < 0)) | ((ratio > 1 + options.clip_high) & (advantages[:, None] > 0))
-    sums = {"kl": (kl * mask).sum(), "clipped": (is_clipped * mask).sum(), "tokens": tokens.sum(),
-            "ratio_deviation": (jnp.abs(ratio - 1) * mask).max()}
+    is_clipped = ((ratio < 1 - options.clip_low) & (advantages[:, None] < 0)) | (
+        (ratio > 1 + options.clip_high) & (advantages[:, None] > 0)
+    )
+    sums = {
+        "kl": (kl * mask).sum(),
+        "clipped": (is_clipped * mask).sum(),
+        "tokens": tokens.sum(),
+        "ratio_deviation": (jnp.abs(ratio - 1) * mask).max(),
+    }
     return total, denominator, sums

@@ -1,11 +1,15 @@
-"""AdamW with warm-up, cosine decay and a global-norm clip, from the `optimizer` part of a config."""
+"""AdamW or Muon with warm-up, cosine decay and a global-norm clip, from the `optimizer` part of a config."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
 import optax
+from optax import contrib
+
+from ivr_jax.errors import UserError
 
 
 def schedule(config: Any, steps: int) -> optax.Schedule:
@@ -15,13 +19,45 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """`config` holds peak, final, warmup, b1, b2, eps, weight_decay, clip_norm.  Vectors (norms, biases) do not decay."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
-                    mask=lambda params: jax.tree.map_with_path(_decays, params)))
+    """The optimiser of a config section with kind, peak, final, warmup, b1, b2, eps, weight_decay, clip_norm.
+
+    `kind` is "adamw", or "muon": orthogonalised momentum for kernels of convolutions and dense layers (updates scaled
+    to the size of Adam's), Adam for the rest.  Vectors, norms and embeddings do not decay.
+    """
+    rate = schedule(config, steps)
+    if config.kind == "adamw":
+        core = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_decay_mask
+        )
+    elif config.kind == "muon":
+        core = contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=_decay_mask,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        raise UserError(f"unknown optimizer.kind {config.kind!r}.", 'Use "adamw" or "muon".')
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
 
 
-def _decays(path: tuple, value: jax.Array) -> bool:
-    names = "/".join(str(key) for key in path)
-    return value.ndim >= 2 and "norm" not in names and "embedding" not in names
+def _name(path: tuple) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def _decay_mask(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, x: x.ndim >= 2 and not re.search("norm|embed", _name(path)), params)
+
+
+def _matrices(params: Any) -> Any:
+    """How Muon sees each parameter as a matrix: conv kernels [y, x, in, out], stacked dense kernels [L, in, out]."""
+
+    def matrix(path: tuple, x: jax.Array) -> contrib.MuonDimensionNumbers | None:
+        if re.search("norm|embed|lm_head|conv_in/|conv_out/", _name(path)) or x.ndim < 3:
+            return None
+        return contrib.MuonDimensionNumbers(tuple(range(3)) if x.ndim == 4 else 1, x.ndim - 1)
+
+    return jax.tree.map_with_path(matrix, params)

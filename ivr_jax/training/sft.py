@@ -19,9 +19,8 @@ from ivr_jax.data import examples, pipeline
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
-from ivr_jax.training import checkpoint
-from ivr_jax.training.losses import token_statistics
 from ivr_jax.training.loop import Stage
+from ivr_jax.training.losses import token_statistics
 from ivr_jax.training.optimizer import make_optimizer
 
 
@@ -32,7 +31,9 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def selective_loss(config: BackboneConfig, params: Any, batch: dict[str, jax.Array], chunk: int, visual_start: int) -> tuple[jax.Array, dict[str, Any]]:
+def selective_loss(
+    config: BackboneConfig, params: Any, batch: dict[str, jax.Array], chunk: int, visual_start: int
+) -> tuple[jax.Array, dict[str, Any]]:
     """Sum of the negative log-likelihoods of the selected tokens, and metric (sum, denominator) pairs.
 
     Args:
@@ -49,14 +50,20 @@ def selective_loss(config: BackboneConfig, params: Any, batch: dict[str, jax.Arr
     loss = -statistics.log_probs * mask
     image = mask * (targets >= visual_start)
     text = mask - image
-    sums = {"loss": (loss.sum(), mask.sum()), "image_loss": ((loss * image).sum(), image.sum()),
-            "text_loss": ((loss * text).sum(), text.sum()), "accuracy": ((statistics.correct * mask).sum(), mask.sum()),
-            "row_fill": ((segments > 0).sum().astype(jnp.float32), jnp.float32(tokens.size))}
+    sums = {
+        "loss": (loss.sum(), mask.sum()),
+        "image_loss": ((loss * image).sum(), image.sum()),
+        "text_loss": ((loss * text).sum(), text.sum()),
+        "accuracy": ((statistics.correct * mask).sum(), mask.sum()),
+        "row_fill": ((segments > 0).sum().astype(jnp.float32), jnp.float32(tokens.size)),
+    }
     return loss.sum(), sums
 
 
-def make_step(config: BackboneConfig, optimizer: optax.GradientTransformation, chunk: int, accumulation: int, visual_start: int):
-    """Jitted (state, batch) -> (state, metric pairs); `accumulation` micro-batches add up exactly (sums, one division)."""
+def make_step(
+    config: BackboneConfig, optimizer: optax.GradientTransformation, chunk: int, accumulation: int, visual_start: int
+):
+    """Jitted (state, batch) -> (state, metric pairs); `accumulation` micro-batches add up exactly."""
     grad = jax.grad(selective_loss, argnums=1, has_aux=True)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -66,7 +73,12 @@ def make_step(config: BackboneConfig, optimizer: optax.GradientTransformation, c
         def one(total, part):
             return jax.tree.map(jnp.add, total, grad(config, state.params, part, chunk, visual_start)), None
 
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(lambda: grad(config, state.params, jax.tree.map(lambda x: x[0], parts), chunk, visual_start)))
+        zero = jax.tree.map(
+            jnp.zeros_like,
+            jax.eval_shape(
+                lambda: grad(config, state.params, jax.tree.map(lambda x: x[0], parts), chunk, visual_start)
+            ),
+        )
         (gradients, sums), _ = jax.lax.scan(one, zero, parts)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -87,15 +99,21 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
         model = BackboneConfig(vocab_size=tokenizer.vocab.size, **config.model)
         params = jax.jit(functools.partial(backbone.init_params, model))(jax.random.key(config.seed))
         print(parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=20))
-    fingerprint = f"{tokenizer.fingerprint}-{systems.fingerprint(codec.params)}-{TrajectoryDataset(config.data.path).fingerprint}"
+    fingerprint = (
+        f"{tokenizer.fingerprint}-{systems.fingerprint(codec.params)}-{TrajectoryDataset(config.data.path).fingerprint}"
+    )
     folder = workdir / "examples"
     manifest = examples.read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != fingerprint:
         longest = min(config.data.length, model.max_position_embeddings)
-        manifest = examples.make_examples(TrajectoryDataset(config.data.path), tokenizer, codec.encode, folder, longest, fingerprint)
+        manifest = examples.make_examples(
+            TrajectoryDataset(config.data.path), tokenizer, codec.encode, folder, longest, fingerprint
+        )
     print(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
     data = pipeline.packed_examples(folder, config.data.mix, config.batch, config.data.length, config.seed)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step = make_step(model, optimizer, config.chunk, config.accumulation, tokenizer.vocab.visual_start)
-    meta = systems.backbone_meta(model, config.text_tokenizer, tokenizer, config.image_tokenizer, codec, config.to_dict())
+    meta = systems.backbone_meta(
+        model, config.text_tokenizer, tokenizer, config.image_tokenizer, codec, config.to_dict()
+    )
     return Stage(TrainState(params, optimizer.init(params)), data, lambda state, batch, _: step(state, batch), meta)
