@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e4,
             "max_position_embeddings": 512,
+            "remat": "dots",
         }
     )
     config.data = ConfigDict({"path": "", "length": 288, "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0}})

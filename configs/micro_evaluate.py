@@ -1,16 +1,20 @@
 """Evaluation on held-out prompts of the micro-world: the training mixture by number of edits, and twelve splits in the
 manner of GenEval, KRIS-Bench and OmniContext.
 
+The word after the colon holds the answers to one mode: `:base` and `:direct` to direct answers, `:multi_step` to steps
+whatever the first verdict says (the last two on fewer prompts, for the entry gates).
 Command: python -m ivr_jax.evaluate --config=configs/micro_evaluate.py --workdir=runs/demo/eval_sft \
     --config.checkpoint=runs/demo/sft
 """
 
 from ml_collections import ConfigDict
 
+from ivr_jax.errors import UserError
+
 from . import micro_rl
 
 
-def get_config() -> ConfigDict:
+def get_config(kind: str = "") -> ConfigDict:
     rl = micro_rl.get_config()
     config = ConfigDict()
     config.checkpoint = ""
@@ -19,10 +23,21 @@ def get_config() -> ConfigDict:
     config.level = 0
     config.prompts = 512
     config.most_edits = 4
-    config.each_split = 24
+    config.each_split = 16
     config.batch = 128
     config.answer_length = rl.answer_length
     config.sampling = rl.sampling
     config.grammar = rl.grammar
     config.reward = rl.reward
+    if kind in ("base", "direct"):
+        config.grammar.modes = ("direct",)
+    elif kind == "multi_step":
+        config.grammar.modes = ("multi_step",)
+        config.grammar.force = True
+    elif kind:
+        raise UserError(
+            f"micro_evaluate takes base, direct or multi_step, not {kind!r}.", "Write --config=micro_evaluate:base."
+        )
+    if kind in ("direct", "multi_step"):
+        config.prompts, config.each_split = 256, 0
     return config

@@ -1,4 +1,4 @@
-"""Image tokenizer of the micro-world: IBQ, factor 16, 128 codes, trained on rendered boards.
+"""Image tokenizer of the micro-world: IBQ, factor 16, 32 codes, trained on rendered boards.
 
 The architecture is Emu3.5's, small: 64x64 pixels become 4x4 codes.
 Command: python -m ivr_jax.train --config=configs/micro_image_tokenizer.py --workdir=runs/demo/image_tokenizer
@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "image_tokenizer"
     config.seed = 0
-    config.steps = 700
+    config.steps = 400
     config.continuous_steps = 200  # then the codebook is placed by k-means on `codebook_images` images
     config.codebook_images = 256
     config.batch = 16
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "z_channels": 32,
             "double_z": False,
             "dropout": 0.0,
-            "n_embed": 128,
+            "n_embed": 32,
             "embed_dim": 32,
             "beta": 0.25,
             "norm_groups": 1,
@@ -42,7 +42,16 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict({"source": "world", "level": 0, "size": 1_000_000})
     config.loss = ConfigDict(
-        {"l1": 0.0, "l2": 2.0, "latents": 1e-3, "quantisation": 0.1, "entropy": 0.0, "diversity": 1.0}
+        {
+            "l1": 0.0,
+            "l2": 2.0,
+            "latents": 1e-2,
+            "noise": 1.0,
+            "shuffle": 0.75,
+            "quantisation": 0.1,
+            "entropy": 0.0,
+            "diversity": 1.0,
+        }
     )
     config.optimizer = ConfigDict(
         {

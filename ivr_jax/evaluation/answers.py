@@ -101,8 +101,10 @@ class Answer:
             _require(self.trajectory.sample == self.sample, f"{where}: its trajectory answers another sample.")
             _require(self.images == self.trajectory.images, f"{where}: `images` are not those of its trajectory.")
         if self.mode is not None:
-            _require(self.trajectory is not None and self.mode == self.trajectory.mode,
-                     f"{where}: mode {self.mode.value} is not that of its trajectory.")
+            _require(
+                self.trajectory is not None and self.mode == self.trajectory.mode,
+                f"{where}: mode {self.mode.value} is not that of its trajectory.",
+            )
         for name in ("truth", "exact"):
             count = len(getattr(self, name))
             _require(count in (0, len(self.images)), f"{where}: `{name}` holds {count}, for {len(self.images)} images.")

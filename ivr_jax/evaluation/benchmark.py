@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ def to_answer(
         judged.truth,
         tuple(map(bool, exact)),
         components,
-        shown_segments(trajectory, drawn.segments),
+        tuple(dataclasses.replace(s, loss=False) for s in shown_segments(trajectory, drawn.segments)),
         split,
         trajectory.mode,
     )

@@ -65,16 +65,21 @@ def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> 
     notes: list[str] = []
     runs = tuple(run for name, stage in STAGES.items() if (run := _run(root / name, stage, notes)) is not None)
     evaluations, answered = _arms(root, notes)
-    gallery = [Shelf("What the models answered",
-                     "The same prompts, answered by each model as it unfolded. Prompts are drawn evenly from the kinds "
-                     "of answer that the last model gave, so rare kinds are over-represented here.",
-                     choose(answered, _PROMPTS_SHOWN, seed))]
+    gallery = [
+        Shelf(
+            "What the models answered",
+            "The same prompts, answered by each model as it unfolded. Prompts are drawn evenly from the kinds "
+            "of answer that the last model gave, so rare kinds are over-represented here.",
+            choose(answered, _PROMPTS_SHOWN, seed),
+        )
+    ]
     for name, stage in STAGES.items():
         if (root / name / TAUGHT_FOLDER / ANSWERS_FILE).is_file():
             gallery.append(_taught(root / name / TAUGHT_FOLDER, stage, seed))
     gates = read_gates(root) if (root / GATES_FILE).is_file() else ()
-    return ReportInputs(title or f"Report on {root.resolve().name}", runs, evaluations, tuple(gallery), gates,
-                        tuple(notes))
+    return ReportInputs(
+        title or f"Report on {root.resolve().name}", runs, evaluations, tuple(gallery), gates, tuple(notes)
+    )
 
 
 def read_curves(path: str | os.PathLike[str]) -> tuple[Curve, ...]:
@@ -103,8 +108,10 @@ def read_curves(path: str | os.PathLike[str]) -> tuple[Curve, ...]:
         for name, value in record.items():
             if name != "step" and type(value) in (int, float) and math.isfinite(value):
                 points.setdefault(name, {})[step] = float(value)
-    return tuple(Curve(name, tuple(sorted(series)), tuple(series[step] for step in sorted(series)))
-                 for name, series in points.items())
+    return tuple(
+        Curve(name, tuple(sorted(series)), tuple(series[step] for step in sorted(series)))
+        for name, series in points.items()
+    )
 
 
 def write_gates(workdir: str | os.PathLike[str], gates: Sequence[Gate]) -> None:
@@ -152,8 +159,9 @@ def _read_config(path: Path, title: str, notes: list[str]) -> Mapping[str, Any]:
     return config
 
 
-def _arms(root: Path, notes: list[str]) -> tuple[dict[str, dict[str, Any]],
-                                                 dict[str, tuple[tuple[Answer, ...], Mapping[str, np.ndarray]]]]:
+def _arms(
+    root: Path, notes: list[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[Answer, ...], Mapping[str, np.ndarray]]]]:
     """Evaluations and answers by arm title."""
     known = {folder.name for folder in root.glob("eval_*") if folder.is_dir()}
     further = {name: name.removeprefix("eval_").replace("_", " ") for name in sorted(known - set(ARMS))}
@@ -180,6 +188,9 @@ def _taught(folder: Path, stage: str, seed: int) -> Shelf:
         by_mode.setdefault(mode_of(answers[index]), []).append(answers[index])
     turns = [group[turn] for turn in range(len(answers)) for group in by_mode.values() if turn < len(group)]
     items = tuple(Shown("Training sample", answer, images) for answer in turns[:_TAUGHT_SHOWN])
-    return Shelf(f"What {stage} was taught",
-                 "Constructed training samples. Hatched segments and dashed images are context only: the model reads "
-                 "them but is never trained to produce them.", items)
+    return Shelf(
+        f"What {stage} was taught",
+        "Constructed training samples. Hatched segments and dashed images are context only: the model reads "
+        "them but is never trained to produce them.",
+        items,
+    )

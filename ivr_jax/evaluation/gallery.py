@@ -43,8 +43,11 @@ class Shelf:
     items: tuple[Shown, ...]
 
 
-def choose(arms: Mapping[str, tuple[Sequence[Answer], Mapping[str, np.ndarray]]], prompts: int, seed: int,
-           ) -> tuple[Shown, ...]:
+def choose(
+    arms: Mapping[str, tuple[Sequence[Answer], Mapping[str, np.ndarray]]],
+    prompts: int,
+    seed: int,
+) -> tuple[Shown, ...]:
     """A fair choice of `prompts` samples, each with its answer of every arm.
 
     Samples are taken in turn from the strata (mode, right or wrong) of the *last* arm, so that rare kinds of answer
@@ -66,8 +69,12 @@ def choose(arms: Mapping[str, tuple[Sequence[Answer], Mapping[str, np.ndarray]]]
     chosen: list[str] = []
     for turn in range(max(map(len, strata.values()), default=0)):
         chosen += [stratum[turn] for _, stratum in sorted(strata.items(), key=str) if turn < len(stratum)]
-    return tuple(Shown(arm, by_key[arm][key], images)
-                 for key in chosen[:prompts] for arm, (_, images) in arms.items() if key in by_key[arm])
+    return tuple(
+        Shown(arm, by_key[arm][key], images)
+        for key in chosen[:prompts]
+        for arm, (_, images) in arms.items()
+        if key in by_key[arm]
+    )
 
 
 def shelf_view(shelf: Shelf) -> dict[str, Any]:
@@ -77,10 +84,14 @@ def shelf_view(shelf: Shelf) -> dict[str, Any]:
         sample = item.answer.sample
         if sample.key not in groups:
             groups[sample.key] = {
-                "prompt": _clip(sample.prompt), "key": sample.key, "split": item.answer.split,
-                "category": sample.category.replace("_", " "), "edits": edits_of(item.answer),
+                "prompt": _clip(sample.prompt),
+                "key": sample.key,
+                "split": item.answer.split,
+                "category": sample.category.replace("_", " "),
+                "edits": edits_of(item.answer),
                 "explanation": _clip(sample.explanation),
-                "sources": [_picture(name, item.images) for name in sample.sources], "answers": [],
+                "sources": [_picture(name, item.images) for name in sample.sources],
+                "answers": [],
             }
         groups[sample.key]["answers"].append(_answer_view(item))
     answers = [answer for group in groups.values() for answer in group["answers"]]
@@ -88,12 +99,19 @@ def shelf_view(shelf: Shelf) -> dict[str, Any]:
     for answer in answers:  # bars of one shelf share their scale
         answer["width"] = round(100 * answer["tokens"] / longest, 1) if longest else 0.0
     return {
-        "title": shelf.title, "intro": shelf.intro, "groups": list(groups.values()), "count": len(answers),
+        "title": shelf.title,
+        "intro": shelf.intro,
+        "groups": list(groups.values()),
+        "count": len(answers),
         "arms": list(dict.fromkeys(answer["arm"] for answer in answers)),
-        "modes": [mode for mode in ("direct", "reflection", "multi_step", "invalid")
-                  if any(answer["mode"] == mode for answer in answers)],
-        "results": [result for result in ("right", "wrong", "fooled")
-                    if any(result in answer["results"] for answer in answers)],
+        "modes": [
+            mode
+            for mode in ("direct", "reflection", "multi_step", "invalid")
+            if any(answer["mode"] == mode for answer in answers)
+        ],
+        "results": [
+            result for result in ("right", "wrong", "fooled") if any(result in answer["results"] for answer in answers)
+        ],
     }
 
 
@@ -105,13 +123,22 @@ def _answer_view(item: Shown) -> dict[str, Any]:
         results = [*results, "fooled"]
     total = sum(segment.tokens for segment in answer.segments)
     trained = sum(segment.tokens for segment in answer.segments if segment.loss)
-    rewards = sorted(answer.rewards.items(), key=lambda pair: (_REWARD_ORDER.index(pair[0]) if pair[0] in _REWARD_ORDER
-                                                               else len(_REWARD_ORDER), pair[0]))
+    rewards = sorted(
+        answer.rewards.items(),
+        key=lambda pair: (_REWARD_ORDER.index(pair[0]) if pair[0] in _REWARD_ORDER else len(_REWARD_ORDER), pair[0]),
+    )
     panels, before = _parsed(item) if answer.trajectory is not None else _unparsed(item)
     return {
-        "arm": item.arm, "mode": mode_of(answer), "right": answer.right, "results": results,
-        "error": _clip(answer.error), "rewards": [(name, f"{value:.2f}") for name, value in rewards],
-        "panels": panels, "before": before, "tokens": total, "trained": trained,
+        "arm": item.arm,
+        "mode": mode_of(answer),
+        "right": answer.right,
+        "results": results,
+        "error": _clip(answer.error),
+        "rewards": [(name, f"{value:.2f}") for name, value in rewards],
+        "panels": panels,
+        "before": before,
+        "tokens": total,
+        "trained": trained,
         "segments": [_segment_view(segment, trained > 0) for segment in answer.segments],
     }
 
@@ -134,7 +161,7 @@ def _unparsed(item: Shown) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     context, panels = _context_only(item.answer.segments), []
     before: list[dict[str, Any]] = []
     for segment in item.answer.segments:
-        if segment.image in item.answer.images[len(panels):]:
+        if segment.image in item.answer.images[len(panels) :]:
             panels.append(_panel(item, len(panels), [], None, context))
         elif segment.text.strip():
             text = _said(segment.kind, segment.kind, segment.text, context)
@@ -147,8 +174,10 @@ def _cause_texts(round_: Round, number: int, context: set[str]) -> list[dict[str
     """What led to round `number`, 2 or later."""
     if isinstance(round_.cause, Reflection):
         kind = f"R{number - 1}"
-        return [_said(kind, "What went wrong", round_.cause.failure_analysis, context),
-                _said(kind, "What to do", round_.cause.improvement_plan, context)]
+        return [
+            _said(kind, "What went wrong", round_.cause.failure_analysis, context),
+            _said(kind, "What to do", round_.cause.improvement_plan, context),
+        ]
     return [_said(f"S{number}", f"Next, step {number}", round_.cause.instruction, context)]
 
 
@@ -161,15 +190,24 @@ def _colour(kind: str) -> str:
     return kind[0] if kind[0] in "GERS" and kind[1:].isdecimal() else "other"
 
 
-def _panel(item: Shown, index: int, texts: list[dict[str, Any]], own: Evaluation | None, context: set[str],
-           ) -> dict[str, Any]:
+def _panel(
+    item: Shown,
+    index: int,
+    texts: list[dict[str, Any]],
+    own: Evaluation | None,
+    context: set[str],
+) -> dict[str, Any]:
     answer = item.answer
     truth = answer.truth[index] if answer.truth else None
     return {
-        "label": f"G{index + 1}", "texts": texts, "picture": _picture(answer.images[index], item.images),
-        "context": f"G{index + 1}" in context, "verdict_context": f"E{index + 1}" in context,
+        "label": f"G{index + 1}",
+        "texts": texts,
+        "picture": _picture(answer.images[index], item.images),
+        "context": f"G{index + 1}" in context,
+        "verdict_context": f"E{index + 1}" in context,
         "exact": answer.exact[index] if answer.exact else None,
-        "own": None if own is None else own.passed, "truth": None if truth is None else truth.passed,
+        "own": None if own is None else own.passed,
+        "truth": None if truth is None else truth.passed,
         "verdicts": [_verdict(axis, own, truth) for axis in AXES] if own is not None or truth is not None else [],
     }
 
@@ -179,7 +217,8 @@ def _verdict(axis: str, own: Evaluation | None, truth: Evaluation | None) -> dic
     ours, theirs = getattr(own, axis, None), getattr(truth, axis, None)
     score = None if theirs is None or theirs.score is None else f"{theirs.score:g}"
     return {
-        "axis": axis, "score": score,
+        "axis": axis,
+        "score": score,
         "own": ours and {"passed": ours.passed, "reason": _clip(ours.reason)},
         "truth": theirs and {"passed": theirs.passed, "reason": _clip(theirs.reason)},
         "why": _failures(ours, theirs),
@@ -189,15 +228,23 @@ def _verdict(axis: str, own: Evaluation | None, truth: Evaluation | None) -> dic
 
 def _failures(own: AxisVerdict | None, truth: AxisVerdict | None) -> list[tuple[str, str]]:
     """Who says what against an axis; said once when both say the same."""
-    said = [(who, _clip(verdict.reason)) for who, verdict in (("answer", own), ("truth", truth))
-            if verdict is not None and not verdict.passed]
+    said = [
+        (who, _clip(verdict.reason))
+        for who, verdict in (("answer", own), ("truth", truth))
+        if verdict is not None and not verdict.passed
+    ]
     return [("both", said[0][1])] if len(said) == 2 and said[0][1] == said[1][1] else said
 
 
 def _segment_view(segment: Segment, any_loss: bool) -> dict[str, Any]:
     carried = ("carries loss" if segment.loss else "context only") if any_loss else "no loss here"
-    return {"kind": segment.kind, "tokens": segment.tokens, "colour": _colour(segment.kind),
-            "context": any_loss and not segment.loss, "title": f"{segment.kind}: {segment.tokens} tokens, {carried}"}
+    return {
+        "kind": segment.kind,
+        "tokens": segment.tokens,
+        "colour": _colour(segment.kind),
+        "context": any_loss and not segment.loss,
+        "title": f"{segment.kind}: {segment.tokens} tokens, {carried}",
+    }
 
 
 def _context_only(segments: Sequence[Segment]) -> set[str]:

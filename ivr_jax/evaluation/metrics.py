@@ -68,8 +68,13 @@ def evaluate(answers: Sequence[Answer], seed: int = 0, about: Mapping[str, Any] 
     """
     if not answers:
         raise UserError("There is no answer to evaluate.", "Evaluate on at least one prompt.")
-    result: dict[str, Any] = {"schema": SCHEMA, "confidence": CONFIDENCE, "seed": seed, "about": dict(about or {}),
-                              "overall": _summary(answers, seed)}
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "confidence": CONFIDENCE,
+        "seed": seed,
+        "about": dict(about or {}),
+        "overall": _summary(answers, seed),
+    }
     for grouping, group_of in _GROUPINGS.items():
         groups: dict[str, list[Answer]] = {}
         for answer in answers:
@@ -109,7 +114,7 @@ def edits_of(answer: Answer) -> int | None:
 
 
 def mode_of(answer: Answer) -> str:
-    """"direct", "reflection", "multi_step" or "invalid"."""
+    """ "direct", "reflection", "multi_step" or "invalid"."""
     return INVALID if answer.mode is None else answer.mode.value
 
 
@@ -198,10 +203,14 @@ def _calibration(pairs: Sequence[tuple[Evaluation | None, Evaluation | None]]) -
         "pass_given_wrong": given(1, False, 0),
         "right_given_pass": given(0, True, 1),
         "accuracy": share([own == truth for own, truth in verdicts]),
-        "axes": {axis: share([getattr(own, axis).passed == getattr(truth, axis).passed for own, truth in whole])
-                 for axis in AXES},
+        "axes": {
+            axis: share([getattr(own, axis).passed == getattr(truth, axis).passed for own, truth in whole])
+            for axis in AXES
+        },
         "counts": {
-            "right_passed": verdicts.count((True, True)), "right_failed": verdicts.count((False, True)),
-            "wrong_passed": verdicts.count((True, False)), "wrong_failed": verdicts.count((False, False)),
+            "right_passed": verdicts.count((True, True)),
+            "right_failed": verdicts.count((False, True)),
+            "wrong_passed": verdicts.count((True, False)),
+            "wrong_failed": verdicts.count((False, False)),
         },
     }

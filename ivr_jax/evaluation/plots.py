@@ -56,8 +56,10 @@ def thin(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values, averaged in equal bins down to at most `_MAX_POINTS` points: float64 [P], float64 [P]."""
     steps, values = np.asarray(curve.steps, np.float64), np.asarray(curve.values, np.float64)
     bins = min(_MAX_POINTS, len(steps))
-    return (np.array([part.mean() for part in np.array_split(steps, bins)]),
-            np.array([part.mean() for part in np.array_split(values, bins)]))
+    return (
+        np.array([part.mean() for part in np.array_split(steps, bins)]),
+        np.array([part.mean() for part in np.array_split(values, bins)]),
+    )
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -99,9 +101,12 @@ class _Frame:
         for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(*self.y):
             if self.y[0] - 1e-12 <= tick <= self.y[1] + 1e-12:
                 at, label = self.at_y(tick), f"{tick:.0%}" if percent else short(float(tick))
-                lines.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text x="{}" y="{}" '
-                                    'text-anchor="end">{}</text>').format(
-                    self.left, self.width - self.right, at, at, self.left - 5, at + 3.5, label))
+                lines.append(
+                    Markup(
+                        '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text x="{}" y="{}" '
+                        'text-anchor="end">{}</text>'
+                    ).format(self.left, self.width - self.right, at, at, self.left - 5, at + 3.5, label)
+                )
         return lines
 
     def x_label(self, x: float, label: str, anchor: str = "middle") -> Markup:
@@ -109,7 +114,8 @@ class _Frame:
 
     def svg(self, label: str, parts: Sequence[str]) -> Markup:
         head = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-            self.width, self.height, label)
+            self.width, self.height, label
+        )
         return head + Markup("").join(parts) + Markup("</svg>")
 
 
@@ -119,8 +125,9 @@ def curve_svg(curve: Curve) -> Markup:
     frame = _Frame(320, 160, (float(steps[0]), float(steps[-1])), (float(values.min()), float(values.max())))
     parts = frame.y_grid(percent=False)
     if len(steps) == 1:
-        parts.append(Markup('<circle class="mean" cx="{}" cy="{}" r="3"/>').format(
-            frame.at_x(steps[0]), frame.at_y(values[0])))
+        parts.append(
+            Markup('<circle class="mean" cx="{}" cy="{}" r="3"/>').format(frame.at_x(steps[0]), frame.at_y(values[0]))
+        )
     else:
         for kind, line in (("raw", values), ("mean", smooth(values))):
             points = " ".join(f"{frame.at_x(x)},{frame.at_y(y)}" for x, y in zip(steps, line, strict=True))
@@ -145,12 +152,19 @@ def interval_svg(plot: IntervalPlot) -> Markup:
             x = frame.at_x(index + _offset(number, count))
             dots.append((x, frame.at_y(estimate["value"])))
             if estimate["low"] is not None:
-                parts.append(Markup('<line class="whisker {}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
-                    colour, x, x, frame.at_y(estimate["low"]), frame.at_y(estimate["high"])))
+                parts.append(
+                    Markup('<line class="whisker {}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
+                        colour, x, x, frame.at_y(estimate["low"]), frame.at_y(estimate["high"])
+                    )
+                )
         points = " ".join(f"{x},{y}" for x, y in dots)
         parts.append(Markup('<polyline class="{}" points="{}"/>').format(colour, points))
-        parts += [Markup('<circle class="{}" cx="{}" cy="{}" r="3.6"><title>{}</title></circle>').format(
-            colour, x, y, line.arm) for x, y in dots]
+        parts += [
+            Markup('<circle class="{}" cx="{}" cy="{}" r="3.6"><title>{}</title></circle>').format(
+                colour, x, y, line.arm
+            )
+            for x, y in dots
+        ]
     return frame.svg(plot.title, parts)
 
 
@@ -190,13 +204,29 @@ def interval_png(path: Path, plot: IntervalPlot) -> None:
     figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     for number, line in enumerate(plot.series):
-        shown = [(index + _offset(number, len(plot.series)), e) for index, e in enumerate(line.estimates)
-                 if e is not None and e["value"] is not None]
+        shown = [
+            (index + _offset(number, len(plot.series)), e)
+            for index, e in enumerate(line.estimates)
+            if e is not None and e["value"] is not None
+        ]
         x, y = [at for at, _ in shown], [e["value"] for _, e in shown]
-        reach = [[e["value"] - e["low"] if e["low"] is not None else 0.0 for _, e in shown],
-                 [e["high"] - e["value"] if e["high"] is not None else 0.0 for _, e in shown]]
-        axes.errorbar(x, y, yerr=reach, marker="o", markersize=4.5, linewidth=1.4, elinewidth=1, capsize=0,
-                      clip_on=False, color=ARM_COLOURS[number % len(ARM_COLOURS)], label=_plain(line.arm))
+        reach = [
+            [e["value"] - e["low"] if e["low"] is not None else 0.0 for _, e in shown],
+            [e["high"] - e["value"] if e["high"] is not None else 0.0 for _, e in shown],
+        ]
+        axes.errorbar(
+            x,
+            y,
+            yerr=reach,
+            marker="o",
+            markersize=4.5,
+            linewidth=1.4,
+            elinewidth=1,
+            capsize=0,
+            clip_on=False,
+            color=ARM_COLOURS[number % len(ARM_COLOURS)],
+            label=_plain(line.arm),
+        )
     axes.set_xticks(range(len(plot.groups)), [_plain(group) for group in plot.groups])
     axes.set_ylim(*_y_range(plot))
     if plot.percent:
@@ -225,10 +255,14 @@ def interval_plots(evaluations: Mapping[str, Mapping]) -> list[IntervalPlot]:
     """The before/after plots that `evaluations` (arm title -> result) allow."""
     groups = sorted({group for result in evaluations.values() for group in result["by_edits"]}, key=int)
     plots = []
-    for measure, title, percent in (("exact", "Exact match by number of edits", True),
-                                    ("images", "Images per answer by number of edits", False)):
-        series = tuple(Series(arm, tuple(result["by_edits"].get(group, {}).get(measure) for group in groups))
-                       for arm, result in evaluations.items())
+    for measure, title, percent in (
+        ("exact", "Exact match by number of edits", True),
+        ("images", "Images per answer by number of edits", False),
+    ):
+        series = tuple(
+            Series(arm, tuple(result["by_edits"].get(group, {}).get(measure) for group in groups))
+            for arm, result in evaluations.items()
+        )
         if any(e and e["n"] for line in series for e in line.estimates):
             plots.append(IntervalPlot(f"{measure}_by_edits", title, tuple(groups), series, percent))
     return plots

@@ -55,9 +55,16 @@ class Run:
     curves: tuple[Curve, ...]
 
 
-def write_report(output_html: str | os.PathLike[str], title: str, runs: Sequence[Run], evaluations: Evaluations,
-                 gallery: Sequence[Shelf], gates: Sequence[Gate], notes: Sequence[str],
-                 written: datetime.datetime | None = None) -> tuple[Path, ...]:
+def write_report(
+    output_html: str | os.PathLike[str],
+    title: str,
+    runs: Sequence[Run],
+    evaluations: Evaluations,
+    gallery: Sequence[Shelf],
+    gates: Sequence[Gate],
+    notes: Sequence[str],
+    written: datetime.datetime | None = None,
+) -> tuple[Path, ...]:
     """Writes the page and, in `<page>_plots/` beside it, the plots as PNG files.
 
     Args:
@@ -87,24 +94,46 @@ def write_report(output_html: str | os.PathLike[str], title: str, runs: Sequence
         raise UserError(f"Cannot write the report {output}: {error}.", "Choose a place you can write to.") from None
 
 
-def render(title: str, runs: Sequence[Run], evaluations: Evaluations, gallery: Sequence[Shelf], gates: Sequence[Gate],
-           notes: Sequence[str], written: datetime.datetime) -> str:
+def render(
+    title: str,
+    runs: Sequence[Run],
+    evaluations: Evaluations,
+    gallery: Sequence[Shelf],
+    gates: Sequence[Gate],
+    notes: Sequence[str],
+    written: datetime.datetime,
+) -> str:
     """The page as text; see `write_report`."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     script = (_TEMPLATES / "report.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shelves = [shelf_view(shelf) for shelf in gallery if shelf.items]
     return environment.get_template("report.html").render(
-        title=title, written=written.strftime("%d %B %Y, %H:%M"), version=ivr_jax.__version__, notes=list(notes),
-        style=Markup((_TEMPLATES / "report.css").read_text()), script=Markup(script), script_hash=digest,
+        title=title,
+        written=written.strftime("%d %B %Y, %H:%M"),
+        version=ivr_jax.__version__,
+        notes=list(notes),
+        style=Markup((_TEMPLATES / "report.css").read_text()),
+        script=Markup(script),
+        script_hash=digest,
         arms=list(evaluations),
         about=[(arm, _flat(result["about"])) for arm, result in evaluations.items() if result["about"]],
         tiles=[_tile(BY_NAME[name], evaluations) for name in _TILES] if evaluations else [],
-        rows=_rows(evaluations), groupings=_groupings(evaluations), mixes=_mixes(evaluations),
+        rows=_rows(evaluations),
+        groupings=_groupings(evaluations),
+        mixes=_mixes(evaluations),
         calibration=[_calibration_row(arm, result) for arm, result in evaluations.items()],
         charts=[(plot.title, plots.interval_svg(plot)) for plot in plots.interval_plots(evaluations)],
-        gates=list(gates), runs=[_run_view(run) for run in runs], shelves=shelves)
+        gates=list(gates),
+        runs=[_run_view(run) for run in runs],
+        shelves=shelves,
+    )
 
 
 def _write_plots(folder: Path, runs: Sequence[Run], evaluations: Evaluations) -> list[Path]:
@@ -128,8 +157,12 @@ def _slug(text: str) -> str:
 def _tile(measure: Measure, evaluations: Evaluations) -> dict[str, Any]:
     """A headline: the last arm's value, large, and every arm's below."""
     estimates = [(arm, measure.of(result["overall"])) for arm, result in evaluations.items()]
-    return {"title": measure.title, "value": format_value(measure, estimates[-1][1]),
-            "arm": estimates[-1][0], "trail": [(arm, format_value(measure, e)) for arm, e in estimates[:-1]]}
+    return {
+        "title": measure.title,
+        "value": format_value(measure, estimates[-1][1]),
+        "arm": estimates[-1][0],
+        "trail": [(arm, format_value(measure, e)) for arm, e in estimates[:-1]],
+    }
 
 
 def _rows(evaluations: Evaluations) -> list[dict[str, Any]]:
@@ -148,20 +181,28 @@ def _cells(measure: Measure, estimates: Sequence[dict[str, Any]]) -> list[dict[s
     for index, estimate in enumerate(estimates):
         change = compare(measure, estimate, estimates[index - 1]) if index else None
         shown = change is not None and change["clear"]
-        cells.append({
-            "value": format_value(measure, estimate), "interval": format_interval(measure, estimate),
-            "n": estimate["n"], "better": change["better"] if shown else None,
-            "change": format_value(measure, change["difference"], signed=True) if shown else "",
-            "change_interval": format_interval(measure, change["difference"], signed=True) if shown else "",
-        })
+        cells.append(
+            {
+                "value": format_value(measure, estimate),
+                "interval": format_interval(measure, estimate),
+                "n": estimate["n"],
+                "better": change["better"] if shown else None,
+                "change": format_value(measure, change["difference"], signed=True) if shown else "",
+                "change_interval": format_interval(measure, change["difference"], signed=True) if shown else "",
+            }
+        )
     return cells
 
 
 def _groupings(evaluations: Evaluations) -> list[dict[str, Any]]:
     """Exact match (or the outcome, where no target is known) and images, by edits, suite, split and category."""
     views = []
-    for key, title in (("by_edits", "By number of edits"), ("by_suite", "By suite"), ("by_split", "By split"),
-                       ("by_category", "By category")):
+    for key, title in (
+        ("by_edits", "By number of edits"),
+        ("by_suite", "By suite"),
+        ("by_split", "By split"),
+        ("by_category", "By category"),
+    ):
         groups = list(dict.fromkeys(group for result in evaluations.values() for group in result[key]))
         if len(groups) < 2:
             continue
@@ -182,8 +223,9 @@ def _mixes(evaluations: Evaluations) -> list[dict[str, Any]]:
     groups = sorted({group for result in evaluations.values() for group in result["by_edits"]}, key=int)
     rows = []
     for label, pick in (("All prompts", None), *((f"{g} edit{'' if g == '1' else 's'}", g) for g in groups)):
-        summaries = [result["overall"] if pick is None else result["by_edits"].get(pick)
-                     for result in evaluations.values()]
+        summaries = [
+            result["overall"] if pick is None else result["by_edits"].get(pick) for result in evaluations.values()
+        ]
         rows.append({"label": label, "cells": [_mix(summary) for summary in summaries]})
     return rows
 
@@ -199,10 +241,14 @@ def _calibration_row(arm: str, result: Mapping[str, Any]) -> dict[str, Any]:
     """One arm's own verdicts against the truth: over every drawn image, and over final images."""
     row: dict[str, Any] = {"arm": arm}
     for scope, calibration in result["overall"]["calibration"].items():
-        pairs = [(BY_NAME["accuracy"], calibration[name])
-                 for name in ("pass_given_right", "pass_given_wrong", "right_given_pass", "accuracy")]
-        row[scope] = {"cells": [(format_value(m, e), format_interval(m, e), e["n"]) for m, e in pairs],
-                      "counts": calibration["counts"]}
+        pairs = [
+            (BY_NAME["accuracy"], calibration[name])
+            for name in ("pass_given_right", "pass_given_wrong", "right_given_pass", "accuracy")
+        ]
+        row[scope] = {
+            "cells": [(format_value(m, e), format_interval(m, e), e["n"]) for m, e in pairs],
+            "counts": calibration["counts"],
+        }
     return row
 
 
@@ -210,9 +256,14 @@ def _run_view(run: Run) -> dict[str, Any]:
     telling = [curve for curve in run.curves if _TELLING.search(curve.name)]
     ordered = telling + [curve for curve in run.curves if curve not in telling]
     figures = [(curve.name, plots.short(curve.values[-1]), plots.curve_svg(curve)) for curve in ordered]
-    return {"title": run.title, "when": run.when, "config": _flat(run.config),
-            "first": figures[:_FIRST_CURVES], "more": figures[_FIRST_CURVES:],
-            "steps": max((curve.steps[-1] for curve in run.curves), default=None)}
+    return {
+        "title": run.title,
+        "when": run.when,
+        "config": _flat(run.config),
+        "first": figures[:_FIRST_CURVES],
+        "more": figures[_FIRST_CURVES:],
+        "steps": max((curve.steps[-1] for curve in run.curves), default=None),
+    }
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

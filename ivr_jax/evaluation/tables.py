@@ -83,8 +83,14 @@ def compare_arms(evaluations: Evaluations, reference: str) -> list[dict[str, Any
         for arm, result in evaluations.items():
             if arm == reference:
                 continue
-            rows.append({"measure": measure.name, "arm": arm, "reference": reference,
-                         **compare(measure, measure.of(result["overall"]), before)})
+            rows.append(
+                {
+                    "measure": measure.name,
+                    "arm": arm,
+                    "reference": reference,
+                    **compare(measure, measure.of(result["overall"]), before),
+                }
+            )
     return rows
 
 
@@ -189,9 +195,14 @@ class Gate:
         return cls(name, f"\u2265 {threshold:.0%}", "" if measured is None else f"{measured:.1%}", met)
 
 
-def entry_gates(base: Mapping[str, Any] | None = None, sft: Mapping[str, Any] | None = None,
-                direct: Mapping[str, Any] | None = None, multi_step: Mapping[str, Any] | None = None,
-                step_text: float | None = None, critique: float | None = None) -> tuple[Gate, ...]:
+def entry_gates(
+    base: Mapping[str, Any] | None = None,
+    sft: Mapping[str, Any] | None = None,
+    direct: Mapping[str, Any] | None = None,
+    multi_step: Mapping[str, Any] | None = None,
+    step_text: float | None = None,
+    critique: float | None = None,
+) -> tuple[Gate, ...]:
     """The micro-world's gates before an RL result means anything, one by one; what is not given is "not measured".
 
     Args:

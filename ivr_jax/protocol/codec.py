@@ -115,11 +115,10 @@ def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int]) -> np.ndarray:
             f"{rows}*{columns} cells need {expected} tokens that end in EOI, not {len(tokens)}",
         )
     grid = np.append(tokens[first:-1], vocab.eol).reshape(rows, columns + 1)
-    wrong = (grid[:, -1:] != vocab.eol) | (grid[:, :-1] < vocab.visual_start) | (grid[:, :-1] >= vocab.size)
+    visual = (grid >= vocab.visual_start) & (grid < vocab.size)
+    wrong = np.append(~visual[:, :-1], grid[:, -1:] != vocab.eol, axis=1)
     if wrong.any():
-        raise bad(
-            first + int(np.flatnonzero(np.pad(wrong, ((0, 0), (0, 1))))[0]), "a visual token or an EOL is out of place"
-        )
+        raise bad(first + int(np.flatnonzero(wrong)[0]), "a visual token or an EOL is out of place")
     return (grid[:, :-1] - vocab.visual_start).astype(np.int32)
 
 

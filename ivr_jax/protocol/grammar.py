@@ -201,9 +201,9 @@ class Grammar:
             self._capped[node] = forced[size - j]
         for j, node in enumerate(opening):
             self._transitions[node] = dict(self._transitions[matched[j]])
-            if j == 0:
-                self._transitions[node] |= {class_: ERROR for class_ in self._blank_classes}
             self._transitions[node][pattern[j]] = opening[j + 1] if j + 1 < size else ERROR
+            if j == 0:  # also where the marker itself begins blank
+                self._transitions[node] |= {class_: ERROR for class_ in self._blank_classes}
             self._capped[node] = forced[size]
         return opening[0]
 

@@ -44,7 +44,9 @@ _CONTROL = re.compile(
 
 
 def check_user_text(text: str, where: str) -> str:
-    """Returns `text`, or raises UserError when it holds a control token or an answer marker."""
+    """Returns `text`, or raises UserError when it holds a control token, an answer marker, or what UTF-8 has not."""
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{where} contains half of a surrogate pair.", "Remove it; it is no character.")
     found = _CONTROL.search(text)
     if found:
         raise UserError(

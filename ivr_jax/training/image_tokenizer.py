@@ -41,14 +41,15 @@ def make_steps(
     """The two phases of training, and the passage between them.
 
     A fresh codebook tends to split the images by position and to merge objects, so training may begin without
-    quantisation (`continuous`); the codebook is then placed on the latents by spherical k-means, and from there on
+    quantisation (`continuous`): noisy latents of small norm, which keep only what the reconstruction needs; the codebook is then placed on the latents by spherical k-means, and from there on
     every cell goes through its code (`quantised`, index backpropagation).
     """
 
-    def loss(params: Any, pixels: jax.Array, quantised: bool) -> tuple[jax.Array, dict[str, Any]]:
-        target = model_lib.pixels_to_unit(pixels)
+    def loss(params: Any, pixels: jax.Array, key: jax.Array, quantised: bool) -> tuple[jax.Array, dict[str, Any]]:
+        target, module = model_lib.pixels_to_unit(pixels), model_lib.module(model, params)
+        latents, key = module.latents(target), jax.random.split(key)
         if quantised:
-            reconstruction, aux = model_lib.train_forward(model, params, target)
+            latents, aux = model_lib.quantise(model, module.codebook, latents)
             entropy = aux.cell_entropy - loss_config.diversity * aux.batch_entropy
             extra = loss_config.quantisation * aux.quantisation + loss_config.entropy * entropy
             metrics = {
@@ -59,15 +60,18 @@ def make_steps(
                 "batch_perplexity": _perplexity(aux.code_counts),
             }
         else:
-            module = model_lib.module(model, params)
-            latents = module.latents(target)
-            reconstruction, extra, metrics = module.paint(latents), loss_config.latents * jnp.square(latents).mean(), {}
+            extra, metrics = loss_config.latents * jnp.square(latents).mean(), {}
+            latents += loss_config.noise * jax.random.normal(key[0], latents.shape)
+        latents, target = shuffle_cells(latents, target, round(loss_config.shuffle * len(pixels)), key[1])
+        reconstruction = module.paint(latents)
         absolute, squared = jnp.abs(reconstruction - target).mean(), jnp.square(reconstruction - target).mean()
         total = loss_config.l1 * absolute + loss_config.l2 * squared + extra
         return total, {"loss": total, "psnr": 10 * jnp.log10(4.0 / squared), **metrics}
 
-    def step(quantised: bool, state: TrainState, pixels: jax.Array) -> tuple[TrainState, dict[str, Any]]:
-        gradients, metrics = jax.grad(loss, has_aux=True)(state.params, pixels, quantised)
+    def step(
+        quantised: bool, state: TrainState, pixels: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, dict[str, Any]]:
+        gradients, metrics = jax.grad(loss, has_aux=True)(state.params, pixels, key, quantised)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         state = TrainState(optax.apply_updates(state.params, updates), opt_state)
         return state, {**metrics, "grad_norm": optax.global_norm(gradients)}
@@ -79,6 +83,26 @@ def make_steps(
 
     phases = [jax.jit(functools.partial(step, quantised), donate_argnums=0) for quantised in (False, True)]
     return Steps(*phases, jax.jit(place_codebook, donate_argnums=0))
+
+
+def shuffle_cells(latents: jax.Array, target: jax.Array, images: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Shuffles the cells of the first `images` images among each other, and their pixels with them.
+
+    A decoder that must draw any arrangement makes every code stand for its own cell's content, wherever it is and
+    whatever stands beside it; only then can a small language model recombine codes.
+
+    Args:
+      latents: [B, y, x, C]; target: [B, height, width, 3], height and width multiples of y and x.
+    """
+    batch, rows, columns, _ = latents.shape
+    order = jnp.arange(batch * rows * columns)
+    some = images * rows * columns
+    order = order.at[:some].set(jax.random.permutation(key, some)) if some else order
+    size, across = target.shape[1] // rows, target.shape[2] // columns
+    tiles = target.reshape(batch, rows, size, columns, across, 3).transpose(0, 1, 3, 2, 4, 5)
+    tiles = tiles.reshape(-1, size, across, 3)[order].reshape(batch, rows, columns, size, across, 3)
+    latents = latents.reshape(-1, latents.shape[-1])[order].reshape(latents.shape)
+    return latents, tiles.transpose(0, 1, 3, 2, 4, 5).reshape(target.shape)
 
 
 def spherical_k_means(cells: jax.Array, count: int, rounds: int = 10) -> jax.Array:
@@ -154,14 +178,15 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
             "eval_codes_used": float(len(np.unique(codes))),
         }
 
+    noise = jax.random.key(config.seed + 1)
     sampled = np.stack([source[i] for i in range(min(len(source), config.codebook_images))])
 
     def step(state: TrainState, pixels: np.ndarray, number: int) -> tuple[TrainState, dict[str, Any]]:
         if number < config.continuous_steps:
-            return steps.continuous(state, pixels)
+            return steps.continuous(state, pixels, jax.random.fold_in(noise, number))
         if number == config.continuous_steps and number > 0:
             state = steps.place_codebook(state, sampled)
-        return steps.quantised(state, pixels)
+        return steps.quantised(state, pixels, jax.random.fold_in(noise, number))
 
     return Stage(TrainState(params, optimizer.init(params)), data, step, meta, summary)
 

@@ -17,6 +17,7 @@ from clu import parameter_overview
 from ivr_jax import system as systems
 from ivr_jax.data import examples, pipeline
 from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.evaluation.taught import write_taught
 from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.training.loop import Stage
@@ -109,6 +110,8 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
         manifest = examples.make_examples(
             TrajectoryDataset(config.data.path), tokenizer, codec.encode, folder, longest, fingerprint
         )
+    if not (workdir / "taught").exists():
+        write_taught(workdir / "taught", TrajectoryDataset(config.data.path), tokenizer, codec.encode)
     print(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
     data = pipeline.packed_examples(folder, config.data.mix, config.batch, config.data.length, config.seed)
     optimizer = make_optimizer(config.optimizer, config.steps)
