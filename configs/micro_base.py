@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "sft"
     config.seed = 0
-    config.steps = 600
-    config.batch = 48
+    config.steps = 700
+    config.batch = 40
     config.accumulation = 1
     config.chunk = 4096
     config.log_every = 20
@@ -37,11 +37,11 @@ def get_config() -> ConfigDict:
             "remat": "dots",
         }
     )
-    config.data = ConfigDict({"path": "", "length": 288, "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0}})
+    config.data = ConfigDict({"path": "", "length": 192, "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0}})
     config.optimizer = ConfigDict(
         {
-            "kind": "adamw",
-            "peak": 2e-3,
+            "kind": "muon",
+            "peak": 5e-3,
             "final": 2e-4,
             "warmup": 0.05,
             "b1": 0.9,

@@ -11,6 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 2
     config.released = ""  # a folder in the released layout to import instead
+    config.image_area = 4096  # imported images are resized to about this many pixels ...
+    config.image_multiple = 16  # ... with sides that are multiples of the image tokenizer's factor
     config.baseline = ""  # workdir of the model that draws G1; the generator draws it when empty
     config.batch = 256
     config.concurrency = 64

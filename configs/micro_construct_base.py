@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config = micro_construct.get_config()
     config.seed = 1
     config.tasks.seed = 1
-    config.tasks.edits = (1, 1, 1, 1)
+    config.tasks.edits = (3, 2, 1, 1)
     config.quotas = ConfigDict({"direct": 9000, "reflection": 0, "multi_step": 0, "evaluation": 3000})
     config.rules.max_reflections = 0
     config.generator.fault_rate = 0.25

@@ -14,9 +14,9 @@ def get_config() -> ConfigDict:
     config.steps = 40
     config.prompts_per_step = 16
     config.group = 8
-    config.answer_length = 256
+    config.answer_length = 288
     config.minibatch = 32
-    config.buckets = (128, 192, 256, 352)
+    config.buckets = (128, 224, 384)
     config.updates = 1
     config.chunk = 4096
     config.log_every = 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ LAPTOP = ROOT / "launch" / "laptop.sh"
 
 
 def dry_run(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(LAPTOP), *argv], cwd=cwd, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(["bash", str(LAPTOP), *argv], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 def commands() -> list[list[str]]:
@@ -26,14 +29,14 @@ def commands() -> list[list[str]]:
 
 
 def workdir(words: list[str]) -> str:
-    """The last part of a command's work directory."""
-    return next(Path(word.partition("=")[2]).name for word in words if word.startswith("--workdir="))
+    """The last part of a command's work directory, "" without one."""
+    return next((Path(word.partition("=")[2]).name for word in words if word.startswith("--workdir=")), "")
 
 
 def test_the_stages_come_in_the_order_in_which_they_need_each_other():
     workdirs = [workdir(words) for words in commands()]
-    assert workdirs == ["image_tokenizer", "construct_base", "base", "construct", "sft", "rl", "evaluate_base",
-                        "evaluate_sft", "evaluate_rl", "a folder"]
+    assert workdirs == ["image_tokenizer", "construct_base", "base", "eval_base", "construct", "sft", "eval_sft",
+                        "eval_direct", "eval_multi_step", "rl", "eval_rl", ""]
 
 
 @pytest.mark.parametrize("words", commands(), ids=workdir)

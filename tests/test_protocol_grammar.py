@@ -198,7 +198,8 @@ def test_one_failed_axis_fails_the_evaluation(axis):
 
 def test_reflections_and_steps_do_not_mix_and_steps_count_up():
     tokenizer, grammar = TOKENIZERS["one id a marker"], grammar_of("one id a marker")
-    stepped, reflected = (encode(tokenizer, trajectory([cause] * 2, [False, False, True])) for cause in (STEP, REFLECTION))
+    passed = [False, False, True]
+    stepped, reflected = (encode(tokenizer, trajectory([cause] * 2, passed)) for cause in (STEP, REFLECTION))
     second, third = (stepped.index(tokenizer.marker(markers.STEP_OPEN[k])[0]) for k in (2, 3))
     analyses = [i for i, t in enumerate(reflected) if t == tokenizer.marker(markers.ANALYSIS_OPEN)[0]]
     assert accepts(grammar, stepped) and accepts(grammar, reflected)

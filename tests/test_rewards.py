@@ -62,7 +62,7 @@ def test_total_with_other_weights():
 
 BONUS = {
     # rewards, images, valid, expected
-    "fewest images take all, more take their share": ([0.9, 0.88, 0.86, 0.5], [3, 1, 2, 1], [1] * 4, [1 / 3, 1, 0.5, 0]),
+    "the fewest take all, more take a share": ([0.9, 0.88, 0.86, 0.5], [3, 1, 2, 1], [1] * 4, [1 / 3, 1, 0.5, 0]),
     "the best alone": ([1.0, 0.9, 0.8, 0.7], [4, 1, 1, 1], [1] * 4, [1, 0, 0, 0]),
     "ties share": ([0.7] * 4, [2, 2, 4, 2], [1] * 4, [1, 1, 0.5, 1]),
     "a fewer-images member that is not competitive does not count": ([1.0, 0.97, 0.2, 0.2], [4, 2, 1, 1], [1] * 4,
@@ -84,13 +84,13 @@ def test_complexity_bonus(name):
 
 def test_the_bonus_of_several_groups_at_once_weight_and_epsilon():
     rewards, images, valid, expected = (np.array(column) for column in zip(*BONUS.values(), strict=True))
-    wide = complexity_bonus(array(rewards), array(images, np.int32), valid.astype(bool), PAPER)
-    np.testing.assert_allclose(wide, expected, atol=1e-6)
-    half = complexity_bonus(array(rewards), array(images, np.int32), valid.astype(bool), RewardOptions(bonus_weight=0.5))
+    group = array(rewards), array(images, np.int32), valid.astype(bool)
+    np.testing.assert_allclose(complexity_bonus(*group, PAPER), expected, atol=1e-6)
+    half = complexity_bonus(*group, RewardOptions(bonus_weight=0.5))
     np.testing.assert_allclose(half, expected / 2, atol=1e-6)
-    off = complexity_bonus(array(rewards), array(images, np.int32), valid.astype(bool), RewardOptions(bonus_weight=0))
-    assert not np.asarray(off).any()
-    loose = complexity_bonus(array([[1.0, 0.75]]), array([[2, 1]], np.int32), array([[1, 1]], bool), RewardOptions(epsilon=0.3))
+    assert not np.asarray(complexity_bonus(*group, RewardOptions(bonus_weight=0))).any()
+    pair = array([[1.0, 0.75]]), array([[2, 1]], np.int32), array([[1, 1]], bool)
+    loose = complexity_bonus(*pair, RewardOptions(epsilon=0.3))
     np.testing.assert_allclose(loose, [[0.5, 1]], atol=1e-6)
 
 

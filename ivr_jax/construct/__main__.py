@@ -2,6 +2,8 @@
 
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/demo/construct \
         --config.baseline=runs/demo/base
+    python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/mine/construct \
+        --config.released=FOLDER                 imports a folder in the released layout instead
 
 Requests are drawn until every quota is full; the dataset stands in WORKDIR/dataset, with counts and reasons of
 dropping in WORKDIR/dataset/dataset.json.  A finished dataset is left as it is.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +29,7 @@ from ivr_jax.construct.interfaces import Images
 from ivr_jax.construct.released import read_released
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
+from ivr_jax.images import fit, image_name
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.trajectory import Round, Sample, Trajectory
 from ivr_jax.world.analyzer import WorldAnalyzer
@@ -129,16 +133,25 @@ def main(call: cli.Call) -> None:
 
 
 def import_released(config: Any, target: Any) -> dict[str, Any]:
-    """A folder in the released layout as a dataset; images are resized to the model's cells."""
+    """A folder in the released layout as a dataset, its images resized to about `config.image_area` pixels each."""
     trajectories, problems = read_released(config.released)
     for problem in problems:
-        print(f"left out: {problem}")
+        print(f"left out: {problem.path}: {problem}")
     if not trajectories:
         raise UserError(f"{config.released!r} holds no usable sample.", "See the reasons above.")
     with TrajectoryWriter(target, {"released": str(config.released)}) as writer:
         for trajectory, images in trajectories:
-            writer.add(trajectory, images)
+            writer.add(*resized(trajectory, images, config.image_area, config.image_multiple))
     return {"imported": len(trajectories), "left_out": len(problems)}
+
+
+def resized(trajectory: Trajectory, images: Images, area: int, multiple: int) -> tuple[Trajectory, Images]:
+    """The same trajectory over images fitted to `area` pixels, sides multiples of `multiple`."""
+    fitted = {name: fit(images[name], area, multiple) for name in (*trajectory.sample.sources, *trajectory.images)}
+    names = {name: image_name(pixels) for name, pixels in fitted.items()}
+    sample = dataclasses.replace(trajectory.sample, sources=tuple(names[name] for name in trajectory.sample.sources))
+    rounds = tuple(dataclasses.replace(r, image=names[r.image]) for r in trajectory.rounds)
+    return Trajectory(sample, rounds), {names[name]: pixels for name, pixels in fitted.items()}
 
 
 def entry() -> None:

@@ -92,8 +92,9 @@ def advantages(
     """
     count = valid.sum(1, keepdims=True)
     used = valid & (count >= options.min_valid)
-    mean = jnp.where(valid, rewards, 0.0).sum(1, keepdims=True) / jnp.maximum(count, 1)
-    centred = jnp.where(used, rewards - mean, 0.0)
+    best = jnp.max(jnp.where(valid, rewards, -jnp.inf), axis=1, keepdims=True)
+    below = jnp.where(valid, rewards - best, 0.0)  # equal rewards are exactly 0, so rounding teaches nothing
+    centred = jnp.where(used, below - below.sum(1, keepdims=True) / jnp.maximum(count, 1), 0.0)
     if options.divide_by_std:
         std = jnp.sqrt((centred**2).sum(1, keepdims=True) / jnp.maximum(count - 1, 1))
         centred = centred / (std + tiny)
