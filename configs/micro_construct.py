@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.batch = 256
     config.concurrency = 64
     config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 2, 3, 3), "limit": 100_000})
-    config.quotas = ConfigDict({"direct": 800, "reflection": 1600, "multi_step": 1600, "evaluation": 0})
+    config.quotas = ConfigDict({"direct": 600, "reflection": 1200, "multi_step": 1200, "evaluation": 0})
     config.rules = ConfigDict(
         {
             "thresholds": None,
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.analyzer = ConfigDict({"threshold": 5})
-    config.generator = ConfigDict({"fault_rate": 0.7, "step_fault_rate": 0.1, "seed": 2, "level": 0})
+    config.generator = ConfigDict({"fault_rate": 0.8, "step_fault_rate": 0.1, "seed": 2, "level": 0})
     config.sampling = ConfigDict(
         {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}
     )

@@ -21,9 +21,9 @@ def get_config(kind: str = "") -> ConfigDict:
     config.image_tokenizer = ""  # where the image tokenizer is, if it was moved
     config.seed = 7
     config.level = 0
-    config.prompts = 512
+    config.prompts = 384
     config.most_edits = 4
-    config.each_split = 16
+    config.each_split = 12
     config.batch = 128
     config.answer_length = rl.answer_length
     config.sampling = rl.sampling
@@ -39,5 +39,5 @@ def get_config(kind: str = "") -> ConfigDict:
             f"micro_evaluate takes base, direct or multi_step, not {kind!r}.", "Write --config=micro_evaluate:base."
         )
     if kind in ("direct", "multi_step"):
-        config.prompts, config.each_split = 256, 0
+        config.prompts, config.each_split = 128, 0
     return config

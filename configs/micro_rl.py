@@ -1,6 +1,6 @@
 """RL of the micro-world's fine-tuned model: GRPO with the paper's reward and complexity bonus.
 
-Paper: groups of 8 at temperature 1, KL coefficient 0.01, warm-up 0.1, learning rate 1e-6 at 34 B; here 1e-4 at 0.5 M.
+Paper: groups of 8 at temperature 1, KL coefficient 0.01, warm-up 0.1, learning rate 1e-6 at 34 B; here 2e-4 at 0.5 M.
 Command: python -m ivr_jax.train --config=configs/micro_rl.py --workdir=runs/demo/rl --config.init=runs/demo/sft
 """
 
@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "rl"
     config.seed = 0
-    config.steps = 40
-    config.prompts_per_step = 16
+    config.steps = 30
+    config.prompts_per_step = 8
     config.group = 8
     config.answer_length = 288
     config.minibatch = 32
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "kind": "adamw",
-            "peak": 1e-4,
+            "peak": 2e-4,
             "final": 1e-5,
             "warmup": 0.1,
             "b1": 0.9,

@@ -13,10 +13,10 @@ from . import micro_base
 
 def get_config() -> ConfigDict:
     config = micro_base.get_config()
-    config.steps = 500
+    config.steps = 380
     config.data.length = 352
     config.batch = 32
     config.data.mix = ConfigDict({"direct": 1.0, "reflection": 2.0, "multi_step": 2.0})
-    config.optimizer.peak = 1.5e-3
+    config.optimizer.peak = 3e-3
     config.optimizer.warmup = 0.1
     return config

@@ -180,7 +180,10 @@ def _join(
 
 
 def pad_prompts(prompts: list[list[int]], pad: int, multiple: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads token lists to a common length, a multiple of `multiple` (few shapes, few compilations): int32 [P, T], lengths int32 [P]."""
+    """Right-pads token lists to a common length: int32 [P, T], lengths int32 [P].
+
+    T is a multiple of `multiple`: few shapes, few compilations.
+    """
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = -(-int(lengths.max()) // multiple) * multiple
     padded = np.full((len(prompts), width), pad, np.int32)

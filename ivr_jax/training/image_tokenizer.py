@@ -41,8 +41,9 @@ def make_steps(
     """The two phases of training, and the passage between them.
 
     A fresh codebook tends to split the images by position and to merge objects, so training may begin without
-    quantisation (`continuous`): noisy latents of small norm, which keep only what the reconstruction needs; the codebook is then placed on the latents by spherical k-means, and from there on
-    every cell goes through its code (`quantised`, index backpropagation).
+    quantisation (`continuous`): noisy latents of small norm, which keep only what the reconstruction needs;
+    the codebook is then placed on the latents by spherical k-means, and from there on every cell goes through its
+    code (`quantised`, index backpropagation).
     """
 
     def loss(params: Any, pixels: jax.Array, key: jax.Array, quantised: bool) -> tuple[jax.Array, dict[str, Any]]:

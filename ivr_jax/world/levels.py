@@ -88,7 +88,8 @@ class Level:
 
 
 _BASIC = (("put", 1.0), ("clear", 1.0), ("recolour", 1.0), ("replace", 0.7), ("move", 1.0), ("swap", 1.0))
-_LEVEL_0 = (*_BASIC, ("line", 0.15), ("duplicate", 0.15))
+_LEVEL_0 = (("put", 1.0), ("clear", 1.0), ("recolour", 1.0), ("replace", 0.7), ("move", 0.5), ("swap", 0.3),
+            ("line", 0.15), ("duplicate", 0.15))
 _LEVEL_1 = (*_BASIC, ("line", 0.5), ("duplicate", 0.5), ("keep", 0.3))
 _ALL = (*_LEVEL_1, ("complete", 0.8), ("texture", 0.8), ("resize", 0.8), ("fix", 0.8), ("mirror", 0.4),
         ("rotate", 0.4), ("pose", 0.8), ("background", 0.5), ("style", 0.5), ("tone", 0.5), ("slide", 0.5),
