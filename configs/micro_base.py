@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "sft"
     config.seed = 0
-    config.steps = 650
+    config.steps = 560
     config.batch = 40
     config.accumulation = 1
     config.chunk = 4096

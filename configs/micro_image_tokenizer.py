@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "image_tokenizer"
     config.seed = 0
-    config.steps = 400
+    config.steps = 360
     config.continuous_steps = 200  # then the codebook is placed by k-means on `codebook_images` images
     config.codebook_images = 256
     config.batch = 16

@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "rl"
     config.seed = 0
-    config.steps = 30
+    config.steps = 26
     config.prompts_per_step = 8
     config.group = 8
     config.answer_length = 288
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
         {
             "kind": "adamw",
             "peak": 2e-4,
-            "final": 1e-5,
+            "final": 2e-5,
             "warmup": 0.1,
             "b1": 0.9,
             "b2": 0.95,

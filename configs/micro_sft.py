@@ -14,8 +14,8 @@ from . import micro_base
 def get_config() -> ConfigDict:
     config = micro_base.get_config()
     config.steps = 380
-    config.data.length = 352
-    config.batch = 32
+    config.data.length = 328
+    config.batch = 24
     config.data.mix = ConfigDict({"direct": 1.0, "reflection": 2.0, "multi_step": 2.0})
     config.optimizer.peak = 3e-3
     config.optimizer.warmup = 0.1

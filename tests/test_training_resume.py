@@ -81,8 +81,8 @@ def sft(runs) -> tuple[Path, list[str]]:
 
 def rl_settings(sft_run: Path) -> dict:
     return {
-        "steps": 3, "prompts_per_step": 2, "group": 2, "answer_length": 128, "minibatch": 2, "buckets": (384,),
-        "chunk": 256, "log_every": 2, "checkpoint_every": 1, "init": sft_run, "grammar.text_cap": 3,
+        "steps": 8, "prompts_per_step": 2, "group": 2, "answer_length": 128, "minibatch": 2, "buckets": (384,),
+        "chunk": 256, "log_every": 3, "checkpoint_every": 2, "init": sft_run, "grammar.text_cap": 3,
         "grammar.max_reflections": 1, "grammar.max_steps": 1, "optimizer.peak": 1e-2,
     }  # fmt: skip
 
@@ -147,18 +147,18 @@ def test_a_finished_run_is_left_alone(runs, sft, capsys):
 def test_rl_killed_and_finished_equals_an_undisturbed_run(runs, sft, capsys):
     settings = rl_settings(sft[0])
     argv = trained(runs / "rl", "micro_rl", settings)
-    status, output = disturbed(argv, runs / "rl disturbed", signal.SIGKILL, after=1)
+    status, output = disturbed(argv, runs / "rl disturbed", signal.SIGKILL, after=2)
     assert status == -signal.SIGKILL, output
     killed_at = newest_checkpoint(runs / "rl disturbed")
-    assert 1 <= killed_at < 3
+    assert 2 <= killed_at < 8
     capsys.readouterr()
     trained(runs / "rl disturbed", "micro_rl", settings)
-    assert f"resumed at step {killed_at} of 3" in capsys.readouterr().out
+    assert f"resumed at step {killed_at} of 8" in capsys.readouterr().out
     assert_same_run(runs / "rl disturbed", runs / "rl")
     started = systems.load(sft[0]).params["lm_head"]
     assert (np.asarray(systems.load(runs / "rl").params["lm_head"]) != np.asarray(started)).any()  # it did learn
     rows = metrics(runs / "rl")
-    assert [row["step"] for row in rows] == [2, 3] and all(row["ratio_deviation"] < 1e-3 for row in rows)
+    assert [row["step"] for row in rows] == [3, 6, 8] and all(row["ratio_deviation"] < 1e-3 for row in rows)
 
 
 # -- what a user may get wrong ----------------------------------------------------------------------------------------
