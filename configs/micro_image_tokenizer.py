@@ -1,4 +1,4 @@
-"""Image tokenizer of the micro-world: IBQ, factor 16, 32 codes, trained on rendered boards.
+"""Image tokenizer of the micro-world: IBQ, factor 16, 64 codes, trained on rendered boards.
 
 The architecture is Emu3.5's, small: 64x64 pixels become 4x4 codes.
 Command: python -m ivr_jax.train --config=configs/micro_image_tokenizer.py --workdir=runs/demo/image_tokenizer
@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "image_tokenizer"
     config.seed = 0
-    config.steps = 360
-    config.continuous_steps = 200  # then the codebook is placed by k-means on `codebook_images` images
+    config.steps = 480
+    config.continuous_steps = 240  # then the codebook is placed by k-means on `codebook_images` images
     config.codebook_images = 256
     config.batch = 16
     config.eval_images = 64
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "z_channels": 32,
             "double_z": False,
             "dropout": 0.0,
-            "n_embed": 32,
+            "n_embed": 64,
             "embed_dim": 32,
             "beta": 0.25,
             "norm_groups": 1,

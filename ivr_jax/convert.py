@@ -79,9 +79,9 @@ def read_hf(path: Path, param_dtype: str) -> Model:
     return Model(IMAGE_TOKENIZER, image_config, params, extra)
 
 
-def write_orbax(model: Model, path: Path) -> None:
+def write_orbax(model: Model, path: Path, overwrite: bool = False) -> None:
     """A workdir with one checkpoint, step 0, which training can start from."""
-    with hf.new_directory(path, overwrite=False) as folder:
+    with hf.new_directory(path, overwrite) as folder:
         checkpointer = checkpoint.Checkpointer(folder)
         meta = {"kind": model.kind, "model": dataclasses.asdict(model.config), **model.extra}
         checkpointer.save(0, {"params": model.params}, None, meta)
@@ -89,9 +89,9 @@ def write_orbax(model: Model, path: Path) -> None:
         checkpointer.close()
 
 
-def write_hf(model: Model, path: Path, model_type: str, dtype: str | None) -> None:
+def write_hf(model: Model, path: Path, model_type: str, dtype: str | None, overwrite: bool = False) -> None:
     """A folder of safetensors; see `hf.export_backbone`."""
-    with hf.new_directory(path, overwrite=False) as folder:
+    with hf.new_directory(path, overwrite) as folder:
         if isinstance(model.config, BackboneConfig):
             hf.export_backbone(model.config, model.params, folder, model_type=model_type, dtype=dtype)
         else:
@@ -163,6 +163,7 @@ def add_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("to_path", None, "the new folder; may also follow --to", flag_values=values)
     flags.DEFINE_enum("model_type", "qwen3", ["qwen3", "Emu3"], "for config.json", flag_values=values)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "of exports", flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "replace the new folder if it is there already", flag_values=values)
     flags.DEFINE_enum("param_dtype", "float32", ["float32", "bfloat16"], "of imported parameters", flag_values=values)
 
 
@@ -175,10 +176,10 @@ def main(call: cli.Call) -> None:
     source, target = Path(paths[0]).expanduser(), Path(paths[1]).expanduser()
     if source_form == "orbax":
         model = read_orbax(source)
-        write_hf(model, target, call.flags.model_type, call.flags.dtype)
+        write_hf(model, target, call.flags.model_type, call.flags.dtype, call.flags.overwrite)
         folder = target
     else:
-        write_orbax(read_hf(source, call.flags.param_dtype), target)
+        write_orbax(read_hf(source, call.flags.param_dtype), target, call.flags.overwrite)
         model, folder = read_orbax(target), source
     if not any(folder.glob("*.safetensors")):
         print(f"{target}: {len(model.slots)} tensors from a pickle, float32; no certificate without safetensors.")

@@ -72,7 +72,7 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
         step("Improve it with RL", "train", "micro_rl", "rl", init=sft),
         step("Evaluate the result", "evaluate", check, "eval_rl", checkpoint=rl),
     ]
-    export = ("--from=orbax", str(rl), "--to=hf", str(root / "export"))
+    export = ("--from=orbax", str(rl), "--to=hf", str(root / "export"), "--overwrite")
     return [*steps, Step("Export for transformers", "ivr_jax.convert", export)]
 
 

@@ -9,6 +9,8 @@ evaluation of the same checkpoint and config is left as it is.
 
 from __future__ import annotations
 
+import json
+
 from ivr_jax import cli
 from ivr_jax import system as systems
 from ivr_jax.config import claim_workdir
@@ -20,6 +22,7 @@ from ivr_jax.training import checkpoint
 def main(call: cli.Call) -> None:
     config, workdir = call.config, call.workdir
     about = {"checkpoint": str(checkpoint.resolve(config.checkpoint)), "config": config.to_dict()}
+    about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():
         claim_workdir(workdir, config, resuming=True)
         result = metrics.read_evaluation(workdir)

@@ -25,11 +25,15 @@ from ivr_jax.evaluation.benchmark import shown_segments
 from ivr_jax.evaluation.gallery import Shelf, Shown
 from ivr_jax.evaluation.report import write_report
 from ivr_jax.images import fit, image_name, load_image, save_png
+from ivr_jax.protocol import codec as codec_lib
 from ivr_jax.protocol import markers
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.rollout import roll_out
+from ivr_jax.sampling.sampler import pad_prompts
 from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Mode, Sample, trajectory_to_json
+
+MAX_CELLS = 99  # a side of an image, in latent cells: its size is written in two digits
 
 
 def add_flags(values: flags.FlagValues) -> None:
@@ -58,9 +62,31 @@ def read_request(prompt: str, files: list[str], system: systems.System) -> tuple
         raise UserError("the prompt is empty.", 'Give one, such as --prompt="Put a red circle at b2."')
     markers.check_user_text(prompt, "the prompt")
     codec = system.codec.config
-    pixels = [fit(load_image(file), codec.resolution**2, codec.factor) for file in files]
+    pixels = []
+    for file in files:
+        whole = load_image(file)
+        pixels.append(fit(whole, codec.resolution**2, codec.factor))
+        if max(pixels[-1].shape) > MAX_CELLS * codec.factor:
+            raise UserError(
+                f"{file} is too long and narrow: {whole.shape[1]}x{whole.shape[0]} pixels.",
+                f"Crop it; at its area a side may take {MAX_CELLS} cells of {codec.factor} pixels.",
+            )
     images = {image_name(x): x for x in pixels}
     return Sample("request", prompt, tuple(image_name(x) for x in pixels)), images
+
+
+def room(system: systems.System, sample: Sample, images: dict, wanted: int) -> int:
+    """`wanted` answer tokens, or what the prompt leaves of the context; UserError when that is less than one image."""
+    codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
+    prompts, _ = pad_prompts([codec_lib.encode_prompt(system.tokenizer, sample, codes)], system.tokenizer.vocab.pad)
+    context, image = system.config.max_position_embeddings, system.codec.config
+    left = context - prompts.shape[1]
+    if left <= (image.resolution // image.factor) ** 2:
+        raise UserError(
+            f"the prompt takes {prompts.shape[1]} of the {context} tokens of the context.",
+            "Shorten it, or give fewer images.",
+        )
+    return min(wanted, left)
 
 
 def main(call: cli.Call) -> None:
@@ -71,7 +97,6 @@ def main(call: cli.Call) -> None:
     out = cli.prepare_workdir(wanted.out)
     system = systems.load(wanted.checkpoint, wanted.image_tokenizer)
     sample, images = read_request(wanted.prompt, wanted.image, system)
-    limit = system.config.max_position_embeddings
     options = GrammarOptions(
         modes=tuple(wanted.mode), max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=wanted.text_cap
     )
@@ -83,7 +108,7 @@ def main(call: cli.Call) -> None:
         [sample],
         [images],
         jax.random.key(wanted.seed),
-        min(wanted.answer_length, limit - 128),
+        room(system, sample, images, wanted.answer_length),
         sampling,
     )
     seconds, tokens = time.perf_counter() - clock, int(rollout.samples.lengths[0])
@@ -105,8 +130,12 @@ def main(call: cli.Call) -> None:
 
 
 def write_answer(out: pathlib.Path, prompt: str, answer, about: dict) -> None:
-    """PNG files, answer.json and answer.html of one parsed answer."""
+    """PNG files, answer.json and answer.html of one parsed answer; the images of an earlier answer there go."""
     trajectory = answer.trajectory
+    if (out / "answer.json").exists():
+        for name in ("source", "G"):
+            for old in out.glob(f"{name}[1-9].png"):
+                old.unlink()
     for number, name in enumerate(trajectory.sample.sources, 1):
         save_png(out / f"source{number}.png", answer.images[name])
     for number, name in enumerate(trajectory.images, 1):

@@ -87,6 +87,20 @@ def save_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
         raise
 
 
+def crop_square(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The middle square of uint8 [height, width, 3], resized to side x side; bicubic.
+
+    An image that already has that size is returned as it is.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == (side, side):
+        return pixels
+    least = min(height, width)
+    top, left = (height - least) // 2, (width - least) // 2
+    square = Image.fromarray(pixels[top : top + least, left : left + least])
+    return np.array(square.resize((side, side), Image.Resampling.BICUBIC))
+
+
 def fit(pixels: np.ndarray, area: int, multiple: int) -> np.ndarray:
     """Resizes to about `area` pixels, keeping the aspect ratio, each side a multiple of `multiple`; bicubic.
 

@@ -212,3 +212,5 @@ def test_rl_needs_a_trained_backbone(runs, tmp_path, capsys):
     assert "rl starts from a trained model" in complaint(capsys, argv)
     wrong = complaint(capsys, [*argv, f"--config.init={runs / 'image_tokenizer'}"])
     assert "holds a checkpoint of kind 'image_tokenizer', not a backbone" in wrong
+    guided = complaint(capsys, [*argv, "--config.init=anything", "--config.sampling.guidance=3.0"])
+    assert "without guidance" in guided

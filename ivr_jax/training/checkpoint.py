@@ -39,7 +39,13 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
 
     def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
-        """Starts an asynchronous save; `state` may be donated to the next step as soon as this returns."""
+        """Starts an asynchronous save; `state` may be donated to the next step as soon as this returns.
+
+        On an accelerator Orbax has copied the state to the host by then; on the CPU the host's view is the buffer
+        itself, so it is copied here.
+        """
+        if jax.default_backend() == "cpu":
+            state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"state": data}), meta=ocp.args.JsonSave(meta)
         )

@@ -266,7 +266,7 @@ class Trainer:
     ) -> tuple[TrainState, jax.Array]:
         gradients = jax.tree.map(lambda g: g / jnp.maximum(denominator, 1), gradients)
         updates, opt_state = self.optimizer.update(gradients, opt_state, params)
-        return TrainState(optax.apply_updates(params, updates), opt_state), optax.global_norm(gradients)
+        return TrainState(optax.apply_updates(params, updates), opt_state), optax.tree.norm(gradients)
 
 
 def _summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
@@ -321,6 +321,8 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     """The stage of an rl config."""
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
+    if config.sampling.guidance != 1.0:
+        raise UserError("rl learns from the bare policy, without guidance.", "Give --config.sampling.guidance=1.")
     system = systems.load(config.init, config.image_tokenizer or None)
     optimizer = make_optimizer(config.optimizer, config.steps * config.updates)
     options = Options(

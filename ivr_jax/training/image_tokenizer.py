@@ -17,11 +17,12 @@ from clu import parameter_overview
 from ivr_jax import system as systems
 from ivr_jax.data import pipeline
 from ivr_jax.data.store import TrajectoryDataset
-from ivr_jax.errors import UserError
+from ivr_jax.images import crop_square
 from ivr_jax.models import image_tokenizer as model_lib
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.sft import TrainState
+from ivr_jax.world import recognise
 from ivr_jax.world.draws import random_scene
 from ivr_jax.world.levels import level_of
 from ivr_jax.world.render import random_wobble, render
@@ -75,7 +76,7 @@ def make_steps(
         gradients, metrics = jax.grad(loss, has_aux=True)(state.params, pixels, key, quantised)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         state = TrainState(optax.apply_updates(state.params, updates), opt_state)
-        return state, {**metrics, "grad_norm": optax.global_norm(gradients)}
+        return state, {**metrics, "grad_norm": optax.tree.norm(gradients)}
 
     def place_codebook(state: TrainState, pixels: jax.Array) -> TrainState:
         latents = model_lib.module(model, state.params).latents(model_lib.pixels_to_unit(pixels))
@@ -136,19 +137,17 @@ def _perplexity(usage: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12))))
 
 
-def image_source(data: Any, seed: int, factor: int) -> pipeline.Indexed:
-    """Images to train on: random boards of the micro-world (`data.source` "world"), or those of a dataset."""
+def image_source(data: Any, seed: int, resolution: int) -> pipeline.Indexed:
+    """Images to train on: random boards of the micro-world (`data.source` "world"), or those of a dataset.
+
+    A batch needs images of one size, a dataset has several: of each image the middle square is taken, at the model's
+    training resolution.  The network is convolutional, so what it learns holds for images of any shape.
+    """
     if data.source == "world":
         return pipeline.Indexed(functools.partial(_board, data.level, seed), data.size)
     dataset = TrajectoryDataset(data.source)
     names = dataset.image_names
-    shapes = {dataset.image(name).shape for name in names[:1]}
-    if any(side % factor for shape in shapes for side in shape[:2]):
-        raise UserError(
-            f"images of {data.source!r} have sides that are not multiples of {factor}.",
-            "Build the dataset with resized images.",
-        )
-    return pipeline.Indexed(lambda index: dataset.image(names[index]), len(names))
+    return pipeline.Indexed(lambda index: crop_square(dataset.image(names[index]), resolution), len(names))
 
 
 def _board(level: int, seed: int, index: int) -> np.ndarray:
@@ -164,7 +163,7 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     print(parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=12))
     optimizer = make_optimizer(config.optimizer, config.steps)
     steps = make_steps(model, optimizer, config.loss)
-    source = image_source(config.data, config.seed, model.factor)
+    source = image_source(config.data, config.seed, model.resolution)
     data = pipeline.indexed_batches(source, config.batch, config.seed)
     meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(model), "run": config.to_dict()}
     fresh = pipeline.indexed_batches(dataclasses.replace(source), config.eval_images, config.seed + 1)
@@ -172,9 +171,13 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     measure = jax.jit(functools.partial(_reconstruct, model))
 
     def summary(state: TrainState, _: int) -> dict[str, float]:
-        pixels, codes = measure(state.params, held_out)
+        pixels, codes = map(np.asarray, measure(state.params, held_out))
         squared = np.mean((pixels.astype(np.float32) - held_out) ** 2)
-        return {
+        read = {}
+        if config.data.source == "world":
+            same = recognise.classify(pixels, config.data.level) == recognise.classify(held_out, config.data.level)
+            read["eval_cells_right"] = float(same.mean())
+        return read | {
             "eval_psnr": float(10 * np.log10(255**2 / max(squared, 1e-9))),
             "eval_codes_used": float(len(np.unique(codes))),
         }

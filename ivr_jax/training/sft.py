@@ -83,7 +83,7 @@ def make_step(
         (gradients, sums), _ = jax.lax.scan(one, zero, parts)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1), gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics = {**sums, "grad_norm": optax.global_norm(gradients), "tokens_per_step": sums["loss"][1]}
+        metrics = {**sums, "grad_norm": optax.tree.norm(gradients), "tokens_per_step": sums["loss"][1]}
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
     return step

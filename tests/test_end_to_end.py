@@ -1,0 +1,450 @@
+"""The program as a new user meets it: the demo in miniature, a user's own photographs, questions and mistakes.
+
+The miniature runs the demo's own plan, every command of it, with two training steps a stage; its models know nothing,
+so what is checked is that everything is there and hangs together, never how good it is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import commands
+import numpy as np
+import photographs
+import pytest
+from PIL import Image
+
+from ivr_jax import demo
+from ivr_jax import system as systems
+from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.images import load_image
+from ivr_jax.models import backbone
+from ivr_jax.world.benchmarks import SPLITS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def settings(**keys: object) -> tuple[str, ...]:
+    return tuple(f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items())
+
+
+IMAGES = settings(
+    steps=2, continuous_steps=1, batch=2, eval_images=2, codebook_images=2, log_every=1, optimizer__kind="adamw",
+    model__ch=4, model__ch_mult=(1, 1, 1, 1, 1), model__z_channels=4, model__embed_dim=4, model__n_embed=8,
+)  # fmt: skip
+MODEL = settings(
+    model__hidden_size=32, model__intermediate_size=48, model__num_hidden_layers=2, model__num_attention_heads=4,
+    model__num_key_value_heads=2, model__head_dim=8,
+)  # fmt: skip
+TRAIN = settings(steps=2, batch=2, log_every=1)
+ANSWERS = settings(grammar__max_reflections=1, grammar__max_steps=2, grammar__text_cap=4, answer_length=224)
+PROMPTS = settings(prompts=4, each_split=0, batch=16)
+OVERRIDES = {
+    "image_tokenizer": IMAGES,
+    "construct_base": settings(quotas__direct=8, quotas__evaluation=4),
+    "base": (*TRAIN, *MODEL),
+    "eval_base": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
+    # An untrained model never draws a right first image, so nothing can fill a quota of direct answers.
+    "construct": settings(
+        batch=8, concurrency=4, quotas__direct=0, quotas__reflection=4, quotas__multi_step=4, quotas__evaluation=4
+    ),
+    "sft": TRAIN,
+    "eval_sft": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
+    "eval_direct": (*ANSWERS, *PROMPTS),
+    "eval_multi_step": (*ANSWERS, *PROMPTS),
+    "rl": (*ANSWERS, *settings(steps=2, prompts_per_step=2, group=2, minibatch=2, buckets=(384,))),
+    "eval_rl": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
+}
+TRAINED = ("image_tokenizer", "base", "sft", "rl")
+EVALUATED = ("eval_base", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl")
+
+
+def run_demo(root: Path) -> str:
+    """`python -m ivr_jax.demo --workdir=ROOT` in miniature, its steps in this process; what all of them printed."""
+
+    def in_this_process(command: list[str], check: bool) -> types.SimpleNamespace:
+        assert command[:2] == [sys.executable, "-m"] and not check
+        done = commands.run(command[2].removeprefix("ivr_jax."), *command[3:])
+        print(done.stdout, done.stderr if done.returncode else "")
+        return types.SimpleNamespace(returncode=done.returncode)
+
+    small = functools.partial(demo.plan, overrides=OVERRIDES)
+    with (
+        mock.patch.object(demo, "plan", small),
+        mock.patch.object(demo, "subprocess", types.SimpleNamespace(run=in_this_process)),
+    ):
+        done = commands.run("demo", f"--workdir={root}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory) -> types.SimpleNamespace:
+    """The folder of a finished demo that was run twice, and what it printed: `root`, `first`, `second`.
+
+    Made once a test session, whichever of its processes comes first; tests only read it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    root, printed = base / "miniature", base / "miniature.json"
+    with open(base / "miniature.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            shutil.rmtree(root, ignore_errors=True)
+            outputs = [run_demo(root)]
+            before = files_of(root, "*/metrics.jsonl", "*/evaluation.json", "*/answers.jsonl", "*/dataset/*")
+            outputs.append(run_demo(root))
+            after = files_of(root, "*/metrics.jsonl", "*/evaluation.json", "*/answers.jsonl", "*/dataset/*")
+            touched = [name for name in before if before[name] != after[name]]
+            printed.write_text(json.dumps({"first": outputs[0], "second": outputs[1], "touched": touched}))
+    return types.SimpleNamespace(root=root, **json.loads(printed.read_text()))
+
+
+def files_of(root: Path, *patterns: str) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file that a pattern finds."""
+    found = [file for pattern in patterns for file in root.glob(pattern)]
+    return {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in found}
+
+
+def numbers_of(root: Path, name: str) -> dict:
+    return json.loads((root / name / "evaluation.json").read_text())
+
+
+# The demo
+
+
+def test_every_stage_leaves_its_checkpoint_its_curves_and_its_config(miniature):
+    for name in TRAINED:
+        folder = miniature.root / name
+        assert [step.name for step in (folder / "checkpoints").iterdir()] == ["2"]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert all(np.isfinite(value) for line in lines for value in line.values())
+        assert list((folder / "tensorboard").iterdir())
+        assert json.loads((folder / "config.json").read_text())["steps"] == 2
+
+
+def test_construction_fills_its_quotas_and_the_second_one_draws_with_the_base_model(miniature):
+    base, own = (TrajectoryDataset(miniature.root / name / "dataset") for name in ("construct_base", "construct"))
+    assert len(base) == 12 and {base[i].mode.value for i in range(12)} == {"direct"}
+    modes = [own[i].mode.value for i in range(len(own))]
+    assert sorted(modes) == ["direct"] * 4 + ["multi_step"] * 4 + ["reflection"] * 4
+    codec = systems.load_image_codec(miniature.root / "image_tokenizer")
+    first = [own.image(own[i].images[0]) for i in range(len(own))]
+    drawable = codec.decode(codec.encode(first))
+    assert not any(own[i].rounds[0].evaluation.passed for i in range(len(own)))
+    assert np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(first, drawable, strict=True)]) < 64
+
+
+def test_rl_starts_with_importance_ratio_one_and_scores_every_answer(miniature):
+    lines = [json.loads(line) for line in (miniature.root / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line.get("ratio_deviation", 0) < 1e-3 and line["missing"] == 0 for line in lines)
+    assert all(line["format"] == 1 and 0 <= line["outcome"] <= 1 for line in lines)
+
+
+def test_evaluations_hold_every_figure(miniature):
+    for name in EVALUATED:
+        result = numbers_of(miniature.root, name)
+        overall = result["overall"]
+        whole = name in ("eval_base", "eval_sft", "eval_rl")
+        assert overall["answers"] == (16 if whole else 4)
+        assert set(result["by_split"]) == ({*SPLITS, "mixture"} if whole else {"mixture"})
+        assert {"1", "2", "3", "4"} <= set(result["by_edits"])
+        for key in ("exact", "right", "first_exact", "gain", "outcome", "images", "valid", "tokens"):
+            assert overall[key]["low"] <= overall[key]["value"] <= overall[key]["high"], (name, key)
+        assert overall["valid"]["value"] == 1  # the grammar leaves even an untrained model no choice
+        assert all(1 <= overall["axes"][axis]["value"] <= 5 for axis in overall["axes"])
+        judged = sum(overall["calibration"]["images"]["counts"].values())
+        assert judged == overall["images"]["value"] * overall["answers"]
+
+
+def test_answers_held_to_a_mode_keep_to_it(miniature):
+    for name, mode, images in (("eval_base", "direct", 1), ("eval_direct", "direct", 1), ("eval_multi_step", "", 2)):
+        overall = numbers_of(miniature.root, name)["overall"]
+        assert overall["modes"][mode or "multi_step"]["value"] == 1
+        assert overall["images"]["low"] >= images
+
+
+def test_the_report_is_one_page_that_shows_every_stage_and_every_model(miniature):
+    page = (miniature.root / "report.html").read_text()
+    for title in ("Image tokenizer", "Base", "SFT", "RL", "SFT + RL", "What SFT was taught", "Base: one edit, exact"):
+        assert title in page, title
+    assert "is not in this working directory" not in page and "has not been evaluated" not in page
+    assert "data:image/png;base64," in page and 'src="http' not in page and 'href="http' not in page
+    assert list(miniature.root.glob("**/*.png"))
+
+
+def test_the_demo_ends_with_a_table_the_gates_and_the_next_command(miniature):
+    end = miniature.first[miniature.first.index("Done") :]
+    for text in ("Exact match", "Images per answer", "SFT + RL", "not met", "in all", "report.html", "export"):
+        assert text in end, text
+    command = end.strip().splitlines()[-1].split()
+    assert command[:3] == ["python", "-m", "ivr_jax.generate"]
+    assert f"--checkpoint={miniature.root / 'rl'}" in command
+
+
+def test_running_the_demo_again_resumes_and_redoes_nothing(miniature):
+    assert miniature.touched == []
+    for name in TRAINED:
+        assert f"{name}: already trained 2 steps" in miniature.second
+    for name in (*EVALUATED, "construct_base/dataset", "construct/dataset"):
+        assert f"{miniature.root / name} is complete" in miniature.second
+
+
+def test_the_export_answers_in_transformers_as_the_model_does_here(miniature):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    assert "difference to transformers" in miniature.first
+    ours = systems.load(miniature.root / "rl")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        miniature.root / "export", dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, (2, 48))
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens)).logits.numpy()
+    positions = np.broadcast_to(np.arange(48), tokens.shape)
+    hidden, _ = backbone.apply(ours.config, ours.params, tokens.astype(np.int32), positions.astype(np.int32))
+    found = np.asarray(backbone.logits(ours.config, ours.params, hidden))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_an_export_is_not_replaced_unless_asked_for(miniature):
+    before = files_of(miniature.root, "export/*")
+    done = commands.run("convert", "--from=orbax", miniature.root / "rl", "--to=hf", miniature.root / "export")
+    assert "exists and is not empty" in done.complaint
+    assert files_of(miniature.root, "export/*") == before
+
+
+# Questions to a trained model
+
+SHORT = ("--text_cap=2", "--answer_length=352")  # an untrained model never ends a text by itself
+
+
+def generate(miniature, out: Path, *arguments: object, prompt: str = "Put a red circle at b2.") -> commands.Done:
+    return commands.run(
+        "generate", f"--checkpoint={miniature.root / 'rl'}", f"--prompt={prompt}", f"--out={out}", *SHORT, *arguments
+    )
+
+
+def answered(done: commands.Done, out: Path) -> dict:
+    """The written answer; every image that it names is there."""
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((out / "answer.json").read_text())
+    rounds = len(answer["rounds"])
+    assert sorted(file.name for file in out.glob("G*.png")) == [f"G{i}.png" for i in range(1, rounds + 1)]
+    assert np.array_equal(load_image(out / "final.png"), load_image(out / f"G{rounds}.png"))
+    assert f"G{rounds}.png" in done.stdout and "answer.html" in done.stdout
+    assert "<html" in (out / "answer.html").read_text()
+    return answer
+
+
+def test_text_to_image_is_the_same_with_the_same_seed_and_another_with_another(miniature, tmp_path):
+    first = answered(generate(miniature, tmp_path / "a", "--seed=1"), tmp_path / "a")
+    again = answered(generate(miniature, tmp_path / "b", "--seed=1"), tmp_path / "b")
+    other = answered(generate(miniature, tmp_path / "c", "--seed=2"), tmp_path / "c")
+    assert first == again
+    assert first["rounds"] != other["rounds"]
+    assert load_image(tmp_path / "a" / "G1.png").shape == (64, 64, 3)
+
+
+def test_an_answer_replaces_an_earlier_one_in_the_same_folder(miniature, tmp_path):
+    source = tmp_path / "photo.png"
+    Image.fromarray(photographs.photograph("coffee")).save(source)
+    answered(generate(miniature, tmp_path / "out", f"--image={source}"), tmp_path / "out")
+    (tmp_path / "out" / "G7.png").write_bytes(b"as if it had been longer")
+    (tmp_path / "out" / "mine.png").write_bytes(b"the user's own")
+    done = generate(miniature, tmp_path / "out", "--mode=direct")
+    answer = answered(done, tmp_path / "out")
+    assert len(answer["rounds"]) == 1 and "direct, " in done.stdout
+    assert not (tmp_path / "out" / "source1.png").exists() and (tmp_path / "out" / "mine.png").exists()
+
+
+def test_several_images_of_unusual_kinds_are_references_in_their_order(miniature, tmp_path):
+    pixels = photographs.photograph("astronaut")
+    files = [tmp_path / name for name in ("cmyk.jpg", "alpha.png", "deep.png")]
+    Image.fromarray(pixels).convert("CMYK").save(files[0], quality=95)
+    see_through = np.dstack([pixels, np.full((64, 64), 0, np.uint8)])
+    Image.fromarray(see_through).save(files[1])
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(files[2])
+    done = generate(miniature, tmp_path / "out", *[f"--image={file}" for file in files], "--mode=direct")
+    assert len(answered(done, tmp_path / "out")["sample"]["sources"]) == 3
+    sources = [load_image(tmp_path / "out" / f"source{i}.png").astype(int) for i in (1, 2, 3)]
+    assert np.abs(sources[0] - pixels).mean() < 12
+    assert (sources[1] == 255).all()
+    assert (sources[2] == pixels[..., :1]).all()
+
+
+def test_what_does_not_fit_the_context_is_said_before_it_is_drawn(miniature, tmp_path):
+    done = generate(miniature, tmp_path / "out", prompt="word and word " * 60)
+    assert "tokens of the context. Shorten it" in done.complaint
+    nearly = generate(miniature, tmp_path / "out", "--mode=direct", "--answer_length=4000")
+    assert len(answered(nearly, tmp_path / "out")["rounds"]) == 1
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    """Files that are no usable image, by what is wrong with them."""
+    whole = folder / "whole.png"
+    Image.fromarray(photographs.photograph("coffee")).save(whole)
+    files = {name: folder / f"{name}.png" for name in ("missing", "cut", "text", "thin", "empty", "folder")}
+    files["cut"].write_bytes(whole.read_bytes()[:2000])
+    files["text"].write_text("not a picture at all")
+    Image.fromarray(np.zeros((1, 5000, 3), np.uint8)).save(files["thin"])
+    files["empty"].touch()
+    files["folder"].mkdir()
+    return files
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "there is no image file"),
+        ("cut", "cannot be read as an image"),
+        ("text", "is not an image file"),
+        ("thin", "is too long and narrow: 5000x1 pixels"),
+        ("empty", "is not an image file"),
+        ("folder", "cannot be read as an image"),
+    ],
+)
+def test_a_bad_image_is_one_line_and_nothing_is_written(miniature, tmp_path, kind, words):
+    file = bad_files(tmp_path)[kind]
+    complaint = generate(miniature, tmp_path / "out", f"--image={file}").complaint
+    assert words in complaint and str(file) in complaint
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "the prompt is empty"),
+        ("  \n ", "the prompt is empty"),
+        ("draw <|image start|> here", "the control token '<|image start|>'"),
+        ("all is well </Evaluate>", "the control token '</Evaluate>'"),
+        ("<Step 2>now this</Step 2>", "the control token '<Step 2>'"),
+    ],
+)
+def test_a_bad_prompt_is_one_line_and_nothing_is_written(miniature, tmp_path, prompt, words):
+    assert words in generate(miniature, tmp_path / "out", prompt=prompt).complaint
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_checkpoint_that_is_none_is_one_line(miniature, tmp_path):
+    (tmp_path / "file").write_text("no checkpoint")
+
+    def complaint(checkpoint: Path) -> str:
+        return commands.run("generate", f"--checkpoint={checkpoint}", "--prompt=x", f"--out={tmp_path}/out").complaint
+
+    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "file", miniature.root / "export"):
+        assert complaint(path).startswith(f"no checkpoint in {str(path)!r}. Name a workdir of ivr_jax.train")
+    assert "'image_tokenizer', not a backbone" in complaint(miniature.root / "image_tokenizer")
+    assert "--checkpoint is missing" in commands.run("generate", "--prompt=x", f"--out={tmp_path}/out").complaint
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("part", ["meta", "state"])
+def test_a_damaged_checkpoint_is_one_line(miniature, tmp_path, part):
+    copy = tmp_path / "rl"
+    shutil.copytree(miniature.root / "rl" / "checkpoints", copy / "checkpoints")
+    shutil.copytree(miniature.root / "image_tokenizer", tmp_path / "image_tokenizer")
+    for file in (copy / "checkpoints" / "2" / part).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    done = commands.run("generate", f"--checkpoint={copy}", "--prompt=x", f"--out={tmp_path}/out", *SHORT)
+    assert str(copy) in done.complaint
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_answer_cannot_be_written_where_no_folder_can_be(miniature, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in generate(miniature, tmp_path / "file").complaint
+    assert "cannot write to the work directory" in generate(miniature, tmp_path / "file" / "out").complaint
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_answer_cannot_be_written_without_permission(miniature, tmp_path):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in generate(miniature, tmp_path / "out").complaint
+
+
+def test_a_process_of_its_own_ends_with_the_line_alone_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "ivr_jax.generate", "--checkpoint=none", "--prompt=x", f"--out={tmp_path}/out"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "error: no checkpoint in 'none'. Name a workdir of ivr_jax.train, or one of its checkpoints/<step> folders.\n"
+    )
+
+
+# Runs that do not belong together
+
+
+def test_a_run_does_not_go_on_with_another_configuration(miniature):
+    root = miniature.root
+    before = files_of(root, "sft/*", "sft/checkpoints/*/*", "eval_sft/*")
+    command = ("--config=micro_sft", f"--workdir={root / 'sft'}", f"--config.data.path={root}/construct/dataset",
+               f"--config.image_tokenizer={root / 'image_tokenizer'}", *TRAIN, "--config.seed=5")  # fmt: skip
+    assert "seed was 0, is 5" in commands.run("train", *command).complaint
+    check = ("--config=micro_evaluate", f"--workdir={root / 'eval_sft'}", f"--config.checkpoint={root / 'rl'}")
+    assert "another configuration" in commands.run("evaluate", *check, *OVERRIDES["eval_sft"]).complaint
+    assert files_of(root, "sft/*", "sft/checkpoints/*/*", "eval_sft/*") == before
+
+
+def test_another_image_tokenizer_is_noticed(miniature, tmp_path):
+    model = ("--config=micro_image_tokenizer", f"--workdir={tmp_path / 'other'}", *IMAGES, "--config.seed=9")
+    commands.succeed("train", *model)
+    done = generate(miniature, tmp_path / "out", f"--image_tokenizer={tmp_path / 'other'}")
+    assert "was trained with another image tokenizer" in done.complaint
+
+
+# A user's own photographs
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A folder in the released layout; one source is a photograph that is not square."""
+    root = tmp_path_factory.mktemp("photographs")
+    success = photographs.write_success(root, size=80)
+    wide = Image.fromarray(photographs.photograph("astronaut", 160)).crop((0, 20, 160, 120))
+    wide.save(success / "portrait_grey" / "original_image.png")
+    broken = success / "broken"
+    shutil.copytree(success / "cup_alone", broken)
+    (broken / "step1_direct_edit_result.png").write_bytes(b"\x89PNG and then nothing")
+    return root
+
+
+def test_a_folder_of_photographs_is_imported_tokenised_trained_on_and_asked_about(photos, tmp_path):
+    imported = commands.succeed(
+        "construct", "--config=micro_construct", f"--workdir={tmp_path / 'photos'}",
+        f"--config.released={photos / 'success'}",
+    )  # fmt: skip
+    assert "'imported': 5, 'left_out': 1" in imported and "broken" in imported
+    dataset = TrajectoryDataset(tmp_path / "photos" / "dataset")
+    shapes = {dataset.image(name).shape for name in dataset.image_names}
+    assert {(64, 64, 3), (48, 80, 3), (48, 96, 3)} == shapes
+
+    data = f"--config.data.source={tmp_path / 'photos' / 'dataset'}"
+    commands.succeed(
+        "train", "--config=micro_image_tokenizer", f"--workdir={tmp_path / 'image_tokenizer'}", *IMAGES, data
+    )
+    sft = ("train", "--config=micro_sft", f"--workdir={tmp_path / 'sft'}", *TRAIN, *MODEL, "--config.steps=3",
+           f"--config.data.path={tmp_path / 'photos' / 'dataset'}",
+           f"--config.image_tokenizer={tmp_path / 'image_tokenizer'}")  # fmt: skip
+    assert "has 7" in commands.run(*sft).complaint and not (tmp_path / "sft" / "examples").exists()
+    longer = settings(data__length=1024, model__max_position_embeddings=1024)
+    assert "'direct': 3, 'reflection': 1, 'multi_step': 1" in commands.succeed(*sft, *longer)
+
+    photo = tmp_path / "chelsea.jpg"
+    Image.fromarray(photographs.skimage.data.chelsea()).save(photo)
+    done = commands.run("generate", f"--checkpoint={tmp_path / 'sft'}", f"--out={tmp_path / 'out'}", *SHORT,
+                        f"--image={photo}", "--prompt=Mirror the cat.")  # fmt: skip
+    answered(done, tmp_path / "out")
+    assert load_image(tmp_path / "out" / "final.png").shape == load_image(tmp_path / "out" / "source1.png").shape
+    assert load_image(tmp_path / "out" / "source1.png").shape == (48, 80, 3)
