@@ -77,6 +77,9 @@ def run(
         print(
             f"{name}: resumed at step {first} of {steps}" if first < steps else f"{name}: already trained {first} steps"
         )
+    if first >= steps:  # nothing is touched, the date of the curves included
+        checkpointer.close()
+        return state
     log = MetricsLog(workdir, first)
     with _Preemption() as preempted, tqdm(total=steps, initial=first, desc=name, unit="step", mininterval=1.0) as bar:
         pending = _unpack(restored.data["pending"]) if restored is not None else {}
