@@ -92,6 +92,13 @@ def as_dataclass(kind: type, section: Mapping[str, Any] | ConfigDict) -> Any:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
 
 
+def check_positive(config: ConfigDict, names: Iterable[str]) -> None:
+    """Raises UserError for a key among `names` that `config` has, and that is below 1."""
+    for name in names:
+        if name in config and config[name] < 1:
+            raise UserError(f"`{name}` is {config[name]}.", "Give a whole number of at least 1.")
+
+
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`, keys in order."""
     flat: dict[str, Any] = {}

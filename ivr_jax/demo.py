@@ -1,4 +1,4 @@
-"""The whole method on one CPU, in about twenty minutes: prompts to report, every stage for real.
+"""The whole method on one CPU: prompts to report, every stage for real.
 
     python -m ivr_jax.demo --workdir=runs/demo
 

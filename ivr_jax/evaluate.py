@@ -13,7 +13,7 @@ import json
 
 from ivr_jax import cli
 from ivr_jax import system as systems
-from ivr_jax.config import claim_workdir
+from ivr_jax.config import check_positive, claim_workdir
 from ivr_jax.evaluation import benchmark, metrics, tables
 from ivr_jax.evaluation.answers import write_answers
 from ivr_jax.training import checkpoint
@@ -21,6 +21,7 @@ from ivr_jax.training import checkpoint
 
 def main(call: cli.Call) -> None:
     config, workdir = call.config, call.workdir
+    check_positive(config, ("batch", "answer_length", "most_edits"))
     about = {"checkpoint": str(checkpoint.resolve(config.checkpoint)), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():

@@ -9,13 +9,17 @@ is missing is left out.  The page is WORKDIR/report.html, with its plots as PNG 
 from __future__ import annotations
 
 from ivr_jax import cli
+from ivr_jax.errors import UserError
 from ivr_jax.evaluation.collect import collect
 from ivr_jax.evaluation.report import write_report
 
 
 def main(call: cli.Call) -> None:
     page = call.workdir / "report.html"
-    write_report(page, *collect(call.workdir))
+    found = collect(call.workdir)
+    if not found.runs and not found.evaluations:
+        raise UserError(f"{call.workdir} holds no stage and no evaluation.", "Give the folder that holds the runs.")
+    write_report(page, *found)
     print(f"report: {page}")
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 
 from ivr_jax import cli
-from ivr_jax.config import claim_workdir
+from ivr_jax.config import check_positive, claim_workdir
 from ivr_jax.errors import UserError
 from ivr_jax.training import checkpoint, loop
 
@@ -21,12 +21,17 @@ STAGES = {
     "rl": "ivr_jax.training.grpo",
 }
 MAY_CHANGE = ("log_every", "checkpoint_every", "keep")
+COUNTS = (
+    "steps", "batch", "accumulation", "chunk", "log_every", "checkpoint_every", "codebook_images", "eval_images",
+    "prompts_per_step", "group", "answer_length", "minibatch", "updates",
+)  # fmt: skip
 
 
 def main(call: cli.Call) -> None:
     config, workdir = call.config, call.workdir
     if config.stage not in STAGES:
         raise UserError(f"unknown stage {config.stage!r}.", f"Use one of {', '.join(STAGES)}.")
+    check_positive(config, COUNTS)
     claim_workdir(workdir, config, resuming=(workdir / checkpoint.FOLDER).exists(), ignore=MAY_CHANGE)
     stage = importlib.import_module(STAGES[config.stage]).build(config, workdir)
     loop.run(stage, workdir, config.steps, config.log_every, config.checkpoint_every, config.keep, workdir.name)

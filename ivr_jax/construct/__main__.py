@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ivr_jax import cli
 from ivr_jax import system as systems
-from ivr_jax.config import as_dataclass, claim_workdir
+from ivr_jax.config import as_dataclass, check_positive, claim_workdir
 from ivr_jax.construct.baseline import with_first_images
 from ivr_jax.construct.escalation import Outcome, Request, Rules, Tally, construct_stream
 from ivr_jax.construct.interfaces import Images
@@ -110,6 +110,7 @@ async def fill(config: Any, stream: Iterator[Request], writer: TrajectoryWriter)
 def main(call: cli.Call) -> None:
     config, workdir = call.config, call.workdir
     target = workdir / "dataset"
+    check_positive(config, ("batch", "concurrency", "image_area", "image_multiple"))
     claim_workdir(workdir, config, resuming=(target / "dataset.json").exists())
     if (target / "dataset.json").exists():
         dataset = TrajectoryDataset(target)

@@ -72,6 +72,8 @@ class Checkpointer:
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
     """A run's workdir (its newest step), or one `checkpoints/<step>` folder -> that step's folder."""
+    if not str(path):
+        raise UserError("no checkpoint was named.", "Name a workdir of ivr_jax.train.")
     path = pathlib.Path(path)
     if path.is_dir() and (path / "meta").is_dir() and (path / "state").is_dir():
         return path

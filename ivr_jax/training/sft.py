@@ -17,6 +17,7 @@ from clu import parameter_overview
 from ivr_jax import system as systems
 from ivr_jax.data import examples, pipeline
 from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.errors import UserError
 from ivr_jax.evaluation.taught import write_taught
 from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
@@ -91,6 +92,13 @@ def make_step(
 
 def build(config: Any, workdir: pathlib.Path) -> Stage:
     """The stage of an sft config: tokenises the dataset on the first run, then trains on packed batches."""
+    if not config.data.path:
+        raise UserError("no dataset was named.", "Give --config.data.path=WORKDIR/dataset of ivr_jax.construct.")
+    if config.batch % config.accumulation:
+        raise UserError(
+            f"a batch of {config.batch} does not divide into {config.accumulation} parts.",
+            "Make config.batch a multiple of config.accumulation.",
+        )
     codec = systems.load_image_codec(config.image_tokenizer)
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
     if config.init:
