@@ -141,7 +141,8 @@ def test_construction_fills_its_quotas_and_the_second_one_draws_with_the_base_mo
     assert not any(own[i].rounds[0].evaluation.passed for i in range(len(own)))
 
     def colours(dataset: TrajectoryDataset, round_: int) -> list[int]:
-        images = [dataset.image(t.images[round_]) for i in range(len(dataset)) if len((t := dataset[i]).images) > round_]
+        trajectories = [dataset[i] for i in range(len(dataset))]
+        images = [dataset.image(t.images[round_]) for t in trajectories if len(t.images) > round_]
         return [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
 
     assert min(colours(own, 0)) > 100  # decoded by a network
