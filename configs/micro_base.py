@@ -1,6 +1,6 @@
 """Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw directly and to evaluate.
 
-Three parts exact drawings (loss on G1 E1) to one part failed drawings (loss on E1 alone).  Stopped while it is good at
+8,000 exact drawings (loss on G1 E1) and 2,500 failed drawings (loss on E1 alone).  Meant to stop while it is good at
 one edit and poor at four, so that reflection and multi-step have something to add.
 Command: python -m ivr_jax.train --config=configs/micro_base.py --workdir=runs/demo/base \
     --config.data.path=runs/demo/construct_base/dataset --config.image_tokenizer=runs/demo/image_tokenizer

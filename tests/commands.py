@@ -43,7 +43,7 @@ def run(module: str, *arguments: object) -> Done:
             importlib.import_module(name).entry()
         except SystemExit as end:
             status = end.code or 0
-        except Exception:
+        except Exception:  # what the interpreter does with a bug: its traceback, status 1
             traceback.print_exc()
             status = 1
     return Done(status, out.getvalue(), err.getvalue())
