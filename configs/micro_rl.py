@@ -43,10 +43,17 @@ def get_config() -> ConfigDict:
             "outcome_weight": 0.7,
             "format_weight": 0.1,
             "step_weight": 0.2,
+            "reflection_weight": 0.0,
+            "axis_weights": (0.25, 0.25, 0.25, 0.25),  # instruction, consistency, quality, knowledge
+            "scale": "fifth",  # what a score s counts: "fifth" s / 5, "unit" (s - 1) / 4
+            "intermediate": "texts",  # the step reward is a mean over: "texts" or "images"
+            "evaluations": "literal",  # of the answer's own, those that count in it: "literal" none, "final" or "all"
             "renormalise": True,
+            "absent": 1.0,
             "bonus_weight": 1.0,
             "epsilon": 0.05,
             "divide_by_std": True,
+            "std_floor": 1e-6,
             "min_valid": 2,
         }
     )

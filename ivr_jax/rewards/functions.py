@@ -1,22 +1,34 @@
-"""The paper's reward as pure, jittable array functions.
+"""Rewards as pure, jittable array functions; two presets, the paper's and that of the authors' public reward code.
 
 Letters: P prompts, M members of a group.  A component is *present or missing*: every function takes a bool mask, and
 a missing value leaves all group statistics and the bonus alone.
 
-    R_o = sum over the axes of 0.05 * S            R_f = 1 if the answer is structurally valid
-    R_s = mean validity of the intermediate texts  R   = 0.7 R_o + 0.1 R_f + 0.2 R_s
+    R = w_o R_o + w_s R_s + w_f R_f + w_r R_r        outcome, steps, format, reflection
     competitive members of a group: R_i >= max R - epsilon;  N* = fewest images among them;  R_i += weight * N* / N_i
-    A_i = (R_i - mean R) / std R
+    A_i = (R_i - mean R) / (std R + std_floor)
+
+    PAPER      R_o = 0.05 * sum of the four axis scores, R_f = 1 for a structurally valid answer, R_s = mean validity
+               of the intermediate texts, no R_r; weights 0.7, 0.1, 0.2
+    RELEASED   a score s counts (s - 1) / 4; R_o weighs the axes 0.40, 0.25, 0.20, 0.15, R_s is the mean over the
+               intermediate images, R_r over the reflections; weights 0.4, 0.3, 0.1, 0.2; no bonus
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ivr_jax.errors import UserError
+from ivr_jax.protocol.grammar import ACCEPT, GrammarState, Tables, advance
+from ivr_jax.trajectory import AXES
+
+SCALES = ("fifth", "unit")
+INTERMEDIATE = ("texts", "images")
+EVALUATIONS = ("literal", "final", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,36 +36,124 @@ class RewardOptions:
     """Weights and rules; the defaults are the paper's.
 
     Attributes:
-      outcome_weight, format_weight, step_weight: of R_o, R_f, R_s.
-      renormalise: without intermediate texts R_s is missing; True rescales the other weights to keep their sum,
-        False counts R_s as 1 (nothing was said wrongly).
+      outcome_weight, format_weight, step_weight, reflection_weight: of R_o, R_f, R_s, R_r.
+      axis_weights: of the four axes in R_o, in the order of `trajectory.AXES`; they are divided by their sum.
+      scale: what an axis score s in 1..5 counts: "fifth" s / 5; "unit" (s - 1) / 4, held to [0, 1].
+      intermediate: what R_s is a mean over: "texts" the validity of every failure analysis, improvement plan and
+        sub-instruction; "images" the score of every step's image, with R_r the mean over the reflections.
+      evaluations: which of the answer's own evaluations count in R_s beside that, each as 1 when its verdict is the
+        judge's and else 0: "literal" none (the paper's formula), "final" the last one, "all".
+      renormalise: an answer without intermediate texts (or reflections) has no R_s (R_r); True rescales the other
+        weights to keep their sum, False counts it as `absent`.
+      absent: see above; 1 says that nothing was said wrongly.
       bonus_weight: of the complexity bonus; 0 switches it off.
       epsilon: a member within epsilon of the group's best is competitive.
       divide_by_std: divide advantages by the group's standard deviation.
+      std_floor: added to that deviation.
       min_valid: a group with fewer present members is left out of the update.
     """
 
     outcome_weight: float = 0.7
     format_weight: float = 0.1
     step_weight: float = 0.2
+    reflection_weight: float = 0.0
+    axis_weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
+    scale: str = "fifth"
+    intermediate: str = "texts"
+    evaluations: str = "literal"
     renormalise: bool = True
+    absent: float = 1.0
     bonus_weight: float = 1.0
     epsilon: float = 0.05
     divide_by_std: bool = True
+    std_floor: float = 1e-6
     min_valid: int = 2
 
     def __post_init__(self) -> None:
-        weights = (self.outcome_weight, self.format_weight, self.step_weight, self.bonus_weight, self.epsilon)
-        if min(weights) < 0 or self.outcome_weight <= 0 or self.min_valid < 2:
+        weights = (self.outcome_weight, self.format_weight, self.step_weight, self.reflection_weight, self.bonus_weight)
+        if min(*weights, self.epsilon, self.std_floor) < 0 or self.outcome_weight <= 0 or self.min_valid < 2:
             raise UserError(
                 f"reward options {self} are out of range.",
-                "Weights and epsilon must be >= 0, outcome_weight > 0 and min_valid >= 2.",
+                "Weights, epsilon and std_floor must be >= 0, outcome_weight > 0 and min_valid >= 2.",
             )
+        if len(self.axis_weights) != len(AXES) or min(self.axis_weights) < 0 or sum(self.axis_weights) <= 0:
+            raise UserError(
+                f"reward.axis_weights {self.axis_weights} are out of range.",
+                f"Give one weight >= 0 for each of {', '.join(AXES)}.",
+            )
+        for name, known in (("scale", SCALES), ("intermediate", INTERMEDIATE), ("evaluations", EVALUATIONS)):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"reward.{name} is {getattr(self, name)!r}, which is unknown.", f"Use one of {', '.join(known)}."
+                )
 
 
-def outcome(scores: jax.Array) -> jax.Array:
-    """R_o float [...] in [0.2, 1] from axis scores float [..., 4] in 1..5."""
-    return 0.05 * scores.sum(-1)
+PAPER = RewardOptions()
+RELEASED = RewardOptions(
+    outcome_weight=0.4,
+    format_weight=0.1,
+    step_weight=0.3,
+    reflection_weight=0.2,
+    axis_weights=(0.40, 0.25, 0.20, 0.15),
+    scale="unit",
+    intermediate="images",
+    absent=0.0,
+    bonus_weight=0.0,
+)
+
+
+class Components(NamedTuple):
+    """What was judged of each member; `has_*` bool says where a component is present.
+
+    scores float [..., 4] axis scores of the final image in 1..5; format, step, reflection float [...] in [0, 1].
+    """
+
+    scores: Any
+    format: Any
+    step: Any
+    has_step: Any
+    reflection: Any
+    has_reflection: Any
+
+
+class GroupScores(NamedTuple):
+    """float [P, M] each, but `used` bool [P, M]: the members that take part in the update."""
+
+    outcome: jax.Array
+    total: jax.Array
+    bonus: jax.Array
+    advantages: jax.Array
+    used: jax.Array
+
+
+def rescale(scores: jax.Array, scale: str) -> jax.Array:
+    """What scores in 1..5, float [...], count in [0, 1]; see `RewardOptions.scale`."""
+    return scores / 5 if scale == "fifth" else jnp.clip((scores - 1) / 4, 0, 1)
+
+
+def outcome(scores: jax.Array, options: RewardOptions = PAPER) -> jax.Array:
+    """R_o float [...] in [0, 1] from axis scores float [..., 4] in 1..5."""
+    weights = jnp.asarray(options.axis_weights, jnp.result_type(float)) / sum(options.axis_weights)
+    return jnp.einsum("...a,a->...", rescale(jnp.asarray(scores), options.scale), weights)
+
+
+@jax.jit
+def format_reward(tables: Tables, state: GrammarState, tokens: jax.Array) -> jax.Array:
+    """R_f float [B]: 1 where the grammar, from `state`, accepts int [B, T] tokens (EOS, then any padding)."""
+    tables = Tables(*map(jnp.asarray, tables))
+    state = GrammarState(*map(jnp.asarray, state))
+    last, _ = jax.lax.scan(lambda s, token: (advance(tables, s, token, jnp), None), state, jnp.asarray(tokens).T)
+    return (last.node == ACCEPT).astype(jnp.float32)
+
+
+def effective_weights(has_step: jax.Array, has_reflection: jax.Array, options: RewardOptions) -> jax.Array:
+    """float [..., 4]: the weights of outcome, step, format and reflection for each answer."""
+    full = (options.outcome_weight, options.step_weight, options.format_weight, options.reflection_weight)
+    present = [jnp.ones_like(has_step), has_step, jnp.ones_like(has_step), has_reflection]
+    if not options.renormalise:
+        present = [jnp.ones_like(has_step)] * 4
+    weights = jnp.stack([jnp.where(p, w, 0.0) for p, w in zip(present, full, strict=True)], -1)
+    return weights * (sum(full) / weights.sum(-1, keepdims=True))
 
 
 def total(
@@ -62,12 +162,20 @@ def total(
     step_reward: jax.Array,
     has_step: jax.Array,
     options: RewardOptions,
+    reflection_reward: jax.Array | None = None,
+    has_reflection: jax.Array | None = None,
 ) -> jax.Array:
-    """R float [...]; `has_step` bool [...] says where R_s is present."""
-    w_o, w_f, w_s = options.outcome_weight, options.format_weight, options.step_weight
-    base = w_o * outcome_reward + w_f * format_reward
-    without = base * (w_o + w_f + w_s) / (w_o + w_f) if options.renormalise else base + w_s
-    return jnp.where(has_step, base + w_s * step_reward, without)
+    """R float [...]; `has_step`, `has_reflection` bool [...] say where R_s and R_r are present (R_r nowhere if None)."""
+    has_step = jnp.asarray(has_step)
+    has_reflection = jnp.zeros_like(has_step) if has_reflection is None else jnp.asarray(has_reflection)
+    reflection_reward = jnp.zeros_like(outcome_reward) if reflection_reward is None else reflection_reward
+    parts = [
+        jnp.asarray(outcome_reward),
+        jnp.where(has_step, step_reward, options.absent),
+        jnp.asarray(format_reward, jnp.result_type(float)),
+        jnp.where(has_reflection, reflection_reward, options.absent),
+    ]
+    return (effective_weights(has_step, has_reflection, options) * jnp.stack(parts, -1)).sum(-1)
 
 
 def complexity_bonus(rewards: jax.Array, images: jax.Array, valid: jax.Array, options: RewardOptions) -> jax.Array:
@@ -82,9 +190,7 @@ def complexity_bonus(rewards: jax.Array, images: jax.Array, valid: jax.Array, op
     return jnp.where(competitive, options.bonus_weight * fewest / jnp.maximum(images, 1), 0.0)
 
 
-def advantages(
-    rewards: jax.Array, valid: jax.Array, options: RewardOptions, tiny: float = 1e-6
-) -> tuple[jax.Array, jax.Array]:
+def advantages(rewards: jax.Array, valid: jax.Array, options: RewardOptions) -> tuple[jax.Array, jax.Array]:
     """Group-relative advantages float [P, M] and the members that take part in the update, bool [P, M].
 
     Mean and (sample) standard deviation run over the present members; missing members, and groups with fewer than
@@ -97,5 +203,23 @@ def advantages(
     centred = jnp.where(used, below - below.sum(1, keepdims=True) / jnp.maximum(count, 1), 0.0)
     if options.divide_by_std:
         std = jnp.sqrt((centred**2).sum(1, keepdims=True) / jnp.maximum(count - 1, 1))
-        centred = centred / (std + tiny)
+        centred = centred / (std + jnp.where(std > 0, options.std_floor, 1.0))
     return centred, used
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def score_groups(parts: Components, images: jax.Array, present: jax.Array, options: RewardOptions) -> GroupScores:
+    """Everything from judged components to advantages, for P groups of M at once.
+
+    Args:
+      parts: arrays [P, M] (scores [P, M, 4]); what stands where `present` is False never reaches a result.
+      images: int [P, M], drawn images; present: bool [P, M], members without a missing judgement.
+    """
+    parts = Components(*map(jnp.asarray, parts))
+    outcome_reward = outcome(jnp.where(present[..., None], parts.scores, 1.0), options)
+    reward = total(
+        outcome_reward, parts.format, parts.step, parts.has_step, options, parts.reflection, parts.has_reflection
+    )
+    bonus = complexity_bonus(reward, images, present, options)
+    found, used = advantages(reward + bonus, present, options)
+    return GroupScores(outcome_reward, jnp.where(present, reward, 0.0), bonus, found, used)

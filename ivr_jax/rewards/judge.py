@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+import math
+import numbers
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Any
 
-from ivr_jax.construct.interfaces import Analyzer, Images, Pixels
+from ivr_jax.construct.interfaces import Analyzer, Images
 from ivr_jax.errors import UserError
-from ivr_jax.trajectory import AXES, Evaluation, Reflection, Sample, Step, Trajectory
+from ivr_jax.rewards.functions import PAPER, RewardOptions, rescale
+from ivr_jax.trajectory import AXES, Evaluation, Reflection, Step, Trajectory
 
 
 class JudgeFailed(UserError):
@@ -26,16 +30,18 @@ class Judged:
     Attributes:
       scores: the final image's four axis scores; None when the judge failed.
       format: 1 for a structurally valid answer, else 0.
-      step: mean validity of the intermediate texts; None when there are none.
-      step_failed: True when a judgement of an intermediate text is missing.
-      truth: the judge's evaluation of every drawn image that was asked for, in order.
+      step: R_s, None when the answer has nothing that it is a mean over.
+      step_failed: True when a judgement that R_s or R_r needs is missing.
+      truth: the judge's evaluation of every drawn image that was asked for, in order; None where it failed.
+      reflection: R_r, None when there is no reflection or the rules have no R_r.
     """
 
     scores: tuple[float, ...] | None
     format: float
     step: float | None
     step_failed: bool = False
-    truth: tuple[Evaluation, ...] = ()
+    truth: tuple[Evaluation | None, ...] = ()
+    reflection: float | None = None
 
     @property
     def present(self) -> bool:
@@ -45,55 +51,118 @@ class Judged:
 INVALID = Judged(scores=(1.0,) * len(AXES), format=0.0, step=None)
 
 
-async def judge_answer(analyzer: Analyzer, trajectory: Trajectory, images: Images, every_image: bool = False) -> Judged:
-    """Judges a parsed answer: the final image on four axes, each intermediate text for its logic.
+async def judge_answer(
+    analyzer: Analyzer,
+    trajectory: Trajectory,
+    images: Images,
+    every_image: bool = False,
+    options: RewardOptions = PAPER,
+    format_reward: float = 1.0,
+) -> Judged:
+    """Judges a parsed answer: the final image on four axes, and whatever `options` makes R_s and R_r a mean of.
 
-    `images` holds the sources and the drawn images by name; `every_image` evaluates all of them, not only the last.
+    Args:
+      images: the sources and the drawn images by name.
+      every_image: evaluate all drawn images, not only those that a reward needs.
+      format_reward: R_f of the answer.
     """
     sample = trajectory.sample
     drawn = [images[name] for name in trajectory.images]
-    try:
-        truth = await asyncio.gather(
-            *(analyzer.evaluate(sample, images, x) for x in (drawn if every_image else drawn[-1:]))
-        )
-        scores = tuple(float(s) for s in truth[-1].scores)
-    except JudgeFailed:
-        return Judged(None, 1.0, None)
-    texts = list(_intermediate_texts(trajectory))
-    try:
-        values = await asyncio.gather(
-            *(_validity(analyzer, sample, images, kind, text, drawn[:n]) for n, kind, text in texts)
-        )
-    except JudgeFailed:
-        return Judged(scores, 1.0, None, step_failed=True, truth=tuple(truth))
-    return Judged(scores, 1.0, sum(values) / len(values) if values else None, truth=tuple(truth))
+    wanted = drawn if every_image or options.evaluations == "all" else drawn[-1:]
+    truth = await _outcomes(analyzer.evaluate(sample, images, image) for image in wanted)
+    last = truth[-1]
+    if last is None or not all(_in_range(score, 1, 5) for score in last.scores):
+        return Judged(None, format_reward, None, truth=truth)
+    scores = tuple(float(score) for score in last.scores)
+    own = [round_.evaluation for round_ in trajectory.rounds]
+    counted = {"literal": 0, "final": 1, "all": len(own)}[options.evaluations]
+    agreed = [t and float(e.passed == t.passed) for e, t in zip(own[::-1], truth[::-1], strict=False)][:counted]
+    parts = _intermediate_images if options.intermediate == "images" else _intermediate_texts
+    steps, reflections = parts(analyzer, trajectory, images, options)
+    step_values = [*await _outcomes(steps), *agreed]
+    reflection_values = await _outcomes(reflections)
+    if not all(_in_range(value, 0, 1) for value in (*step_values, *reflection_values)):
+        return Judged(scores, format_reward, None, step_failed=True, truth=truth)
+    return Judged(
+        scores, format_reward, _mean(step_values), truth=truth, reflection=_mean(reflection_values)
+    )
 
 
 async def judge_answers(
-    analyzer: Analyzer, answers: Sequence[tuple[Trajectory, Images] | None], every_image: bool = False
+    analyzer: Analyzer,
+    answers: Sequence[tuple[Trajectory, Images] | None],
+    every_image: bool = False,
+    options: RewardOptions = PAPER,
+    format_rewards: Sequence[float] | None = None,
 ) -> list[Judged]:
     """`judge_answer` for many; None (an answer that did not parse) is INVALID."""
 
-    async def one(answer: tuple[Trajectory, Images] | None) -> Judged:
-        return INVALID if answer is None else await judge_answer(analyzer, *answer, every_image=every_image)
+    async def one(answer: tuple[Trajectory, Images] | None, format_reward: float) -> Judged:
+        if answer is None:
+            return INVALID
+        return await judge_answer(analyzer, *answer, every_image, options, format_reward)
 
-    return list(await asyncio.gather(*map(one, answers)))
+    formats = [1.0] * len(answers) if format_rewards is None else format_rewards
+    return list(await asyncio.gather(*map(one, answers, formats)))
 
 
-def _intermediate_texts(trajectory: Trajectory):
-    """(images drawn before it, kind, text) of each failure analysis, improvement plan and sub-instruction."""
+async def _outcomes(calls: Iterable[Awaitable[Any]]) -> tuple[Any, ...]:
+    """The results of all calls, None where the judge failed.  Any other error is raised, after all have ended."""
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    for result in found:
+        if isinstance(result, BaseException) and not isinstance(result, JudgeFailed):
+            raise result
+    return tuple(None if isinstance(result, JudgeFailed) else result for result in found)
+
+
+def _intermediate_texts(analyzer: Analyzer, trajectory: Trajectory, images: Images, options: RewardOptions):
+    """Calls that rate each failure analysis, improvement plan and sub-instruction, shown the images before it."""
+    calls, drawn = [], [images[name] for name in trajectory.images]
     for n, round_ in enumerate(trajectory.rounds):
+        texts = ()
         if isinstance(round_.cause, Reflection):
-            yield n, "failure_analysis", round_.cause.failure_analysis
-            yield n, "improvement_plan", round_.cause.improvement_plan
+            texts = (
+                ("failure_analysis", round_.cause.failure_analysis),
+                ("improvement_plan", round_.cause.improvement_plan),
+            )
         elif isinstance(round_.cause, Step):
-            yield n, "step", round_.cause.instruction
+            texts = (("step", round_.cause.instruction),)
+        calls += [analyzer.judge_reasoning(trajectory.sample, images, *text, drawn[:n]) for text in texts]
+    return calls, ()
 
 
-async def _validity(
-    analyzer: Analyzer, sample: Sample, images: Images, kind: str, text: str, previous: Sequence[Pixels]
-) -> float:
-    value = await analyzer.judge_reasoning(sample, images, kind, text, previous)
-    if not 0 <= value <= 1:
-        raise JudgeFailed(f"the judge rated a {kind} {value!r}.", "Ratings are in [0, 1].")
-    return value
+def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Images, options: RewardOptions):
+    """Calls that rate each step's image (the mean of its axes), and each reflection (the mean of its two texts)."""
+    sample, drawn = trajectory.sample, [images[name] for name in trajectory.images]
+    before = [images[name] for name in sample.sources]
+
+    async def step(instruction: str, previous: list, image: Any) -> float:
+        found = await analyzer.evaluate_step(sample, images, instruction, previous, image)
+        if not all(_in_range(score, 1, 5) for score in found.scores):
+            raise JudgeFailed(f"the judge scored a step {found.scores}.", "Scores are from 1 to 5.")
+        return float(rescale(sum(found.scores) / len(AXES), options.scale))
+
+    async def reflection(cause: Reflection, previous: list) -> float:
+        texts = (("failure_analysis", cause.failure_analysis), ("improvement_plan", cause.improvement_plan))
+        ratings = await _outcomes(analyzer.judge_reasoning(sample, images, *text, previous) for text in texts)
+        if not all(_in_range(rating, 0, 1) for rating in ratings):
+            raise JudgeFailed(f"the judge rated a reflection {ratings}.", "Ratings are in [0, 1].")
+        return sum(ratings) / len(ratings)
+
+    steps, reflections = [], []
+    for n, round_ in enumerate(trajectory.rounds):
+        if isinstance(round_.cause, Step):
+            steps.append(step(round_.cause.instruction, before, drawn[n]))
+            before = [drawn[n]]
+        elif isinstance(round_.cause, Reflection):
+            reflections.append(reflection(round_.cause, drawn[:n]))
+    return steps, reflections
+
+
+def _in_range(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return number and low <= value <= high
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

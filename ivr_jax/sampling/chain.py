@@ -44,6 +44,11 @@ class SamplingOptions:
         if not (0 < self.text_top_p <= 1 and 0 < self.image_top_p <= 1):
             raise UserError(f"top_p of {self} is out of range.", "Use 0 < top_p <= 1.")
 
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p leaves ids out, so that the sampler has to record which."""
+        return bool(self.text_top_k or self.image_top_k) or min(self.text_top_p, self.image_top_p) < 1
+
 
 def legal_ids(tables: Tables, rows: jax.Array) -> jax.Array:
     """Rows of the legality table int [...] -> bool [..., V]."""
@@ -51,7 +56,12 @@ def legal_ids(tables: Tables, rows: jax.Array) -> jax.Array:
 
 
 def log_probabilities(
-    logits: jax.Array, tables: Tables, rows: jax.Array, options: SamplingOptions, unconditional: jax.Array | None = None
+    logits: jax.Array,
+    tables: Tables,
+    rows: jax.Array,
+    options: SamplingOptions,
+    unconditional: jax.Array | None = None,
+    kept: jax.Array | None = None,
 ) -> jax.Array:
     """float32 [..., V] log-probabilities of the next id.
 
@@ -59,6 +69,8 @@ def log_probabilities(
       logits: float [..., V] of the conditional pass.
       rows: int [...], `grammar.legal_row` of each position.
       unconditional: float [..., V] logits without task and question, needed when guidance is on.
+      kept: uint8 [..., ceil(V / 8)], what `pack_kept` made when the ids were drawn: replaces top-k and top-p, so that a
+        model that has changed since is compared over the same set of ids.
     """
     scores = logits.astype(jnp.float32)
     visual = jnp.asarray(tables.legal)[rows][..., VISUAL]
@@ -67,14 +79,24 @@ def log_probabilities(
             raise ValueError("guidance needs the unconditional logits")
         conditional, free = jax.nn.log_softmax(scores), jax.nn.log_softmax(unconditional.astype(jnp.float32))
         scores = jnp.where(visual[..., None], free + options.guidance * (conditional - free), scores)
-    scores = jnp.where(legal_ids(tables, rows), scores, MASKED)
+    allowed = legal_ids(tables, rows)
+    if kept is not None:
+        allowed &= jnp.unpackbits(kept, axis=-1, count=scores.shape[-1]).astype(bool)
+    scores = jnp.where(allowed, scores, MASKED)
     scores = jax.nn.log_softmax(scores / (options.temperature or 1.0))
+    if kept is not None:
+        return scores
     if options.text_top_k or options.image_top_k:
         limit = jnp.where(visual, options.image_top_k, options.text_top_k)
         scores = _keep_top_k(scores, limit)
     if options.text_top_p < 1 or options.image_top_p < 1:
         scores = _keep_top_p(scores, jnp.where(visual, options.image_top_p, options.text_top_p))
     return scores
+
+
+def pack_kept(log_probs: jax.Array) -> jax.Array:
+    """uint8 [..., ceil(V / 8)]: one bit an id, whether `log_probabilities` [..., V] left it any probability."""
+    return jnp.packbits(log_probs > MASKED / 2, axis=-1)
 
 
 def _keep_top_k(scores: jax.Array, limit: jax.Array) -> jax.Array:

@@ -36,6 +36,7 @@ class Rollout:
     """`group` answers to each of P prompts, groups adjacent; None where an answer is not well-formed.
 
     `errors[i]` says why.  `samples` holds numpy arrays (see `sampler.Samples`); prompts int32 [P, T], right-padded.
+    `unconditional` holds the prompts and lengths of the unconditional pass where guidance was on.
     """
 
     prompts: np.ndarray
@@ -44,6 +45,7 @@ class Rollout:
     answers: tuple[Answer | None, ...]
     errors: tuple[str, ...]
     group: int
+    unconditional: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def total_lengths(self) -> np.ndarray:
@@ -102,9 +104,9 @@ def roll_out(
     drawn = sample(
         system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group, free
     )
-    drawn = Samples(*map(np.asarray, drawn))
+    drawn = jax.tree.map(np.asarray, drawn)
     answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
-    return Rollout(prompts, lengths, drawn, answers, errors, group)
+    return Rollout(prompts, lengths, drawn, answers, errors, group, free)
 
 
 def _size(system: System, samples: Sequence[Sample], codes: Sequence[Mapping[str, np.ndarray]]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import numpy as np
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities
+from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities, pack_kept
 
 
 class Samples(NamedTuple):
@@ -28,6 +28,7 @@ class Samples(NamedTuple):
     nodes int32 [B, A + 1]: automaton node before each token (`codec.parse_answer` reads it); ACCEPT once finished.
     log_probs float32 [B, A]: log-probability of each token under the sampled distribution; 0 after EOS.
     lengths int32 [B]: answer tokens, EOS included; the row is unfinished when nodes[b, lengths[b]] != ACCEPT.
+    kept uint8 [B, A, ceil(V / 8)]: the ids that top-k and top-p kept at each token (`chain.pack_kept`); None without.
     """
 
     tokens: Any
@@ -35,6 +36,7 @@ class Samples(NamedTuple):
     nodes: Any
     log_probs: Any
     lengths: Any
+    kept: Any = None
 
 
 class _Loop(NamedTuple):
@@ -128,6 +130,7 @@ def _sample(
         jnp.zeros((batch, answer_length + 1), jnp.int32).at[:, 0].set(state.node),
         jnp.zeros((batch, answer_length), jnp.float32),
         jnp.zeros((batch,), jnp.int32),
+        jnp.zeros((batch, answer_length, -(-logits.shape[-1] // 8)), jnp.uint8) if options.truncates else None,
     )
 
     def running(loop: _Loop) -> jax.Array:
@@ -151,6 +154,7 @@ def _sample(
             out.nodes.at[:, t + 1].set(after.node),
             out.log_probs.at[:, t].set(drawn),
             out.lengths + active,
+            out.kept.at[:, t].set(pack_kept(log_probs)) if options.truncates else None,
         )
         inputs = jnp.tile(token, 2)[: lengths.shape[0]]
         hidden, cache = backbone.apply(config, params, inputs[:, None], (lengths + t)[:, None], cache=loop.cache)

@@ -33,37 +33,42 @@ def token_statistics(
     rows: jax.Array | None = None,
     tables: Tables | None = None,
     options: SamplingOptions | None = None,
+    unconditional: jax.Array | None = None,
+    kept: jax.Array | None = None,
 ) -> TokenStatistics:
     """Statistics of `targets` int [B, T] under `hidden` [B, T, D] and `head` [D, V].
 
     The vocabulary is only ever materialised for `chunk` tokens at a time, forwards and backwards (each chunk is
     recomputed for its gradient).  With `tables` and `rows` int [B, T] the distribution is the sampler's: the grammar
-    mask and `options` are replayed.
+    mask and `options` are replayed, with `unconditional` [B, T, D] (hidden states of the same position without task and
+    question) for guidance, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p (`chain.log_probabilities`).
     """
     batch, length, width = hidden.shape
     count = batch * length
     chunk = min(chunk, count)
     padding = -count % chunk
-    flat = [
-        jnp.pad(x.reshape(count, *x.shape[2:]), ((0, padding), *((0, 0),) * (x.ndim - 2)))
-        for x in (hidden, targets, targets if rows is None else rows)
-    ]
-    chunks = [x.reshape(-1, chunk, *x.shape[1:]) for x in flat]
+
+    def split(x: jax.Array) -> jax.Array:
+        flat = jnp.pad(x.reshape(count, *x.shape[2:]), ((0, padding), *((0, 0),) * (x.ndim - 2)))
+        return flat.reshape(-1, chunk, *flat.shape[1:])
+
+    def logits_of(h: jax.Array) -> jax.Array:
+        return jnp.einsum("td,dv->tv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
 
     @jax.checkpoint
     def one(_: None, inputs: tuple) -> tuple[None, TokenStatistics]:
-        h, target, row = inputs
-        logits = jnp.einsum("td,dv->tv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-        log_probs = (
-            jax.nn.log_softmax(logits)
-            if tables is None
-            else log_probabilities(logits, tables, row, options or SamplingOptions())
-        )
+        h, target, row, free, keep = inputs
+        if tables is None:
+            log_probs = jax.nn.log_softmax(logits_of(h))
+        else:
+            without = None if free is None else logits_of(free)
+            log_probs = log_probabilities(logits_of(h), tables, row, options or SamplingOptions(), without, keep)
         taken = jnp.take_along_axis(log_probs, target[:, None], axis=1)[:, 0]
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return None, TokenStatistics(taken, entropy, (jnp.argmax(log_probs, -1) == target).astype(jnp.float32))
 
-    _, statistics = jax.lax.scan(one, None, tuple(chunks))
+    inputs = (hidden, targets, targets if rows is None else rows, unconditional, kept)
+    _, statistics = jax.lax.scan(one, None, jax.tree.map(split, inputs))
     return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(batch, length), statistics)
 
 
@@ -135,6 +140,8 @@ def grpo_loss(
         "kl": (kl * mask).sum(),
         "clipped": (is_clipped * mask).sum(),
         "tokens": tokens.sum(),
+        "ratio": (ratio * mask).sum(),
+        "old_kl": ((ratio - 1 - log_ratio) * mask).sum(),
         "ratio_deviation": (jnp.abs(ratio - 1) * mask).max(),
     }
     return total, denominator, sums
