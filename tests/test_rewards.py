@@ -6,16 +6,27 @@ import asyncio
 
 import numpy as np
 import pytest
-from answer_tokens import trajectory
+from answer_tokens import micro, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ivr_jax.config import as_dataclass, load_config
 from ivr_jax.errors import UserError
-from ivr_jax.rewards.functions import RewardOptions, advantages, complexity_bonus, outcome, total
+from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarOptions, advance, legal_row
+from ivr_jax.rewards.functions import (
+    PAPER,
+    RELEASED,
+    Components,
+    RewardOptions,
+    advantages,
+    complexity_bonus,
+    format_reward,
+    outcome,
+    score_groups,
+    total,
+)
 from ivr_jax.rewards.judge import INVALID, Judged, JudgeFailed, judge_answer, judge_answers
 from ivr_jax.trajectory import AxisVerdict, Evaluation, Reflection, Step
-
-PAPER = RewardOptions()
 
 
 def array(values, dtype=np.float32) -> np.ndarray:
@@ -154,6 +165,97 @@ def test_options_out_of_range_are_refused(wrong):
         RewardOptions(**wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"scale": "tenth"}, {"intermediate": "words"}, {"evaluations": "some"}, {"axis_weights": (1.0, 1.0)}]
+)
+def test_unknown_rules_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        RewardOptions(**wrong)
+
+
+def test_the_configs_hold_the_presets():
+    assert as_dataclass(RewardOptions, load_config("micro_rl").reward) == PAPER
+    assert as_dataclass(RewardOptions, load_config("micro_rl_released").reward) == RELEASED
+
+
+# -- all at once ------------------------------------------------------------------------------------------------------
+
+
+def components(rng, shape, **changes) -> Components:
+    parts = dict(
+        scores=array(rng.uniform(1, 5, (*shape, 4))), format=array(rng.integers(0, 2, shape)),
+        step=array(rng.uniform(0, 1, shape)), has_step=rng.random(shape) < 0.5,
+        reflection=array(rng.uniform(0, 1, shape)), has_reflection=rng.random(shape) < 0.5,
+    )  # fmt: skip
+    return Components(**parts | changes)
+
+
+def by_hand(parts, images, present, options, p):
+    """Rewards, bonus and advantages of group p in plain Python over the members that are there."""
+    members = [m for m in range(len(images[p])) if present[p, m]]
+    rewards = {}
+    for m in members:
+        values = [s / 5 if options.scale == "fifth" else (s - 1) / 4 for s in map(float, parts.scores[p, m])]
+        found = {"o": (options.outcome_weight, float(np.dot(values, options.axis_weights) / sum(options.axis_weights))),
+                 "f": (options.format_weight, float(parts.format[p, m]))}  # fmt: skip
+        for name, weight, value, has in (("s", options.step_weight, parts.step, parts.has_step),
+                                         ("r", options.reflection_weight, parts.reflection, parts.has_reflection)):
+            if has[p, m] or not options.renormalise:
+                found[name] = (weight, float(value[p, m]) if has[p, m] else options.absent)
+        full = options.outcome_weight + options.format_weight + options.step_weight + options.reflection_weight
+        rewards[m] = sum(w * v for w, v in found.values()) * full / sum(w for w, _ in found.values())
+    drew = [m for m in members if images[p, m]]
+    close = [m for m in drew if rewards[m] >= max(rewards[d] for d in drew) - options.epsilon]
+    bonus = {m: options.bonus_weight * min(images[p, c] for c in close) / images[p, m] for m in close}
+    final = [rewards[m] + bonus.get(m, 0.0) for m in members]
+    if len(members) < options.min_valid:
+        return rewards, bonus, {}
+    spread = np.std(final, ddof=1) if options.divide_by_std else 1.0
+    return rewards, bonus, {m: (f - np.mean(final)) / max(spread, 1e-12) for m, f in zip(members, final, strict=True)}
+
+
+UNSCALED = RewardOptions(renormalise=False, divide_by_std=False, min_valid=4)
+
+
+@pytest.mark.parametrize("options", [PAPER, RELEASED, UNSCALED])
+def test_groups_are_scored_as_by_hand_and_missing_members_never_matter(options):
+    rng = np.random.default_rng(0)
+    parts, images = components(rng, (6, 5)), rng.integers(0, 4, (6, 5)).astype(np.int32)
+    present = rng.random((6, 5)) < 0.7
+    found = score_groups(parts, images, present, options)
+    for p in range(6):
+        rewards, bonus, expected = by_hand(parts, images, present, options, p)
+        for m in range(5):
+            assert bool(found.used[p, m]) == (m in expected)
+            np.testing.assert_allclose(found.total[p, m], rewards.get(m, 0.0), atol=1e-5)
+            np.testing.assert_allclose(found.bonus[p, m], bonus.get(m, 0.0), atol=1e-5)
+            np.testing.assert_allclose(found.advantages[p, m], expected.get(m, 0.0), atol=2e-3)
+    poison = Components(*(np.where(present[..., None] if x.ndim == 3 else present, x, np.nan) if x.dtype == np.float32
+                          else x for x in parts))  # fmt: skip
+    again = score_groups(poison, images, present, options)
+    for name in ("total", "bonus", "advantages", "used"):
+        np.testing.assert_array_equal(np.asarray(getattr(again, name)), np.asarray(getattr(found, name)))
+
+
+def test_the_format_reward_is_the_grammars_verdict():
+    tokenizer = micro()
+    strict = Grammar(tokenizer, GrammarOptions(text_cap=3))
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(6):
+        state, tokens = strict.initial(np.array([1]), np.array([2])), []
+        while state.node[0] != ACCEPT:
+            legal = strict.tables.legal[legal_row(strict.tables, state, np)[0]][strict.tables.class_of]
+            tokens.append(int(rng.choice(np.flatnonzero(legal))))
+            state = advance(strict.tables, state, np.array(tokens[-1:]), np)
+        rows.append(tokens)
+    width = max(map(len, rows)) + 2
+    padded = np.array([r + [tokenizer.vocab.pad] * (width - len(r)) for r in rows], np.int32)
+    padded = np.concatenate([padded, np.roll(padded, 1, axis=1), padded * (np.arange(width) < 9)])
+    state = strict.initial(np.full(18, 1), np.full(18, 2))
+    found = np.asarray(format_reward(strict.tables, state, padded))
+    np.testing.assert_array_equal(found, [1.0] * 6 + [0.0] * 12)
+
+
 # -- judge ------------------------------------------------------------------------------------------------------------
 
 WHITE = np.full((2, 2, 3), 255, np.uint8)
@@ -212,6 +314,52 @@ def test_steps_are_rated_too():
     found = judged(judge, trajectory([Step("one"), Step("two")], [False, False, True]), drawn(1, 2, 5))
     assert found.step == 0.5
     assert sorted(judge.asked) == [("step", "one", [1]), ("step", "two", [1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "passes", "expected"),
+    [
+        ("literal", (False, True), 0.75),  # the two texts alone
+        ("final", (False, True), (1.5 + 1) / 3),
+        ("final", (False, False), (1.5 + 0) / 3),
+        ("all", (False, True), (1.5 + 2) / 4),
+        ("all", (True, True), (1.5 + 1) / 4),
+    ],
+)
+def test_evaluations_may_count_as_steps(evaluations, passes, expected):
+    """The judge finds the first image wrong and the second right."""
+    judge = Judge({"why": 1.0, "how": 0.5})
+    answer = trajectory([Reflection("why", "how")], list(passes))
+    found = judged(judge, answer, drawn(1, 5), options=RewardOptions(evaluations=evaluations))
+    assert found.step == pytest.approx(expected)
+    direct = judged(judge, trajectory([], [False]), drawn(5), options=RewardOptions(evaluations=evaluations))
+    assert direct.step == (None if evaluations == "literal" else 0.0)
+
+
+def test_an_evaluation_that_cannot_be_checked_is_missing_only_where_it_counts():
+    judge = Judge({"why": 1.0, "how": 0.5})
+    answer = trajectory([Reflection("why", "how")], [False, True])
+    counted = judged(judge, answer, drawn(0, 5), options=RewardOptions(evaluations="all"))
+    assert counted.step_failed and not counted.present
+    shown = judged(judge, answer, drawn(0, 5), every_image=True)
+    assert shown.present and shown.step == 0.75 and shown.truth[0] is None
+
+
+def test_the_released_rules_judge_images_and_reflections():
+    judge = Judge({"why": 1.0, "how": 0.5})
+
+    async def evaluate_step(sample, images, instruction, previous, image):
+        judge.asked.append((instruction, [int(p[0, 0, 0]) for p in previous], int(image[0, 0, 0])))
+        return await judge.evaluate(sample, images, image)
+
+    judge.evaluate_step = evaluate_step
+    steps = trajectory([Step("one"), Step("two")], [False, False, True])
+    found = judged(judge, steps, drawn(1, 3, 5), options=RELEASED)
+    assert judge.asked == [("one", [], 3), ("two", [3], 5)]
+    # axes 3 5 5 4 and 5 5 5 4: means 4.25 and 4.75, of which (s - 1) / 4
+    assert found.step == pytest.approx((3.25 / 4 + 3.75 / 4) / 2) and found.reflection is None
+    reflected = judged(judge, trajectory([Reflection("why", "how")], [False, True]), drawn(1, 5), options=RELEASED)
+    assert reflected.reflection == 0.75 and reflected.step is None
 
 
 def test_a_judge_that_fails_on_the_image_leaves_the_answer_missing():

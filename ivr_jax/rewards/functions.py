@@ -165,7 +165,7 @@ def total(
     reflection_reward: jax.Array | None = None,
     has_reflection: jax.Array | None = None,
 ) -> jax.Array:
-    """R float [...]; `has_step`, `has_reflection` bool [...] say where R_s and R_r are present (R_r nowhere if None)."""
+    """R float [...]; `has_step`, `has_reflection` bool [...] say where R_s and R_r are present (None: nowhere)."""
     has_step = jnp.asarray(has_step)
     has_reflection = jnp.zeros_like(has_step) if has_reflection is None else jnp.asarray(has_reflection)
     reflection_reward = jnp.zeros_like(outcome_reward) if reflection_reward is None else reflection_reward

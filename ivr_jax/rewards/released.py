@@ -38,7 +38,7 @@ _CRITERIA = {
     "quality_score": "how free the last image is of artefacts and broken shapes",
     "knowledge_score": "how well the last image agrees with physics, facts and common sense",
     "step_score": "how well the last image carries out this step, starting from the image or images before it",
-    "reflection_score": "how truly the critique names what is wrong in the first image, and how far the second mends it",
+    "reflection_score": "how truly the critique names the faults of the first image, and how far the second mends them",
 }
 
 
@@ -189,7 +189,7 @@ def combine(
     reflections = [next(replies) if _complete(item) else WORST for item in record["reflections"]]
     with jax.enable_x64(True):
         parts = functions.Components(
-            np.array([WORST if None in final else final]),
+            np.array([[WORST] * len(AXES) if None in final else final]),
             np.array([format_score(record["assistant_text"])]),
             np.array([_mean(steps, options)]),
             np.array([bool(steps)]),
