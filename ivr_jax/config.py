@@ -83,10 +83,14 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def as_dataclass(kind: type, section: Mapping[str, Any] | ConfigDict) -> Any:
-    """The dataclass `kind` from a section of a config; every field must stand in the config, and no other key."""
+    """The dataclass `kind` from a section of a config; every field must stand in the config, and no other key.
+
+    A field whose default is None is a feature that is off, and may be left out.
+    """
     fields = {field.name for field in dataclasses.fields(kind)}
-    if fields != set(section):
-        wrong = ", ".join(sorted(fields ^ set(section)))
+    off = {field.name for field in dataclasses.fields(kind) if field.default is None}
+    if fields != set(section) | off:
+        wrong = ", ".join(sorted(fields ^ (set(section) | off)))
         what = f"the config section for {kind.__name__} lacks, or should not have: {wrong}."
         raise UserError(what, "Mend the config file.")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})

@@ -24,6 +24,7 @@ from ivr_jax.errors import UserError
 AXES = ("instruction", "consistency", "quality", "knowledge")
 MAX_REFLECTIONS = 3
 MAX_STEPS = 5
+TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")  # the task words of Emu3.5's prompt template
 
 
 class Mode(enum.StrEnum):
@@ -140,6 +141,7 @@ class Sample:
       explanation: facts for the knowledge axis, or "".
       category: one of the taxonomy's sub-categories, or "".
       facts: JSON values for an analyzer that knows more than the prompt says (the micro-world's target, say).
+      task_word: one of `TASKS`, or "" for the usual one (`task`).
     """
 
     key: str
@@ -148,6 +150,7 @@ class Sample:
     explanation: str = ""
     category: str = ""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task_word: str = ""
 
     def __post_init__(self) -> None:
         _text(self.key, "a sample's key")
@@ -156,11 +159,15 @@ class Sample:
             isinstance(self.sources, tuple) and all(isinstance(s, str) and s for s in self.sources),
             f"the sources of sample {self.key!r} must be a tuple of image names.",
         )
+        _require(
+            self.task_word in ("", *TASKS),
+            f"the task of sample {self.key!r} must be one of {', '.join(TASKS)}, not {self.task_word!r}.",
+        )
 
     @property
     def task(self) -> str:
-        """The Emu3.5 task word of the prompt template."""
-        return "x2i" if self.sources else "t2i"
+        """The Emu3.5 task word of the prompt template: what was asked for, else x2i with references and t2i without."""
+        return self.task_word or ("x2i" if self.sources else "t2i")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +223,10 @@ def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
-    return {**dataclasses.asdict(sample), "sources": list(sample.sources), "facts": dict(sample.facts)}
+    value = {**dataclasses.asdict(sample), "sources": list(sample.sources), "facts": dict(sample.facts)}
+    if not sample.task_word:  # the usual case; records without one are as they always were
+        del value["task_word"]
+    return value
 
 
 def sample_from_json(value: Mapping[str, Any]) -> Sample:

@@ -12,7 +12,17 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec, markers, vocabulary
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.protocol.text import PhraseTokenizer
-from ivr_jax.trajectory import AxisVerdict, Evaluation, Reflection, Round, Sample, Step, Trajectory
+from ivr_jax.trajectory import (
+    AxisVerdict,
+    Evaluation,
+    Reflection,
+    Round,
+    Sample,
+    Step,
+    Trajectory,
+    sample_from_json,
+    sample_to_json,
+)
 from ivr_jax.world.language import PHRASES
 
 TOKENIZER, WORLD = micro(), PhraseTokenizer(PHRASES, 8)
@@ -146,6 +156,19 @@ def test_a_prompt_holds_the_template_its_references_and_the_question():
     assert ask(("b", "a", "b")) == ["BOS", image, *second, *first, *second, *question]
     free = codec.encode_unconditional_prompt(TOKENIZER, Sample("k", "Put a red X", ("a",)), codes)
     assert words(free) == ["BOS", "You are a helpful assistant. USER: ", *first, " ASSISTANT: ", "BSS"]
+    nothing = codec.encode_unconditional_prompt(TOKENIZER, Sample("k", "Put a red X", ("a",)), codes, references=False)
+    assert words(nothing) == ["BOS", "You are a helpful assistant. USER: ", " ASSISTANT: ", "BSS"]
+
+
+@pytest.mark.parametrize("task", ["t2i", "x2i", "howto", "story", "explore", "vla"])
+def test_a_sample_may_name_any_of_the_released_tasks(task):
+    tokens = codec.encode_prompt(TOKENIZER, Sample("k", "Put a", task_word=task), {})
+    assert words(tokens)[1] == f"You are a helpful assistant for {task} task. USER: "
+    sample = Sample("k", "Put a", ("a",), task_word=task)
+    assert sample_from_json(sample_to_json(sample)) == sample
+    assert "task_word" not in sample_to_json(Sample("k", "Put a"))
+    with pytest.raises(UserError, match="must be one of t2i"):
+        Sample("k", "Put a", task_word=f"{task}s")
 
 
 @pytest.mark.parametrize(

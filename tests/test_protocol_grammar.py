@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec, markers
-from ivr_jax.protocol.grammar import ACCEPT, ERROR, Grammar, GrammarOptions, Tables, advance, legal_row
+from ivr_jax.protocol.grammar import ACCEPT, ERROR, FREE, Grammar, GrammarOptions, Tables, advance, legal_row
+from ivr_jax.protocol.interleaved import parse_interleaved
 from ivr_jax.trajectory import Reflection, Round, Sample, Step, Trajectory
 
 TOKENIZERS = {"one id a marker": micro(), "spelled markers": ByteTokenizer(), "overlapping": self_overlapping()}
@@ -247,10 +248,54 @@ def test_a_free_size_has_one_or_two_digits_and_no_leading_zero():
         assert accepts(grammar, encode(tokenizer, trajectory([], [True]), size), free)
 
 
-@pytest.mark.parametrize("size", [(0, 4), (4, 0), (100, 4), (-1, 4)])
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (100, 4), (-1, 4), (-2, -2), (-1, 0)])
 def test_a_size_that_cannot_be_written_is_refused(size):
     with pytest.raises(UserError, match="1-99"):
         grammar_of("one id a marker").initial(np.array([size[0]]), np.array([size[1]]))
+
+
+def test_a_free_size_has_two_digits_a_side_and_later_images_keep_it():
+    grammar = grammar_of("one id a marker", "reflection, forced, one round")
+    vocab, digits = grammar.tokenizer.vocab, [ord(d) for d in "0123456789"]
+    head = [vocab.boi, *b"10*11", vocab.img]
+    now = [legal_now(grammar, head[:k], FREE) for k in range(len(head))]
+    assert now == [[vocab.boi], digits[1:], digits, [ord("*")], digits[1:], digits, [vocab.img]]
+    answer = trajectory([REFLECTION], [False, True])
+    for second, wanted in (((10, 11), True), ((11, 10), False), ((2, 2), False)):
+        codes = {"G1": np.zeros((10, 11), np.int32), "G2": np.zeros(second, np.int32)}
+        tokens = codec.encode_answer(grammar.tokenizer, answer, codes)[0]
+        assert accepts(grammar, tokens, size=np.array([FREE]).T) == wanted
+        assert accepts(grammar, tokens, size=np.zeros((2, 1), int))  # any size, for each image
+
+
+# -- interleaved answers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_interleaved_answer_has_texts_and_images_in_any_order(name):
+    tokenizer = TOKENIZERS[name]
+    grammar = Grammar(tokenizer, GrammarOptions(modes=("interleaved",), text_cap=3))
+    image, text, eos = codec.encode_image(tokenizer, np.zeros((2, 2), np.int32)), list(b"abc"), tokenizer.vocab.eos
+    assert all(accepts(grammar, [*x, eos]) for x in ([], text, image, [*image, *image], [*text, *image, *text]))
+    wrong = ([*text, 97], [*image[:-1]], [tokenizer.vocab.pad], [tokenizer.vocab.img], [*text, tokenizer.vocab.eoi])
+    assert not any(accepts(grammar, [*x, eos]) for x in wrong)
+    assert legal_now(grammar, text) == sorted([tokenizer.vocab.boi, eos])  # a full text: an image, or the end
+    with pytest.raises(UserError):
+        codec.parse_answer(grammar, SAMPLE, np.array([*text, eos]))
+
+
+def test_an_interleaved_answer_reads_back_part_by_part():
+    tokenizer = TOKENIZERS["one id a marker"]
+    grid = np.array([[1, 2, 3]], np.int32)
+    image, eos = codec.encode_image(tokenizer, grid), tokenizer.vocab.eos
+    thought = tokenizer.encode("<|extra_60|>plan\n<|extra_61|>")
+    parts, ended = parse_interleaved(tokenizer, [*thought, *b" Hi ", *image, *image, *b" ", eos])
+    assert ended and [part.kind for part in parts] == ["global_thought", "text", "image", "image"]
+    assert parts[0].text == "plan\n" and parts[1].text == " Hi " and (parts[3].codes == grid).all()
+    parts, ended = parse_interleaved(tokenizer, [*b"ab", *image[:-2]])
+    assert not ended and [part.text for part in parts] == ["ab"]
+    with pytest.raises(UserError, match=r"at token 9: 1\*3 cells"):
+        parse_interleaved(tokenizer, [*b"ab", *image[:6], *image[7:], eos])
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------

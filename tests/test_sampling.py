@@ -22,8 +22,9 @@ from tiny_model import (
 
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec
-from ivr_jax.protocol.grammar import ACCEPT, VISUAL, Grammar, GrammarOptions, Tables
-from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities
+from ivr_jax.protocol.grammar import ACCEPT, FREE, VISUAL, Grammar, GrammarOptions, Tables
+from ivr_jax.protocol.interleaved import parse_interleaved
+from ivr_jax.sampling.chain import PhaseMask, SamplingOptions, draw, log_probabilities
 from ivr_jax.sampling.rollout import draw_first_images, roll_out
 from ivr_jax.sampling.sampler import Samples, pad_prompts, sample
 from ivr_jax.trajectory import Mode
@@ -38,9 +39,9 @@ def keys(count: int, seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), count)
 
 
-def sampled(prompts: list[list[int]], draws, group: int = 1, free: list[list[int]] | None = None, **options) -> Samples:
+def sampled(prompts: list[list[int]], draws, group: int = 1, others: tuple = (), **options) -> Samples:
     padded, lengths = pad_prompts(prompts, TOKENIZER.vocab.pad, 32)
-    unconditional = None if free is None else pad_prompts(free, TOKENIZER.vocab.pad, 32)
+    unconditional = [pad_prompts(other, TOKENIZER.vocab.pad, 32) for other in others]
     found = sample(CONFIG, PARAMS, GRAMMAR, padded, lengths, SIZE, draws, LENGTH, SamplingOptions(**options), group,
                    unconditional)  # fmt: skip
     return Samples(*map(np.asarray, found))
@@ -106,45 +107,126 @@ def test_greedy_takes_the_likeliest_legal_id():
         np.testing.assert_array_equal(masked.argmax(1), answer)
 
 
-def test_guidance_in_one_batch_equals_two_passes():
-    samples, images = requests(2, sources=1)
-    prompts, free = prompts_of(samples, images), prompts_of(samples, images, unconditional=True)
-    drawn = sampled(prompts, keys(4), group=2, free=free, guidance=3.0)
-    assert len(prompts[0]) != len(free[0])
+GUIDED = requests(2, sources=1)
+PASSES = tuple(prompts_of(*GUIDED, **without) for without in ({}, {"unconditional": True}, {"references": False}))
+FULL_CHAIN = {
+    "temperature": 0.8, "image_temperature": 1.7, "text_top_k": 12, "image_top_k": 3, "text_top_p": 0.9,
+    "image_top_p": 0.95, "guidance": 2.5, "image_guidance": 1.5,
+}  # fmt: skip
+
+
+def plain_chain(answer, row: int, options: SamplingOptions) -> np.ndarray:
+    """float64 [A, V] probabilities: one pass after the other, no cache, no batch, one position at a time."""
+    legal = legal_mask(GRAMMAR, answer, SIZE)
+    visual = legal[:, TOKENIZER.vocab.visual_start]
+    with_all, references, nothing = (answer_logits(PARAMS, passes[row], np.array(answer)) for passes in PASSES)
+    scores = with_all.copy()
+    for t in np.flatnonzero(visual):
+        c, n, a = (log_softmax(x[t]) for x in (with_all, references, nothing))
+        if options.image_guidance is None:
+            scores[t] = n + options.guidance * (c - n)
+        else:
+            scores[t] = a + options.image_guidance * (n - a) + options.guidance * (c - n)
+    return plain_reference(scores, legal, visual, options)
+
+
+def test_unconditional_prompts_drop_task_and_question_and_then_the_references():
+    for given, references, nothing in zip(*PASSES, strict=True):
+        image = codec.encode_image(TOKENIZER, np.zeros((2, 2), np.int32))
+        blocks = [sum(token == TOKENIZER.vocab.boi for token in prompt) for prompt in (given, references, nothing)]
+        assert blocks == [1, 1, 0] and len(given) > len(references) == len(nothing) + len(image)
+
+
+@pytest.mark.parametrize("options", [{"guidance": 3.0}, {"guidance": 1.0, "image_guidance": 0.5}, FULL_CHAIN], ids=str)
+def test_the_chain_in_one_batch_equals_separate_unbatched_passes(options):
+    chosen = SamplingOptions(**options)
+    drawn = sampled(PASSES[0], keys(4), 2, PASSES[1 : 1 + chosen.passes], **options)
     for row, answer in enumerate(answers(drawn)):
+        expected = plain_chain(answer, row // 2, chosen)[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(np.exp(drawn.log_probs[row, : len(answer)]), expected, atol=1e-4)
+        parsed = codec.parse_answer(GRAMMAR, GUIDED[0][row // 2], answer)
+        assert all(grid.shape == SIZE for grid in parsed.codes.values())
+
+
+@pytest.mark.parametrize("image_guidance", [None, 1.5])
+def test_greedy_with_guidance_is_the_plain_references_answer(image_guidance):
+    """Each token is the reference's likeliest after the same tokens, so the whole answers are identical."""
+    options = {"temperature": 0.0, "guidance": 3.0, "image_guidance": image_guidance}
+    passes = SamplingOptions(**options).passes
+    drawn = sampled(PASSES[0], keys(2), 1, PASSES[1 : 1 + passes], **options)
+    assert not drawn.log_probs.any()  # the likeliest id has all the probability
+    for row, answer in enumerate(answers(drawn)):
+        expected = plain_chain(answer, row, SamplingOptions(**options | {"temperature": 1.0}))
+        np.testing.assert_array_equal(expected.argmax(1), answer)
+
+
+def test_greedy_text_may_go_with_sampled_images():
+    drawn = sampled(PROMPTS[:1], keys(16), group=16, temperature=0.0, image_temperature=1.0)
+    first = [answer[5:10] for answer in answers(drawn)]  # the first grid
+    assert len({tuple(grid) for grid in first}) > 1
+    for answer in answers(drawn)[:4]:
         legal = legal_mask(GRAMMAR, answer, SIZE)
-        visual = legal[:, TOKENIZER.vocab.visual_start]
-        conditional, unconditional = (
-            log_softmax(answer_logits(PARAMS, given[row // 2], answer)) for given in (prompts, free)
-        )
-        guided = unconditional + 3.0 * (conditional - unconditional)
-        masked = np.where(legal, np.where(visual[:, None], guided, conditional), -np.inf)
-        expected = np.take_along_axis(log_softmax(masked), answer[:, None], 1)[:, 0]
-        np.testing.assert_allclose(drawn.log_probs[row, : len(answer)], expected, atol=1e-4)
-    with pytest.raises(ValueError, match="unconditional"):
-        sampled(prompts, keys(2), guidance=3.0)
+        likeliest = np.where(legal, answer_logits(PARAMS, PROMPTS[0], answer), -np.inf).argmax(1)
+        text = ~legal[:, TOKENIZER.vocab.visual_start]
+        np.testing.assert_array_equal(likeliest[text], answer[text])
 
 
-def test_frequencies_follow_the_exact_probabilities():
+@pytest.mark.parametrize(("options", "passes"), [({"guidance": 3.0}, ()), ({"image_guidance": 2.0}, PASSES[1:2])])
+def test_guidance_without_its_unconditional_prompts_is_refused(options, passes):
+    with pytest.raises(ValueError, match="sets of unconditional prompts"):
+        sampled(PASSES[0], keys(2), 1, passes, **options)
+
+
+def test_a_switched_off_processor_is_not_in_the_chain():
+    names = [type(processor).__name__ for processor in SamplingOptions(**FULL_CHAIN).chain]
+    assert names == ["Guidance", "PhaseMask", "Temperature", "TopK", "TopP"]
+    assert SamplingOptions().chain == (PhaseMask(),) == SamplingOptions(image_guidance=1.0).chain
+
+
+@functools.cache
+def free_sized() -> Samples:
+    """Interleaved answers of a size that the model chooses, with and without an end."""
+    grammar = Grammar(TOKENIZER, GrammarOptions(modes=("interleaved",), text_cap=4))
+    prompts, lengths = pad_prompts(PROMPTS[:1], TOKENIZER.vocab.pad, 32)
+    hot = SamplingOptions(temperature=8.0)  # so that sizes are small now and then, and answers end
+    found = sample(CONFIG, PARAMS, grammar, prompts, lengths, FREE, keys(64), 200, hot, 64)
+    return Samples(*map(np.asarray, found))
+
+
+def test_a_free_size_is_two_digits_a_side_and_every_image_block_parses():
+    drawn, blocks, finished = free_sized(), 0, 0
+    for row, answer in enumerate(answers(drawn)):
+        parts, ended = parse_interleaved(TOKENIZER, answer)
+        assert ended == (drawn.nodes[row, len(answer)] == ACCEPT)
+        finished += ended
+        shapes = [part.codes.shape for part in parts if part.kind == "image"]
+        blocks += len(shapes)
+        assert all(10 <= side <= 99 for shape in shapes for side in shape) and len(set(shapes)) <= 1
+        for place in np.flatnonzero(answer[:-6] == TOKENIZER.vocab.boi):
+            digits = TOKENIZER.decode(answer[place + 1 : place + 6])
+            assert digits[2] == "*" and "0" not in (digits[0], digits[3]) and answer[place + 6] == TOKENIZER.vocab.img
+    assert blocks > 0 and 0 < finished < 64
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.5}, FULL_CHAIN], ids=["temperature", "full chain"])
+def test_frequencies_follow_the_exact_probabilities(options):
     """The joint of the first two visual tokens (4 x 4 outcomes) in 4000 draws, by Pearson's chi-square."""
-    count, forced = 4000, codec.encode_image(TOKENIZER, np.zeros(SIZE, np.int32))[:5]
-    padded, lengths = pad_prompts(PROMPTS[:1], TOKENIZER.vocab.pad, 32)
-    warm = SamplingOptions(temperature=1.5)
-    drawn = sample(CONFIG, PARAMS, GRAMMAR, padded, lengths, SIZE, keys(count), 7, warm, count)
+    chosen, count = SamplingOptions(**options), 4000
+    forced = codec.encode_image(TOKENIZER, np.zeros(SIZE, np.int32))[:5]
+    padded, *others = (pad_prompts(passes[:1], TOKENIZER.vocab.pad, 32) for passes in PASSES[: 1 + chosen.passes])
+    drawn = sample(CONFIG, PARAMS, GRAMMAR, *padded, SIZE, keys(count), 7, chosen, count, others)
     tokens = np.asarray(drawn.tokens)
     assert (tokens[:, :5] == forced).all()
     first = TOKENIZER.vocab.visual_start
-    visual = slice(first, first + 4)
 
     def next_visual(answer: list[int]) -> np.ndarray:
-        scores = answer_logits(PARAMS, PROMPTS[0], np.array([*answer, 0]))[-1, visual]
-        return np.exp(log_softmax(scores / 1.5))
+        return plain_chain([*answer, first], 0, chosen)[-1, first : first + 4]
 
     start = next_visual(forced)
     joint = np.concatenate([start[i] * next_visual([*forced, first + i]) for i in range(4)])
     observed = np.bincount((tokens[:, 5] - first) * 4 + tokens[:, 6] - first, minlength=16)
     kept = joint * count >= 5
-    assert kept.sum() >= 6 and observed.sum() == count
+    assert kept.sum() >= 5 and observed.sum() == count and not observed[joint == 0].any()
     pooled = [np.append(x[kept], x[~kept].sum()) for x in (observed, joint * count)]
     pooled = [x[pooled[1] > 0] for x in pooled]
     assert scipy.stats.chisquare(*pooled).pvalue > 1e-3
@@ -172,7 +254,8 @@ def plain_reference(logits, legal, visual, options: SamplingOptions) -> np.ndarr
         top_k = options.image_top_k if is_visual else options.text_top_k
         top_p = options.image_top_p if is_visual else options.text_top_p
         ids = [int(i) for i in np.argsort(-scores) if allowed[i]]
-        probabilities = np.exp(log_softmax(scores[ids] / options.temperature))
+        image = options.temperature if options.image_temperature is None else options.image_temperature
+        probabilities = np.exp(log_softmax(scores[ids] / (image if is_visual else options.temperature)))
         if top_k:
             ids, probabilities = ids[:top_k], probabilities[:top_k]
             probabilities = probabilities / probabilities.sum()
@@ -190,6 +273,7 @@ def plain_reference(logits, legal, visual, options: SamplingOptions) -> np.ndarr
     [
         SamplingOptions(),
         SamplingOptions(temperature=0.5),
+        SamplingOptions(temperature=0.5, image_temperature=2.0),
         SamplingOptions(text_top_k=3, image_top_k=2),
         SamplingOptions(image_top_k=1),
         SamplingOptions(text_top_p=0.5, image_top_p=0.7),
@@ -217,7 +301,9 @@ def test_a_draw_is_one_of_the_kept_ids():
     assert {int(f[0]) for f in found} == {0, 1} and {int(f[1]) for f in found} == {2}
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"text_top_p": 0.0}, {"image_top_p": 1.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"image_guidance": -1.0}, {"text_top_p": 0.0}, {"image_top_p": 1.1}]
+)
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="out of range"):
         SamplingOptions(**wrong)

@@ -101,10 +101,15 @@ def requests(count: int, sources: int = 0) -> tuple[list[Sample], list[dict[str,
     return samples, images
 
 
-def prompts_of(samples, images, tokenizer: PhraseTokenizer = TOKENIZER, unconditional: bool = False) -> list[list[int]]:
-    encode = codec.encode_unconditional_prompt if unconditional else codec.encode_prompt
+def prompts_of(
+    samples, images, tokenizer: PhraseTokenizer = TOKENIZER, unconditional: bool = False, references: bool = True
+) -> list[list[int]]:
+    """Prompts, or unconditional ones: with the references, or (`references` False) with nothing."""
     found = []
     for sample, held in zip(samples, images, strict=True):
         codes = dict(zip(held, FlatCodec().encode(list(held.values())), strict=True))
-        found.append(encode(tokenizer, sample, codes))
+        if unconditional or not references:
+            found.append(codec.encode_unconditional_prompt(tokenizer, sample, codes, references))
+        else:
+            found.append(codec.encode_prompt(tokenizer, sample, codes))
     return found

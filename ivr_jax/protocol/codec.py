@@ -90,13 +90,16 @@ def encode_image(tokenizer: TextTokenizer, codes: np.ndarray) -> list[int]:
     return [vocab.boi, *size, vocab.img, *grid, vocab.eoi]
 
 
-def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int]) -> np.ndarray:
-    """The inverse of `encode_image`: int32 [rows, columns].  Raises UserError naming position and reason."""
+def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int], offset: int = 0) -> np.ndarray:
+    """The inverse of `encode_image`: int32 [rows, columns].
+
+    Raises UserError naming position and reason; `offset` is where the block begins in what positions count from.
+    """
     vocab = tokenizer.vocab
     tokens = np.asarray(tokens)
 
     def bad(position: int, reason: str) -> UserError:
-        return UserError(f"image block does not parse at token {position}: {reason}.", "Draw the image again.")
+        return UserError(f"image block does not parse at token {offset + position}: {reason}.", "Draw the image again.")
 
     if len(tokens) == 0 or tokens[0] != vocab.boi:
         raise bad(0, "it does not begin with BOI")
@@ -131,15 +134,19 @@ def encode_prompt(tokenizer: TextTokenizer, sample: Sample, codes: Codes) -> lis
     return _template(tokenizer, markers.SYSTEM[sample.task], sample.sources, codes, question)
 
 
-def encode_unconditional_prompt(tokenizer: TextTokenizer, sample: Sample, codes: Codes) -> list[int]:
-    """The prompt of classifier-free guidance: references kept, task and question dropped."""
-    return _template(tokenizer, markers.SYSTEM_UNCONDITIONAL, sample.sources, codes, "")
+def encode_unconditional_prompt(
+    tokenizer: TextTokenizer, sample: Sample, codes: Codes, references: bool = True
+) -> list[int]:
+    """The prompts of classifier-free guidance: task and question dropped; without `references`, these too."""
+    return _template(tokenizer, markers.SYSTEM_UNCONDITIONAL, sample.sources if references else (), codes, "")
 
 
 def _template(tokenizer: TextTokenizer, system: str, sources: Sequence[str], codes: Codes, question: str) -> list[int]:
+    """Texts that touch are encoded together: byte-pair tokens may reach from the template into the question."""
     images = [token for name in sources for token in encode_image(tokenizer, codes[name])]
-    text = tokenizer.encode(question) + list(tokenizer.marker(markers.ASSISTANT))
-    return [tokenizer.vocab.bos, *tokenizer.marker(system), *images, *text, tokenizer.vocab.bss]
+    rest = f"{question}{markers.ASSISTANT}"
+    texts = [*tokenizer.encode(system), *images, *tokenizer.encode(rest)] if images else tokenizer.encode(system + rest)
+    return [tokenizer.vocab.bos, *texts, tokenizer.vocab.bss]
 
 
 # -- answers ----------------------------------------------------------------------------------------------------

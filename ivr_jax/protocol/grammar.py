@@ -28,9 +28,9 @@ from ivr_jax.trajectory import AXES, MAX_REFLECTIONS, MAX_STEPS, Mode
 ERROR, ACCEPT = 0, 1  # the first two nodes
 ILLEGAL, TEXT, VISUAL = 0, 1, 2  # the first three classes
 ANY_TEXT = -1  # key of a node's default transition for every text class
-PLAIN, BEGIN_IMAGE, HEIGHT, WIDTH, GRID, END_ROW, FREE_TEXT = range(
-    7
-)  # node kinds: what `advance` does beside the table
+PLAIN, HEIGHT, WIDTH, GRID, END_ROW, FREE_TEXT = range(6)  # node kinds: what `advance` does beside the table
+INTERLEAVED = "interleaved"  # stands alone among the modes: texts and images in any order, as Emu3.5 was trained
+FREE = (-1, -1)  # image size: the first image chooses it, two digits a side, and the others keep it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class GrammarOptions:
     """Which answers are legal.
 
     Attributes:
-      modes: modes the answer may use; ("direct",) forces direct generation.
+      modes: modes the answer may use; ("direct",) forces direct generation, ("interleaved",) allows texts and images
+        in any order, with nothing evaluated (what a model that never saw a trajectory can say).
       force: with a single non-direct mode, go on after the first evaluation whatever its verdict.
       max_reflections, max_steps: rounds after the first image.
       follow_verdict: control flow follows the verdict (pass ends the answer, fail goes on while rounds are left).
@@ -54,9 +55,10 @@ class GrammarOptions:
 
     def __post_init__(self) -> None:
         known = {mode.value for mode in Mode}
-        if not self.modes or not set(self.modes) <= known:
+        if not self.modes or not (set(self.modes) <= known or tuple(self.modes) == (INTERLEAVED,)):
             raise UserError(
-                f"grammar modes {self.modes!r} are not among {sorted(known)}.", "Name at least one of them."
+                f"grammar modes {self.modes!r} are not among {sorted(known)}.",
+                f"Name at least one of them, or {INTERLEAVED} alone.",
             )
         if not (
             0 <= self.max_reflections <= MAX_REFLECTIONS and 0 <= self.max_steps <= MAX_STEPS and self.text_cap >= 1
@@ -78,7 +80,11 @@ class Slot:
 
 
 class GrammarState(NamedTuple):
-    """Registers, int32 [B] each.  `want_*` is the forced size of every image in latent cells, 0 when free."""
+    """Registers, int32 [B] each.
+
+    `want_*` is the forced size of every image in latent cells, 0 when each may have any (1-99), and -1 when the next
+    one shall choose it, two digits a side, for all that follow.
+    """
 
     node: Any
     height: Any
@@ -93,8 +99,8 @@ class GrammarState(NamedTuple):
 class Tables(NamedTuple):
     """The automaton as arrays: a pytree, so that a jitted function can take it as an argument.
 
-    next_node int32 [nodes, classes]; legal bool [nodes + 12, classes] (the extra rows are one digit, "*" or IMG alone);
-    kind, capped int32 [nodes]; class_of int32 [V]; text_cap int32 [].
+    next_node int32 [nodes, classes]; legal bool [nodes + 13, classes] (the extra rows are one digit, "*" or IMG alone,
+    and any digit); kind, capped int32 [nodes]; class_of int32 [V]; text_cap int32 [].
     """
 
     next_node: Any
@@ -115,7 +121,7 @@ class Grammar:
         self._transitions: list[dict[int, int]] = [{}, {}]
         self._kinds, self._capped, self._slot_ids = [PLAIN, PLAIN], [ERROR, ERROR], [0, 0]
         self.slots: list[Slot] = [Slot("", 0, "end")]
-        self.start = self._answer()
+        self.start = self._interleaved() if tuple(self.options.modes) == (INTERLEAVED,) else self._answer()
         self.slot_of = np.array(self._slot_ids, np.int32)
         self.tables = self._tabulate()
 
@@ -136,7 +142,11 @@ class Grammar:
         text_ids = np.arange(vocab.text_size)
         plain = text_ids[self._class_of[: vocab.text_size] == TEXT]
         self._class_of[[i for i in plain if tokenizer.is_blank(int(i))]] = self._blank
-        self._classes = self._blank + 1
+        self._other = self._blank + 1  # special ids without a role in an answer: legal in interleaved ones alone
+        between = np.arange(vocab.text_size, vocab.visual_start)
+        roleless = between[self._class_of[between] == ILLEGAL]
+        self._class_of[roleless[~np.isin(roleless, (vocab.pad, vocab.bos, vocab.bss))]] = self._other
+        self._classes = self._other + 1
         self._text_classes = sorted(set(self._class_of[: vocab.text_size].tolist()))
         self._blank_classes = {int(self._class_of[i]) for i in text_ids if tokenizer.is_blank(int(i))}
 
@@ -209,6 +219,9 @@ class Grammar:
 
     def _image(self, round_: int, following: int) -> int:
         slot = self._slot("G", round_, "image")
+        return self._literal_token(slot, self.tokenizer.vocab.boi, self._after_boi(slot, following))
+
+    def _after_boi(self, slot: int, following: int) -> int:
         digits = range(self._digit_class, self._digit_class + 10)
         end = self._literal_token(slot, self.tokenizer.vocab.eoi, following)
         grid, end_row = self._node(slot, GRID), self._node(slot, END_ROW)
@@ -221,9 +234,7 @@ class Grammar:
             self._transitions[first] |= {d: second for d in digits[1:]}
             self._transitions[second] |= {d: last for d in digits} | {closing: target}
             self._transitions[last][closing] = target
-        begin = self._literal_token(slot, self.tokenizer.vocab.boi, height[0])
-        self._kinds[begin] = BEGIN_IMAGE
-        return begin
+        return height[0]
 
     def _size(self, slot: int, kind: int) -> tuple[int, int, int]:
         return self._node(slot, kind), self._node(slot, kind), self._node(slot, kind)
@@ -261,6 +272,18 @@ class Grammar:
                 "Add reflection or multi_step to grammar.modes.",
             )
         return self._image(1, self._verdict_control(1, on, end, force=options.force))
+
+    def _interleaved(self) -> int:
+        """Texts of at most `text_cap` tokens and images in any order, then EOS; an image or EOS follows a full text."""
+        vocab, slot = self.tokenizer.vocab, self._slot("T", 1, "text")
+        text, full = self._node(slot, FREE_TEXT), self._node(slot)
+        structural = [self._role(token) for token in (vocab.boi, vocab.img, vocab.eoi, vocab.eol, vocab.eos)]
+        spoken = set(range(TEXT, self._classes)) - {VISUAL, *structural}
+        go_on = {self._role(vocab.boi): self._after_boi(self._slot("G", 1, "image"), text), structural[-1]: ACCEPT}
+        self._transitions[text] = {class_: text for class_ in spoken} | go_on
+        self._transitions[full] = go_on
+        self._capped[text] = full
+        return text
 
     def _rounds(self, mode: Mode, count: int) -> tuple[tuple[int, ...], int] | None:
         """The branch (first classes, node that follows) into round 2 of `mode`, or None without rounds."""
@@ -310,9 +333,10 @@ class Grammar:
             for class_, following in transitions.items():
                 if class_ != ANY_TEXT:
                     table[node, class_] = following
-        legal = np.zeros((nodes + 12, self._classes), bool)
+        legal = np.zeros((nodes + 13, self._classes), bool)
         legal[:nodes] = table != ERROR
         legal[np.arange(nodes, nodes + 12), np.arange(self._digit_class, self._digit_class + 12)] = True
+        legal[nodes + 12, self._digit_class : self._digit_class + 10] = True
         return Tables(
             table,
             legal,
@@ -325,14 +349,15 @@ class Grammar:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def initial(self, height: Any, width: Any) -> GrammarState:
-        """State before the first answer token; `height`, `width` int [B]: forced size in cells, or 0."""
+        """State before the first answer token; `height`, `width` int [B]: forced size in cells, 0 or `FREE`."""
         height, width = np.asarray(height, np.int32), np.asarray(width, np.int32)
-        if not ((0 <= height) & (height <= 99) & (0 <= width) & (width <= 99) & ((height == 0) == (width == 0))).all():
+        sizes = (1 <= height) & (height <= 99) & (1 <= width) & (width <= 99)
+        if not (sizes | (height == width) & np.isin(height, (0, *FREE))).all():
             raise UserError(
                 "an image's size must be 1-99 latent cells a side.", "Resize it, or leave the size free (0)."
             )
-        zero = np.zeros_like(height)
-        return GrammarState(np.full_like(height, self.start), zero, zero, zero, zero, zero, height, width)
+        zero, cap = np.zeros_like(height), np.full_like(height, self.options.text_cap)
+        return GrammarState(np.full_like(height, self.start), zero, zero, zero, zero, cap, height, width)
 
     def run(self, tokens: np.ndarray, height: Any = None, width: Any = None) -> np.ndarray:
         """Nodes *before* each token: int32 [B, T+1] for tokens int [B, T].  ACCEPT after EOS, ERROR after a mistake."""
@@ -362,7 +387,10 @@ def legal_row(tables: Tables, state: GrammarState, xp: Any) -> Any:
     closing = xp.where(in_height, nodes + 10, nodes + 11)
     digit = xp.where((value == 0) & (want >= 10), want // 10, want % 10)
     forced = xp.where(value == want, closing, nodes + digit)
-    return xp.where((in_height | (kind == WIDTH)) & (want > 0), forced, state.node).astype(xp.int32)
+    in_size = in_height | (kind == WIDTH)
+    second = (want < 0) & (value > 0) & (value < 10)
+    free = xp.where(in_size & second, nodes + 12, state.node)
+    return xp.where(in_size & (want > 0), forced, free).astype(xp.int32)
 
 
 def advance(tables: Tables, state: GrammarState, token: Any, xp: Any) -> GrammarState:
@@ -377,10 +405,12 @@ def advance(tables: Tables, state: GrammarState, token: Any, xp: Any) -> Grammar
     is_digit = (digit >= 0) & (digit < 10)
     height = xp.where((kind == HEIGHT) & is_digit, state.height * 10 + digit, state.height)
     width = xp.where((kind == WIDTH) & is_digit, state.width * 10 + digit, state.width)
-    begin = kind == BEGIN_IMAGE
+    begin = (kind != HEIGHT) & (tables.kind[node] == HEIGHT)
     height, width = xp.where(begin, 0, height), xp.where(begin, 0, width)
 
     enters_grid = (kind == WIDTH) & ~is_digit
+    chosen = enters_grid & (state.want_height < 0)
+    want_height, want_width = xp.where(chosen, height, state.want_height), xp.where(chosen, width, state.want_width)
     cells = xp.where(
         enters_grid | (kind == END_ROW), width, xp.where(kind == GRID, state.cells_left - 1, state.cells_left)
     )
@@ -394,5 +424,5 @@ def advance(tables: Tables, state: GrammarState, token: Any, xp: Any) -> Grammar
     in_text, was_text = tables.kind[node] == FREE_TEXT, kind == FREE_TEXT
     text_left = xp.where(in_text & was_text, state.text_left - 1, xp.where(in_text, tables.text_cap, state.text_left))
     node = xp.where(in_text & was_text & (text_left <= 0), tables.capped[node], node)
-    as_int = [x.astype(xp.int32) for x in (node, height, width, rows, cells, text_left)]
-    return GrammarState(*as_int, state.want_height, state.want_width)
+    registers = (node, height, width, rows, cells, text_left, want_height, want_width)
+    return GrammarState(*(x.astype(xp.int32) for x in registers))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from ivr_jax.errors import UserError
-from ivr_jax.trajectory import AXES, MAX_STEPS
+from ivr_jax.trajectory import AXES, MAX_STEPS, TASKS
 
 EVALUATE_OPEN, EVALUATE_CLOSE = "<Evaluate>", "\n</Evaluate>"
 AXIS = {axis: f"\n{axis.capitalize()}: " for axis in AXES}
@@ -33,7 +33,6 @@ ANSWER_MARKERS: tuple[str, ...] = (
     *STEP_CLOSE.values(),
 )
 
-TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")
 SYSTEM = {task: f"You are a helpful assistant for {task} task. USER: " for task in TASKS}
 SYSTEM_UNCONDITIONAL = "You are a helpful assistant. USER: "
 ASSISTANT = " ASSISTANT: "

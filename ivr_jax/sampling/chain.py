@@ -1,13 +1,18 @@
 """The sampled distribution, defined once.
 
-`log_probabilities` is what the sampler draws from and what the trainer replays: guidance, then the grammar mask, then
-temperature, then top-k and top-p per modality, each skipped when it is switched off.  With the default options it is
-the bare policy: a log-softmax over the *legal* ids at temperature 1.
+`log_probabilities` is what the sampler draws from and what the trainer replays: the chain of processors that
+`SamplingOptions.chain` names (guidance, then the grammar mask, then temperature, then top-k and top-p per modality,
+each left out when it is switched off), and a log-softmax.  With the default options it is the bare policy: a
+log-softmax over the *legal* ids at temperature 1.
+
+A processor is a small frozen dataclass, called with scores float32 [..., V] and the `Context` of their positions.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +23,106 @@ from ivr_jax.protocol.grammar import VISUAL, Tables
 MASKED = -1e30  # finite, so that a masked id times a zero weight stays zero in gradients
 
 
+class Context(NamedTuple):
+    """What a processor may know of its positions.
+
+    legal bool [..., V]: ids that the grammar allows.
+    visual bool [..., 1]: where a visual token comes next.
+    others: float32 [..., V] logits of the unconditional passes, as many as `SamplingOptions.passes`.
+    """
+
+    legal: jax.Array
+    visual: jax.Array
+    others: tuple[jax.Array, ...]
+
+
+Processor = Callable[[jax.Array, Context], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance of visual tokens, on log-softmax scores (Emu3.5).
+
+    c has the whole prompt, n the references alone, a neither.  Two-way: `n + text (c - n)`; three-way, when `image` is
+    not None: `a + image (n - a) + text (c - n)`.
+    """
+
+    text: float
+    image: float | None = None
+
+    def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
+        given, *others = (jax.nn.log_softmax(x) for x in (scores, *context.others))
+        start = others[0] if self.image is None else others[1] + self.image * (others[0] - others[1])
+        return jnp.where(context.visual, start + self.text * (given - others[0]), scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseMask:
+    """Only what the grammar allows here: text, digits, a grid, a forced EOL or EOI."""
+
+    def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
+        return jnp.where(context.legal, scores, MASKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature:
+    """Divides scores; 0 leaves the likeliest id alone."""
+
+    text: float
+    image: float
+
+    def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
+        scores = scores / jnp.where(context.visual, self.image or 1.0, self.text or 1.0)
+        if self.text and self.image:
+            return scores
+        ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+        likeliest = ids == jnp.argmax(scores, axis=-1, keepdims=True)
+        greedy = jnp.where(context.visual, self.image == 0, self.text == 0)
+        return jnp.where(greedy & ~likeliest, MASKED, scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """Keeps the k likeliest ids of a position (and what ties with the last of them); 0 keeps all."""
+
+    text: int
+    image: int
+
+    def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
+        size = scores.shape[-1]
+        limit = jnp.where(context.visual, self.image, self.text)
+        index = jnp.clip(jnp.where(limit > 0, limit, size) - 1, 0, size - 1)
+        threshold = jnp.take_along_axis(-jnp.sort(-scores, axis=-1), index, axis=-1)
+        return jnp.where(scores >= threshold, scores, MASKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopP:
+    """Keeps the smallest set of likeliest ids that holds this much probability; 1 keeps all."""
+
+    text: float
+    image: float
+
+    def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
+        scores = jax.nn.log_softmax(scores)
+        ordered = -jnp.sort(-scores, axis=-1)
+        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+        kept = before < jnp.where(context.visual, self.image, self.text)
+        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(scores >= threshold, scores, MASKED)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How ids are drawn.
+    """How ids are drawn.  A config may leave out the options that are None here.
 
     Attributes:
       temperature: 0 takes the likeliest id.
       text_top_k, image_top_k: keep the k likeliest ids of a text or visual position; 0 keeps all.
       text_top_p, image_top_p: keep the smallest set of ids that holds this much probability; 1 keeps all.
-      guidance: classifier-free guidance on visual tokens, `u + guidance * (c - u)` on log-softmax scores; 1 is off.
+      guidance: classifier-free guidance on visual tokens, see `Guidance.text`; 1 is off.
+      image_temperature: of visual tokens; None: `temperature`.
+      image_guidance: guidance by the references, see `Guidance.image`; None: the two-way form.
     """
 
     temperature: float = 1.0
@@ -35,12 +131,14 @@ class SamplingOptions:
     image_top_k: int = 0
     image_top_p: float = 1.0
     guidance: float = 1.0
+    image_temperature: float | None = None
+    image_guidance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.guidance < 0 or min(self.text_top_k, self.image_top_k) < 0:
-            raise UserError(
-                f"sampling options {self} are out of range.", "temperature, guidance and top_k must be >= 0."
-            )
+        least = (self.temperature, self.guidance, self.text_top_k, self.image_top_k,
+                 self.image_temperature or 0, self.image_guidance or 0)  # fmt: skip
+        if min(least) < 0:
+            raise UserError(f"sampling options {self} are out of range.", "temperatures, guidance, top_k must be >= 0.")
         if not (0 < self.text_top_p <= 1 and 0 < self.image_top_p <= 1):
             raise UserError(f"top_p of {self} is out of range.", "Use 0 < top_p <= 1.")
 
@@ -48,6 +146,33 @@ class SamplingOptions:
     def truncates(self) -> bool:
         """Whether top-k or top-p leaves ids out, so that the sampler has to record which."""
         return bool(self.text_top_k or self.image_top_k) or min(self.text_top_p, self.image_top_p) < 1
+
+    @property
+    def passes(self) -> int:
+        """Unconditional passes that guidance needs: 0, 1 (references alone) or 2 (references alone; nothing)."""
+        if self.image_guidance not in (None, 1.0):
+            return 2
+        return int(self.guidance != 1.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every id is the likeliest one."""
+        return self.temperature == 0 and self.image_temperature in (None, 0)
+
+    @property
+    def chain(self) -> tuple[Processor, ...]:
+        """The processors that act, in order."""
+        temperature = Temperature(
+            self.temperature, self.temperature if self.image_temperature is None else self.image_temperature
+        )
+        every: tuple[tuple[bool, Processor], ...] = (
+            (self.passes > 0, Guidance(self.guidance, self.image_guidance if self.passes == 2 else None)),
+            (True, PhaseMask()),
+            (temperature != Temperature(1.0, 1.0), temperature),
+            (self.text_top_k > 0 or self.image_top_k > 0, TopK(self.text_top_k, self.image_top_k)),
+            (self.text_top_p < 1 or self.image_top_p < 1, TopP(self.text_top_p, self.image_top_p)),
+        )
+        return tuple(processor for acts, processor in every if acts)
 
 
 def legal_ids(tables: Tables, rows: jax.Array) -> jax.Array:
@@ -60,7 +185,7 @@ def log_probabilities(
     tables: Tables,
     rows: jax.Array,
     options: SamplingOptions,
-    unconditional: jax.Array | None = None,
+    others: tuple[jax.Array, ...] = (),
     kept: jax.Array | None = None,
 ) -> jax.Array:
     """float32 [..., V] log-probabilities of the next id.
@@ -68,30 +193,24 @@ def log_probabilities(
     Args:
       logits: float [..., V] of the conditional pass.
       rows: int [...], `grammar.legal_row` of each position.
-      unconditional: float [..., V] logits without task and question, needed when guidance is on.
+      others: float [..., V] logits of the unconditional passes, `options.passes` of them: with the references alone
+        and, for the three-way form, with nothing.
       kept: uint8 [..., ceil(V / 8)], what `pack_kept` made when the ids were drawn: replaces top-k and top-p, so that a
         model that has changed since is compared over the same set of ids.
     """
+    if len(others) != options.passes:
+        raise ValueError(f"guidance needs the logits of {options.passes} unconditional passes, not {len(others)}")
+    visual = jnp.asarray(tables.legal)[rows][..., VISUAL, None]
+    context = Context(legal_ids(tables, rows), visual, tuple(x.astype(jnp.float32) for x in others))
     scores = logits.astype(jnp.float32)
-    visual = jnp.asarray(tables.legal)[rows][..., VISUAL]
-    if options.guidance != 1.0:
-        if unconditional is None:
-            raise ValueError("guidance needs the unconditional logits")
-        conditional, free = jax.nn.log_softmax(scores), jax.nn.log_softmax(unconditional.astype(jnp.float32))
-        scores = jnp.where(visual[..., None], free + options.guidance * (conditional - free), scores)
-    allowed = legal_ids(tables, rows)
+    chain = options.chain
     if kept is not None:
-        allowed &= jnp.unpackbits(kept, axis=-1, count=scores.shape[-1]).astype(bool)
-    scores = jnp.where(allowed, scores, MASKED)
-    scores = jax.nn.log_softmax(scores / (options.temperature or 1.0))
-    if kept is not None:
-        return scores
-    if options.text_top_k or options.image_top_k:
-        limit = jnp.where(visual, options.image_top_k, options.text_top_k)
-        scores = _keep_top_k(scores, limit)
-    if options.text_top_p < 1 or options.image_top_p < 1:
-        scores = _keep_top_p(scores, jnp.where(visual, options.image_top_p, options.text_top_p))
-    return scores
+        same = jnp.unpackbits(kept, axis=-1, count=scores.shape[-1]).astype(bool)
+        context = context._replace(legal=context.legal & same)
+        chain = tuple(processor for processor in chain if not isinstance(processor, (TopK, TopP)))
+    for processor in chain:
+        scores = processor(scores, context)
+    return jax.nn.log_softmax(scores)
 
 
 def pack_kept(log_probs: jax.Array) -> jax.Array:
@@ -99,24 +218,8 @@ def pack_kept(log_probs: jax.Array) -> jax.Array:
     return jnp.packbits(log_probs > MASKED / 2, axis=-1)
 
 
-def _keep_top_k(scores: jax.Array, limit: jax.Array) -> jax.Array:
-    size = scores.shape[-1]
-    ordered = -jnp.sort(-scores, axis=-1)
-    index = jnp.clip(jnp.where(limit > 0, limit, size) - 1, 0, size - 1)
-    threshold = jnp.take_along_axis(ordered, index[..., None], axis=-1)
-    return jax.nn.log_softmax(jnp.where(scores >= threshold, scores, MASKED))
-
-
-def _keep_top_p(scores: jax.Array, mass: jax.Array) -> jax.Array:
-    ordered = -jnp.sort(-scores, axis=-1)
-    before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
-    kept = before < mass[..., None]
-    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jax.nn.log_softmax(jnp.where(scores >= threshold, scores, MASKED))
-
-
 def draw(log_probs: jax.Array, keys: jax.Array, options: SamplingOptions) -> jax.Array:
     """One id a row: int32 [B] from float [B, V]; `keys` [B] PRNG keys, one a row."""
-    if options.temperature == 0:
+    if options.greedy:
         return jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, log_probs).astype(jnp.int32)

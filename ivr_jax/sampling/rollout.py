@@ -36,7 +36,7 @@ class Rollout:
     """`group` answers to each of P prompts, groups adjacent; None where an answer is not well-formed.
 
     `errors[i]` says why.  `samples` holds numpy arrays (see `sampler.Samples`); prompts int32 [P, T], right-padded.
-    `unconditional` holds the prompts and lengths of the unconditional pass where guidance was on.
+    `unconditional` holds the prompts and lengths of each of guidance's unconditional passes.
     """
 
     prompts: np.ndarray
@@ -45,7 +45,7 @@ class Rollout:
     answers: tuple[Answer | None, ...]
     errors: tuple[str, ...]
     group: int
-    unconditional: tuple[np.ndarray, np.ndarray] | None = None
+    unconditional: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
     @property
     def total_lengths(self) -> np.ndarray:
@@ -81,8 +81,8 @@ def roll_out(
 
     Args:
       images: pixels of each sample's sources, by name; sides must be multiples of the tokenizer's factor.
-      size: latent rows and columns of every drawn image; by default those of the first source, or of the image
-        tokenizer's training resolution without one.  All samples of a call must agree.
+      size: latent rows and columns of every drawn image, or `grammar.FREE`; by default those of the first source, or
+        of the image tokenizer's training resolution without one.  All samples of a call must agree.
       strict: a grammar that an answer must also satisfy to count as well-formed.
     """
     options = options or SamplingOptions()
@@ -92,21 +92,29 @@ def roll_out(
     per_sample = [{name: codes[i, name] for name in s.sources} for i, s in enumerate(samples)]
     size = size or _size(system, samples, per_sample)
     pad = tokenizer.vocab.pad
-    prompts, lengths = pad_prompts(
-        [codec.encode_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample, strict=True)], pad
-    )
-    free = None
-    if options.guidance != 1.0:
-        free = pad_prompts(
-            [codec.encode_unconditional_prompt(tokenizer, s, c) for s, c in zip(samples, per_sample, strict=True)], pad
-        )
+    pairs = list(zip(samples, per_sample, strict=True))
+    prompts, lengths = pad_prompts([codec.encode_prompt(tokenizer, s, c) for s, c in pairs], pad)
+    unconditional = [
+        pad_prompts([codec.encode_unconditional_prompt(tokenizer, s, c, references) for s, c in pairs], pad)
+        for references in (True, False)[: options.passes]
+    ]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples) * group))
     drawn = sample(
-        system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group, free
+        system.config,
+        system.params,
+        grammar,
+        prompts,
+        lengths,
+        size,
+        keys,
+        answer_length,
+        options,
+        group,
+        unconditional,
     )
     drawn = jax.tree.map(np.asarray, drawn)
     answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
-    return Rollout(prompts, lengths, drawn, answers, errors, group, free)
+    return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional))
 
 
 def _size(system: System, samples: Sequence[Sample], codes: Sequence[Mapping[str, np.ndarray]]) -> tuple[int, int]:

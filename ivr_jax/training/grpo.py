@@ -321,12 +321,13 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     """The stage of an rl config."""
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
-    if config.sampling.guidance != 1.0:
+    sampling = as_dataclass(SamplingOptions, config.sampling)
+    if sampling.passes:
         raise UserError("rl learns from the bare policy, without guidance.", "Give --config.sampling.guidance=1.")
     system = systems.load(config.init, config.image_tokenizer or None)
     optimizer = make_optimizer(config.optimizer, config.steps * config.updates)
     options = Options(
-        as_dataclass(SamplingOptions, config.sampling),
+        sampling,
         as_dataclass(GrammarOptions, config.grammar),
         as_dataclass(reward_functions.RewardOptions, config.reward),
         as_dataclass(GrpoOptions, config.grpo),

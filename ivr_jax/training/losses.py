@@ -61,7 +61,7 @@ def token_statistics(
         if tables is None:
             log_probs = jax.nn.log_softmax(logits_of(h))
         else:
-            without = None if free is None else logits_of(free)
+            without = () if free is None else (logits_of(free),)
             log_probs = log_probabilities(logits_of(h), tables, row, options or SamplingOptions(), without, keep)
         taken = jnp.take_along_axis(log_probs, target[:, None], axis=1)[:, 0]
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
