@@ -1,8 +1,12 @@
 """A model with everything it needs to read and write: backbone, text tokenizer, image tokenizer.
 
-A backbone checkpoint's metadata names its vocabulary and where its image tokenizer is, so one path is enough:
+A backbone checkpoint's metadata names its vocabulary and where its tokenizers are, so one path is enough:
 
     system = load("runs/demo/rl")
+
+A checkpoint that was imported from released weights knows neither, so they are named:
+
+    system = load("runs/emu35", "runs/emu35_images", text_tokenizer_path="Emu3.5-tokenizer")
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_codec import ImageCodec
+from ivr_jax.protocol.emu_text import RANKS_FILE, VISION_FILE, EmuTokenizer
 from ivr_jax.protocol.text import PhraseTokenizer, TextTokenizer
 from ivr_jax.training import checkpoint
 from ivr_jax.world.language import PHRASES
 
 BACKBONE, IMAGE_TOKENIZER = "backbone", "image_tokenizer"
+MICRO = "micro"
 
 
 @dataclasses.dataclass
@@ -40,10 +46,26 @@ class System:
 
 
 def text_tokenizer(kind: str, visual_size: int) -> TextTokenizer:
-    """The text tokenizer named in a config: "micro" is the micro-world's phrase list."""
-    if kind == "micro":
+    """The text tokenizer named in a config or by a flag.
+
+    Args:
+      kind: "micro", the micro-world's phrase list, or a folder with an Emu3.5 tokenizer (see `protocol.emu_text`).
+      visual_size: codes of the image tokenizer that goes with it.
+    """
+    if kind == MICRO:
         return PhraseTokenizer(PHRASES, visual_size)
-    raise UserError(f"unknown text tokenizer {kind!r}.", 'Use "micro".')
+    if not os.path.isdir(kind):
+        raise UserError(
+            f"unknown text tokenizer {kind!r}.", f'Use "micro", or a folder with {RANKS_FILE} and {VISION_FILE}.'
+        )
+    tokenizer = EmuTokenizer.load(kind)
+    if tokenizer.vocab.visual_size != visual_size:
+        raise UserError(
+            f"the text tokenizer {kind!r} has {tokenizer.vocab.visual_size} visual tokens, "
+            f"the image tokenizer {visual_size} codes.",
+            "Name two that belong together.",
+        )
+    return tokenizer
 
 
 def load_image_codec(path: str | os.PathLike) -> ImageCodec:
@@ -65,13 +87,17 @@ def load_image_codec(path: str | os.PathLike) -> ImageCodec:
 
 
 def load(
-    path: str | os.PathLike, image_tokenizer_path: str | os.PathLike | None = None, codec: ImageCodec | None = None
+    path: str | os.PathLike,
+    image_tokenizer_path: str | os.PathLike | None = None,
+    codec: ImageCodec | None = None,
+    text_tokenizer_path: str | os.PathLike | None = None,
 ) -> System:
     """The system of the backbone checkpoint at `path` (see `checkpoint.resolve`).
 
     Args:
-      image_tokenizer_path: where its image tokenizer is now, if it was moved.
+      image_tokenizer_path: where its image tokenizer is now, if it was moved or never recorded.
       codec: an image tokenizer already loaded.
+      text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
     """
     meta = checkpoint.read_meta(path)
     if meta.get("kind") != BACKBONE:
@@ -79,15 +105,25 @@ def load(
             f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not a backbone.",
             "Name the workdir of an sft or rl run.",
         )
-    codec = codec or load_image_codec(image_tokenizer_path or _nearby(path, meta["image_tokenizer"]))
-    if meta["image_tokenizer_fingerprint"] != fingerprint(codec.params):
+    text_kind = text_tokenizer_path or meta.get("text_tokenizer")
+    image_path = image_tokenizer_path or meta.get("image_tokenizer")
+    if not text_kind or not (codec or image_path):
+        raise UserError(
+            f"the checkpoint {str(path)!r} does not say which tokenizers it was trained with.",
+            "It was imported: name both with --text_tokenizer=FOLDER --image_tokenizer=WORKDIR (for training, "
+            "--config.text_tokenizer and --config.image_tokenizer).",
+        )
+    codec = codec or load_image_codec(image_tokenizer_path or _nearby(path, image_path, "image"))
+    if meta.get("image_tokenizer_fingerprint", fingerprint(codec.params)) != fingerprint(codec.params):
         raise UserError(
             f"{str(path)!r} was trained with another image tokenizer.",
             "Name the right one with --image_tokenizer=WORKDIR.",
         )
-    tokenizer = text_tokenizer(meta["text_tokenizer"], codec.config.n_embed)
-    check_vocabulary(tokenizer, meta, path)
+    if not text_tokenizer_path and text_kind != MICRO:
+        text_kind = _nearby(path, text_kind, "text")
+    tokenizer = text_tokenizer(str(text_kind), codec.config.n_embed)
     config = BackboneConfig(**_tuples(meta["model"]))
+    check_vocabulary(tokenizer, config, meta, path)
     like = jax.eval_shape(lambda: backbone.init_params(config, jax.random.key(0)))
     params, meta = checkpoint.read_params(path, BACKBONE, like)
     return System(config, params, tokenizer, codec, meta)
@@ -105,7 +141,7 @@ def backbone_meta(
     return {
         "kind": BACKBONE,
         "model": dataclasses.asdict(config),
-        "text_tokenizer": tokenizer_kind,
+        "text_tokenizer": tokenizer_kind if tokenizer_kind == MICRO else os.path.abspath(tokenizer_kind),
         "vocabulary": tokenizer.fingerprint,
         "image_tokenizer": os.path.abspath(image_tokenizer_path),
         "image_tokenizer_fingerprint": fingerprint(codec.params),
@@ -113,12 +149,20 @@ def backbone_meta(
     }
 
 
-def check_vocabulary(tokenizer: TextTokenizer, meta: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Raises UserError when the checkpoint's token ids mean something else here."""
-    if meta["vocabulary"] != tokenizer.fingerprint:
+def check_vocabulary(
+    tokenizer: TextTokenizer, config: BackboneConfig, meta: Mapping[str, Any], path: str | os.PathLike
+) -> None:
+    """Raises UserError when the checkpoint's token ids mean something else here, or are more or fewer."""
+    if meta.get("vocabulary", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(
             f"the checkpoint {str(path)!r} was made with another vocabulary.",
-            "Train it again with this version of the program.",
+            "Name its own with --text_tokenizer=FOLDER; where nothing was moved, train it again with this version of "
+            "the program.",
+        )
+    if config.vocab_size != tokenizer.vocab.size:
+        raise UserError(
+            f"the checkpoint {str(path)!r} has {config.vocab_size} token ids, its tokenizers {tokenizer.vocab.size}.",
+            "Name the tokenizers that belong to it.",
         )
 
 
@@ -130,8 +174,8 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _nearby(path: str | os.PathLike, recorded: str) -> pathlib.Path:
-    """The recorded image tokenizer, or the folder of that name beside the run when the runs were moved together."""
+def _nearby(path: str | os.PathLike, recorded: str, which: str) -> pathlib.Path:
+    """The recorded image or text tokenizer, or the folder of that name beside the run when both were moved together."""
     recorded_path = pathlib.Path(recorded)
     if recorded_path.exists():
         return recorded_path
@@ -141,8 +185,8 @@ def _nearby(path: str | os.PathLike, recorded: str) -> pathlib.Path:
     if beside.exists():
         return beside
     raise UserError(
-        f"the image tokenizer {recorded!r} of checkpoint {str(path)!r} is not there.",
-        "Name it with --image_tokenizer=WORKDIR.",
+        f"the {which} tokenizer {recorded!r} of checkpoint {str(path)!r} is not there.",
+        f"Name it with --{which}_tokenizer=…",
     )
 
 

@@ -188,8 +188,9 @@ def free_sized() -> Samples:
     """Interleaved answers of a size that the model chooses, with and without an end."""
     grammar = Grammar(TOKENIZER, GrammarOptions(modes=("interleaved",), text_cap=4))
     prompts, lengths = pad_prompts(PROMPTS[:1], TOKENIZER.vocab.pad, 32)
-    hot = SamplingOptions(temperature=8.0)  # so that sizes are small now and then, and answers end
-    found = sample(CONFIG, PARAMS, grammar, prompts, lengths, FREE, keys(64), 200, hot, 64)
+    vocab, head = TOKENIZER.vocab, np.array(PARAMS["lm_head"])
+    head[0, [ord("1"), ord("0"), vocab.boi, vocab.eos]] = 40, 50, 0, 0  # images of about 10 x 10 cells
+    found = sample(CONFIG, {**PARAMS, "lm_head": head}, grammar, prompts, lengths, FREE, keys(64), 200, None, 64)
     return Samples(*map(np.asarray, found))
 
 

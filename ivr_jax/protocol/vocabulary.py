@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+EXTRAS = 205  # Emu3.5's `<|extra_i|>` ids
+
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
@@ -36,21 +38,22 @@ class Vocabulary:
         return self.visual_start + self.visual_size
 
 
-def emu35() -> Vocabulary:
-    """The released Emu3.5 table: 282,926 ids."""
-    extra = 151_646
+def emu35(text_size: int = 151_643, visual_size: int = 131_072) -> Vocabulary:
+    """Emu3.5's table, by default the released one of 282,926 ids; see `emu_text` for every id."""
+    extra = text_size + 3  # after <|endoftext|>, <|im_start|>, <|im_end|>
+    img = extra + EXTRAS
     return Vocabulary(
-        text_size=151_643,
-        pad=151_643,
+        text_size=text_size,
+        pad=text_size,
         bos=extra + 203,
         eos=extra + 204,
         bss=extra + 100,
-        boi=151_852,
-        img=151_851,
-        eoi=151_853,
+        boi=img + 1,
+        img=img,
+        eoi=img + 2,
         eol=extra + 200,
-        visual_start=151_854,
-        visual_size=131_072,
+        visual_start=img + 3,
+        visual_size=visual_size,
     )
 
 

@@ -102,7 +102,7 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     codec = systems.load_image_codec(config.image_tokenizer)
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
     if config.init:
-        start = systems.load(config.init, codec=codec)
+        start = systems.load(config.init, codec=codec, text_tokenizer_path=config.text_tokenizer)
         model, params = start.config, start.params
     else:
         model = BackboneConfig(vocab_size=tokenizer.vocab.size, **config.model)
