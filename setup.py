@@ -29,18 +29,26 @@ REQUIREMENTS = [
     "rich>=15.0.0",
     "safetensors>=0.8.0",
     "tensorboardX>=2.6.5",
-    "tensorflow-datasets>=4.9.10",  # reads ArrayRecord datasets; TensorFlow itself is never needed to train
     "tiktoken>=0.14.0",
     "tqdm>=4.70.1",
     "transformers>=5.23.0",
 ]
+REVIEW_REQUIREMENTS = ["starlette>=1.10.0", "uvicorn>=0.54.0"]  # the local page of `python -m ivr_jax.review`
+TFDS_REQUIREMENTS = [  # tables for TensorFlow Datasets; `tfds.load` itself needs TensorFlow beside them
+    "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not ask for it
+    "tensorflow-datasets>=4.9.10",
+]
 TEST_REQUIREMENTS = [
+    *REVIEW_REQUIREMENTS,
+    *TFDS_REQUIREMENTS,
     "hypothesis>=6.170.15",
+    "playwright>=1.65.2",  # drives the Chromium that is installed; it downloads none
     "pytest>=9.2.0",
     "pytest-cov>=7.1.0",
     "pytest-xdist>=3.8.0",
     "ruff>=0.17.6,<0.18",  # a new minor version may bring new rules
     "scikit-image>=0.26.0",  # ships the photographs that the tests train on
+    "scikit-learn>=1.9.1",  # the reference for agreement between reviewers
     "torch==2.13.0",  # the independent implementation that exports are compared with; runs on a CPU
 ]
 COMMANDS = {
@@ -51,6 +59,8 @@ COMMANDS = {
     "ivr-convert": "ivr_jax.convert",
     "ivr-demo": "ivr_jax.demo",
     "ivr-report": "ivr_jax.report",
+    "ivr-export": "ivr_jax.export",
+    "ivr-review": "ivr_jax.review",
 }
 
 
@@ -71,9 +81,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["ivr_jax", "ivr_jax.*"]), "ivr_jax.configs"],
     package_dir={"ivr_jax.configs": "configs"},
-    package_data={"ivr_jax.evaluation": ["templates/*"]},
+    package_data={"ivr_jax.evaluation": ["templates/*"], "ivr_jax.construct.review": ["page/*"]},
     install_requires=REQUIREMENTS,
     extras_require={
+        "review": REVIEW_REQUIREMENTS,
+        "tfds": TFDS_REQUIREMENTS,
         "test": TEST_REQUIREMENTS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],

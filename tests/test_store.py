@@ -93,6 +93,8 @@ def test_the_manifest_counts_and_remembers(tmp_path):
 def test_the_same_input_makes_the_same_bytes(tmp_path):
     first, second = build(tmp_path / "a"), build(tmp_path / "b")
     assert sorted(p.name for p in first.iterdir()) == [
+        "README.md",
+        "card.json",
         "dataset.json",
         "images.array_record",
         "images.json",

@@ -15,12 +15,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ivr_jax.construct.released import RESULT, Problem, load_result, sample_folders
+from ivr_jax.construct.released import RESULT, Problem, load_result, result_from_trajectory, sample_folders
+from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 
 Record: TypeAlias = dict[str, Any]
@@ -162,9 +164,69 @@ def export_success(
     Raises:
       UserError: the form is unknown, `root` holds no samples, or `out` cannot be written.
     """
-    folders, problems, written = sample_folders(root), [], 0
-    target = Path(out)
+    folders, problems = sample_folders(root), []
+
+    def records() -> Iterator[Record]:
+        for folder in folders:
+            try:
+                yield from export_records([load_result(folder / RESULT)], form, options)
+            except UserError as error:
+                problems.append(Problem(folder, str(error)))
+
     list(export_records([], form))
+    return _write_lines(Path(out), records()), problems
+
+
+def export_dataset(
+    dataset: TrajectoryDataset, out: str | os.PathLike, form: str, options: ExportOptions | None = None
+) -> tuple[int, int]:
+    """Writes the JSONL of a dataset, and its images, each once, into `<out without suffix>_images/<name>.png`.
+
+    Paths in the records start in the folder of `out`.  Trajectories that end in an image that failed (they teach
+    evaluation alone) are left out, and with them images that nothing else shows.
+
+    Returns:
+      How many records were written, and how many trajectories were left out for their failed end.
+
+    Raises:
+      UserError: the form is unknown, a record or an image is corrupt, the folder of images exists, or nothing can be
+        written there.
+    """
+    list(export_records([], form))
+    target = Path(out)
+    pictures = target.with_name(f"{target.stem}_images")
+    partial, failed = target.with_name(f".{pictures.name}.partial"), 0
+    if pictures.exists():
+        raise UserError(f"{pictures} exists.", "Remove it, or name another file.")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+        def records() -> Iterator[Record]:
+            nonlocal failed
+            for trajectory in dataset:
+                if not trajectory.rounds[-1].evaluation.passed:
+                    failed += 1
+                    continue
+                result, files = result_from_trajectory(trajectory, pictures.name, by_name=True)
+                for record in export_records([result], form, options):
+                    for name in files.values():
+                        file = partial / f"{name}.png"
+                        if not file.exists():
+                            file.write_bytes(dataset.png(name))
+                    yield record
+
+        written = _write_lines(target, records(), before=lambda: partial.rename(pictures))
+    except OSError as error:
+        raise UserError(f"cannot write {pictures}: {error.strerror}.", "Make room, or name another file.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return written, failed
+
+
+def _write_lines(target: Path, records: Iterable[Record], before: Callable[[], object] | None = None) -> int:
+    """Writes one JSON a line under a temporary name, calls `before`, renames; returns the number of lines."""
+    written = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -174,19 +236,17 @@ def export_success(
         ) from error
     try:
         with open(descriptor, "w", encoding="utf-8") as lines:
-            for folder in folders:
-                try:
-                    for record in export_records([load_result(folder / RESULT)], form, options):
-                        lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-                        written += 1
-                except UserError as error:
-                    problems.append(Problem(folder, str(error)))
+            for record in records:
+                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+                written += 1
         os.chmod(partial, 0o644)
+        if before:
+            before()
         os.replace(partial, target)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
-    return written, problems
+    return written
 
 
 def _sources(result: Mapping[str, Any]) -> list[str]:

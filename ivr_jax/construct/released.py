@@ -331,25 +331,33 @@ def _find(path: str, candidates: Sequence[Path], image_root: Path | None) -> Pat
     )
 
 
-def result_from_trajectory(trajectory: Trajectory, folder: str) -> tuple[dict[str, Any], dict[str, str]]:
+def result_from_trajectory(
+    trajectory: Trajectory, folder: str, by_name: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The `result.json` of a trajectory, and which image (file name -> image name) goes beside it.
 
     Args:
       trajectory: what to tell.
       folder: put before the file names, as the released paths have it (`outputs/success/<key>`).
+      by_name: tell the paths `<folder>/<image name>.png` instead, for images that are stored once in one folder.
     """
     history = [Drawing(r.cause, r.image, r.evaluation, r.step_evaluation) for r in trajectory.rounds]
-    return _result(trajectory.sample, history, None, folder)
+    return _result(trajectory.sample, history, None, folder, by_name)
 
 
-def write_trajectory(root: str | os.PathLike, trajectory: Trajectory, images: Images) -> Path:
+def write_trajectory(
+    root: str | os.PathLike, trajectory: Trajectory, images: Images, told_root: str | os.PathLike | None = None
+) -> Path:
     """Writes `root/<key>/` (all of it or nothing) and returns its path; `images` as in `construct`.
+
+    The paths in `result.json` start with `told_root` where that is given (`root` is about to be moved there).
 
     Raises:
       UserError: the key cannot name a folder, the folder exists, or an image is missing.
     """
     folder = Path(root) / checked_key(trajectory.sample.key, "a trajectory")
-    result, files = result_from_trajectory(trajectory, str(folder))
+    told = folder if told_root is None else Path(told_root) / folder.name
+    result, files = result_from_trajectory(trajectory, str(told))
     return _write_folder(folder, result, files, images)
 
 
@@ -366,35 +374,40 @@ def write_outcome(success_dir: str | os.PathLike, fail_dir: str | os.PathLike, o
 
 
 def _result(
-    sample: Sample, history: Sequence[Drawing], failure: str | None, folder: str
+    sample: Sample, history: Sequence[Drawing], failure: str | None, folder: str, by_name: bool = False
 ) -> tuple[dict[str, Any], dict[str, str]]:
+    def told(file: str, name: str) -> str:
+        return f"{folder}/{name}.png" if by_name else f"{folder}/{file}"
+
     sources = {
         f"original_image_{i}.png" if len(sample.sources) > 1 else "original_image.png": name
         for i, name in enumerate(sample.sources)
     }
-    files, reflections, steps = dict(sources), [], []
+    files, reflections, steps, final = dict(sources), [], [], ""
     for drawing in history:
         if drawing.cause is None:
             file = "step1_direct_edit_result.png"
         elif isinstance(drawing.cause, Reflection):
             file = f"step2_reflect_edit_result_{len(reflections)}.png"
-            reflections.append(_reflection_json(drawing, f"{folder}/{file}"))
         else:
             file = f"step4_multi_step_edit_result_{len(steps)}.png"
-            steps.append(_step_json(drawing, f"{folder}/{file}"))
-        files[file] = drawing.image
-    paths = [f"{folder}/{name}" for name in sources]
+        files[file], final = drawing.image, told(file, drawing.image)
+        if isinstance(drawing.cause, Reflection):
+            reflections.append(_reflection_json(drawing, final))
+        elif drawing.cause is not None:
+            steps.append(_step_json(drawing, final))
+    paths = [told(file, name) for file, name in sources.items()]
     passed = failure is None
     result = {
         "task_id": sample.key,
         "edit_key": sample.facts.get("edit_key", {"category": sample.category} if sample.category else None),
         "original_image_path": paths if len(paths) > 1 else paths[0] if paths else None,
         "edit_prompt": sample.prompt,
-        "direct_edit_image_path": f"{folder}/step1_direct_edit_result.png",
+        "direct_edit_image_path": told("step1_direct_edit_result.png", history[0].image),
         "evaluation": _evaluation_json(history[0].evaluation, WHOLE_REQUEST),
         "reflect": reflections,
         "multi_step": steps,
-        "final_edited_image_path": f"{folder}/{file}" if passed else None,
+        "final_edited_image_path": final if passed else None,
         "failure_reason": failure,
         "original_success": passed and len(history) == 1 and sample.facts.get("candidate") is True,
     }

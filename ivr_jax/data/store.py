@@ -5,6 +5,7 @@
       records.array_record     one record a trajectory: the JSON of `trajectory_to_json`, UTF-8
       images.array_record      every image once, as PNG
       images.json              their names in the order of images.array_record
+      README.md, card.json     the card: what is in it, counted (`ivr_jax.data.card`)
 
 Images are named by their content (`ivr_jax.images.image_name`), so a source that many samples share is stored once.
 A writer works in a hidden directory beside DATASET and renames it when it is closed; an exception leaves nothing
@@ -32,6 +33,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from ivr_jax.construct.interfaces import Images, Pixels
+from ivr_jax.data import card
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
 from ivr_jax.trajectory import Trajectory, trajectory_from_json, trajectory_to_json
@@ -75,6 +77,7 @@ class TrajectoryWriter:
         self._names: dict[str, None] = {}
         self._keys: set[str] = set()
         self._counts = {kind: collections.Counter() for kind in ("mode", "category", "image_size")}
+        self._card = card.CardCounts()
         self._open = True
 
     def add(self, trajectory: Trajectory, images: Images) -> None:
@@ -106,6 +109,7 @@ class TrajectoryWriter:
         self._keys.add(key)
         self._counts["mode"][trajectory.mode.value] += 1
         self._counts["category"][trajectory.sample.category] += 1
+        self._card.add(trajectory)
 
     def close(self) -> None:
         """Completes the dataset and puts it in its place.
@@ -132,6 +136,7 @@ class TrajectoryWriter:
                 "provenance": self.provenance,
             }
             _write_json(self._partial / _NAMES, list(self._names))
+            card.write_files(self._partial, self._card, manifest)
             _write_json(self._partial / _MANIFEST, manifest)
             self._take_place()
         finally:
@@ -222,6 +227,13 @@ class TrajectoryDataset:
         Raises:
           UserError: it is not in the dataset, or corrupt.
         """
+        try:
+            return np.array(Image.open(io.BytesIO(self.png(name)), formats=("PNG",)))
+        except OSError as error:
+            raise UserError(f"image {name!r} of {self.path} is corrupt: {_first_line(error)}", _REBUILD) from error
+
+    def png(self, name: str) -> bytes:
+        """The stored file of one image; UserError as in `image`."""
         if self._positions is None:
             self._positions = self._read_names()
         position = self._positions.get(name)
@@ -230,8 +242,8 @@ class TrajectoryDataset:
         if self._pixels is None:
             self._pixels = self._open(_PIXELS, len(self._positions))
         try:
-            return np.array(Image.open(io.BytesIO(self._pixels.read([position])[0]), formats=("PNG",)))
-        except (RuntimeError, OSError) as error:
+            return self._pixels.read([position])[0]
+        except RuntimeError as error:
             raise UserError(f"image {name!r} of {self.path} is corrupt: {_first_line(error)}", _REBUILD) from error
 
     def images(self, trajectory: Trajectory) -> dict[str, Pixels]:
@@ -293,6 +305,19 @@ class TrajectoryDataset:
         if not reader.ok() or reader.num_records() != count:
             raise UserError(f"{path} is corrupt: {reader.num_records()} readable records instead of {count}.", _REBUILD)
         return reader
+
+
+def write_card(path: str | os.PathLike) -> Path:
+    """Counts the dataset at `path` anew, writes its card beside it, and returns the card's file.
+
+    Raises:
+      UserError: there is no dataset, a record is corrupt, or the folder cannot be written.
+    """
+    dataset, counts = TrajectoryDataset(path), card.CardCounts()
+    for trajectory in dataset:
+        counts.add(trajectory)
+    card.write_files(dataset.path, counts, dataset.manifest)
+    return dataset.path / card.CARD
 
 
 def _checked(name: str, images: Images, key: str) -> Pixels:
