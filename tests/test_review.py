@@ -199,7 +199,8 @@ def test_only_unanimous_accepts_become_the_dataset(tmp_path):
 @pytest.mark.parametrize(
     "flags, complaint",
     [([], "no reviewers were named"), (["--reviewers=Ana"], "Name two people"),
-     (["--report"], "there are no decisions"), (["--write=out"], "there are no decisions"), (["--reviewers=Ana,Ben", "--port=70000"], "port")],
+     (["--report"], "there are no decisions"), (["--write=out"], "there are no decisions"),
+     (["--reviewers=Ana,Ben", "--port=70000"], "port")],
 )
 def test_mistakes_of_the_command_are_one_clear_line(tmp_path, flags, complaint):
     data = build(tmp_path / "data", 1)
