@@ -4,7 +4,7 @@ First images come from the generator, so nothing has to be trained before; `--co
 them. Its rates of faults are set so that few requests answer a quota that is already full: of 613 requests 500 were
 kept (measured on 500 samples).
 
-Cost: an hour on 2 cores at most (estimated from the rate on some thousand samples, see docs/datasets.md).
+Cost: a quarter of an hour on one core (estimated from the rate on 500 samples, see docs/datasets.md; not run whole).
 Command: python -m ivr_jax.construct --config=configs/construct_micro.py --workdir=runs/construct_micro
 """
 
