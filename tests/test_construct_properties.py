@@ -13,15 +13,7 @@ from ivr_jax.construct.escalation import Rules, construct, prune
 from ivr_jax.construct.exports import FORMS, ExportOptions, export_records
 from ivr_jax.construct.released import result_from_trajectory, trajectory_from_result
 from ivr_jax.protocol.codec import loss_parts
-from ivr_jax.trajectory import (
-    Mode,
-    Reflection,
-    Sample,
-    Step,
-    Trajectory,
-    trajectory_from_json,
-    trajectory_to_json,
-)
+from ivr_jax.trajectory import Mode, Reflection, Sample, Step, trajectory_from_json, trajectory_to_json
 
 # -- formats --
 
@@ -69,10 +61,9 @@ def test_the_three_forms_tell_the_same_images_and_thoughts_in_order(trajectory, 
 
 @given(trajectories())
 def test_what_an_export_says_depends_on_the_spoken_part_alone(trajectory):
-    spoken = Trajectory(trajectory.sample, trajectory.spoken.rounds)
     for form in FORMS:
-        ours, theirs = (list(export_records([result_from_trajectory(t, "o")[0]], form)) for t in (trajectory, spoken))
-        assert ours == theirs
+        told = [result_from_trajectory(t, "o")[0] for t in (trajectory, trajectory.spoken)]
+        assert list(export_records(told[:1], form)) == list(export_records(told[1:], form))
 
 
 # -- rules, on whatever the services may answer --

@@ -286,7 +286,7 @@ document.addEventListener("keydown", (event) => {
   if ($("help").open) return;
   if ($("zoom").open) return zoom.key(event);
   if (event.target instanceof HTMLInputElement) {
-    if (event.key === "Escape" || (event.key === "Enter" && event.target === $("comment"))) event.target.blur();
+    if (event.key === "Escape" || event.key === "Enter") event.target.blur(); // a new number counts when it is left
     return;
   }
   if (event.repeat && !event.key.startsWith("Arrow")) return; // a key that is held down decides once
