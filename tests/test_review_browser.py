@@ -76,12 +76,14 @@ def page(server, browser):
 
 
 def settled(page) -> None:
-    page.wait_for_function("document.getElementById('main').getAttribute('aria-busy') === 'false'")
+    page.wait_for_selector("#main[aria-busy='false']")
 
 
 def at(page, number: int) -> None:
     """Waits until sample `number` (from 1) is shown."""
-    page.wait_for_function(f"document.getElementById('position').value === '{number}'")
+    from playwright.sync_api import expect
+
+    expect(page.locator("#position")).to_have_value(str(number), timeout=60_000)
     settled(page)
 
 
@@ -132,7 +134,7 @@ def test_a_reviewer_works_through_the_samples_with_the_keyboard(server, page):
     page.keyboard.press("ArrowLeft")
     at(page, 1)
     page.keyboard.press("u")
-    page.wait_for_function("document.getElementById('undo').disabled")
+    page.wait_for_selector("#undo:disabled")
     assert marks(server) == "......"
 
 
@@ -145,7 +147,9 @@ def test_every_image_stands_beside_its_text_and_can_be_enlarged_in_place(server,
     assert labels == ["Source", "First image", "Step 1", "Step 2"]
     steps = page.locator(".said p").all_text_contents()
     assert steps == ["Mirror the cat; keep all else.", "Make it dusk; keep all else."]
-    page.wait_for_function("[...document.querySelectorAll('.frame img')].every(i => i.naturalWidth === 192)")
+    page.wait_for_load_state("networkidle")
+    widths = page.locator(".frame img").evaluate_all("images => images.map((image) => image.naturalWidth)")
+    assert widths == [192] * 4
     boxes = [frame.bounding_box() for frame in page.locator(".frame").all()]
     assert len({box["y"] for box in boxes}) == 1 and len({round(box["height"]) for box in boxes}) == 1, "in one row"
     assert max(box["x"] + box["width"] for box in boxes) <= 1440
@@ -166,7 +170,7 @@ def test_every_image_stands_beside_its_text_and_can_be_enlarged_in_place(server,
     page.screenshot(path=ARTEFACTS / "review_zoom.png")
     page.keyboard.press("a")  # decides nothing while an image is enlarged
     page.keyboard.press("Escape")
-    assert not page.evaluate("document.getElementById('zoom').open") and marks(server) == "......"
+    assert not page.is_visible("#zoom") and marks(server) == "......"
     page.keyboard.press("1")
     assert page.text_content("#zoom-label") == "Source"
 
