@@ -20,6 +20,8 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.checkpoint_every = 200
     config.keep = 1
+    config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.init = ""
     config.image_tokenizer = ""
     config.text_tokenizer = "micro"
@@ -37,7 +39,14 @@ def get_config() -> ConfigDict:
             "remat": "dots",
         }
     )
-    config.data = ConfigDict({"path": "", "length": 192, "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0}})
+    config.data = ConfigDict(
+        {
+            "path": "",
+            "length": 192,
+            "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
+            "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share
+        }
+    )
     config.optimizer = ConfigDict(
         {
             "kind": "muon",

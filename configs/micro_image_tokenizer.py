@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     config.log_every = 20
     config.checkpoint_every = 100
     config.keep = 1
+    config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.model = ConfigDict(
         {
             "ch": 8,

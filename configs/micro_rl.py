@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     config.log_every = 1
     config.checkpoint_every = 10
     config.keep = 1
+    config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.init = ""
     config.image_tokenizer = ""  # where the image tokenizer is, if it was moved since init was trained
     config.prompts = ConfigDict({"source": "world", "level": 0, "seed": 3, "size": 1_000_000})

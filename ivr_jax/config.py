@@ -209,7 +209,9 @@ def check_same_config(saved: Mapping[str, Any], config: ConfigDict, ignore: Iter
                     "Use another --workdir, or the configuration that the run was started with.")
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, *, resuming: bool, ignore: Iterable[str] = ()) -> None:
+def claim_workdir(
+    workdir: Path, config: ConfigDict, *, resuming: bool, ignore: Iterable[str] = (), write: bool = True
+) -> None:
     """Settles, before a run starts or goes on in `workdir`, that the folder is this configuration's; saves it there.
 
     Args:
@@ -217,6 +219,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, *, resuming: bool, ignore: 
       config: the configuration asked for now.
       resuming: whether the folder holds a checkpoint; without one, an earlier configuration is simply replaced.
       ignore: see `check_same_config`.
+      write: False for the second and further processes of one run, which only check.
 
     Raises:
       UserError: there is a checkpoint, and it is another configuration's, or nobody knows whose.
@@ -227,4 +230,5 @@ def claim_workdir(workdir: Path, config: ConfigDict, *, resuming: bool, ignore: 
             raise UserError(f"{workdir} holds a checkpoint, but no {CONFIG_FILE} that says how it was made.",
                             "Restore the file, or use another --workdir.")
         check_same_config(saved, config, ignore)
-    save_config(workdir, config)
+    if write:
+        save_config(workdir, config)

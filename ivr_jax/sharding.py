@@ -68,6 +68,23 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), MESH_AXES)
 
 
+def mesh_of(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh of a config's `mesh` section.
+
+    All ones mean one device, also in a process that has several; anything else must use every device there is.
+    """
+    if jax.process_count() == 1 and set(sizes.values()) == {1}:
+        if len(jax.devices()) > 1:
+            print(f"mesh: one of {len(jax.devices())} devices is used; set the sizes under config.mesh to use all.")
+        return make_mesh(sizes, jax.devices()[:1])
+    return make_mesh(sizes)
+
+
+def local_mesh() -> Mesh:
+    """All devices of this process along "fsdp": for what a process computes alone, such as encoding images."""
+    return make_mesh({"fsdp": -1}, jax.local_devices())
+
+
 def partition(axes: Axes) -> PartitionSpec:
     """The partition of an array with these logical axes (None: an axis that is never split).
 
@@ -127,6 +144,73 @@ def sharded_init(mesh: Mesh, init: Callable[..., Any], axes: Any, *args: Any) ->
     return jax.jit(init, out_shardings=placed)(*args)
 
 
+def state_axes(axes: Any, params: Any, state: Any) -> Any:
+    """Logical axes of a training state, optimiser moments included.
+
+    Args:
+      axes, params: a model's logical axes, and its parameters or their shapes.
+      state: any tree in which arrays of a parameter's shape stand under that parameter's path (moments, gradients).
+
+    Returns:
+      A tree like `state`: a parameter's axes where its path ends in the parameter's and the shape is the same, else
+      one None a dimension (`sharding` refuses a large array of that kind).
+    """
+    names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    known = {_words(path): (leaf.shape, axis) for (path, leaf), axis in zip(paths, names, strict=True)}
+
+    def one(path: Any, leaf: Any) -> Axes:
+        words = _words(path)
+        for start in range(len(words)):
+            shape, found = known.get(words[start:], (None, None))
+            if shape == leaf.shape:
+                return found
+        return (None,) * len(leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def like(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """`shapes` with the place of each array, as ShapeDtypeStructs: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings(mesh, axes, shapes)
+    )
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """A copy on every device: scalars, metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(mesh: Mesh, rows: int, name: str) -> None:
+    """Raises UserError unless `rows` rows divide evenly over the mesh."""
+    shards = _shards(mesh, RULES["batch"])
+    if rows % shards:
+        raise UserError(f"{name} is {rows}, which does not divide over {shards} shards (mesh data x fsdp).",
+                        _advice("batch", rows, shards))
+
+
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """int [n]: the rows of a global batch of `rows` that this process's devices hold, in ascending order."""
+    placed = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    mine = {part[0].indices(rows)[:2] for part in placed.addressable_devices_indices_map((rows,)).values()}
+    return np.concatenate([np.arange(*bounds) for bounds in sorted(mine)])
+
+
+def global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+    """One global batch of `rows` rows from each process's own `local_rows` of it.
+
+    The first axis is "batch"; the second axis of arrays with more is "length".
+    """
+
+    def one(name: str, x: np.ndarray) -> jax.Array:
+        axes = ("batch", "length", *(None,) * x.ndim)[: x.ndim]
+        placed = sharding(mesh, axes, (rows, *x.shape[1:]), name)
+        return jax.make_array_from_process_local_data(placed, x, (rows, *x.shape[1:]))
+
+    return {name: one(name, np.asarray(x)) for name, x in batch.items()}
+
+
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pin an activation inside a jitted function to the mesh in force (`jax.set_mesh`); without one, do nothing."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -135,6 +219,10 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     rules = zip(x.shape, partition(axes), strict=True)
     parts = (part if size % _shards(mesh, part) == 0 else None for size, part in rules)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+
+
+def _words(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _shards(mesh: Any, part: str | tuple[str, ...] | None) -> int:

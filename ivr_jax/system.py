@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ivr_jax import sharding
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
@@ -81,7 +82,9 @@ def load_image_codec(path: str | os.PathLike) -> ImageCodec:
             "Name the workdir of an image_tokenizer run.",
         )
     config = image_tokenizer.ImageTokenizerConfig(**_tuples(meta["model"]))
-    like = jax.eval_shape(lambda: image_tokenizer.init_params(config, jax.random.key(0)))
+    like = sharding.like(
+        sharding.local_mesh(), image_tokenizer.param_axes(config), image_tokenizer.param_shapes(config)
+    )
     params, _ = checkpoint.read_params(path, IMAGE_TOKENIZER, like)
     return ImageCodec(config, params)
 
@@ -91,6 +94,8 @@ def load(
     image_tokenizer_path: str | os.PathLike | None = None,
     codec: ImageCodec | None = None,
     text_tokenizer_path: str | os.PathLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    **options: Any,
 ) -> System:
     """The system of the backbone checkpoint at `path` (see `checkpoint.resolve`).
 
@@ -98,6 +103,8 @@ def load(
       image_tokenizer_path: where its image tokenizer is now, if it was moved or never recorded.
       codec: an image tokenizer already loaded.
       text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
+      mesh: where the parameters go, shard by shard; one device by default.
+      options: fields of BackboneConfig that may differ from the checkpoint's: those that change no shape.
     """
     meta = checkpoint.read_meta(path)
     if meta.get("kind") != BACKBONE:
@@ -122,9 +129,11 @@ def load(
     if not text_tokenizer_path and text_kind != MICRO:
         text_kind = _nearby(path, text_kind, "text")
     tokenizer = text_tokenizer(str(text_kind), codec.config.n_embed)
-    config = BackboneConfig(**_tuples(meta["model"]))
+    config = BackboneConfig(**_tuples({**meta["model"], **options}))
     check_vocabulary(tokenizer, config, meta, path)
-    like = jax.eval_shape(lambda: backbone.init_params(config, jax.random.key(0)))
+    like = backbone.param_shapes(config)
+    if mesh is not None:
+        like = sharding.like(mesh, backbone.param_axes(config), like)
     params, meta = checkpoint.read_params(path, BACKBONE, like)
     return System(config, params, tokenizer, codec, meta)
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 
-from ivr_jax import cli
+import jax
+from absl import flags
+
+from ivr_jax import cli, distributed, sharding
 from ivr_jax.config import check_positive, claim_workdir
 from ivr_jax.errors import UserError
 from ivr_jax.training import checkpoint, loop
@@ -20,11 +23,17 @@ STAGES = {
     "sft": "ivr_jax.training.sft",
     "rl": "ivr_jax.training.grpo",
 }
-MAY_CHANGE = ("log_every", "checkpoint_every", "keep")
+MAY_CHANGE = ("log_every", "checkpoint_every", "keep", "mesh", "staging_gib")
 COUNTS = (
     "steps", "batch", "accumulation", "chunk", "log_every", "checkpoint_every", "codebook_images", "eval_images",
     "prompts_per_step", "group", "answer_length", "minibatch", "updates",
 )  # fmt: skip
+
+
+def add_flags(values: flags.FlagValues) -> None:
+    distributed.add_flags(values)
+    flags.DEFINE_string("profile", None, "profile the steps START:STOP into WORKDIR/profile", flag_values=values)
+    flags.DEFINE_float("peak_tflops", None, "of one device, for MFU on hardware that is not known", flag_values=values)
 
 
 def main(call: cli.Call) -> None:
@@ -32,13 +41,20 @@ def main(call: cli.Call) -> None:
     if config.stage not in STAGES:
         raise UserError(f"unknown stage {config.stage!r}.", f"Use one of {', '.join(STAGES)}.")
     check_positive(config, COUNTS)
-    claim_workdir(workdir, config, resuming=(workdir / checkpoint.FOLDER).exists(), ignore=MAY_CHANGE)
-    stage = importlib.import_module(STAGES[config.stage]).build(config, workdir)
-    loop.run(stage, workdir, config.steps, config.log_every, config.checkpoint_every, config.keep, workdir.name)
+    distributed.start(call.flags)
+    mesh = sharding.mesh_of(config.mesh)
+    resuming = (workdir / checkpoint.FOLDER).exists()
+    claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=distributed.is_primary())
+    with jax.set_mesh(mesh):
+        stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh)
+        names = ("steps", "log_every", "checkpoint_every", "keep", "staging_gib")
+        peak = call.flags.peak_tflops and call.flags.peak_tflops * 1e12
+        plan = loop.Plan(**{name: config[name] for name in names}, profile=call.flags.profile, peak=peak)
+        loop.run(stage, workdir, plan, workdir.name)
 
 
 def entry() -> None:
-    cli.run(main, config=True)
+    cli.run(main, config=True, add_flags=add_flags)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def flags_of(settings: dict) -> list[str]:
 def trained(workdir: Path, config: str, settings: dict) -> list[str]:
     """Trains in this process; returns the command line that would do the same."""
     argv = ["train", f"--config={ROOT}/configs/{config}.py", f"--workdir={workdir}", *flags_of(settings)]
-    train.main(cli.parse(argv, config=True))
+    train.main(cli.parse(argv, config=True, add_flags=train.add_flags))
     return argv
 
 
@@ -167,7 +167,7 @@ def test_rl_killed_and_finished_equals_an_undisturbed_run(runs, sft, capsys):
 def complaint(capsys, argv: list[str]) -> str:
     """The one line that the command ends in; its status is 2."""
     with pytest.raises(SystemExit) as ended:
-        cli.run(train.main, config=True, argv=argv)
+        cli.run(train.main, config=True, add_flags=train.add_flags, argv=argv)
     assert ended.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1

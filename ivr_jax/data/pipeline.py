@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
+from ivr_jax import distributed
 from ivr_jax.data.examples import read_manifest, unpack_example
 from ivr_jax.errors import UserError
 
@@ -29,14 +31,48 @@ class Indexed:
         return self.make(int(index))
 
 
+class PackedBatches:
+    """Endless batches whose rows come from independent streams; each process reads the streams of its own rows.
+
+    Stream s of S packs the examples s, s + S, s + 2 S, … of the shuffled mix, and fills rows s B/S … (s + 1) B/S - 1 of
+    a batch of B rows.  So the batches depend on S alone, not on how many processes there are.
+    """
+
+    def __init__(self, streams: Mapping[int, grain.DatasetIterator], rows_each: int, rows: Sequence[int]):
+        self._streams, self._rows_each, self._rows = streams, rows_each, np.asarray(rows)
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        parts = {number: next(stream) for number, stream in self._streams.items()}
+        owner, within = self._rows // self._rows_each, self._rows % self._rows_each
+        names = next(iter(parts.values()))
+        return {name: np.stack([parts[s][name][r] for s, r in zip(owner, within, strict=True)]) for name in names}
+
+    def get_state(self) -> dict[str, Any]:
+        """All streams' positions, those of other processes included."""
+        return distributed.union({str(number): stream.get_state() for number, stream in self._streams.items()})
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to positions that `get_state` gave, in a run of any number of processes."""
+        for number, stream in self._streams.items():
+            stream.set_state(state[str(number)])
+
+
 def packed_examples(
-    folder: str | os.PathLike, mix: Mapping[str, float], batch: int, length: int, seed: int
-) -> grain.DatasetIterator:
+    folder: str | os.PathLike,
+    mix: Mapping[str, float],
+    batch: int,
+    length: int,
+    seed: int,
+    streams: int = 1,
+    rows: Sequence[int] | None = None,
+) -> PackedBatches:
     """Endless packed batches from token examples.
 
     Args:
       mix: mode -> weight of its samples; a mode without examples must not be weighted.
       length: T; whole examples are packed first-fit into rows of T tokens, never split.
+      streams: a divisor of `batch`; as many as there are rows let each process read no more than its share.
+      rows: the rows of each batch that this process wants, all of them by default.
 
     Yields dicts of int32 [batch, T]: tokens, segment_ids (0 is padding, 1 ... the packed examples), positions
     (restart in each example), and loss uint8 [batch, T] (1 where the token is a target).
@@ -60,10 +96,20 @@ def packed_examples(
         source = grain.sources.ArrayRecordDataSource(str(pathlib.Path(folder) / f"{mode}.array_record"))
         sources.append(grain.MapDataset.source(source).shuffle(seed=seed + number).repeat().map(unpack_example))
     mixed = grain.MapDataset.mix(sources, [mix[mode] for mode in modes]) if len(sources) > 1 else sources[0]
-    packed = grain_experimental.FirstFitPackIterDataset(
-        mixed.to_iter_dataset(), length_struct={"tokens": length, "loss": length}, num_packing_bins=4 * batch, seed=seed
-    )
-    return iter(packed.map(_rename).batch(batch, drop_remainder=True))
+    if batch % streams:
+        raise UserError(f"{batch} rows do not come from {streams} streams in equal parts.",
+                        "Make data.streams a divisor of config.batch.")
+    each, rows = batch // streams, range(batch) if rows is None else rows
+
+    def stream(number: int) -> grain.DatasetIterator:
+        part = mixed.slice(slice(number, None, streams)) if streams > 1 else mixed
+        packed = grain_experimental.FirstFitPackIterDataset(
+            part.to_iter_dataset(), length_struct={"tokens": length, "loss": length},
+            num_packing_bins=max(4 * each, 8), seed=seed + number,
+        )  # fmt: skip
+        return iter(packed.map(_rename).batch(each, drop_remainder=True))
+
+    return PackedBatches({s: stream(s) for s in sorted({int(row) // each for row in rows})}, each, rows)
 
 
 def _rename(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -38,6 +38,9 @@ class KVCache(NamedTuple):
     v: jax.Array
 
 
+CACHE_AXES = KVCache(*(("layers", "batch", "slots", "kv_heads", "head_dim"),) * 2)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention of all layers (leading L); `project` and `output` act on one layer's slice."""
 
@@ -217,10 +220,7 @@ def param_axes(config: BackboneConfig) -> Params:
 def init_cache(config: BackboneConfig, batch: int, slots: int, dtype: str | None = None) -> KVCache:
     """An empty cache of `slots` positions a row, in `dtype` (the compute dtype unless given)."""
     shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
-    return KVCache(*(jnp.zeros(shape, dtype or config.dtype) for _ in range(2)))
-
-
-CACHE_AXES = KVCache(*(("layers", "batch", "slots", "kv_heads", "head_dim"),) * 2)
+    return KVCache(*(sharding.constrain(jnp.zeros(shape, dtype or config.dtype), axes) for axes in CACHE_AXES))
 
 
 def apply(

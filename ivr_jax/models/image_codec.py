@@ -13,22 +13,28 @@ from typing import Any
 import jax
 import numpy as np
 
+from ivr_jax import sharding
 from ivr_jax.errors import UserError
 from ivr_jax.models import image_tokenizer
 
 
 class ImageCodec:
-    """`encode`: uint8 [height, width, 3] images -> int32 [rows, columns] codes; `decode`: the way back."""
+    """The parameters lie over this process's own devices, so that each process can work on images of its own.
+
+    `encode`: uint8 [height, width, 3] images -> int32 [rows, columns] codes; `decode`: the way back."""
 
     def __init__(
         self, config: image_tokenizer.ImageTokenizerConfig, params: Any, batch: int = 64, remember: int = 20_000
     ):
-        self.config, self.params, self._batch = config, params, batch
+        self.config, self._batch = config, batch
+        self._mesh = sharding.local_mesh()
+        placed = sharding.shardings(self._mesh, image_tokenizer.param_axes(config), params)
+        self.params = jax.device_put(params, placed)
         self._encode = jax.jit(
-            lambda params, x: image_tokenizer.encode(config, params, image_tokenizer.pixels_to_unit(x))
+            lambda params, x: image_tokenizer.encode(config, params, image_tokenizer.pixels_to_unit(_spread(x)))
         )
         self._decode = jax.jit(
-            lambda params, x: image_tokenizer.unit_to_pixels(image_tokenizer.decode(config, params, x))
+            lambda params, x: image_tokenizer.unit_to_pixels(image_tokenizer.decode(config, params, _spread(x)))
         )
         self._codes, self._pixels = _Cache(remember), _Cache(remember)
 
@@ -66,9 +72,15 @@ class ImageCodec:
                 part = items[start : start + self._batch]
                 size = self._batch if len(items) > 8 else 8  # two shapes: a full batch, and a small one
                 stacked = np.stack([x for _, x in part] + [part[0][1]] * (size - len(part)))
-                for (key, _), value in zip(part, np.asarray(function(self.params, stacked)), strict=False):
+                with jax.set_mesh(self._mesh):
+                    computed = np.asarray(function(self.params, stacked))
+                for (key, _), value in zip(part, computed, strict=False):
                     results[key] = cache.put(key, value)
         return [results[key] for key in keys]
+
+
+def _spread(x: jax.Array) -> jax.Array:
+    return sharding.constrain(x, ("batch", *(None,) * (x.ndim - 1)))
 
 
 class _Cache:

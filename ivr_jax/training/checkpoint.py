@@ -31,12 +31,24 @@ class Restored:
 
 
 class Checkpointer:
-    """Saves and restores one run.  `keep` newest steps are kept (0 keeps all)."""
+    """Saves and restores one run.
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 2):
+    Args:
+      keep: newest steps that stay (0 keeps all).
+      staging_gib: most host memory that arrays may take on their way from the devices to the disk (0: no bound). With
+        a bound `save` returns later, when the last arrays have found room.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 2, staging_gib: int = 0):
         logging.getLogger("absl").setLevel(logging.WARNING)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=True, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(pathlib.Path(workdir).absolute() / FOLDER, options=options)
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=staging_gib or None),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        folder = pathlib.Path(workdir).absolute() / FOLDER
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
         """Starts an asynchronous save; `state` may be donated to the next step as soon as this returns.
@@ -47,17 +59,21 @@ class Checkpointer:
         if jax.default_backend() == "cpu":
             state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"state": data}), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave({"state": data}), meta=ocp.args.JsonSave(meta)
         )
         self._manager.save(step, args=args)
 
     def restore(self, like: Any) -> Restored | None:
-        """The newest committed step, placed like `like` (arrays or ShapeDtypeStructs), or None."""
+        """The newest committed step, placed like `like` (arrays or ShapeDtypeStructs), or None.
+
+        The mesh and the number of devices may be others than those that it was saved on.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
+        wanted = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
+            state=wanted, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
         found = self._manager.restore(step, args=args)
         return Restored(step, found.state, found.data["state"], found.meta)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ivr_jax import sharding
 from ivr_jax import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.construct.interfaces import Analyzer, Images
@@ -39,7 +40,7 @@ from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.sft import TrainState
+from ivr_jax.training.state import TrainState, place
 from ivr_jax.trajectory import Mode, Sample
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.sampler import sample_task
@@ -112,16 +113,25 @@ class Trainer:
     """The functions of one RL run: rollout, judgement, update.  Holds no state that learning changes."""
 
     def __init__(
-        self, system: systems.System, analyzer: Analyzer, options: Options, optimizer: optax.GradientTransformation
+        self,
+        system: systems.System,
+        analyzer: Analyzer,
+        options: Options,
+        optimizer: optax.GradientTransformation,
+        mesh: jax.sharding.Mesh | None = None,
+        placed: TrainState | None = None,
     ):
+        """`mesh` and `placed` (shardings of the state): where training goes on, one device by default."""
         self.system, self.analyzer, self.options, self.optimizer = system, analyzer, options, optimizer
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
         self.strict = Grammar(system.tokenizer, dataclasses.replace(options.grammar, follow_verdict=True))
         self.reference = system.params
+        self.mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
+        whole, gradients = sharding.whole(self.mesh), placed and placed.params
         self._statistics = jax.jit(self._statistics_of)
-        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
-        self._apply = jax.jit(self._apply_gradients, donate_argnums=(0, 1))
+        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True), out_shardings=(whole, gradients))
+        self._apply = jax.jit(self._apply_gradients, donate_argnums=(0, 1), out_shardings=(placed, whole))
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -225,14 +235,15 @@ class Trainer:
             batch["old"][i, a:b] = rollout.samples.log_probs[row, : b - a]
             batch["mask"][i, a:b] = 1.0
             batch["advantages"][i] = advantages[row]
-        return batch
+        mine = sharding.local_rows(self.mesh, size)
+        return sharding.global_batch(self.mesh, {name: x[mine] for name, x in batch.items()}, size)
 
     def _statistics_of(self, params: Any, batch: dict[str, jax.Array]):
         """Statistics of every token given the ones before it, [B, T]; position 0 means nothing."""
         config, tokens = self.system.config, batch["tokens"]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, _ = backbone.apply(config, params, tokens, positions)
-        head = backbone.lm_head(config, params)[:, : config.vocab_size]
+        head = backbone.lm_head(config, params)
         tables = Tables(*map(jnp.asarray, self.grammar.tables))
         found = token_statistics(
             hidden,
@@ -242,6 +253,7 @@ class Trainer:
             jnp.roll(batch["rows"], -1, 1),
             tables,
             self.options.sampling,
+            vocab_size=config.vocab_size,
         )
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
 
@@ -317,14 +329,16 @@ def _stored_prompt(dataset: TrajectoryDataset, index: int) -> Prompt:
     return Prompt(sample, {name: dataset.image(name) for name in sample.sources})
 
 
-def build(config: Any, workdir: pathlib.Path) -> Stage:
+def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an rl config."""
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
     sampling = as_dataclass(SamplingOptions, config.sampling)
     if sampling.passes:
         raise UserError("rl learns from the bare policy, without guidance.", "Give --config.sampling.guidance=1.")
-    system = systems.load(config.init, config.image_tokenizer or None)
+    sharding.check_batch(mesh, config.minibatch, "config.minibatch")
+    sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
+    system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.steps * config.updates)
     options = Options(
         sampling,
@@ -338,16 +352,18 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
         config.updates,
         config.chunk,
     )
-    trainer = Trainer(system, WorldAnalyzer(), options, optimizer)
+    params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
+    state, (placed, _) = place(mesh, backbone.param_axes(system.config), params, optimizer)
+    trainer = Trainer(system, WorldAnalyzer(), options, optimizer, mesh, placed)
     key = jax.random.key(config.seed)
     data = pipeline.indexed_batches(
         prompt_source(config.prompts, config.prompts.seed), config.prompts_per_step, config.seed, collate=list
     )
     meta = {**system.meta, "run": config.to_dict()}
-    params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
     return Stage(
-        TrainState(params, optimizer.init(params)),
+        state,
         data,
         lambda state, tasks, step: trainer.step(state, tasks, step, key),
         meta,
+        zero_gradient=False,
     )

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
+from ivr_jax import sharding
 from ivr_jax import system as systems
 from ivr_jax.data import pipeline
 from ivr_jax.data.store import TrajectoryDataset
@@ -21,7 +22,7 @@ from ivr_jax.images import crop_square
 from ivr_jax.models import image_tokenizer as model_lib
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.sft import TrainState
+from ivr_jax.training.state import TrainState, place
 from ivr_jax.world import recognise
 from ivr_jax.world.draws import random_scene
 from ivr_jax.world.levels import level_of
@@ -37,7 +38,10 @@ class Steps(NamedTuple):
 
 
 def make_steps(
-    model: model_lib.ImageTokenizerConfig, optimizer: optax.GradientTransformation, loss_config: Any
+    model: model_lib.ImageTokenizerConfig,
+    optimizer: optax.GradientTransformation,
+    loss_config: Any,
+    out_shardings: Any = (None, None),
 ) -> Steps:
     """The two phases of training, and the passage between them.
 
@@ -83,8 +87,9 @@ def make_steps(
         codebook = spherical_k_means(latents.reshape(-1, model.embed_dim), model.n_embed)
         return TrainState(model_lib.with_codebook(state.params, codebook), state.opt_state)
 
-    phases = [jax.jit(functools.partial(step, quantised), donate_argnums=0) for quantised in (False, True)]
-    return Steps(*phases, jax.jit(place_codebook, donate_argnums=0))
+    jit = functools.partial(jax.jit, donate_argnums=0)
+    phases = [jit(functools.partial(step, quantised), out_shardings=out_shardings) for quantised in (False, True)]
+    return Steps(*phases, jit(place_codebook, out_shardings=out_shardings[0]))
 
 
 def shuffle_cells(latents: jax.Array, target: jax.Array, images: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -156,19 +161,22 @@ def _board(level: int, seed: int, index: int) -> np.ndarray:
     return render(random_scene(rng, level_of(level)), level, random_wobble(rng, level))
 
 
-def build(config: Any, workdir: pathlib.Path) -> Stage:
+def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an image_tokenizer config."""
     model = model_lib.ImageTokenizerConfig(**config.model)
-    params = jax.jit(functools.partial(model_lib.init_params, model))(jax.random.key(config.seed))
-    print(parameter_overview.get_parameter_overview(params, include_stats=False, max_lines=12))
+    sharding.check_batch(mesh, config.batch, "config.batch")
+    print(parameter_overview.get_parameter_overview(model_lib.param_shapes(model), include_stats=False, max_lines=12))
     optimizer = make_optimizer(config.optimizer, config.steps)
-    steps = make_steps(model, optimizer, config.loss)
+    init = functools.partial(model_lib.init_params, model, jax.random.key(config.seed))
+    first, placed = place(mesh, model_lib.param_axes(model), init, optimizer)
+    steps = make_steps(model, optimizer, config.loss, placed)
     source = image_source(config.data, config.seed, model.resolution)
     data = pipeline.indexed_batches(source, config.batch, config.seed)
+    mine = sharding.local_rows(mesh, config.batch)
     meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(model), "run": config.to_dict()}
     fresh = pipeline.indexed_batches(dataclasses.replace(source), config.eval_images, config.seed + 1)
     held_out = np.asarray(next(fresh))
-    measure = jax.jit(functools.partial(_reconstruct, model))
+    measure = jax.jit(functools.partial(_reconstruct, model), out_shardings=sharding.whole(mesh))
 
     def summary(state: TrainState, _: int) -> dict[str, float]:
         pixels, codes = map(np.asarray, measure(state.params, held_out))
@@ -186,13 +194,14 @@ def build(config: Any, workdir: pathlib.Path) -> Stage:
     sampled = np.stack([source[i] for i in range(min(len(source), config.codebook_images))])
 
     def step(state: TrainState, pixels: np.ndarray, number: int) -> tuple[TrainState, dict[str, Any]]:
+        pixels = sharding.global_batch(mesh, {"pixels": pixels[mine]}, config.batch)["pixels"]
         if number < config.continuous_steps:
             return steps.continuous(state, pixels, jax.random.fold_in(noise, number))
         if number == config.continuous_steps and number > 0:
             state = steps.place_codebook(state, sampled)
         return steps.quantised(state, pixels, jax.random.fold_in(noise, number))
 
-    return Stage(TrainState(params, optimizer.init(params)), data, step, meta, summary)
+    return Stage(first, data, step, meta, summary)
 
 
 def _reconstruct(model: model_lib.ImageTokenizerConfig, params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ivr_jax import sharding
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import Tables
-from ivr_jax.sampling.chain import SamplingOptions, log_probabilities
+from ivr_jax.sampling.chain import MASKED, SamplingOptions, log_probabilities
 
 
 class TokenStatistics(NamedTuple):
@@ -35,41 +36,47 @@ def token_statistics(
     options: SamplingOptions | None = None,
     unconditional: jax.Array | None = None,
     kept: jax.Array | None = None,
+    vocab_size: int | None = None,
 ) -> TokenStatistics:
     """Statistics of `targets` int [B, T] under `hidden` [B, T, D] and `head` [D, V].
 
-    The vocabulary is only ever materialised for `chunk` tokens at a time, forwards and backwards (each chunk is
-    recomputed for its gradient).  With `tables` and `rows` int [B, T] the distribution is the sampler's: the grammar
-    mask and `options` are replayed, with `unconditional` [B, T, D] (hidden states of the same position without task and
-    question) for guidance, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p (`chain.log_probabilities`).
+    The vocabulary is only ever materialised for about `chunk` tokens at a time, a stretch of every row, forwards and
+    backwards (each chunk is recomputed for its gradient).  With `tables` and `rows` int [B, T] the distribution is the
+    sampler's: the grammar mask and `options` are replayed, with `unconditional` [B, T, D] (hidden states of the same
+    position without task and question) for guidance, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p
+    (`chain.log_probabilities`).  Columns of `head` from `vocab_size` on are padding.
     """
-    batch, length, width = hidden.shape
-    count = batch * length
-    chunk = min(chunk, count)
-    padding = -count % chunk
+    batch, length, _ = hidden.shape
+    stretch = min(length, max(1, chunk // batch))
+    padding = -length % stretch
+    vocab_size = vocab_size or head.shape[1]
+    head = sharding.constrain(head, ("width", "vocab"))  # gathered once, not once a chunk
 
-    def split(x: jax.Array) -> jax.Array:
-        flat = jnp.pad(x.reshape(count, *x.shape[2:]), ((0, padding), *((0, 0),) * (x.ndim - 2)))
-        return flat.reshape(-1, chunk, *flat.shape[1:])
+    def stretches(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(batch, -1, stretch, *x.shape[2:]), 1, 0)
 
     def logits_of(h: jax.Array) -> jax.Array:
-        return jnp.einsum("td,dv->tv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+        return sharding.constrain(logits, ("batch", None, "vocab"))
 
     @jax.checkpoint
     def one(_: None, inputs: tuple) -> tuple[None, TokenStatistics]:
         h, target, row, free, keep = inputs
+        ids = jnp.arange(head.shape[1], dtype=target.dtype)[None, None]
         if tables is None:
-            log_probs = jax.nn.log_softmax(logits_of(h))
+            log_probs = jax.nn.log_softmax(jnp.where(ids < vocab_size, logits_of(h), MASKED))
         else:
-            without = () if free is None else (logits_of(free),)
-            log_probs = log_probabilities(logits_of(h), tables, row, options or SamplingOptions(), without, keep)
-        taken = jnp.take_along_axis(log_probs, target[:, None], axis=1)[:, 0]
+            ids, logits = ids[..., :vocab_size], logits_of(h)[..., :vocab_size]
+            without = () if free is None else (logits_of(free)[..., :vocab_size],)
+            log_probs = log_probabilities(logits, tables, row, options or SamplingOptions(), without, keep)
+        taken = jnp.sum(jnp.where(ids == target[..., None], log_probs, 0.0), axis=-1)  # no gather across shards
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return None, TokenStatistics(taken, entropy, (jnp.argmax(log_probs, -1) == target).astype(jnp.float32))
 
     inputs = (hidden, targets, targets if rows is None else rows, unconditional, kept)
-    _, statistics = jax.lax.scan(one, None, jax.tree.map(split, inputs))
-    return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(batch, length), statistics)
+    _, statistics = jax.lax.scan(one, None, jax.tree.map(stretches, inputs))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], statistics)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""What a stage learns, and where it lies on the mesh."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ivr_jax import sharding
+
+
+class TrainState(NamedTuple):
+    """Everything a stage learns: parameters and optimiser state."""
+
+    params: Any
+    opt_state: Any
+
+
+def place(
+    mesh: jax.sharding.Mesh, axes: Any, params: Any, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, tuple[TrainState, jax.sharding.NamedSharding]]:
+    """A fresh training state on the mesh, and the shardings of a step's outputs (state, metrics).
+
+    Args:
+      axes: logical axes of the parameters.
+      params: parameters, which the state takes over; or a function that makes them, each shard where it belongs.
+    """
+    make = params if callable(params) else lambda: params
+
+    def fresh() -> TrainState:
+        made = make()
+        return TrainState(made, optimizer.init(made))
+
+    shapes = jax.eval_shape(fresh)
+    placed = sharding.shardings(mesh, sharding.state_axes(axes, shapes.params, shapes), shapes)
+    if callable(params):
+        state = jax.jit(fresh, out_shardings=placed)()
+    else:
+        held = jax.device_put(params, placed.params)
+        state = TrainState(held, jax.jit(optimizer.init, out_shardings=placed.opt_state)(held))
+    return state, (placed, sharding.whole(mesh))
+
+
+def micro_batches(count: int, x: jax.Array) -> jax.Array:
+    """[B, T] -> [count, B / count, T]: every count-th row, so that no row leaves the device that holds it."""
+    parts = jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+    return sharding.constrain(parts, (None, "batch", "length"))

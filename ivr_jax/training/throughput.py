@@ -1,0 +1,98 @@
+"""How fast a run is: tokens a second, model FLOP/s utilisation, device memory, and a profile of some steps."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from ivr_jax.errors import UserError
+from ivr_jax.models.backbone_config import BackboneConfig
+
+# Dense bfloat16 operations a second of one device, as published; patterns are tried in order on its lower-case kind.
+PEAK = {
+    r"tpu v4": 275e12, r"tpu v5 ?(lite|e)": 197e12, r"tpu v5": 459e12, r"tpu v6": 918e12, r"tpu ?v?7": 2307e12,
+    r"h100 pcie": 756e12, r"h100|h200|gh200": 989e12, r"b200|gb200": 2250e12, r"a100": 312e12, r"l40s": 362e12,
+    r"\bl4\b": 121e12, r"v100": 125e12,
+}  # fmt: skip
+
+
+def peak_flops(kind: str) -> float | None:
+    """Published dense bfloat16 operations a second of a device kind; None for one that is not in the table."""
+    return next((value for pattern, value in PEAK.items() if re.search(pattern, kind.lower())), None)
+
+
+def train_flops(config: BackboneConfig, tokens: float, attended: float) -> float:
+    """Operations that the mathematics of a training step needs, forwards and backwards, nothing recomputed.
+
+    Args:
+      tokens: tokens that are not padding: 6 operations for each parameter that multiplies (embedding table left out).
+      attended: sum over these tokens of the keys each sees: 12 operations a key, head and head dim in each layer.
+    """
+    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+    matrices = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return 6.0 * matrices * tokens + 12.0 * width * attended
+
+
+class Throughput:
+    """Turns what steps counted into rates.
+
+    A stage's steps may return "work_tokens" and "work_flops", sums over all devices of one step.
+    """
+
+    def __init__(self, peak: float | None = None):
+        """`peak`: operations a second of one device; by default what is published of it."""
+        self._peak = peak or peak_flops(jax.devices()[0].device_kind)
+
+    def row(self, means: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Rates of a log line.  Removes the counts from nothing: `means` are per-step means, `seconds` one step's time.
+
+        tokens_per_second; mfu (share of all devices' peak) where the peak is known; device_gib and device_peak_gib of
+        the fullest device of this process, where the platform tells.
+        """
+        found = {}
+        if "work_tokens" in means:
+            found["tokens_per_second"] = means["work_tokens"] / seconds
+        if "work_flops" in means and self._peak:
+            found["mfu"] = means["work_flops"] / (seconds * self._peak * jax.device_count())
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        for name, key in (("device_gib", "bytes_in_use"), ("device_peak_gib", "peak_bytes_in_use")):
+            if all(key in s for s in stats):
+                found[name] = max(s[key] for s in stats) / 2**30
+        return found
+
+
+class Profile:
+    """A profile of the steps START:STOP, written to `<workdir>/profile` for TensorBoard or Perfetto."""
+
+    def __init__(self, workdir: pathlib.Path, window: str | None):
+        """Raises UserError for a window that is not START:STOP with START < STOP."""
+        self._folder, self._start, self._stop, self._running = workdir / "profile", -1, -1, False
+        if window:
+            match = re.fullmatch(r"(\d+):(\d+)", window)
+            if match is None or int(match[1]) >= int(match[2]):
+                raise UserError(f"--profile={window} is no window of steps.", "Write --profile=10:13, say.")
+            self._start, self._stop = int(match[1]), int(match[2])
+
+    def before(self, step: int) -> None:
+        """Call before each step."""
+        if step == self._start:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        """Call after each step, with something of the devices to wait for."""
+        if self._running and step + 1 >= self._stop:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a profile that is still open."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
