@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.steps = 560
     config.batch = 40
     config.accumulation = 1
+    config.gradient_dtype = "float32"  # of the sum over micro-batches
     config.chunk = 4096
     config.log_every = 20
     config.checkpoint_every = 200
@@ -47,6 +48,7 @@ def get_config() -> ConfigDict:
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share
         }
     )
+    config.lora = ConfigDict({"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o")})  # rank 0: train everything
     config.optimizer = ConfigDict(
         {
             "kind": "muon",
@@ -58,6 +60,7 @@ def get_config() -> ConfigDict:
             "eps": 1e-8,
             "weight_decay": 0.01,
             "clip_norm": 1.0,
+            "moment_dtype": "float32",
         }
     )
     return config

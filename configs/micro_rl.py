@@ -73,6 +73,7 @@ def get_config() -> ConfigDict:
             "eps": 1e-8,
             "weight_decay": 0.0,
             "clip_norm": 1.0,
+            "moment_dtype": "float32",
         }
     )
     return config

@@ -1,8 +1,8 @@
 """Token examples: a trajectory dataset after one pass of the image tokenizer.
 
 A folder with one ArrayRecord file a mode and `examples.json`; each record is an int32 length T, T int32 tokens and T
-uint8 loss flags, little-endian.  The manifest carries the tokenizer's fingerprint, so examples are never read with
-another vocabulary.
+uint8 loss flags (0: no target; else 1 + index in `codec.PARTS`), little-endian.  The manifest carries the tokenizer's
+fingerprint, so examples are never read with another vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MANIFEST = "examples.json"
 
 
 def pack_example(tokens: np.ndarray, loss: np.ndarray) -> bytes:
-    """int32 [T], bool [T] -> one record."""
+    """int32 [T], uint8 [T] -> one record."""
     return np.int32(len(tokens)).tobytes() + tokens.astype("<i4").tobytes() + loss.astype(np.uint8).tobytes()
 
 
@@ -78,7 +78,7 @@ def make_examples(
                         f"trajectory {trajectory.sample.key!r} has {size} tokens; the context holds {longest}.",
                         "Raise data.length (and the model's context), or leave the trajectory out.",
                     )
-                writers[trajectory.mode].write(pack_example(encoded.tokens, encoded.loss_mask()))
+                writers[trajectory.mode].write(pack_example(encoded.tokens, encoded.target_parts()))
                 counts[trajectory.mode.value] += 1
                 tokens, most = tokens + size, max(most, size)
         for writer in writers.values():

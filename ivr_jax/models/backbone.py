@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ivr_jax import sharding
-from ivr_jax.models import layers
+from ivr_jax.models import layers, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 
 Params = dict[str, Any]
@@ -138,6 +138,7 @@ class Backbone(nnx.Module):
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
+        adapters: Params | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm; see `apply`."""
         config = self.config
@@ -154,25 +155,26 @@ class Backbone(nnx.Module):
             mask = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
             # A negative index would count from the end, so padding is sent past it.
             write = jnp.arange(tokens.shape[0])[:, None], jnp.where(positions < 0, slots, positions)
-        x, cache = self._scan(x, tables, mask, cache, write, dropout_key)
+        x, cache = self._scan(x, tables, mask, cache, write, dropout_key, adapters or {})
         return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
 
-    def _scan(self, x, tables, mask, cache, write, dropout_key) -> tuple[jax.Array, KVCache | None]:
+    def _scan(self, x, tables, mask, cache, write, dropout_key, adapters) -> tuple[jax.Array, KVCache | None]:
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(carry, inputs):
             x, cache = sharding.constrain(carry[0], ("batch", "length", "width")), carry[1]
-            layer, params = inputs
+            layer, params, adapters = inputs
             keys = (None,) * 3 if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer), 3)
             place = None if write is None else (layer, *write)
+            params = lora.adapted(params, adapters) if adapters else params
             return nnx.merge(graph, params)(x, tables, mask, keys, cache, place), None
 
         if self.config.remat != "none":
             policies = jax.checkpoint_policies
             kept = policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
             one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
-        indices = jnp.arange(self.config.num_hidden_layers)
-        return jax.lax.scan(one_layer, (x, cache), (indices, stacked), unroll=self.config.unroll)[0]
+        inputs = jnp.arange(self.config.num_hidden_layers), nnx.to_pure_dict(stacked), adapters
+        return jax.lax.scan(one_layer, (x, cache), inputs, unroll=self.config.unroll)[0]
 
     def lm_head_kernel(self) -> jax.Array:
         """[D, padded V] in the parameter's dtype; columns from `vocab_size` on are padding."""
@@ -199,7 +201,7 @@ def _abstract(config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 def module(config: BackboneConfig, params: Params) -> Backbone:
     """The module that holds these parameters; cheap, meant for use inside `jax.jit`."""
-    return nnx.merge(_abstract(config)[0], params)
+    return nnx.merge(_abstract(config)[0], lora.base(params))
 
 
 def init_params(config: BackboneConfig, key: jax.Array) -> Params:
@@ -236,6 +238,7 @@ def apply(
     """Run the decoder.
 
     Args:
+      params: the tree of `init_params`, with adapters or without (`models/lora.py`).
       tokens: int32 [B, T].
       positions: int32 [B, T], rotary positions. With a cache also the slot that a token is written to; a token at a
         negative position is padding and written nowhere (left padding), and right padding continues the positions: its
@@ -248,7 +251,7 @@ def apply(
     Returns:
       hidden [B, T, D] after the final norm, in the compute dtype, and the cache with these tokens added (or None).
     """
-    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key)
+    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params))
 
 
 def logits(config: BackboneConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -31,6 +31,9 @@ from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, 
 Codes = Mapping[str, np.ndarray]  # image name -> int [rows, columns] codes of the image tokenizer
 
 
+PARTS = "GERS"  # kinds of segment: drawing, evaluation, reflection, step
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """Tokens [start, end) of an answer are `part` (G, E, R, S) of `round`, and carry loss or not."""
@@ -57,11 +60,16 @@ class Encoded:
 
     def loss_mask(self) -> np.ndarray:
         """bool [T]: True where the token is a target."""
-        mask = np.zeros(len(self.tokens), bool)
+        return self.target_parts() > 0
+
+    def target_parts(self) -> np.ndarray:
+        """uint8 [T]: 0 where the token is no target, else 1 + the index in `PARTS` of its kind of segment."""
+        parts = np.zeros(len(self.tokens), np.uint8)
         for segment in self.segments:
             if segment.loss:
-                mask[self.answer_start + segment.start : self.answer_start + segment.end] = True
-        return mask
+                where = slice(self.answer_start + segment.start, self.answer_start + segment.end)
+                parts[where] = 1 + PARTS.index(segment.part)
+        return parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ivr_jax.errors import UserError
+from ivr_jax.models import lora
 
 FOLDER = "checkpoints"
 
@@ -121,7 +122,9 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Parameters alone, placed like `like`, and the metadata.  Optimiser state is never read.
+    """Parameters alone, placed like `like`, and the metadata.
+
+    Optimiser state is never read; adapters (LoRA) are merged into the kernels that they adapt.
 
     Raises UserError when the checkpoint is of another kind, or of other shapes than `like`.
     """
@@ -132,7 +135,10 @@ def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dic
             f"{str(folder)!r} holds a checkpoint of kind {meta.get('kind')!r}, not {kind!r}.",
             "Name the run of the right stage.",
         )
-    tree = {"params": jax.tree.map(_abstract, like)}
+    wanted = jax.tree.map(_abstract, like)
+    if "lora" in meta:
+        wanted = lora.like(wanted, lora.LoraOptions(**meta["lora"]))
+    tree = {"params": wanted}
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -145,7 +151,7 @@ def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dic
             f"the parameters of {str(folder)!r} do not fit: {str(error).splitlines()[0][:200]}",
             "The checkpoint is damaged, or was made with another model config.",
         ) from error
-    return found["params"], meta
+    return lora.merge(found["params"]) if "lora" in meta else found["params"], meta
 
 
 def _abstract(value: Any) -> jax.ShapeDtypeStruct:

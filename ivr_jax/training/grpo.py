@@ -40,7 +40,7 @@ from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.state import TrainState, place
+from ivr_jax.training.state import TrainState, place, updated
 from ivr_jax.trajectory import Mode, Sample
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.sampler import sample_task
@@ -131,7 +131,8 @@ class Trainer:
         whole, gradients = sharding.whole(self.mesh), placed and placed.params
         self._statistics = jax.jit(self._statistics_of)
         self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True), out_shardings=(whole, gradients))
-        self._apply = jax.jit(self._apply_gradients, donate_argnums=(0, 1), out_shardings=(placed, whole))
+        apply = functools.partial(updated, optimizer=optimizer)
+        self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(placed, whole))
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ class Trainer:
                 f"importance ratio deviates from 1 by {float(sums['ratio_deviation']):.2e} before the first update: "
                 "the trainer does not replay the sampler's distribution"
             )
-        state, norm = self._apply(state.params, state.opt_state, gradients, total[1])
+        state, norm = self._apply(state, gradients, total[1])
         tokens = sums["tokens"]
         return state, {
             "loss": total,
@@ -273,13 +274,6 @@ class Trainer:
         }
         return total, ((total, denominator), sums)
 
-    def _apply_gradients(
-        self, params: Any, opt_state: Any, gradients: Any, denominator: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
-        gradients = jax.tree.map(lambda g: g / jnp.maximum(denominator, 1), gradients)
-        updates, opt_state = self.optimizer.update(gradients, opt_state, params)
-        return TrainState(optax.apply_updates(params, updates), opt_state), optax.tree.norm(gradients)
-
 
 def _summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
     """Metrics of one rollout; pairs are (sum, denominator)."""
@@ -303,6 +297,7 @@ def _summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
         "bonus": mean(scored.bonus),
         **shares,
         "groups_with_contrast": (float(sum(contrast)), float(len(contrast))),
+        "work_tokens": float(rollout.samples.lengths.sum()),
         "missing": float(present.size) - members,
         "answer_tokens": (float(rollout.samples.lengths.sum()), float(len(rollout.answers))),
     }

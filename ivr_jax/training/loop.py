@@ -115,9 +115,10 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
             pending.add({**values, "data_seconds": waited})
             done = step + 1
             if done % plan.log_every == 0 or done == plan.steps:
-                row = pending.means()
-                row["seconds_per_step"] = (time.perf_counter() - clock) / (done - timed)
-                row |= throughput.row(row, row["seconds_per_step"])
+                means = pending.means()
+                seconds = (time.perf_counter() - clock) / (done - timed)
+                row = {key: value for key, value in means.items() if not key.startswith("work_")}
+                row |= {"seconds_per_step": seconds, **throughput.row(means, seconds)}
                 if stage.summary is not None:
                     row |= stage.summary(state, done)
                 log.write(done, row)

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -19,10 +20,13 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a config section with kind, peak, final, warmup, b1, b2, eps, weight_decay, clip_norm.
+    """The optimiser of a config section with kind, peak, final, warmup, b1, b2, eps, weight_decay, clip_norm,
+    moment_dtype.
 
     `kind` is "adamw", or "muon": orthogonalised momentum for kernels of convolutions and dense layers (updates scaled
     to the size of Adam's), Adam for the rest.  Vectors, norms and embeddings do not decay.
+    With `moment_dtype` "bfloat16" the moments take half the memory; they are rounded after every step, so `b2` may not
+    be so large that its changes vanish.
     """
     rate = schedule(config, steps)
     if config.kind == "adamw":
@@ -41,7 +45,30 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
         )
     else:
         raise UserError(f"unknown optimizer.kind {config.kind!r}.", 'Use "adamw" or "muon".')
+    if config.moment_dtype not in ("float32", "bfloat16"):
+        raise UserError(f"unknown optimizer.moment_dtype {config.moment_dtype!r}.", 'Use "float32" or "bfloat16".')
+    if config.moment_dtype == "bfloat16":
+        if max(config.b1, config.b2) > 0.99:
+            raise UserError(f"bfloat16 moments with b1 = {config.b1}, b2 = {config.b2} would stand still: a step "
+                            "changes them by less than their last digit.", "Use at most 0.99, or float32 moments.")
+        core = stored_in(core, jnp.bfloat16)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+
+
+def stored_in(core: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """`core` with the float32 arrays of its state kept in `dtype` between steps, and computed with in float32."""
+
+    def cast(state: Any, before: Any, after: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(after) if x.ndim and x.dtype == before else x, state)
+
+    def init(params: Any) -> Any:
+        return cast(core.init(params), jnp.float32, dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = core.update(updates, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _name(path: tuple) -> str:

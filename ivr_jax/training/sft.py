@@ -5,6 +5,7 @@ Also trains the base model: the same loss on direct trajectories.  Letters: B ba
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -16,27 +17,32 @@ from clu import parameter_overview
 
 from ivr_jax import distributed, sharding
 from ivr_jax import system as systems
+from ivr_jax.config import as_dataclass
 from ivr_jax.data import examples, pipeline
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 from ivr_jax.evaluation.taught import write_taught
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_codec import ImageCodec
+from ivr_jax.protocol.codec import PARTS
 from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import token_statistics
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.state import TrainState, micro_batches, place
+from ivr_jax.training.state import TrainState, micro_batches, place, updated
+from ivr_jax.training.throughput import train_flops
 
 
 def selective_loss(
     config: BackboneConfig, params: Any, batch: dict[str, jax.Array], chunk: int, visual_start: int
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Sum of the negative log-likelihoods of the selected tokens, and metric (sum, denominator) pairs.
+    """Sum of the negative log-likelihoods of the selected tokens, and metrics: (sum, denominator) pairs, of text and
+    image tokens and of every kind of segment apart, and `attended`, the keys that all tokens see together.
 
     Args:
-      batch: tokens, segment_ids, positions int32 [B, T] and loss uint8 [B, T], as `pipeline.packed_examples` yields.
+      batch: tokens, segment_ids, positions int32 [B, T] and loss uint8 [B, T] (0, or 1 + index in `PARTS`), as
+        `pipeline.packed_examples` yields.
       visual_start: first visual id, to tell image tokens from text tokens in the metrics.
     """
     tokens, segments = batch["tokens"], batch["segment_ids"]
@@ -49,12 +55,16 @@ def selective_loss(
     loss = -statistics.log_probs * mask
     image = mask * (targets >= visual_start)
     text = mask - image
+    parts = jnp.roll(batch["loss"], -1, axis=1)
+    of_part = {name: mask * (parts == number) for number, name in enumerate(PARTS, start=1)}
     sums = {
         "loss": (loss.sum(), mask.sum()),
         "image_loss": ((loss * image).sum(), image.sum()),
         "text_loss": ((loss * text).sum(), text.sum()),
+        **{f"loss_{name}": ((loss * where).sum(), where.sum()) for name, where in of_part.items()},
         "accuracy": ((statistics.correct * mask).sum(), mask.sum()),
         "row_fill": ((segments > 0).sum().astype(jnp.float32), jnp.float32(tokens.size)),
+        "attended": ((batch["positions"] + 1.0) * (segments > 0)).sum(),
     }
     return loss.sum(), sums
 
@@ -66,31 +76,37 @@ def make_step(
     accumulation: int,
     visual_start: int,
     out_shardings: Any = None,
+    gradient_dtype: str = "float32",
 ):
-    """Jitted (state, batch) -> (state, metric pairs); `accumulation` micro-batches add up exactly.
+    """Jitted (state, batch) -> (state, metrics); `accumulation` micro-batches add up exactly.
 
-    `out_shardings`: of the new state and of the metrics, when they live on a mesh (see `state.place`).
+    Args:
+      out_shardings: of the new state and of the metrics, when they live on a mesh (see `state.place`).
+      gradient_dtype: of the sum over micro-batches; float64 and float32 are exact to their own rounding, bfloat16 takes
+        half the memory and loses small contributions.
     """
-    grad = jax.grad(selective_loss, argnums=1, has_aux=True)
+
+    def loss(trained: Any, frozen: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        return selective_loss(config, lora.join(trained, frozen), part, chunk, visual_start)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, Any]]:
         parts = jax.tree.map(functools.partial(micro_batches, accumulation), batch)
+        trained, frozen = lora.split(state.params)
 
-        def one(total, part):
-            return jax.tree.map(jnp.add, total, grad(config, state.params, part, chunk, visual_start)), None
+        def gradient(part: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
+            gradients, sums = jax.grad(loss, has_aux=True)(trained, frozen, part)
+            return jax.tree.map(lambda g: g.astype(gradient_dtype), gradients), sums
 
-        zero = jax.tree.map(
-            jnp.zeros_like,
-            jax.eval_shape(
-                lambda: grad(config, state.params, jax.tree.map(lambda x: x[0], parts), chunk, visual_start)
-            ),
-        )
-        (gradients, sums), _ = jax.lax.scan(one, zero, parts)
-        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["loss"][1], 1), gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        metrics = {**sums, "grad_norm": optax.tree.norm(gradients), "tokens_per_step": sums["loss"][1]}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+        def one(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(part)), None
+
+        first = jax.eval_shape(lambda: gradient(jax.tree.map(lambda x: x[0], parts)))
+        (gradients, sums), _ = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, first), parts)
+        state, norm = updated(state, gradients, sums["loss"][1], optimizer)
+        tokens, attended = sums["row_fill"][0], sums.pop("attended")
+        work = {"work_tokens": tokens, "work_flops": train_flops(config, tokens, attended)}
+        return state, {**sums, "grad_norm": norm, "tokens_per_step": sums["loss"][1], **work}
 
     return step
 
@@ -107,16 +123,22 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     sharding.check_batch(mesh, config.batch // config.accumulation, "config.batch / config.accumulation")
     codec = systems.load_image_codec(config.image_tokenizer)
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
+    options = as_dataclass(lora.LoraOptions, config.lora)
     if config.init:
         initial = systems.load(config.init, codec=codec, text_tokenizer_path=config.text_tokenizer, mesh=mesh)
         model, params = initial.config, initial.params
+    elif options.rank:
+        raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
     else:
         model = BackboneConfig(vocab_size=tokenizer.vocab.size, **config.model)
         params = functools.partial(backbone.init_params, model, jax.random.key(config.seed))
         shapes = backbone.param_shapes(model)
         print(parameter_overview.get_parameter_overview(shapes, include_stats=False, max_lines=20))
+    axes = backbone.param_axes(model)
+    if options.rank:
+        params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)
     fingerprint = (
-        f"{tokenizer.fingerprint}-{systems.fingerprint(codec.params)}-{TrajectoryDataset(config.data.path).fingerprint}"
+        f"parts-{tokenizer.fingerprint}-{systems.fingerprint(codec.params)}-{TrajectoryDataset(config.data.path).fingerprint}"
     )
     folder = workdir / "examples"
     if distributed.is_primary():
@@ -129,11 +151,15 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         folder, config.data.mix, config.batch, config.data.length, config.seed, config.data.streams, rows
     )
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state, placed = place(mesh, backbone.param_axes(model), params, optimizer)
-    step = make_step(model, optimizer, config.chunk, config.accumulation, tokenizer.vocab.visual_start, placed)
+    state, placed = place(mesh, axes, params, optimizer)
+    step = make_step(
+        model, optimizer, config.chunk, config.accumulation, tokenizer.vocab.visual_start, placed, config.gradient_dtype
+    )
     meta = systems.backbone_meta(
         model, config.text_tokenizer, tokenizer, config.image_tokenizer, codec, config.to_dict()
     )
+    if options.rank:
+        meta["lora"] = dataclasses.asdict(options)
 
     def placed_step(state: TrainState, batch: dict[str, Any], _: int) -> tuple[TrainState, dict[str, Any]]:
         return step(state, sharding.global_batch(mesh, batch, config.batch))

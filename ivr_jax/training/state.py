@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from ivr_jax import sharding
+from ivr_jax.models import lora
 
 
 class TrainState(NamedTuple):
-    """Everything a stage learns: parameters and optimiser state."""
+    """Everything a stage learns: parameters (adapters and what they adapt, with LoRA) and optimiser state."""
 
     params: Any
     opt_state: Any
@@ -31,7 +32,7 @@ def place(
 
     def fresh() -> TrainState:
         made = make()
-        return TrainState(made, optimizer.init(made))
+        return TrainState(made, optimizer.init(lora.split(made)[0]))
 
     shapes = jax.eval_shape(fresh)
     placed = sharding.shardings(mesh, sharding.state_axes(axes, shapes.params, shapes), shapes)
@@ -39,8 +40,19 @@ def place(
         state = jax.jit(fresh, out_shardings=placed)()
     else:
         held = jax.device_put(params, placed.params)
-        state = TrainState(held, jax.jit(optimizer.init, out_shardings=placed.opt_state)(held))
+        state = TrainState(held, jax.jit(optimizer.init, out_shardings=placed.opt_state)(lora.split(held)[0]))
     return state, (placed, sharding.whole(mesh))
+
+
+def updated(
+    state: TrainState, gradients: Any, denominator: jax.Array, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array]:
+    """The state after one step on the sum of `gradients` (of `lora.split(params)[0]`) over `denominator`, and the norm
+    of their quotient before it is clipped."""
+    mean = jax.tree.map(lambda g: g.astype(jnp.float32) / jnp.maximum(denominator, 1), gradients)
+    trained, frozen = lora.split(state.params)
+    updates, opt_state = optimizer.update(mean, state.opt_state, trained)
+    return TrainState(lora.join(optax.apply_updates(trained, updates), frozen), opt_state), optax.tree.norm(mean)
 
 
 def micro_batches(count: int, x: jax.Array) -> jax.Array:

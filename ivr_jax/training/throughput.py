@@ -50,7 +50,7 @@ class Throughput:
         self._peak = peak or peak_flops(jax.devices()[0].device_kind)
 
     def row(self, means: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """Rates of a log line.  Removes the counts from nothing: `means` are per-step means, `seconds` one step's time.
+        """Rates of a log line, from the means of the metrics of its steps, and the seconds that one took.
 
         tokens_per_second; mfu (share of all devices' peak) where the peak is known; device_gib and device_peak_gib of
         the fullest device of this process, where the platform tells.
