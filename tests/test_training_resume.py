@@ -2,120 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from answer_tokens import trajectory
+from tiny_runs import (
+    ROOT,
+    assert_same_run,
+    disturbed,
+    flags_of,
+    metrics,
+    newest_checkpoint,
+    prepare,
+    rl_settings,
+    sft_settings,
+    trained,
+)
 
 from ivr_jax import cli, train
 from ivr_jax import system as systems
-from ivr_jax.data.store import TrajectoryWriter
-from ivr_jax.images import image_name
-from ivr_jax.trajectory import Reflection, Step
-
-ROOT = Path(__file__).resolve().parent.parent
-MODEL = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8,
-}  # fmt: skip
-
-
-def flags_of(settings: dict) -> list[str]:
-    return [f"--config.{key}={value}" for key, value in settings.items()]
-
-
-def trained(workdir: Path, config: str, settings: dict) -> list[str]:
-    """Trains in this process; returns the command line that would do the same."""
-    argv = ["train", f"--config={ROOT}/configs/{config}.py", f"--workdir={workdir}", *flags_of(settings)]
-    train.main(cli.parse(argv, config=True, add_flags=train.add_flags))
-    return argv
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with a dataset of six trajectories and an image tokenizer that has seen one batch."""
-    folder, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
-    kinds = [([], [True]), ([Reflection("bad", "better")], [False, True]), ([Step("go")], [False, True])] * 2
-    with TrajectoryWriter(folder / "dataset") as writer:
-        for number, (causes, passed) in enumerate(kinds):
-            answer, images, rounds = trajectory(causes, passed), {}, []
-            for round_ in answer.rounds:
-                pixels = np.full((64, 64, 3), rng.integers(0, 256, 3), np.uint8)
-                images[image_name(pixels)] = pixels
-                rounds.append(dataclasses.replace(round_, image=image_name(pixels)))
-            sample = dataclasses.replace(answer.sample, key=f"sample {number}")
-            writer.add(dataclasses.replace(answer, sample=sample, rounds=tuple(rounds)), images)
-    sizes = {"ch": 4, "ch_mult": (1, 1, 1, 1, 1), "z_channels": 4, "embed_dim": 4, "n_embed": 8}
-    small = {"steps": 1, "continuous_steps": 0, "batch": 2, "eval_images": 2, "codebook_images": 2}
-    small["optimizer.kind"] = "adamw"
-    settings = small | {f"model.{key}": value for key, value in sizes.items()}
-    trained(folder / "image_tokenizer", "micro_image_tokenizer", settings)
-    return folder
-
-
-def sft_settings(runs: Path) -> dict:
-    """Log lines and checkpoints fall on different steps, so that half a line's sums must be resumed too."""
-    return {
-        "steps": 20, "batch": 2, "accumulation": 1, "chunk": 64, "log_every": 3, "checkpoint_every": 4,
-        "image_tokenizer": runs / "image_tokenizer", "data.path": runs / "dataset", "data.length": 128,
-        "data.mix.reflection": 2.0, "data.mix.multi_step": 2.0, "optimizer.peak": 2e-3,
-        **{f"model.{key}": value for key, value in MODEL.items()},
-    }  # fmt: skip
+    return prepare(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def sft(runs) -> tuple[Path, list[str]]:
     """An undisturbed supervised run and its command line."""
     return runs / "sft", trained(runs / "sft", "micro_base", sft_settings(runs))
-
-
-def rl_settings(sft_run: Path) -> dict:
-    return {
-        "steps": 8, "prompts_per_step": 2, "group": 2, "answer_length": 128, "minibatch": 2, "buckets": (384,),
-        "chunk": 256, "log_every": 3, "checkpoint_every": 2, "init": sft_run, "grammar.text_cap": 3,
-        "grammar.max_reflections": 1, "grammar.max_steps": 1, "optimizer.peak": 1e-2,
-    }  # fmt: skip
-
-
-def disturbed(argv: list[str], workdir: Path, sign: signal.Signals, after: int) -> tuple[int, str]:
-    """Starts the command for `workdir`, sends `sign` once it has saved step `after` or later: (status, output)."""
-    command = [sys.executable, "-m", "ivr_jax.train", argv[1], f"--workdir={workdir}", *argv[3:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=workdir.parent, env=environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    deadline = time.monotonic() + 300
-    while newest_checkpoint(workdir) < after and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(sign)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
-
-
-def newest_checkpoint(workdir: Path) -> int:
-    return max((int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()), default=0)
-
-
-def metrics(workdir: Path) -> list[dict]:
-    """Logged lines without what a clock measured."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
-
-
-def assert_same_run(workdir: Path, other: Path) -> None:
-    assert metrics(workdir) == metrics(other)
-    ours, theirs = systems.load(workdir), systems.load(other)
-    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_sft_killed_then_stopped_then_finished_equals_an_undisturbed_run(runs, sft, capsys):

@@ -1,0 +1,138 @@
+"""What a run says of itself: exact sums, rates, alarms, profiles; and the options that save memory."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from ivr_jax.data import examples, pipeline
+from ivr_jax.errors import UserError
+from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.training.metrics import NonFinite, Pending, ZeroGradient, check
+from ivr_jax.training.optimizer import make_optimizer, stored_in
+from ivr_jax.training.throughput import Profile, Throughput, peak_flops, train_flops
+
+
+def test_sums_carried_over_a_restart_equal_uninterrupted_ones():
+    rng = np.random.default_rng(0)
+    steps = [{"loss": (jnp.float32(x), 3.0), "norm": float(y)} for x, y in rng.normal(1e3, 1, (9, 2))]
+    straight, first = Pending(), Pending()
+    for step in steps:
+        straight.add(step)
+    for step in steps[:4]:
+        first.add(step)
+    resumed = Pending(json.loads(json.dumps(first.pack())))
+    for step in steps[4:]:
+        resumed.add(step)
+    assert resumed.means() == straight.means()
+    np.testing.assert_allclose(straight.means()["norm"], np.mean([s["norm"] for s in steps]), rtol=1e-6)
+
+
+def test_a_metric_that_nothing_was_counted_for_is_left_out():
+    pending = Pending()
+    pending.add({"loss_R": (0.0, 0.0), "loss_G": (6.0, 2.0)})
+    assert pending.means() == {"loss_G": 3.0}
+
+
+def test_alarms():
+    check(1, {"loss": 1.0, "grad_norm": 0.0}, zero_gradient=False)
+    with pytest.raises(ZeroGradient, match="step 7"):
+        check(7, {"loss": 1.0, "grad_norm": 0.0}, zero_gradient=True)
+    with pytest.raises(NonFinite, match="step 3: loss is not finite"):
+        check(3, {"loss": float("nan"), "grad_norm": 1.0}, zero_gradient=True)
+
+
+def test_utilisation_by_hand():
+    """2 layers of width 8 with 2 query and 1 kv heads of 4 and an MLP of 16; 10 ids."""
+    config = BackboneConfig(10, 8, 16, 2, 2, 1, 4)
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
+    assert train_flops(config, 5, 15) == 6 * (2 * layer + 8 * 10) * 5 + 12 * 2 * 2 * 4 * 15
+    rates = Throughput(peak=1e6).row({"work_tokens": 50.0, "work_flops": 2e6 * jax.device_count()}, 4.0)
+    assert rates["mfu"] == 0.5 and rates["tokens_per_second"] == 12.5
+    assert "mfu" not in Throughput().row({"work_tokens": 50.0, "work_flops": 2e6}, 4.0)  # nobody knows a CPU's peak
+    assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5") == 459e12 and peak_flops("TPU v6e") == 918e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("cpu") is None
+
+
+def test_a_profile_of_some_steps(tmp_path):
+    profile = Profile(tmp_path, "1:2")
+    for step in range(3):
+        profile.before(step)
+        profile.after(step, jnp.ones(3) + step)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    for wrong in ("3", "4:4", "a:b"):
+        with pytest.raises(UserError, match="no window of steps"):
+            Profile(tmp_path, wrong)
+
+
+def test_moments_in_bfloat16_are_those_of_float32_rounded_after_every_step():
+    params = {"w": jnp.linspace(-1, 1, 24).reshape(4, 6)}
+    core = optax.scale_by_adam(b1=0.9, b2=0.95)
+    halved = stored_in(core, jnp.bfloat16)
+    state, exact = halved.init(params), core.init(params)
+    for step in range(3):
+        gradient = jax.tree.map(lambda x, step=step: jnp.sin(x * (3 + step)), params)
+        expected, exact = core.update(gradient, exact, params)
+        updates, state = halved.update(gradient, state, params)
+        exact = exact._replace(mu=_rounded(exact.mu), nu=_rounded(exact.nu))
+        np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
+    assert state.mu["w"].dtype == jnp.bfloat16 and state.count.dtype == jnp.int32
+
+
+def _rounded(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tree)
+
+
+def test_moments_that_would_stand_still_are_refused():
+    config = ConfigDict({"kind": "adamw", "peak": 1e-3, "final": 1e-4, "warmup": 0.1, "b1": 0.9, "b2": 0.999,
+                         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "moment_dtype": "bfloat16"})  # fmt: skip
+    with pytest.raises(UserError, match="would stand still"):
+        make_optimizer(config, 10)
+
+
+@pytest.fixture
+def token_examples(tmp_path):
+    """40 examples of 5 to 30 tokens; every token is the example's number."""
+    from array_record.python import array_record_module
+
+    rng = np.random.default_rng(0)
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "direct.array_record"), "group_size:1")
+    for number in range(40):
+        tokens = np.full(rng.integers(5, 31), number, np.int32)
+        writer.write(examples.pack_example(tokens, np.ones(len(tokens), np.uint8)))
+    writer.close()
+    manifest = {"fingerprint": "", "counts": {"direct": 40}, "tokens": 0, "longest": 30}
+    (tmp_path / examples.MANIFEST).write_text(json.dumps(manifest))
+    return tmp_path
+
+
+def test_the_number_of_readers_changes_no_batch(token_examples):
+    """8 rows from 4 streams: read by one process, and by two that hold rows 0, 1, 4, 5 and the rest."""
+
+    def read(rows=None):
+        return pipeline.packed_examples(token_examples, {"direct": 1.0}, 8, 64, 3, streams=4, rows=rows)
+
+    whole, parts = read(), [read([0, 1, 4, 5]), read([2, 3, 6, 7])]
+    for _ in range(5):
+        batch, first, second = next(whole), *map(next, parts)
+        for name in batch:
+            np.testing.assert_array_equal(batch[name][[0, 1, 4, 5]], first[name])
+            np.testing.assert_array_equal(batch[name][[2, 3, 6, 7]], second[name])
+    resumed = read([4, 5])
+    resumed.set_state({**parts[0].get_state(), **parts[1].get_state()})
+    np.testing.assert_array_equal(next(whole)["tokens"][[4, 5]], next(resumed)["tokens"])
+    assert sorted(parts[0].get_state()) == ["0", "2"]
+
+
+def test_streams_share_the_examples_out_without_repeating_any(token_examples):
+    seen = [next(pipeline.packed_examples(token_examples, {"direct": 1.0}, 4, 640, 3, streams=4)) for _ in range(1)][0]
+    numbers = [set(row[ids > 0].tolist()) for row, ids in zip(seen["tokens"], seen["segment_ids"], strict=True)]
+    assert all(numbers) and all(not a & b for i, a in enumerate(numbers) for b in numbers[i + 1 :])
+    with pytest.raises(UserError, match="divisor"):
+        pipeline.packed_examples(token_examples, {"direct": 1.0}, 4, 640, 3, streams=3)

@@ -1,0 +1,112 @@
+"""One run as two real processes over loopback: the losses of one process, and exact resumption after one is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_runs import ROOT, assert_same_run, metrics, newest_checkpoint, prepare, sft_settings, trained
+
+from ivr_jax import distributed
+from ivr_jax.errors import UserError
+
+
+def processes(argv: list[str], workdir: Path, count: int = 2) -> list[subprocess.Popen]:
+    """Starts the command as `count` processes that find each other on a free port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ivr_jax.train", argv[1], f"--workdir={workdir}", *argv[3:],
+               "--config.mesh.data=-1", f"--coordinator=localhost:{port}", f"--process_count={count}"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen([*command, f"--process_id={index}"], env=environment, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True)
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def finish(started: list[subprocess.Popen]) -> list[str]:
+    outputs = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def settings(runs) -> dict:
+    changes = {"steps": 8, "batch": 4, "accumulation": 2, "data.streams": 4, "optimizer.kind": "adamw"}
+    return sft_settings(runs) | changes | {"log_every": 1, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def alone(runs, settings) -> list[str]:
+    return trained(runs / "alone", "micro_base", settings)
+
+
+def test_two_processes_compute_what_one_does_and_one_that_is_killed_costs_nothing(runs, alone):
+    first, second = finish(processes(alone, runs / "both"))
+    assert "examples:" in first and "examples:" not in second  # process 0 alone speaks
+    theirs, ours = metrics(runs / "alone"), metrics(runs / "both")
+    assert [row["step"] for row in ours] == list(range(1, 9))
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+        for name in ("row_fill", "tokens_per_step"):
+            assert row[name] == expected[name]  # the same rows, whoever reads them
+    started = processes(alone, runs / "killed")
+    deadline = time.monotonic() + 300
+    while newest_checkpoint(runs / "killed") < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    started[1].send_signal(signal.SIGKILL)
+    time.sleep(1)  # what a scheduler does next: it ends the others and starts all again
+    started[0].kill()
+    for process in started:
+        process.communicate()
+    killed_at = newest_checkpoint(runs / "killed")
+    assert 2 <= killed_at < 8
+    assert f"resumed at step {killed_at} of 8" in finish(processes(alone, runs / "killed"))[0]
+    assert_same_run(runs / "killed", runs / "both")
+    saved = json.loads((runs / "killed" / "config.json").read_text())
+    assert saved["mesh"]["data"] == -1
+
+
+def flags_of(**given) -> object:
+    defaults = {"coordinator": None, "process_count": None, "process_id": None, "distributed": False}
+    return type("Flags", (), defaults | given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"coordinator": "here:1"}, "belong together"), ({"process_id": 0}, "belong together"),
+     ({"coordinator": "here:1", "process_count": 2, "process_id": 2}, "process 2 of 2 cannot be")],
+)  # fmt: skip
+def test_flags_that_cannot_be(given, message):
+    with pytest.raises(UserError, match=message):
+        distributed.start(flags_of(**given))
+
+
+def test_a_job_of_several_is_recognised():
+    assert not distributed.in_a_job_of_several({})
+    assert not distributed.in_a_job_of_several({"SLURM_STEP_NUM_TASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
+    assert distributed.in_a_job_of_several({"SLURM_STEP_NUM_TASKS": "16"})
+    assert distributed.in_a_job_of_several({"TPU_WORKER_HOSTNAMES": "host-0,host-1"})
+
+
+def test_one_process_needs_nobody():
+    distributed.start(flags_of())
+    distributed.barrier("nobody else")
+    assert distributed.is_primary() and distributed.union({"a": [1]}) == {"a": [1]}
+    np.testing.assert_array_equal(distributed.fetch({"x": np.arange(3)})["x"], np.arange(3))
