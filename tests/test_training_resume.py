@@ -37,12 +37,14 @@ def sft(runs) -> tuple[Path, list[str]]:
 
 
 def test_sft_killed_then_stopped_then_finished_equals_an_undisturbed_run(runs, sft, capsys):
+    """It is killed while a checkpoint is being written; six examples make an epoch of about two steps."""
     straight, argv = sft
     workdir = runs / "disturbed"
-    status, output = disturbed(argv, workdir, signal.SIGKILL, after=4)
+    status, output = disturbed(argv, workdir, signal.SIGKILL, after=4, saving=True)
     assert status == -signal.SIGKILL, output
     killed_at = newest_checkpoint(workdir)
     assert 4 <= killed_at < 20
+    assert list(workdir.glob("checkpoints/*tmp*"))  # half a checkpoint, which nobody takes for one
     status, output = disturbed(argv, workdir, signal.SIGTERM, after=killed_at + 1)
     stopped_at = newest_checkpoint(workdir)
     assert status == 0, output

@@ -78,15 +78,25 @@ def rl_settings(sft_run: Path) -> dict:
     }  # fmt: skip
 
 
-def disturbed(argv: list[str], workdir: Path, sign: signal.Signals, after: int) -> tuple[int, str]:
-    """Starts the command for `workdir`, sends `sign` once it has saved step `after` or later: (status, output)."""
+def disturbed(
+    argv: list[str], workdir: Path, sign: signal.Signals, after: int, saving: bool = False
+) -> tuple[int, str]:
+    """Starts the command for `workdir`, sends `sign` once it has saved step `after` or later: (status, output).
+
+    With `saving` it waits, from there, until the next save has begun and is not committed yet.
+    """
     command = [sys.executable, "-m", "ivr_jax.train", argv[1], f"--workdir={workdir}", *argv[3:]]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=workdir.parent, env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
     deadline = time.monotonic() + 300
-    while newest_checkpoint(workdir) < after and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+
+    def early() -> bool:
+        begun = any("tmp" in p.name for p in workdir.glob("checkpoints/*"))
+        return newest_checkpoint(workdir) < after or (saving and not begun)
+
+    while early() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001 if saving else 0.005)
     process.send_signal(sign)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output

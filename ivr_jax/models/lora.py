@@ -75,6 +75,7 @@ def axes(model_axes: Params, options: LoraOptions) -> Params:
 def like(params: Params, options: LoraOptions) -> Params:
     """ShapeDtypeStructs of what `add` returns, placed as the kernels of `params` (ShapeDtypeStructs) are."""
     made: Params = {}
+    scalar = None
     for name in options.targets:
         kernel = params["layers"][PLACES[name]][name]
         (count, width, out), placed = kernel.shape, getattr(kernel, "sharding", None)
@@ -83,11 +84,12 @@ def like(params: Params, options: LoraOptions) -> Params:
             first, into, across = (*placed.spec, None, None, None)[:3]
             a_place = NamedSharding(placed.mesh, PartitionSpec(first, into, None))
             b_place = NamedSharding(placed.mesh, PartitionSpec(first, None, across))
+            scalar = NamedSharding(placed.mesh, PartitionSpec())
         made.setdefault(PLACES[name], {})[name] = {
             "a": jax.ShapeDtypeStruct((count, width, options.rank), jnp.float32, sharding=a_place),
             "b": jax.ShapeDtypeStruct((count, options.rank, out), jnp.float32, sharding=b_place),
         }
-    return {**params, ADAPTERS: made, SCALE: jax.ShapeDtypeStruct((), jnp.float32)}
+    return {**params, ADAPTERS: made, SCALE: jax.ShapeDtypeStruct((), jnp.float32, sharding=scalar)}
 
 
 def split(params: Params) -> tuple[Params, Params]:

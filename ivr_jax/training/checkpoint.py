@@ -124,7 +124,8 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
 def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dict[str, Any]]:
     """Parameters alone, placed like `like`, and the metadata.
 
-    Optimiser state is never read; adapters (LoRA) are merged into the kernels that they adapt.
+    Optimiser state is never read; adapters (LoRA) are merged into the kernels that they adapt, and the metadata then
+    does not speak of them.
 
     Raises UserError when the checkpoint is of another kind, or of other shapes than `like`.
     """
@@ -151,7 +152,9 @@ def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dic
             f"the parameters of {str(folder)!r} do not fit: {str(error).splitlines()[0][:200]}",
             "The checkpoint is damaged, or was made with another model config.",
         ) from error
-    return lora.merge(found["params"]) if "lora" in meta else found["params"], meta
+    if "lora" not in meta:
+        return found["params"], meta
+    return lora.merge(found["params"]), {key: value for key, value in meta.items() if key != "lora"}
 
 
 def _abstract(value: Any) -> jax.ShapeDtypeStruct:

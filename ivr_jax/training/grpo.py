@@ -331,6 +331,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     sampling = as_dataclass(SamplingOptions, config.sampling)
     if sampling.passes:
         raise UserError("rl learns from the bare policy, without guidance.", "Give --config.sampling.guidance=1.")
+    if jax.process_count() > 1:
+        raise UserError("rl runs as one process.", "Start one process that sees all devices of its machine.")
     sharding.check_batch(mesh, config.minibatch, "config.minibatch")
     sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
     system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)

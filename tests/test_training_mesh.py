@@ -1,0 +1,70 @@
+"""RL on eight devices: the trainer replays the sharded sampler, and an update equals that of one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import json, types
+import jax, numpy as np, optax
+from tiny_model import CONFIG, noisy_params, requests, system
+from ivr_jax import sharding
+from ivr_jax.models import backbone
+from ivr_jax.protocol.grammar import GrammarOptions
+from ivr_jax.rewards.functions import RewardOptions
+from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.training import grpo, state
+from ivr_jax.training.losses import GrpoOptions
+
+grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
+options = grpo.Options(SamplingOptions(), grammar, RewardOptions(), GrpoOptions(), 4, 72, 8, (128,), 1, 64)
+samples, images = requests(2)
+tasks = [grpo.Prompt(*pair) for pair in zip(samples, images, strict=True)]
+optimizer = optax.chain(optax.trace(0.0), optax.scale(-1e-3))
+axes = backbone.param_axes(CONFIG)
+
+def made(sizes, devices):
+    mesh = sharding.make_mesh(sizes, devices)
+    first, (placed, _) = state.place(mesh, axes, noisy_params(), optimizer)
+    held = jax.device_put(noisy_params(), placed.params)
+    return mesh, first, grpo.Trainer(system(held), None, options, optimizer, mesh, placed)
+
+def rolled(mesh, first, trainer):
+    with jax.set_mesh(mesh):
+        return trainer.rollout(first.params, tasks, jax.random.key(3))
+
+def gradients(mesh, first, trainer, rollout, scored):
+    with jax.set_mesh(mesh):
+        after, metrics = trainer.update(first, rollout, scored, check_ratio=True)
+    loss = float(metrics["loss"][0]) / float(metrics["loss"][1])
+    return jax.tree.map(np.asarray, after.opt_state[0].trace), loss, float(metrics["ratio_deviation"])
+
+def error(a, b):
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6))
+
+one = made({}, jax.devices()[:1])
+eight = made({"data": 2, "fsdp": 2, "tensor": 2}, None)
+rollout = rolled(*eight)
+scored = types.SimpleNamespace(used=np.ones((2, 4), bool), advantages=np.linspace(-1, 1, 8).reshape(2, 4))
+theirs, expected, _ = gradients(*one, rollout, scored)
+ours, loss, deviation = gradients(*eight, rollout, scored)
+print(json.dumps({"loss": abs(loss / expected - 1), "ratio": deviation,
+                  "gradients": max(jax.tree.leaves(jax.tree.map(error, ours, theirs)))}))
+"""
+
+
+def test_rollout_and_update_on_eight_devices_equal_one():
+    here = Path(__file__).parent
+    environment = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }  # fmt: skip
+    command = [sys.executable, "-c", SCRIPT]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["loss"] < 1e-5 and found["gradients"] < 1e-5 and found["ratio"] < 1e-3, found
