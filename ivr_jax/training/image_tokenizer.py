@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from clu import parameter_overview
 
-from ivr_jax import sharding
+from ivr_jax import distributed, sharding
 from ivr_jax import system as systems
 from ivr_jax.data import pipeline
 from ivr_jax.data.store import TrajectoryDataset
@@ -165,7 +165,9 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an image_tokenizer config."""
     model = model_lib.ImageTokenizerConfig(**config.model)
     sharding.check_batch(mesh, config.batch, "config.batch")
-    print(parameter_overview.get_parameter_overview(model_lib.param_shapes(model), include_stats=False, max_lines=12))
+    if distributed.is_primary():
+        shapes = model_lib.param_shapes(model)
+        print(parameter_overview.get_parameter_overview(shapes, include_stats=False, max_lines=12))
     optimizer = make_optimizer(config.optimizer, config.steps)
     init = functools.partial(model_lib.init_params, model, jax.random.key(config.seed))
     first, placed = place(mesh, model_lib.param_axes(model), init, optimizer)

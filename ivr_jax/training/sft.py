@@ -82,8 +82,7 @@ def make_step(
 
     Args:
       out_shardings: of the new state and of the metrics, when they live on a mesh (see `state.place`).
-      gradient_dtype: of the sum over micro-batches; float64 and float32 are exact to their own rounding, bfloat16 takes
-        half the memory and loses small contributions.
+      gradient_dtype: of the sum over micro-batches; bfloat16 takes half the memory and loses small contributions.
     """
 
     def loss(trained: Any, frozen: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
@@ -132,8 +131,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     else:
         model = BackboneConfig(vocab_size=tokenizer.vocab.size, **config.model)
         params = functools.partial(backbone.init_params, model, jax.random.key(config.seed))
-        shapes = backbone.param_shapes(model)
-        print(parameter_overview.get_parameter_overview(shapes, include_stats=False, max_lines=20))
+        _say(parameter_overview.get_parameter_overview(backbone.param_shapes(model), include_stats=False, max_lines=20))
     axes = backbone.param_axes(model)
     if options.rank:
         params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)
@@ -145,7 +143,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         _prepare(config, workdir, tokenizer, codec, min(config.data.length, model.max_position_embeddings), fingerprint)
     distributed.barrier("token examples")
     manifest = examples.read_manifest(folder)
-    print(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
+    _say(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
     rows = sharding.local_rows(mesh, config.batch)
     data = pipeline.packed_examples(
         folder, config.data.mix, config.batch, config.data.length, config.seed, config.data.streams, rows
@@ -165,6 +163,11 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         return step(state, sharding.global_batch(mesh, batch, config.batch))
 
     return Stage(state, data, placed_step, meta)
+
+
+def _say(text: str) -> None:
+    if distributed.is_primary():
+        print(text)
 
 
 def _prepare(

@@ -49,8 +49,9 @@ def updated(
 ) -> tuple[TrainState, jax.Array]:
     """The state after one step on the sum of `gradients` (of `lora.split(params)[0]`) over `denominator`, and the norm
     of their quotient before it is clipped."""
-    mean = jax.tree.map(lambda g: g.astype(jnp.float32) / jnp.maximum(denominator, 1), gradients)
     trained, frozen = lora.split(state.params)
+    count = jnp.maximum(denominator, 1)
+    mean = jax.tree.map(lambda g, p: (g.astype(jnp.float32) / count).astype(p.dtype), gradients, trained)
     updates, opt_state = optimizer.update(mean, state.opt_state, trained)
     return TrainState(lora.join(optax.apply_updates(trained, updates), frozen), opt_state), optax.tree.norm(mean)
 
