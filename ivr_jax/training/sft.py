@@ -130,7 +130,10 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
     else:
         model = BackboneConfig(vocab_size=tokenizer.vocab.size, **config.model)
-        params = functools.partial(backbone.init_params, model, jax.random.key(config.seed))
+
+        def params() -> Any:
+            return backbone.init_params(model, jax.random.key(config.seed))
+
         _say(parameter_overview.get_parameter_overview(backbone.param_shapes(model), include_stats=False, max_lines=20))
     axes = backbone.param_axes(model)
     if options.rank:
