@@ -33,6 +33,8 @@ from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.state import TrainState, micro_batches, place, updated
 from ivr_jax.training.throughput import train_flops
 
+COMPUTED = ("dtype", "param_dtype", "remat", "unroll")  # of config.model, they hold for a model from `init` as well
+
 
 def selective_loss(
     config: BackboneConfig, params: Any, batch: dict[str, jax.Array], chunk: int, visual_start: int
@@ -124,7 +126,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
     options = as_dataclass(lora.LoraOptions, config.lora)
     if config.init:
-        initial = systems.load(config.init, codec=codec, text_tokenizer_path=config.text_tokenizer, mesh=mesh)
+        computed = {name: config.model[name] for name in COMPUTED if name in config.model}
+        initial = systems.load(config.init, codec=codec, text_tokenizer_path=config.text_tokenizer, mesh=mesh, **computed)
         model, params = initial.config, initial.params
     elif options.rank:
         raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
