@@ -127,7 +127,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     options = as_dataclass(lora.LoraOptions, config.lora)
     if config.init:
         computed = {name: config.model[name] for name in COMPUTED if name in config.model}
-        initial = systems.load(config.init, codec=codec, text_tokenizer_path=config.text_tokenizer, mesh=mesh, **computed)
+        text = config.text_tokenizer
+        initial = systems.load(config.init, codec=codec, text_tokenizer_path=text, mesh=mesh, **computed)
         model, params = initial.config, initial.params
     elif options.rank:
         raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
