@@ -40,10 +40,11 @@ class Pending:
 
     def sums(self) -> dict[str, tuple[np.float32, np.float32]]:
         """(sum, denominator) of every metric, added step by step."""
-        for pairs in jax.device_get(self._queue):
-            for key, pair in pairs.items():
+        for pairs, fetched in zip(self._queue, jax.device_get(self._queue), strict=True):
+            for key in pairs:  # in the order of the step; what is fetched is sorted
                 before = self._sums.get(key, (np.float32(0), np.float32(0)))
-                self._sums[key] = tuple(np.float32(a + np.float32(b)) for a, b in zip(before, pair, strict=True))
+                pair = zip(before, fetched[key], strict=True)
+                self._sums[key] = tuple(np.float32(a + np.float32(b)) for a, b in pair)
         self._queue = []
         return dict(self._sums)
 
