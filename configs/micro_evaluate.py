@@ -24,11 +24,14 @@ def get_config(kind: str = "") -> ConfigDict:
     config.prompts = 384
     config.most_edits = 4
     config.each_split = 12
+    config.probe_prompts = 128  # held-out requests for the probes of single skills (steps, critiques)
     config.batch = 128
     config.answer_length = rl.answer_length
     config.sampling = rl.sampling
     config.grammar = rl.grammar
     config.reward = rl.reward
+    if kind:
+        config.probe_prompts = 0
     if kind in ("base", "direct"):
         config.grammar.modes = ("direct",)
     elif kind == "multi_step":

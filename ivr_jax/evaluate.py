@@ -14,7 +14,7 @@ import json
 from ivr_jax import cli
 from ivr_jax import system as systems
 from ivr_jax.config import check_positive, claim_workdir
-from ivr_jax.evaluation import benchmark, metrics, tables
+from ivr_jax.evaluation import benchmark, metrics, probes, tables
 from ivr_jax.evaluation.answers import write_answers
 from ivr_jax.training import checkpoint
 
@@ -35,6 +35,10 @@ def main(call: cli.Call) -> None:
     system = systems.load(config.checkpoint, config.image_tokenizer or None)
     answers, images = benchmark.run(system, config)
     result = metrics.evaluate(answers, config.seed, about)
+    if config.probe_prompts:
+        result["probes"] = probes.probe(
+            system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch
+        )
     write_answers(workdir, answers, images)
     metrics.write_evaluation(workdir, result)
     tables.print_table({workdir.name: result})

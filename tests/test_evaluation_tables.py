@@ -9,6 +9,7 @@ from answers_fixture import plain_answer
 from rich.console import Console
 
 from ivr_jax.errors import UserError
+from ivr_jax.evaluation.intervals import share
 from ivr_jax.evaluation.metrics import evaluate
 from ivr_jax.evaluation.tables import (
     BY_NAME,
@@ -87,7 +88,8 @@ def test_text_in_square_brackets_is_printed_as_it_is():
 def test_gates_are_met_not_met_or_not_measured():
     base = arm(96, 4, edits=1)
     sft = evaluate([plain_answer(2, exact=i < 90, key=str(i), edits=4) for i in range(100)])
-    gates = entry_gates(base, sft, direct=arm(45, 55, edits=4), multi_step=arm(83, 17, edits=4), step_text=0.5)
+    sft["probes"] = {"step_text": share([True, False]), "critique": share([])}
+    gates = entry_gates(base, sft, direct=arm(45, 55, edits=4), multi_step=arm(83, 17, edits=4))
     assert [(gate.threshold, gate.measured, gate.met) for gate in gates] == [
         ("≥ 95%", "96.0%", True),
         ("≥ 97%", "50.0%", False),

@@ -200,29 +200,29 @@ def entry_gates(
     sft: Mapping[str, Any] | None = None,
     direct: Mapping[str, Any] | None = None,
     multi_step: Mapping[str, Any] | None = None,
-    step_text: float | None = None,
-    critique: float | None = None,
 ) -> tuple[Gate, ...]:
     """The micro-world's gates before an RL result means anything, one by one; what is not given is "not measured".
 
     Args:
       base: evaluation of the base model at temperature 1.
-      sft: evaluation of the SFT model at temperature 1.
+      sft: evaluation of the SFT model at temperature 1, with its probes (`ivr_jax.evaluation.probes`).
       direct: evaluation of the SFT model, held to direct answers.
       multi_step: the same, held to multi-step answers, on the same prompts.
-      step_text: share of sub-instructions that are right on true prefixes.
-      critique: share of critiques that are right on the model's own wrong images.
     """
     accuracy = BY_NAME["accuracy"].of(sft and sft["overall"])["value"]
     gain = BY_NAME["gain"].of(sft and sft["overall"])["value"]
     return (
         Gate.at_least("Base: one edit, exact", 0.95, _exact_at(base, "1")),
-        Gate.at_least("Sub-instructions right on true prefixes", 0.97, step_text),
-        Gate.at_least("Critique right", 0.50, critique),
+        Gate.at_least("Sub-instructions right on true prefixes", 0.97, _probe(sft, "step_text")),
+        Gate.at_least("Critique right", 0.50, _probe(sft, "critique")),
         Gate.at_least("Own evaluation right on own images", 0.85, accuracy),
         Gate.at_least("Multi-step beats direct at the most edits, by", 0.25, _lead(multi_step, direct)),
         Gate.at_least("SFT beats its own first images, by", 0.05, gain),
     )
+
+
+def _probe(result: Mapping[str, Any] | None, name: str) -> float | None:
+    return result["probes"][name]["value"] if result and "probes" in result else None
 
 
 def _exact_at(result: Mapping[str, Any] | None, edits: str) -> float | None:
