@@ -1,7 +1,8 @@
 """Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw directly and to evaluate.
 
-8,000 exact drawings (loss on G1 E1) and 2,500 failed drawings (loss on E1 alone).  Meant to stop while it is good at
-one edit and poor at four, so that reflection and multi-step have something to add.
+14,000 exact drawings (loss on G1 E1) and 1,000 failed drawings (loss on E1 alone).  Meant to stop while it is good at
+one edit and poor at four, so that reflection and multi-step have something to add.  Small batches: at equal tokens
+they learn faster here (image loss after 35,000 samples 0.195 with 16 rows of 192 tokens a step, 0.246 with 40).
 Command: python -m ivr_jax.train --config=configs/micro_base.py --workdir=runs/demo/base \
     --config.data.path=runs/demo/construct_base/dataset --config.image_tokenizer=runs/demo/image_tokenizer
 """
@@ -13,13 +14,13 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "sft"
     config.seed = 0
-    config.steps = 560
-    config.batch = 40
+    config.steps = 800
+    config.batch = 20
     config.accumulation = 1
     config.gradient_dtype = "float32"  # of the sum over micro-batches
     config.chunk = 4096
     config.log_every = 20
-    config.checkpoint_every = 200
+    config.checkpoint_every = 400
     config.keep = 1
     config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
@@ -43,7 +44,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "path": "",
-            "length": 192,
+            "length": 160,
             "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share
         }

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.baseline = ""  # workdir of the model that draws G1; the generator draws it when empty
     config.batch = 256
     config.concurrency = 64
-    config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 2, 4, 4), "limit": 100_000})
+    config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 1, 3, 6), "limit": 100_000})
     config.quotas = ConfigDict({"direct": 600, "reflection": 1200, "multi_step": 1200, "evaluation": 0})
     config.rules = ConfigDict(
         {

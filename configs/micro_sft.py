@@ -13,9 +13,9 @@ from . import micro_base
 
 def get_config() -> ConfigDict:
     config = micro_base.get_config()
-    config.steps = 380
+    config.steps = 900
     config.data.length = 328
-    config.batch = 24
+    config.batch = 12
     config.data.mix = ConfigDict({"direct": 1.0, "reflection": 2.0, "multi_step": 2.0})
     config.optimizer.peak = 3e-3
     config.optimizer.warmup = 0.1

@@ -33,7 +33,8 @@
 Rules.  No image drawn is the model's fault: not exact, and 0 on every axis (so R_o 0).  A judge's failure is not: a
 missing truth or score is left out, and `n` says over how many the figure stands.  Answers without a known target
 are left out of `exact`.  `by_suite` groups splits by what stands before their "/"; `by_edits` takes
-`sample.facts["edits"]` (a count) and leaves out samples that have none.
+`sample.facts["edits"]` (a count) and leaves out samples that have none, and benchmark splits (those with a "/" in
+their name): their edits are not of the training mixture's kinds, so a comparison by number would mislead.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def is_valid(answer: Answer) -> bool:
 
 def _group_edits(answer: Answer) -> str:
     edits = edits_of(answer)
-    return "" if edits is None else str(edits)
+    return "" if edits is None or "/" in answer.split else str(edits)
 
 
 _GROUPINGS: dict[str, Callable[[Answer], str]] = {

@@ -26,7 +26,7 @@ from ivr_jax.world.render import random_wobble, render, render_edit
 from ivr_jax.world.scene import Scene, scene_to_json
 
 REQUESTS = ("t2i", "edit", "references")
-_SHARES = {"t2i": 0.10, "references": 0.07}  # of training requests; the rest edits one image
+_T2I = 0.10  # share of training requests; `Level.references` show several images, the rest edits one
 _TRAINING, _BENCHMARK = 0, 1  # streams of randomness
 _HELD_OUT = 8  # every eighth task
 _LIMIT = 5000
@@ -76,7 +76,7 @@ def sample_task(level: int, seed: int, index: int, *, subset: str | None = None,
       level: difficulty, see `ivr_jax.world.levels`.
       seed, index: choose the task; everything else being equal they determine it.
       subset: "t2i", "edit" or "references" for one kind of request; a sub-category for requests whose first edit is
-        of it; None for the training mixture (10% t2i, 7% references).
+        of it; None for the training mixture (10% t2i, `Level.references` with several images).
       edits: the number of edits; None for 1 to the level's most, evenly.
       held_out: draw from the held-out eighth instead of the rest.
     Raises UserError for a level, subset or number of edits that does not exist.
@@ -96,7 +96,7 @@ def sample_task(level: int, seed: int, index: int, *, subset: str | None = None,
 
 def _training_request(rng: np.random.Generator, rules: Level, subset: str | None, edits: int | None) -> Request:
     dice = rng.random()
-    kind = next((name for name, share in _SHARES.items() if (dice := dice - share) < 0), "edit")
+    kind = "t2i" if dice < _T2I else "references" if dice < _T2I + rules.references else "edit"
     first = None
     if subset in REQUESTS:
         kind = subset
