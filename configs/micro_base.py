@@ -14,13 +14,13 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "sft"
     config.seed = 0
-    config.steps = 800
+    config.steps = 480
     config.batch = 20
     config.accumulation = 1
     config.gradient_dtype = "float32"  # of the sum over micro-batches
     config.chunk = 4096
     config.log_every = 20
-    config.checkpoint_every = 400
+    config.checkpoint_every = 240
     config.keep = 1
     config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
