@@ -18,6 +18,7 @@ REQUIREMENTS = [
     "clu>=0.0.12",
     "flax>=0.12.8",
     "grain>=0.2.18",
+    "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10.2",
     "Jinja2>=3.1.6",
     "matplotlib>=3.11.2",
@@ -28,19 +29,15 @@ REQUIREMENTS = [
     "Pillow>=13.0.0",
     "rich>=15.0.0",
     "safetensors>=0.8.0",
+    "tensorflow-datasets>=4.9.10",  # tables are written and read without TensorFlow; only `tfds.load` needs it
     "tensorboardX>=2.6.5",
     "tiktoken>=0.14.0",
     "tqdm>=4.70.1",
     "transformers>=5.23.0",
 ]
 REVIEW_REQUIREMENTS = ["starlette>=1.10.0", "uvicorn>=0.54.0"]  # the local page of `python -m ivr_jax.review`
-TFDS_REQUIREMENTS = [  # tables for TensorFlow Datasets; `tfds.load` itself needs TensorFlow beside them
-    "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not ask for it
-    "tensorflow-datasets>=4.9.10",
-]
 TEST_REQUIREMENTS = [
     *REVIEW_REQUIREMENTS,
-    *TFDS_REQUIREMENTS,
     "hypothesis>=6.170.15",
     "playwright>=1.65.2",  # drives the Chromium that is installed; it downloads none
     "pytest>=9.2.0",
@@ -85,7 +82,6 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "review": REVIEW_REQUIREMENTS,
-        "tfds": TFDS_REQUIREMENTS,
         "test": TEST_REQUIREMENTS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "gpu": ["jax[cuda13]>=0.10.2"],

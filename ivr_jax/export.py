@@ -83,7 +83,9 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
     if out is None:
         raise UserError("no place to write to was named.", "Add --out=PATH.")
     if form == "tfds":
-        return f"{_tfds()(source, out, values.tfds_files)}"
+        from ivr_jax.data.tfds_builder import write_tfds  # slow to import, and nothing else needs it
+
+        return f"{write_tfds(source, out, values.tfds_files)}"
     problems: list[Problem] = []
     if form == "released":
         written, problems = write_released(TrajectoryDataset(source), out)
@@ -102,14 +104,6 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
     for problem in problems:
         print(f"left out: {problem.path}: {problem}")
     return f"{out}: {written} samples" + (f", {len(problems)} left out" if problems else "")
-
-
-def _tfds() -> Callable[[Path, Path, str], Path]:
-    try:
-        from ivr_jax.data.tfds_builder import write_tfds  # an extra that nothing else needs
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed.", "pip install 'ivr_jax[tfds]'") from error
-    return write_tfds
 
 
 def add_flags(values: flags.FlagValues) -> None:
