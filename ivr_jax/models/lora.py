@@ -79,7 +79,7 @@ def like(params: Params, options: LoraOptions) -> Params:
     for name in options.targets:
         kernel = params["layers"][PLACES[name]][name]
         (count, width, out), placed = kernel.shape, getattr(kernel, "sharding", None)
-        a_place, b_place = placed, placed
+        a_place, b_place, scalar = placed, placed, placed
         if isinstance(placed, NamedSharding):
             first, into, across = (*placed.spec, None, None, None)[:3]
             a_place = NamedSharding(placed.mesh, PartitionSpec(first, into, None))

@@ -158,4 +158,6 @@ def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dic
 
 
 def _abstract(value: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=getattr(value, "sharding", None))
+    """Shape, dtype and place: by default the first device here, for the devices of the run that saved may be gone."""
+    placed = getattr(value, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed)
