@@ -14,21 +14,25 @@ README = HERE / "README.md"
 
 REQUIREMENTS = [
     "absl-py>=2.5.1",
+    "aiolimiter>=1.3.0",
     "array_record>=0.8.6",
     "clu>=0.0.12",
     "flax>=0.12.8",
     "grain>=0.2.18",
+    "httpx2>=2.16.2",  # the HTTP library that openai brings
     "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10.2",
     "Jinja2>=3.1.6",
     "matplotlib>=3.11.2",
     "ml-collections>=1.1.0",
     "numpy>=2.4.6",
+    "openai>=3.54.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "Pillow>=13.0.0",
     "rich>=15.0.0",
     "safetensors>=0.8.0",
+    "tenacity>=9.2.1",
     "tensorflow-datasets>=4.9.10",  # tables are written and read without TensorFlow; only `tfds.load` needs it
     "tensorboardX>=2.6.5",
     "tiktoken>=0.14.0",
@@ -78,7 +82,11 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["ivr_jax", "ivr_jax.*"]), "ivr_jax.configs"],
     package_dir={"ivr_jax.configs": "configs"},
-    package_data={"ivr_jax.evaluation": ["templates/*"], "ivr_jax.construct.review": ["page/*"]},
+    package_data={
+        "ivr_jax.construct": ["prompts/*.txt"],
+        "ivr_jax.construct.review": ["page/*"],
+        "ivr_jax.evaluation": ["templates/*"],
+    },
     install_requires=REQUIREMENTS,
     extras_require={
         "review": REVIEW_REQUIREMENTS,

@@ -7,6 +7,7 @@ equal images have one name and one file.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -36,23 +37,31 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     CMYK, grey and palette images become RGB; of an animation the first frame counts.  Raises UserError for a file
     that is missing, is no image, is truncated, or holds more than 64 megapixels.
     """
-    path = Path(path)
+    return _read(Path(path), str(path))
+
+
+def decode_image(data: bytes, what: str) -> np.ndarray:
+    """`load_image` of a file's bytes; `what` names them in errors."""
+    return _read(io.BytesIO(data), what)
+
+
+def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             megapixels = image.width * image.height / 1e6
             if megapixels > MAX_MEGAPIXELS:
-                raise UserError(f"{path} holds {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.",
+                raise UserError(f"{what} holds {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.",
                                 "Scale it down.")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
-        raise UserError(f"there is no image file {path}.", "Check the path.") from error
+        raise UserError(f"there is no image file {what}.", "Check the path.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path} holds more than {MAX_MEGAPIXELS} megapixels.", "Scale it down.") from error
+        raise UserError(f"{what} holds more than {MAX_MEGAPIXELS} megapixels.", "Scale it down.") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image file.", "Give a PNG, JPEG, WebP or another common image.") from error
+        raise UserError(f"{what} is not an image file.", "Give a PNG, JPEG, WebP or another common image.") from error
     except (OSError, EOFError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}).",
+        raise UserError(f"{what} cannot be read as an image ({error}).",
                         "The file is damaged, or may not be read: copy or make it again.") from error
 
 

@@ -14,10 +14,22 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Evaluation, Reflection, Sample
 
 Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
 Images: TypeAlias = Mapping[str, Pixels]  # image name -> pixels
+
+
+class ServiceFailed(UserError):
+    """A service gave no usable answer, after every retry: nothing is known, so nothing may be concluded.
+
+    In construction the sample stays pending; in rewards the component is missing.
+    """
+
+
+class ServiceDown(ServiceFailed):
+    """A service has failed for so long that asking again now is pointless: the run should stop and be resumed."""
 
 
 class RootCause(enum.StrEnum):

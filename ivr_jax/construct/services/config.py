@@ -1,0 +1,171 @@
+"""The settings of one service, and where its secrets come from.
+
+Secrets are read from environment variables, are held in memory only, and are cut out of every text that leaves the
+client (`Secrets.hide`): a server that repeats a key must not get it into an error, the cache or a dataset.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import urllib.parse
+from collections.abc import Iterable, Mapping
+
+from ivr_jax.errors import UserError
+
+KINDS = ("", "world", "openai", "gateway", "checkpoint")
+STRUCTURED = ("auto", "json_schema", "json_object", "none")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServiceConfig:
+    """One service.  What `identity` names decides what it answers; the rest only how it is asked.
+
+    Attributes:
+      kind: "world", "openai", "gateway", "checkpoint", or "" for none.
+      base_url: where it is, without credentials or query ("https://host/v1").
+      model: its name there.
+      key_variable: the environment variable that holds the key (gateway: the secret); "" for a server without keys.
+      app_variable, source: the gateway's application id (an environment variable) and source name.
+      checkpoint: workdir of the model, for the kind "checkpoint".
+      temperature, max_tokens: of texts; a temperature below 0 is not sent, nor a max_tokens of 0.
+      structured: how to ask for JSON: "json_schema", "json_object", "none", or "auto" (schema until it is refused).
+      image_side: images are scaled down to at most this many pixels a side before they are sent.
+      size: the size asked of drawn images ("auto", "1024x1024").
+      image_reply: value of `response_format` for drawn images; "" does not send it.
+      in_flight: calls at a time.
+      requests_per_minute, tokens_per_minute: 0 for no limit.
+      image_tokens: what one image counts for in `tokens_per_minute`.
+      timeout: seconds for one whole call.
+      tries: calls for one question, faults and unusable answers together.
+      first_wait, longest_wait: seconds of back-off; a longer `Retry-After` ends the question instead.
+      breaker_failures: failed calls in a row that open the breaker.
+      breaker_rest: seconds between probes of an open breaker.
+      patience: seconds for which an open breaker is waited for; after that the service is down.
+      price_in, price_out, price_image: cost of a million tokens read and written, and of one drawn image.
+    """
+
+    kind: str
+    base_url: str
+    model: str
+    key_variable: str
+    app_variable: str
+    source: str
+    checkpoint: str
+    temperature: float
+    max_tokens: int
+    structured: str
+    image_side: int
+    size: str
+    image_reply: str
+    in_flight: int
+    requests_per_minute: float
+    tokens_per_minute: float
+    image_tokens: int
+    timeout: float
+    tries: int
+    first_wait: float
+    longest_wait: float
+    breaker_failures: int
+    breaker_rest: float
+    patience: float
+    price_in: float
+    price_out: float
+    price_image: float
+
+    def __post_init__(self) -> None:
+        _one_of("kind", self.kind, KINDS)
+        _one_of("structured", self.structured, STRUCTURED)
+        for name in ("in_flight", "tries", "breaker_failures", "image_side"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("timeout", "first_wait", "longest_wait"):
+            _at_least(name, getattr(self, name), 1e-3)
+        for name in ("requests_per_minute", "tokens_per_minute", "image_tokens", "max_tokens", "breaker_rest",
+                     "patience", "price_in", "price_out", "price_image"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("key_variable", "app_variable"):
+            if getattr(self, name) and not _VARIABLE.fullmatch(getattr(self, name)):  # it may be the key: not shown
+                raise UserError(f"the service's {name} is no name of an environment variable.",
+                                "Put the key into an environment variable, and that variable's name here.")
+        if self.kind in ("openai", "gateway"):
+            self._check_url()
+            if not self.model:
+                raise UserError(f"a service of the kind {self.kind!r} names no model.", "Set its `model`.")
+        if self.kind == "checkpoint" and not self.checkpoint:
+            raise UserError("a service of the kind 'checkpoint' names none.", "Set its `checkpoint` to a workdir.")
+
+    def _check_url(self) -> None:
+        try:
+            url = urllib.parse.urlsplit(self.base_url)
+            fine = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        except ValueError:
+            raise UserError("the service's base_url cannot be read.", "Write it as https://host/v1.") from None
+        if url.username or url.password or url.query or url.fragment:  # may hold a key: not shown
+            raise UserError("the service's base_url holds credentials, a query or a fragment.",
+                            "Leave only scheme, host and path; the key belongs in an environment variable.")
+        if not fine:
+            raise UserError(f"the service's base_url is {self.base_url!r}.", "Write it as https://host/v1.")
+
+    @property
+    def name(self) -> str:
+        """For summaries and errors."""
+        return f"{self.kind}:{self.model or self.checkpoint}".rstrip(":")
+
+    def identity(self) -> dict[str, object]:
+        """What its answers depend on; part of the key under which they are recorded."""
+        return {
+            "kind": self.kind,
+            "model": self.model or self.checkpoint,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "image_side": self.image_side,
+            "size": self.size,
+        }
+
+
+# Settings that may change between two parts of one run: they decide how a service is asked, not what it answers.
+CHANGEABLE = tuple(
+    field.name
+    for field in dataclasses.fields(ServiceConfig)
+    if field.name not in ("kind", "model", "checkpoint", "temperature", "max_tokens", "image_side", "size")
+)
+
+
+class Secrets:
+    """Values that must never be written anywhere."""
+
+    def __init__(self, values: Iterable[str]):
+        self._values = sorted({value for value in values if len(value) >= 4}, key=len, reverse=True)
+
+    def hide(self, text: str) -> str:
+        """`text` without them."""
+        for value in self._values:
+            text = text.replace(value, "[secret]")
+        return text
+
+    def __repr__(self) -> str:
+        return "Secrets(...)"
+
+
+def secret(variable: str, environment: Mapping[str, str] | None = None) -> str:
+    """The value of an environment variable; "" for no variable.  UserError when it is not set, or no header value."""
+    if not variable:
+        return ""
+    value = (os.environ if environment is None else environment).get(variable, "").strip()
+    if not value:
+        raise UserError(f"the environment variable {variable} is not set.", f"export {variable}=… with the key.")
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise UserError(f"the environment variable {variable} holds characters that no key has.", "Set it again.")
+    return value
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"the service's {name} is {value!r}.", f"Use one of: {', '.join(repr(a) for a in allowed)}.")
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
+        raise UserError(f"the service's {name} is {value!r}.", f"Give a number of at least {low:g}.")
