@@ -6,16 +6,25 @@ Command: python -m ivr_jax.construct --config=configs/micro_construct.py --workd
 
 from ml_collections import ConfigDict
 
+from . import _services
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 2
     config.released = ""  # a folder in the released layout to import instead
-    config.image_area = 4096  # imported images are resized to about this many pixels ...
+    config.samples = ""  # a JSON list of samples to construct instead of the micro-world's tasks; all that succeed stay
+    config.image_root = ""  # where its relative image paths start; its own folder when empty
+    config.image_area = 4096  # imported and listed images are resized to about this many pixels ...
     config.image_multiple = 16  # ... with sides that are multiples of the image tokenizer's factor
     config.baseline = ""  # workdir of the model that draws G1; the generator draws it when empty
     config.batch = 256
-    config.concurrency = 64
+    config.concurrency = 64  # samples on the way at a time
+    config.passes = 1  # readings of the input: a second one takes up what the first left pending
+    config.leave_pending = False  # write the dataset although samples are pending
+    config.folders = False  # also write WORKDIR/folders in the released layout
+    config.gallery = False  # also write WORKDIR/gallery.html
+    config.services = _services.world()
     config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 1, 3, 6), "limit": 100_000})
     config.quotas = ConfigDict({"direct": 600, "reflection": 1200, "multi_step": 1200, "evaluation": 0})
     config.rules = ConfigDict(

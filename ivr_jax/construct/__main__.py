@@ -2,135 +2,149 @@
 
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/demo/construct \
         --config.baseline=runs/demo/base
+    python -m ivr_jax.construct --config=configs/photographs_construct.py --workdir=runs/mine/construct \
+        --config.samples=samples.json        your own images and prompts, judged and drawn by services
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/mine/construct \
-        --config.released=FOLDER                 imports a folder in the released layout instead
+        --config.released=FOLDER             imports a folder in the released layout instead
 
-Requests are drawn until every quota is full; the dataset stands in WORKDIR/dataset, with counts and reasons of
-dropping in WORKDIR/dataset/dataset.json.  A finished dataset is left as it is.
+Every answer of a service and every finished sample is recorded in WORKDIR/journal at once: stop or kill the command
+at any time and give it again.  The dataset stands in WORKDIR/dataset when no sample is pending; WORKDIR/summary.json
+tells what became of each, and what the services were asked and cost.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import dataclasses
-import itertools
-from collections.abc import Iterator
+import shutil
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ivr_jax import cli
-from ivr_jax import system as systems
-from ivr_jax.config import as_dataclass, check_positive, claim_workdir
-from ivr_jax.construct.baseline import with_first_images
-from ivr_jax.construct.escalation import Outcome, Request, Rules, Tally, construct_stream
-from ivr_jax.construct.interfaces import Images
+from ivr_jax.config import check_positive, claim_workdir
+from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
+from ivr_jax.construct.crew import ROLES, Crew, hire, rules_from_config
+from ivr_jax.construct.inputs import source
+from ivr_jax.construct.journal import Journal
 from ivr_jax.construct.released import read_released
+from ivr_jax.construct.run import Construction, Pass, Quotas, Status, read_through
+from ivr_jax.construct.services.config import CHANGEABLE
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
-from ivr_jax.images import fit, image_name
-from ivr_jax.sampling.chain import SamplingOptions
-from ivr_jax.trajectory import Round, Sample, Trajectory
-from ivr_jax.world.analyzer import WorldAnalyzer
-from ivr_jax.world.generator import WorldGenerator
-from ivr_jax.world.sampler import sample_task
 
-EVALUATION_ONLY = "evaluation"  # a failed G1 with its evaluation: trains evaluation, never drawing
-
-
-def requests(config: Any) -> Iterator[tuple[Sample, Images]]:
-    """Endless requests of the micro-world, numbers of edits as weighted in `tasks.edits` (weight of 1, 2, ...)."""
-    schedule = [count for count, weight in enumerate(config.edits, 1) for _ in range(weight)]
-    for index in range(config.limit):
-        edits = schedule[index % len(schedule)] if schedule else None
-        task = sample_task(config.level, config.seed, index, edits=edits)
-        yield task.sample, task.images
+_ANY_TIME = (  # settings that do not decide what is constructed
+    "concurrency",
+    "passes",
+    "leave_pending",
+    "folders",
+    "gallery",
+    *(f"services.{role}.{name}" for role in ROLES for name in CHANGEABLE),
+)
+_UNTIL_DONE = ("tasks.limit", "quotas")  # and those that only decide when to stop
+PENDING = 3  # exit status: run again
 
 
-class Quotas:
-    """How many trajectories of each kind are still wanted."""
+async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Crew]:
+    """Reads the input until nothing is pending, but at most `config.passes` times."""
+    crew = hire(config, journal)
+    read, quarantined, count = source(config, journal)
+    wanted = None if config.samples else config.quotas.to_dict()
+    rules = rules_from_config(config.rules)
+    bar.reset(total=count if wanted is None else sum(wanted.values()))
 
-    def __init__(self, wanted: dict[str, int]):
-        self.wanted, self.counts, self.surplus = dict(wanted), collections.Counter(), collections.Counter()
+    def notice(status: Status, found: Pass) -> None:
+        done = found.seen if wanted is None else len(found.chosen)
+        if status.recorded:
+            bar.initial += done - bar.n  # what was known before says nothing about the rate
+        bar.update(done - bar.n)
+        shown = {**found.modes, **{f"dropped {reason}": n for reason, n in found.drops.items()}}
+        if found.pending:
+            shown["pending"] = len(found.pending)
+        bar.set_postfix(shown, refresh=False)
 
-    @property
-    def full(self) -> bool:
-        return all(self.counts[kind] >= number for kind, number in self.wanted.items())
-
-    def choose(self, outcome: Outcome) -> Trajectory | None:
-        """The trajectory to keep of an outcome, if any quota wants it."""
-        first = outcome.history[0]
-        if not first.evaluation.passed and self.counts[EVALUATION_ONLY] < self.wanted[EVALUATION_ONLY]:
-            self.counts[EVALUATION_ONLY] += 1
-            return Trajectory(outcome.sample, (Round(None, first.image, first.evaluation),))
-        if outcome.trajectory is None:
-            return None
-        kind = outcome.trajectory.mode.value
-        kept = self.counts[kind] < self.wanted[kind]
-        (self.counts if kept else self.surplus)[kind] += 1
-        return outcome.trajectory if kept else None
-
-
-async def fill(config: Any, stream: Iterator[Request], writer: TrajectoryWriter) -> dict[str, Any]:
-    """Runs the escalation until the quotas are full; returns what goes into the provenance."""
-    quotas, tally, drawn = Quotas(config.quotas.to_dict()), Tally(), 0
-    analyzer = WorldAnalyzer(threshold=config.analyzer.threshold)
-    generator = WorldGenerator(**config.generator)
-    outcomes = construct_stream(
-        stream, analyzer, generator, as_dataclass(Rules, config.rules), concurrency=config.concurrency
-    )
-    with tqdm(total=sum(quotas.wanted.values()), desc="construct", unit="sample", mininterval=1.0) as bar:
-        async for outcome in outcomes:
-            drawn += 1
-            tally.add(outcome)
-            trajectory = quotas.choose(outcome)
-            if trajectory is not None:
-                names = {*trajectory.sample.sources, *trajectory.images}
-                writer.add(trajectory, {name: outcome.images[name] for name in names})
-                bar.update()
-                bar.set_postfix(dict(quotas.counts), refresh=False)
-            if quotas.full:
+    try:
+        for _ in range(config.passes):
+            construction = Construction(
+                journal, crew.analyzer, crew.generator, rules, config.concurrency, crew.made_by
+            )
+            bar.reset()
+            found = await read_through(construction, read(), Quotas(wanted), notice)
+            if not found.pending or construction.down is not None:
                 break
-        await outcomes.aclose()
-    if not quotas.full:
-        raise UserError(
-            f"{drawn} requests gave {dict(quotas.counts)}; the quotas are {quotas.wanted}.",
-            "Raise tasks.limit, or lower the quotas that the generator cannot fill.",
-        )
-    return {
-        "requests": drawn,
-        "kept": dict(quotas.counts),
-        "surplus": dict(quotas.surplus),
-        "yield": {mode.value: n for mode, n in tally.modes.items()},
-        "drops": {drop.value: n for drop, n in tally.drops.items()},
-    }
+    finally:
+        await crew.close()
+    found.quarantined = {**quarantined, **found.quarantined}
+    return found, crew
 
 
-def main(call: cli.Call) -> None:
+def main(call: cli.Call) -> int | None:
     config, workdir = call.config, call.workdir
     target = workdir / "dataset"
-    check_positive(config, ("batch", "concurrency", "image_area", "image_multiple"))
-    claim_workdir(workdir, config, resuming=(target / "dataset.json").exists())
-    if (target / "dataset.json").exists():
-        dataset = TrajectoryDataset(target)
-        print(f"construct: {target} is complete, {len(dataset)} trajectories")
-        return
+    check_positive(config, ("batch", "concurrency", "image_area", "image_multiple", "passes"))
+    complete = (target / "dataset.json").exists()
+    begun = complete or (workdir / "journal").exists()
+    claim_workdir(workdir, config, resuming=begun, ignore=_ANY_TIME if complete else (*_ANY_TIME, *_UNTIL_DONE))
+    if complete:
+        print(f"construct: {target} is complete, {len(TrajectoryDataset(target))} trajectories")
+        return None
     if config.released:
-        counts = import_released(config, target)
-    else:
-        pairs = requests(config.tasks)
-        if config.baseline:
-            system = systems.load(config.baseline)
-            stream = with_first_images(
-                system, pairs, config.seed, config.batch, as_dataclass(SamplingOptions, config.sampling)
+        print(f"construct: {target}: {import_released(config, target)}")
+        return None
+    with Journal(workdir / "journal") as journal, tqdm(desc="construct", unit="sample", mininterval=1.0) as bar:
+        found, crew = asyncio.run(work(config, journal, bar))
+        bar.close()
+        write_summary(workdir / "summary.json", found, journal, crew.services)
+        if found.pending and not config.leave_pending:
+            return _report_pending(workdir, found)
+        if not config.samples and not found.full:
+            raise UserError(
+                f"{found.seen} requests gave {dict(found.modes)}; the quotas are {config.quotas.to_dict()}.",
+                "Raise tasks.limit, or lower the quotas that the generator cannot fill.",
             )
-        else:
-            stream = itertools.starmap(Request, pairs)
-        with TrajectoryWriter(target, {"config": config.to_dict()}) as writer:
-            counts = asyncio.run(fill(config, stream, writer))
-            writer.provenance["counts"] = counts
+        counts = _deliver(config, workdir, journal, found)
+    if not crew.services:
+        shutil.rmtree(workdir / "journal")  # of no use beside the dataset: nothing in it was paid for
     print(f"construct: {target}: {counts}")
+    return None
+
+
+def _deliver(config: Any, workdir: Path, journal: Journal, found: Pass) -> dict[str, Any]:
+    """Writes the folders, the dataset and the gallery; returns the counts that go into the provenance."""
+    counts: dict[str, Any] = {
+        "requests": found.seen,
+        "kept": dict(sorted(collections.Counter(kind for _, _, kind in found.chosen).items())),
+        "yield": dict(sorted(found.modes.items())),
+        "drops": dict(sorted(found.drops.items())),
+        "pending": len(found.pending),
+        "quarantined": len(found.quarantined),
+    }
+    if config.folders:
+        write_folders(workdir / "folders", journal, found)
+    area = config.image_area if config.samples else 0
+    settings = config.to_dict()
+    for role in ROLES:
+        for name in CHANGEABLE:
+            del settings["services"][role][name]
+    for name in ("concurrency", "passes", "leave_pending", "folders", "gallery"):
+        del settings[name]
+    write_dataset(
+        workdir / "dataset", journal, found, {"config": settings, "counts": counts}, area, config.image_multiple
+    )
+    if config.gallery:
+        page = write_gallery(workdir / "gallery.html", TrajectoryDataset(workdir / "dataset"), found)
+        print(f"construct: gallery: {page}")
+    return counts
+
+
+def _report_pending(workdir: Path, found: Pass) -> int:
+    key, reason = next(iter(found.pending.items()))
+    print(f"construct: {len(found.finished)} samples are finished, {len(found.quarantined)} quarantined, "
+          f"{len(found.pending)} pending ({key}: {reason} ...)")
+    print(f"construct: {workdir / 'summary.json'} lists them.  Give the same command again to take them up, or add "
+          "--config.leave_pending=True to write the dataset without them.")
+    return PENDING
 
 
 def import_released(config: Any, target: Any) -> dict[str, Any]:
@@ -144,15 +158,6 @@ def import_released(config: Any, target: Any) -> dict[str, Any]:
         for trajectory, images in trajectories:
             writer.add(*resized(trajectory, images, config.image_area, config.image_multiple))
     return {"imported": len(trajectories), "left_out": len(problems)}
-
-
-def resized(trajectory: Trajectory, images: Images, area: int, multiple: int) -> tuple[Trajectory, Images]:
-    """The same trajectory over images fitted to `area` pixels, sides multiples of `multiple`."""
-    fitted = {name: fit(images[name], area, multiple) for name in (*trajectory.sample.sources, *trajectory.images)}
-    names = {name: image_name(pixels) for name, pixels in fitted.items()}
-    sample = dataclasses.replace(trajectory.sample, sources=tuple(names[name] for name in trajectory.sample.sources))
-    rounds = tuple(dataclasses.replace(r, image=names[r.image]) for r in trajectory.rounds)
-    return Trajectory(sample, rounds), {names[name]: pixels for name, pixels in fitted.items()}
 
 
 def entry() -> None:

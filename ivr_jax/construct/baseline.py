@@ -1,38 +1,86 @@
-"""Where `G1` comes from: a checkpoint of our own (the model that is to be trained), or the generator service."""
+"""`G1` by a checkpoint of our own: the model that is to be trained, drawing a batch at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
-import numpy as np
 
 from ivr_jax.construct.escalation import Request
-from ivr_jax.construct.interfaces import Images
+from ivr_jax.construct.run import Entry
+from ivr_jax.errors import UserError
+from ivr_jax.images import fit, image_name
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.rollout import draw_first_images
 from ivr_jax.system import System
-from ivr_jax.trajectory import Sample
 
 
 def with_first_images(
-    system: System, tasks: Iterable[tuple[Sample, Images]], seed: int, batch: int, options: SamplingOptions
-) -> Iterator[Request]:
-    """Draws `G1` of each (sample, images) with `system`, `batch` at a time; the last batch is filled up."""
-    waiting: list[tuple[Sample, Images]] = []
-    key, number = jax.random.key(seed), 0
+    system: System,
+    entries: Iterable[Entry],
+    seed: int,
+    batch: int,
+    options: SamplingOptions,
+    known: Callable[[Entry], bool] = lambda entry: False,
+) -> Iterator[Entry]:
+    """The same entries, with `G1` drawn by `system` for those that bring none.
 
-    def drawn(part: Sequence[tuple[Sample, Images]]) -> Iterator[Request]:
-        filled = list(part) + [part[0]] * (batch - len(part))
-        firsts: list[np.ndarray] = draw_first_images(
-            system, [s for s, _ in filled], [i for _, i in filled], jax.random.fold_in(key, number), options
-        )
-        return (Request(sample, images, first) for (sample, images), first in zip(part, firsts, strict=False))
+    Args:
+      system: the model; sources are fitted to its resolution for the drawing.
+      entries: the input.
+      seed: with an entry's place in the input, and its batch, it decides the drawing.
+      batch: drawings at a time; images of different sizes are drawn apart.
+      options: how to sample.
+      known: whether an entry is recorded already; a batch of such entries is not drawn again.
+    """
+    key, remaining = jax.random.key(seed), iter(entries)
+    for number in itertools.count():
+        part = list(itertools.islice(remaining, batch))
+        if not part:
+            return
+        if all(known(entry) for entry in part):
+            yield from part
+        else:
+            yield from _drawn(system, part, jax.random.fold_in(key, number), batch, options)
 
-    for task in tasks:
-        waiting.append(task)
-        if len(waiting) == batch:
-            yield from drawn(waiting)
-            waiting, number = [], number + 1
-    if waiting:
-        yield from drawn(waiting)
+
+def _drawn(
+    system: System, part: list[Entry], key: jax.Array, batch: int, options: SamplingOptions
+) -> Iterator[Entry]:
+    requests: dict[int, Request] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, entry in enumerate(part):
+        try:
+            request = _fitted(system, entry.load())
+        except UserError:
+            continue  # it is quarantined when its turn comes
+        requests[i] = request
+        if request.first_image is None:
+            sources = request.sample.sources
+            groups.setdefault(request.images[sources[0]].shape if sources else (), []).append(i)
+    firsts = {}
+    for g, members in enumerate(groups.values()):
+        filled = [requests[i] for i in (members * batch)[:batch]]
+        group_key = jax.random.fold_in(key, batch + g) if g else key
+        drawn = draw_first_images(system, [r.sample for r in filled], [r.images for r in filled], group_key, options)
+        firsts |= dict(zip(members, drawn, strict=False))
+    for i, entry in enumerate(part):
+        yield _with_first(entry, firsts[i]) if i in firsts else entry
+
+
+def _with_first(entry: Entry, first: object) -> Entry:
+    return dataclasses.replace(entry, load=lambda: dataclasses.replace(entry.load(), first_image=first))
+
+
+def _fitted(system: System, request: Request) -> Request:
+    """The request over sources of the model's resolution."""
+    codec = system.codec.config
+    fitted = [fit(request.images[name], codec.resolution**2, codec.factor) for name in request.sample.sources]
+    names = tuple(image_name(pixels) for pixels in fitted)
+    return dataclasses.replace(
+        request,
+        sample=dataclasses.replace(request.sample, sources=names),
+        images=dict(zip(names, fitted, strict=True)),
+    )

@@ -18,13 +18,13 @@ last image in the place of the first source, with the other references behind it
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import dataclasses
 import enum
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from ivr_jax.construct.interfaces import Analyzer, Attempt, Generator, Images, Pixels, RootCause
+from ivr_jax.construct.ordered import in_order
 from ivr_jax.construct.thresholds import MULTI_STEP, WHOLE_REQUEST, Thresholds
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
@@ -330,36 +330,21 @@ async def construct_stream(
       UserError: `concurrency` is below 1.  An exception of a service is raised in its sample's turn, with a note that
         names the sample, and ends the stream; samples on the way are cancelled.
     """
-    if concurrency < 1:
-        raise UserError(f"the concurrency is {concurrency}.", "Give a whole number from 1 up.")
-    gate, tally = asyncio.Semaphore(concurrency), Tally()
+    tally = Tally()
 
     async def run(request: Request) -> Outcome:
-        async with gate:
-            try:
-                outcome = await construct(
-                    request.sample, request.images, request.first_image, analyzer, generator, rules
-                )
-            except Exception as error:
-                error.add_note(f"while constructing sample {request.sample.key!r}")
-                raise
+        try:
+            outcome = await construct(request.sample, request.images, request.first_image, analyzer, generator, rules)
+        except Exception as error:
+            error.add_note(f"while constructing sample {request.sample.key!r}")
+            raise
         tally.add(outcome)
         if progress:
             progress(tally)
         return outcome
 
-    window: collections.deque[asyncio.Task[Outcome]] = collections.deque()
-    try:
-        for request in requests:
-            window.append(asyncio.create_task(run(request)))
-            if len(window) >= _WINDOW * concurrency:
-                yield await window.popleft()
-        while window:
-            yield await window.popleft()
-    finally:
-        for task in window:
-            task.cancel()
-        await asyncio.gather(*window, return_exceptions=True)
+    async for outcome in in_order(requests, run, concurrency, _WINDOW * concurrency):
+        yield outcome
 
 
 async def construct_many(

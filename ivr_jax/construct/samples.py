@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -46,6 +47,14 @@ class InputSample:
     edit_key: Any = None
     explanation: str = ""
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the request does: its texts, and its files' paths, sizes and times."""
+        files = [path for path in (*self.sources, self.candidate) if path is not None]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        said = [self.prompt, self.explanation, self.edit_key, self.candidate is not None, stats]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
     def load(self) -> Request:
         """Reads the images; UserError when one is missing, corrupt or too large."""
         pixels = [load_image(path) for path in self.sources]
@@ -76,6 +85,28 @@ def read_samples(file: str | os.PathLike, image_root: str | os.PathLike | None =
       UserError: unreadable JSON, an unknown or missing field, a field of the wrong kind, a key that is taken or that
         cannot name a folder, an image file that does not exist.  The entry and its field are named.
     """
+    samples, quarantined = sort_samples(file, image_root)
+    if quarantined:
+        raise quarantined[0].reason
+    return samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Quarantined:
+    """An entry that cannot be used: its key, or "entry N" where it has none, and why."""
+
+    key: str
+    reason: UserError
+
+
+def sort_samples(
+    file: str | os.PathLike, image_root: str | os.PathLike | None = None
+) -> tuple[list[InputSample], list[Quarantined]]:
+    """`read_samples` that sets bad entries aside, each with its reason; of equal keys the first entry is used.
+
+    Raises:
+      UserError: unreadable JSON, or no list.
+    """
     path = Path(file)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -85,12 +116,16 @@ def read_samples(file: str | os.PathLike, image_root: str | os.PathLike | None =
         raise UserError(f"{path} is not a list of samples.", "Put at least one object into a JSON list.")
     root = Path(image_root) if image_root is not None else path.parent
     samples: dict[str, InputSample] = {}
+    quarantined = []
     for i, entry in enumerate(entries):
-        sample = _sample(entry, f"{path}, entry {i}", root)
-        if sample.key in samples:
-            raise UserError(f"{path}, entry {i}: the key {sample.key!r} is taken.", "Give every sample its own key.")
-        samples[sample.key] = sample
-    return list(samples.values())
+        try:
+            sample = _sample(entry, f"{path}, entry {i}", root)
+            if sample.key in samples:
+                raise UserError(f"{path}, entry {i}: the key {sample.key!r} is taken.", "Give each sample its own key.")
+            samples[sample.key] = sample
+        except UserError as error:
+            quarantined.append(Quarantined(f"entry {i}", error))
+    return list(samples.values()), quarantined
 
 
 def _sample(entry: Any, where: str, root: Path) -> InputSample:

@@ -1,4 +1,4 @@
-"""The OpenAI protocol through the `openai` client: GPT, Qwen3-VL behind vLLM or SGLang, Gemini's compatible endpoint."""
+"""The OpenAI protocol, spoken by GPT, by Qwen3-VL behind vLLM or SGLang, and by Gemini's compatible endpoint."""
 
 from __future__ import annotations
 

@@ -91,7 +91,9 @@ class Service:
       has_fallback: see `Caller`.
     """
 
-    def __init__(self, config: ServiceConfig, transport: Transport, records: Records | None, has_fallback: bool = False):
+    def __init__(
+        self, config: ServiceConfig, transport: Transport, records: Records | None, has_fallback: bool = False
+    ):
         self.config, self.transport, self.records = config, transport, records
         self.caller = Caller(config, has_fallback)
         self._identity = config.identity()

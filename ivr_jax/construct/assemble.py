@@ -1,0 +1,115 @@
+"""From the journal to what users take away: the dataset, the released folders, a gallery, a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ivr_jax.construct.interfaces import Images
+from ivr_jax.construct.journal import Journal
+from ivr_jax.construct.released import write_outcome
+from ivr_jax.construct.run import Pass, outcome_from_json, outcomes, trajectory_of
+from ivr_jax.construct.services.service import Service
+from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
+from ivr_jax.errors import UserError
+from ivr_jax.evaluation.answers import Answer
+from ivr_jax.evaluation.gallery import Shelf, Shown
+from ivr_jax.evaluation.report import write_report
+from ivr_jax.images import fit, image_name
+from ivr_jax.trajectory import Mode, Trajectory
+
+_IN_GALLERY = 8  # trajectories of each mode
+
+
+def write_dataset(
+    target: Path, journal: Journal, found: Pass, provenance: Mapping[str, Any], area: int = 0, multiple: int = 1
+) -> None:
+    """Writes what `found` chose as the dataset `target`, whole or not at all.
+
+    Args:
+      area, multiple: images are fitted to about so many pixels, sides in these multiples; an area of 0 leaves them.
+    """
+    with TrajectoryWriter(target, provenance) as writer:
+        for key, request, kind in found.chosen:
+            outcome = outcome_from_json(journal.outcome(key, request), journal)
+            trajectory, images = trajectory_of(outcome, kind), outcome.images
+            writer.add(*(resized(trajectory, images, area, multiple) if area else (trajectory, images)))
+
+
+def resized(trajectory: Trajectory, images: Images, area: int, multiple: int) -> tuple[Trajectory, Images]:
+    """The same trajectory over images fitted to `area` pixels, sides multiples of `multiple`."""
+    fitted = {name: fit(images[name], area, multiple) for name in (*trajectory.sample.sources, *trajectory.images)}
+    names = {name: image_name(pixels) for name, pixels in fitted.items()}
+    sample = dataclasses.replace(trajectory.sample, sources=tuple(names[name] for name in trajectory.sample.sources))
+    rounds = tuple(dataclasses.replace(r, image=names[r.image]) for r in trajectory.rounds)
+    return Trajectory(sample, rounds), {names[name]: pixels for name, pixels in fitted.items()}
+
+
+def write_folders(target: Path, journal: Journal, found: Pass) -> None:
+    """Every finished sample as the released scripts leave it: `target/success/KEY` and `target/fail/KEY`."""
+    partial = target.parent / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for outcome in outcomes(journal, found.finished):
+            write_outcome(partial / "success", partial / "fail", outcome)
+        shutil.rmtree(target, ignore_errors=True)
+        if partial.is_dir():
+            os.rename(partial, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}.", "Make room, and run again.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_gallery(page: Path, dataset: TrajectoryDataset, found: Pass) -> Path:
+    """The first trajectories of each mode as one self-contained HTML page; returns its path."""
+    shelves: dict[Mode, list[Shown]] = {mode: [] for mode in Mode}
+    for trajectory in dataset:
+        shelf = shelves[trajectory.mode]
+        if len(shelf) < _IN_GALLERY:
+            truth = tuple(r.evaluation for r in trajectory.rounds)
+            answer = Answer(trajectory.sample, trajectory, images=trajectory.images, truth=truth, mode=trajectory.mode)
+            shelf.append(Shown("constructed", answer, dataset.images(trajectory)))
+        if all(len(shelf) == _IN_GALLERY for shelf in shelves.values()):
+            break
+    gallery = [
+        Shelf(mode.value.replace("_", " ").capitalize(), f"{found.modes[mode.value]} samples.", tuple(items))
+        for mode, items in shelves.items()
+        if items
+    ]
+    notes = [f"{found.seen} samples: {dict(found.modes)} constructed, {dict(found.drops)} dropped."]
+    return write_report(page, "Constructed trajectories", [], {}, gallery, [], notes)[0]
+
+
+def write_summary(path: Path, found: Pass, journal: Journal, services: Sequence[Service]) -> dict[str, Any]:
+    """Writes and returns what happened: samples by what became of them, services by what they were asked and cost."""
+    summary = {
+        "samples": found.seen,
+        "finished_before": found.recorded,
+        "constructed": dict(sorted(found.modes.items())),
+        "dropped": dict(sorted(found.drops.items())),
+        "pending": found.pending,
+        "quarantined": found.quarantined,
+        "services": journal.usage(),
+        "this_run": {
+            service.name: {
+                "calls": service.caller.counts.calls,
+                "answered": service.caller.counts.answered,
+                "from_record": service.caller.counts.recorded,
+                "faults": dict(sorted(service.caller.counts.faults.items())),
+            }
+            for service in services
+        },
+    }
+    scratch = path.with_suffix(".tmp")
+    try:
+        scratch.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.", "Make room, and run again.") from error
+    return summary

@@ -1,0 +1,64 @@
+"""What is to be constructed: a list of samples, or the micro-world's tasks, with or without `G1` by a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from ivr_jax import system as systems
+from ivr_jax.config import as_dataclass
+from ivr_jax.construct.baseline import with_first_images
+from ivr_jax.construct.escalation import Request
+from ivr_jax.construct.journal import Journal
+from ivr_jax.construct.run import Entry
+from ivr_jax.construct.samples import sort_samples
+from ivr_jax.errors import UserError
+from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.trajectory import sample_to_json
+from ivr_jax.world.sampler import sample_task
+
+
+def world_entries(tasks: Any) -> Iterator[Entry]:
+    """Requests of the micro-world, numbers of edits as weighted in `tasks.edits` (weight of 1, 2, ...)."""
+    schedule = [count for count, weight in enumerate(tasks.edits, 1) for _ in range(weight)]
+    for index in range(tasks.limit):
+        edits = schedule[index % len(schedule)] if schedule else None
+        task = sample_task(tasks.level, tasks.seed, index, edits=edits)
+        digest = hashlib.sha256(json.dumps(sample_to_json(task.sample), sort_keys=True).encode()).hexdigest()
+        request = Request(task.sample, task.images)
+        yield Entry(task.sample.key, digest, functools.partial(_identity, request))
+
+
+def _identity(request: Request) -> Request:
+    return request
+
+
+def source(config: Any, journal: Journal) -> tuple[Callable[[], Iterable[Entry]], dict[str, str], int | None]:
+    """How to read the input (again), which of its entries are quarantined and why, and how many are usable."""
+    quarantined: dict[str, str] = {}
+    if config.samples:
+        samples, bad = sort_samples(config.samples, config.image_root or None)
+        quarantined = {entry.key: entry.reason.what for entry in bad}
+        if not samples:
+            raise UserError(f"{config.samples} holds no usable sample: {bad[0].reason.what}", bad[0].reason.remedy)
+
+        def read() -> Iterable[Entry]:
+            return (Entry(s.key, s.fingerprint, s.load) for s in samples)
+
+    else:
+        samples, read = None, functools.partial(world_entries, config.tasks)
+    count = None if samples is None else len(samples)
+    if config.baseline:
+        system, options = systems.load(config.baseline), as_dataclass(SamplingOptions, config.sampling)
+
+        def drawn() -> Iterator[Entry]:
+            return with_first_images(
+                system, read(), config.seed, config.batch, options,
+                known=lambda entry: journal.outcome(entry.key, entry.request) is not None,
+            )
+
+        return drawn, quarantined, count
+    return read, quarantined, count

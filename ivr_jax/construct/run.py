@@ -1,0 +1,310 @@
+"""Construction that can be left alone, killed at any moment, and taken up again.
+
+What became of a sample is one of
+
+    kept or surplus   a trajectory, recorded
+    dropped           a verdict: the analyzer found why there is none, recorded
+    pending           a service gave no answer; nothing is concluded, and the next run takes it up again
+    quarantined       the sample itself cannot be used (an image that is missing, damaged or a bomb), with the reason
+
+Whatever is recorded (samples, and every single answer of a service) is in the journal and is not done again.  The
+dataset is written at the end, from the journal alone and in the order of the input, so it does not depend on how
+often, or where, the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import enum
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ivr_jax.construct.escalation import Drawing, Drop, Outcome, Request, Rules, construct, prune
+from ivr_jax.construct.interfaces import Analyzer, Generator, RootCause, ServiceDown, ServiceFailed
+from ivr_jax.construct.journal import Journal
+from ivr_jax.construct.ordered import in_order
+from ivr_jax.errors import UserError
+from ivr_jax.trajectory import (
+    Mode,
+    Reflection,
+    Round,
+    Step,
+    Trajectory,
+    evaluation_from_json,
+    evaluation_to_json,
+    sample_from_json,
+    sample_to_json,
+)
+
+# Samples that are done wait for those before them; so many times the concurrency may be on the way or waiting.
+_WINDOW = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One sample of the input.
+
+    Attributes:
+      key: its name.
+      request: changes when what is asked changes; a record of another request does not count.
+      load: reads it; raises UserError when it cannot be used.
+    """
+
+    key: str
+    request: str
+    load: Callable[[], Request]
+
+
+class State(enum.StrEnum):
+    """How far a sample has come."""
+
+    CONSTRUCTED = "constructed"
+    DROPPED = "dropped"
+    PENDING = "pending"
+    QUARANTINED = "quarantined"
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What became of a sample; everything else about it is in the journal.
+
+    Attributes:
+      key, request: which sample.
+      state: how far it has come.
+      mode: of its trajectory, when constructed.
+      first_failed: whether its first image failed.
+      reason: why it was dropped, is pending, or was quarantined; "" when constructed.
+      recorded: whether that was known before this run.
+    """
+
+    key: str
+    request: str
+    state: State
+    mode: Mode | None = None
+    first_failed: bool = False
+    reason: str = ""
+    recorded: bool = False
+
+
+class Construction:
+    """The escalation for many samples, recorded in a journal.
+
+    Args:
+      journal: what is known.
+      analyzer, generator: the services.
+      rules: thresholds and counts.
+      concurrency: samples on the way at a time.
+      made_by: JSON values stored with every sample (services, versions of prompts).
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        analyzer: Analyzer,
+        generator: Generator,
+        rules: Rules,
+        concurrency: int,
+        made_by: Mapping[str, Any] | None = None,
+    ):
+        self.journal, self._analyzer, self._generator, self._rules = journal, analyzer, generator, rules
+        self._concurrency, self._made_by = concurrency, dict(made_by or {})
+        self.down: ServiceDown | None = None
+
+    async def statuses(self, entries: Iterable[Entry]) -> AsyncIterator[Status]:
+        """What becomes of each entry, in their order.  Once a service is down, the rest is pending.
+
+        Raises:
+          UserError: the run cannot go on: a key is refused, the disk is full, a setting is wrong.
+        """
+        async for status in in_order(entries, self._work, self._concurrency, _WINDOW * self._concurrency):
+            yield status
+
+    async def _work(self, entry: Entry) -> Status:
+        record = self.journal.outcome(entry.key, entry.request)
+        if record is not None:
+            return dataclasses.replace(status_of(entry, record), recorded=True)
+        if self.down is not None:
+            return Status(entry.key, entry.request, State.PENDING, reason=self.down.what)
+        try:
+            request = await asyncio.to_thread(entry.load)
+        except UserError as error:
+            return Status(entry.key, entry.request, State.QUARANTINED, reason=error.what)
+        try:
+            outcome = await construct(
+                request.sample, request.images, request.first_image, self._analyzer, self._generator, self._rules
+            )
+        except ServiceFailed as error:
+            if isinstance(error, ServiceDown):
+                self.down = self.down or error
+            return Status(entry.key, entry.request, State.PENDING, reason=error.what)
+        except Exception as error:
+            error.add_note(f"while constructing sample {entry.key!r}")
+            raise
+        for pixels in outcome.images.values():
+            await self.journal.add_image(pixels)
+        record = outcome_to_json(outcome) | {"made_by": self._made_by}
+        self.journal.record_outcome(entry.key, entry.request, record)
+        return status_of(entry, record)
+
+
+def status_of(entry: Entry, record: Mapping[str, Any]) -> Status:
+    """The status of a recorded sample."""
+    first = evaluation_from_json(record["history"][0]["evaluation"])
+    if record["drop"] is not None:
+        return Status(entry.key, entry.request, State.DROPPED, None, not first.passed, record["drop"])
+    causes = [drawing["cause"] for drawing in record["history"][1:]]
+    steps = any("instruction" in cause for cause in causes)
+    mode = Mode.MULTI_STEP if steps else Mode.REFLECTION if causes else Mode.DIRECT
+    return Status(entry.key, entry.request, State.CONSTRUCTED, mode, not first.passed)
+
+
+def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
+    """Plain JSON values of an outcome, without its pixels; `outcome_from_json` is the inverse."""
+    history = [
+        {
+            "cause": None if d.cause is None else dataclasses.asdict(d.cause),
+            "image": d.image,
+            "evaluation": None if d.evaluation is None else evaluation_to_json(d.evaluation),
+            "step_evaluation": None if d.step_evaluation is None else evaluation_to_json(d.step_evaluation),
+        }
+        for d in outcome.history
+    ]
+    return {
+        "sample": sample_to_json(outcome.sample),
+        "history": history,
+        "drop": None if outcome.drop is None else outcome.drop.value,
+        "root_cause": None if outcome.root_cause is None else outcome.root_cause.value,
+        "plan": list(outcome.plan),
+    }
+
+
+def outcome_from_json(record: Mapping[str, Any], journal: Journal) -> Outcome:
+    """The outcome that was recorded, its images read from the journal.
+
+    What made it (`made_by`), where known, becomes a fact of the sample.  Raises UserError when an image is gone.
+    """
+    sample = sample_from_json(record["sample"])
+    if record.get("made_by"):
+        sample = dataclasses.replace(sample, facts={**sample.facts, "made_by": record["made_by"]})
+    history = tuple(_drawing(value) for value in record["history"])
+    images = {}
+    for name in dict.fromkeys((*sample.sources, *(drawing.image for drawing in history))):
+        pixels = journal.image(name)
+        if pixels is None:
+            raise UserError(f"{journal.path}: the image {name} of sample {sample.key!r} is gone or damaged.",
+                            "Restore the folder, or remove it to construct the samples again.")
+        images[name] = pixels
+    drop = None if record["drop"] is None else Drop(record["drop"])
+    cause = None if record["root_cause"] is None else RootCause(record["root_cause"])
+    trajectory = None if drop else Trajectory(sample, prune(history))
+    return Outcome(sample, trajectory, drop, history, images, cause, tuple(record["plan"]))
+
+
+def _drawing(value: Mapping[str, Any]) -> Drawing:
+    cause = value["cause"]
+    if cause is not None:
+        cause = Step(**cause) if "instruction" in cause else Reflection(**cause)
+    judged = (value["evaluation"], value["step_evaluation"])
+    return Drawing(cause, value["image"], *(None if v is None else evaluation_from_json(v) for v in judged))
+
+
+EVALUATION_ONLY = "evaluation"  # a failed G1 with its evaluation: trains evaluation, never drawing
+
+
+class Quotas:
+    """How many trajectories of each kind are wanted; None wants them all."""
+
+    def __init__(self, wanted: Mapping[str, int] | None):
+        self.wanted = None if wanted is None else dict(wanted)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.surplus: collections.Counter[str] = collections.Counter()
+
+    @property
+    def full(self) -> bool:
+        return self.wanted is not None and all(self.counts[kind] >= number for kind, number in self.wanted.items())
+
+    def choose(self, status: Status) -> str | None:
+        """As what a finished sample is kept: a mode, or `EVALUATION_ONLY`; None when nobody wants it."""
+        wanted = self.wanted
+        if wanted is not None and status.first_failed and self.counts[EVALUATION_ONLY] < wanted[EVALUATION_ONLY]:
+            self.counts[EVALUATION_ONLY] += 1
+            return EVALUATION_ONLY
+        if status.mode is None:
+            return None
+        kind = status.mode.value
+        kept = wanted is None or self.counts[kind] < wanted[kind]
+        (self.counts if kept else self.surplus)[kind] += 1
+        return kind if kept else None
+
+
+def trajectory_of(outcome: Outcome, kind: str) -> Trajectory:
+    """What is stored of an outcome that was chosen as `kind`."""
+    if kind != EVALUATION_ONLY:
+        return outcome.trajectory
+    first = outcome.history[0]
+    return Trajectory(outcome.sample, (Round(None, first.image, first.evaluation),))
+
+
+@dataclasses.dataclass
+class Pass:
+    """What one reading of the input found.
+
+    Attributes:
+      chosen: (key, request, kind) of the trajectories to keep, in order.
+      finished: (key, request) of every sample with an outcome, in order.
+      modes, drops: counts of finished samples.
+      pending, quarantined: key -> reason.
+      recorded: how many samples were finished before.
+      full: whether the quotas were filled.
+    """
+
+    chosen: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    finished: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    modes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    drops: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    pending: dict[str, str] = dataclasses.field(default_factory=dict)
+    quarantined: dict[str, str] = dataclasses.field(default_factory=dict)
+    recorded: int = 0
+    full: bool = False
+
+    @property
+    def seen(self) -> int:
+        return len(self.finished) + len(self.pending) + len(self.quarantined)
+
+
+async def read_through(
+    construction: Construction,
+    entries: Iterable[Entry],
+    quotas: Quotas,
+    notice: Callable[[Status, Pass], None] = lambda status, found: None,
+) -> Pass:
+    """Constructs `entries` until they end or the quotas are full; `notice` is told of every sample, in order."""
+    found = Pass()
+    stream = construction.statuses(entries)
+    async for status in stream:
+        if status.state is State.PENDING:
+            found.pending[status.key] = status.reason
+        elif status.state is State.QUARANTINED:
+            found.quarantined[status.key] = status.reason
+        else:
+            found.finished.append((status.key, status.request))
+            counts = found.drops if status.mode is None else found.modes
+            counts[status.reason or status.mode.value] += 1
+            found.recorded += status.recorded
+            kind = quotas.choose(status)
+            if kind is not None:
+                found.chosen.append((status.key, status.request, kind))
+        notice(status, found)
+        if quotas.full:
+            found.full = True
+            break
+    await stream.aclose()
+    return found
+
+
+def outcomes(journal: Journal, finished: Sequence[tuple[str, str]]) -> Iterable[Outcome]:
+    """The recorded outcomes of (key, request), one at a time."""
+    for key, request in finished:
+        yield outcome_from_json(journal.outcome(key, request), journal)
