@@ -1,4 +1,4 @@
-"""`python -m ivr_jax.construct` in processes of its own that can be killed: forked from a server that has imported it."""
+"""`python -m ivr_jax.construct` in processes that can be killed: forked from a server that has imported it already."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ import base64
 import collections
 import contextlib
 import dataclasses
-import email.parser
-import email.policy
 import hashlib
 import io
 import json
@@ -178,7 +176,7 @@ class OpenAIService:
         if self.log.keep:
             self.log.bodies.append((text, len(files)))
         pixels = draw(text, [_decode(file) for file in files])
-        data = {"b64_json": _broken(fault) or base64.b64encode(_encode(pixels)).decode()}
+        data = {"b64_json": _sent(pixels, fault)}
         usage = {"input_tokens": 500, "output_tokens": 4000, "total_tokens": 4500}
         return image_name(pixels), JSONResponse({"created": 0, "data": [data], "usage": usage})
 
@@ -191,8 +189,7 @@ class OpenAIService:
     def gateway_draw(self, body: bytes, content_type: str, fault: str | None) -> tuple[str, Response]:
         asked = json.loads(body)
         pixels = draw(asked["prompt"], [_decode(_from_uri(uri)) for uri in asked["image_urls"]])
-        image = _broken(fault) or base64.b64encode(_encode(pixels)).decode()
-        return image_name(pixels), JSONResponse({"code": 0, "data": {"urls": [image]}})
+        return image_name(pixels), JSONResponse({"code": 0, "data": {"urls": [_sent(pixels, fault)]}})
 
     def _said(self, content: list[dict[str, Any]], fault: str | None) -> tuple[str, str]:
         text = max((part["text"] for part in content if part["type"] == "text"), key=len)
@@ -328,21 +325,22 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse({"error": {"message": message, "type": "scripted"}}, status, headers)
 
 
-def _broken(fault: str | None) -> str | None:
-    """What an image answer holds instead of the image."""
-    return {"half": "iVBORw0KGgo", "prose": "no image today", "empty": "", "nan": "!!!", "seven": "AAAA"}.get(fault)
+def _sent(pixels: np.ndarray, fault: str | None) -> str:
+    """What an image answer holds: the image, or, after a fault, something else."""
+    broken = {"half": "iVBORw0KGgo", "prose": "no image today", "empty": "", "nan": "!!!", "seven": "AAAA"}
+    return broken[fault] if fault else base64.b64encode(_encode(pixels)).decode()
 
 
 def _multipart(body: bytes, content_type: str) -> tuple[str, list[bytes]]:
-    head = f"content-type: {content_type}\r\n\r\n".encode()
-    message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
+    boundary = content_type.partition("boundary=")[2].strip('"').encode()
     text, files = "", []
-    for part in message.iter_parts():
-        name = part.get_param("name", header="content-disposition")
-        if name == "prompt":
-            text = part.get_payload(decode=True).decode().strip()
-        elif name in ("image", "image[]"):
-            files.append(part.get_payload(decode=True))
+    for part in body.split(b"--" + boundary)[1:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        name = re.search(rb'name="([^"]*)"', head).group(1)
+        if name == b"prompt":
+            text = data.removesuffix(b"\r\n").decode()
+        elif name in (b"image", b"image[]"):
+            files.append(data.removesuffix(b"\r\n"))
     return text, files
 
 

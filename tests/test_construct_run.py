@@ -54,7 +54,7 @@ def test_every_sample_is_accounted_for_and_every_mode_occurs(calm):
     assert keys == sorted(set(keys)) and len(keys) == sum(constructed.values())
     made_by = dataset[0].sample.facts["made_by"]
     assert made_by["analyzer"] == "openai:gpt-4o" and made_by["prompts"]["reflect"] == 1
-    assert max(service.log.answered.values()) == 1  # no question twice
+    assert {q for q, n in service.log.answered.items() if n > 1} <= tries_of_steps(service)  # no question twice
     used = summary["services"]
     assert used["openai:gpt-4o"]["answers"] + used["openai:gpt-image-1"]["answers"] == sum(
         service.log.answered.values()
@@ -83,17 +83,18 @@ def test_faults_change_nothing(calm, samples, tmp_path):
 def test_a_run_that_is_killed_goes_on_where_it_was(calm, samples, tmp_path):
     service, dice, kills = OpenAIService(Behaviour(key=KEY, latency=0.05)), random.Random(1), 0
     answered: dict[str, int] = {}
+    several = tries_of_steps(calm[1])
     with serving(service) as url:
         command = arguments(url, samples, tmp_path / "run", concurrency=4)
         for _ in range(6):
             kills += kill(start(command, tmp_path / "log"), dice.uniform(0.3, 1.2))
-            for question in recorded(tmp_path / "run" / "journal"):
+            for question in recorded(tmp_path / "run" / "journal") - several:
                 answered.setdefault(question, service.log.answered[question])
         last = start(command, tmp_path / "log")
         last.join(120)
     assert last.exitcode == 0 and kills >= 4 and len(answered) > 20, (tmp_path / "log").read_text()
     assert {question: service.log.answered[question] for question in answered} == answered  # none was asked again
-    again = sum(n - 1 for n in service.log.answered.values())
+    again = sum(n - calm[1].log.answered[question] for question, n in service.log.answered.items())
     assert again <= kills * 16  # four samples on their way, four questions each
     assert same_dataset(tmp_path / "run", calm[0])
 
@@ -136,8 +137,8 @@ def test_bad_entries_are_quarantined_with_their_reasons(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "pictures" / "0.png").read_bytes()[:200])
     (tmp_path / "bomb.png").write_bytes(bomb(60_000))
     bad = [
-        {"key": "../../x"}, {"key": "/etc/x"}, {"key": entries[0]["key"]}, {"key": ""}, {"key": 7}, {"edit_prompt": " "},
-        {"edit_prompt": ["a"]}, {"src_path": 3}, {"src_path": "absent.png"}, {"surprise": 1},
+        {"key": "../../x"}, {"key": "/etc/x"}, {"key": entries[0]["key"]}, {"key": ""}, {"key": 7},
+        {"edit_prompt": " "}, {"edit_prompt": ["a"]}, {"src_path": 3}, {"src_path": "absent.png"}, {"surprise": 1},
         {"src_path": "text.png", "key": "text"}, {"src_path": "cut.png", "key": "cut"},
         {"src_path": "bomb.png", "key": "bomb"}, {"edit_path": "text.png", "key": "candidate"},
     ]
@@ -186,6 +187,11 @@ def test_two_processes_do_not_write_one_journal(samples, tmp_path):
             first.join(0.05)
         assert "in use by another process" in commands.run("construct", *command).complaint
         kill(first, 0)
+
+
+def tries_of_steps(service: OpenAIService) -> set[str]:
+    """Images that were drawn up to three times, because their step failed and this service always draws alike."""
+    return {question for question, n in service.log.answered.items() if len(question) == 32 and 1 < n <= 3}
 
 
 def same_dataset(one: Path, other: Path) -> bool:

@@ -290,8 +290,6 @@ def test_rates_and_calls_at_a_time_are_limited(service):
         await asyncio.gather(*(analyzer.decompose(sample, IMAGES) for sample in samples))
         return time.monotonic() - start
 
-    taken, _ = ask(service, timed, requests_per_minute=600)  # ten a second, in bursts of ten
-    assert taken < 1.0
     taken, _ = ask(service, timed, requests_per_minute=240)  # four a second: three have to wait
     assert taken >= 0.6
     taken, _ = ask(service, timed, tokens_per_minute=60 * 2000)  # some 450 tokens each: three have to wait

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ivr_jax import cli
-from ivr_jax.config import check_positive, claim_workdir
+from ivr_jax.config import check_positive, claim_workdir, saved_config
 from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
 from ivr_jax.construct.crew import ROLES, Crew, hire, rules_from_config
 from ivr_jax.construct.inputs import source
@@ -70,6 +70,7 @@ async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Crew]:
                 journal, crew.analyzer, crew.generator, rules, config.concurrency, crew.made_by
             )
             bar.reset()
+            bar.initial = 0
             found = await read_through(construction, read(), Quotas(wanted), notice)
             if not found.pending or construction.down is not None:
                 break
@@ -84,7 +85,7 @@ def main(call: cli.Call) -> int | None:
     target = workdir / "dataset"
     check_positive(config, ("batch", "concurrency", "image_area", "image_multiple", "passes"))
     complete = (target / "dataset.json").exists()
-    begun = complete or (workdir / "journal").exists()
+    begun = complete or ((workdir / "journal").exists() and saved_config(workdir) is not None)
     claim_workdir(workdir, config, resuming=begun, ignore=_ANY_TIME if complete else (*_ANY_TIME, *_UNTIL_DONE))
     if complete:
         print(f"construct: {target} is complete, {len(TrajectoryDataset(target))} trajectories")

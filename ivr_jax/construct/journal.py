@@ -111,10 +111,14 @@ class Journal:
 
     async def add_image(self, pixels: Pixels) -> str:
         """Keeps uint8 [height, width, 3] and returns its name; large images are encoded beside the event loop."""
-        if pixels.shape[0] * pixels.shape[1] < _MANY_PIXELS:
-            return self._add_png(image_name(pixels), _encode(pixels), pixels)
-        name = await asyncio.to_thread(image_name, pixels)
-        if not self._image_file(name).exists():
+        small = pixels.shape[0] * pixels.shape[1] < _MANY_PIXELS
+        name = image_name(pixels) if small else await asyncio.to_thread(image_name, pixels)
+        if self._row("select 1 from images where name=?", name) or self._image_file(name).exists():
+            return name
+        png = _encode(pixels) if small else b""
+        if small and len(png) < _LARGE:
+            self._write("insert or ignore into images values (?, ?)", name, png)
+        else:
             await asyncio.to_thread(save_png, self._image_file(name), pixels)
         return name
 
@@ -128,13 +132,6 @@ class Journal:
         except (OSError, SyntaxError, ValueError):
             return None
         return pixels if image_name(pixels) == name else None
-
-    def _add_png(self, name: str, png: bytes, pixels: Pixels) -> str:
-        if len(png) < _LARGE:
-            self._write("insert or ignore into images values (?, ?)", name, png)
-        elif not self._image_file(name).exists():
-            save_png(self._image_file(name), pixels)
-        return name
 
     def _image_file(self, name: str) -> Path:
         return self.path / "images" / name[:2] / f"{name}.png"
