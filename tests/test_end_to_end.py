@@ -437,7 +437,8 @@ def test_what_a_run_cannot_start_from_is_one_line_and_leaves_nothing_to_resume(m
     named = [word.replace("ROOT", str(miniature.root)) for word in command]
     assert words in commands.run(*named, f"--workdir={tmp_path / 'run'}").complaint
     left = {file.name for file in (tmp_path / "run").glob("*")}
-    assert left <= {"config.json", "examples", "taught"}, left
+    begun = {"journal", "summary.json"} if "requests gave" in words else set()  # raising the limit goes on from there
+    assert left <= {"config.json", "examples", "taught"} | begun, left
 
 
 # A user's own photographs

@@ -59,7 +59,7 @@ def source(config: Any, journal: Journal) -> tuple[Callable[[], Iterable[Entry]]
             raise UserError(f"{config.samples} holds no usable sample: {bad[0].reason.what}", bad[0].reason.remedy)
 
         def read() -> Iterable[Entry]:
-            return (Entry(s.key, f"{settings}-{s.fingerprint}", s.load) for s in samples)
+            return (Entry(s.key, f"{settings}-{s.fingerprint}", s.load, from_files=True) for s in samples)
 
     else:
         samples, read = None, functools.partial(world_entries, config.tasks, settings)

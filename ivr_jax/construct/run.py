@@ -50,11 +50,13 @@ class Entry:
       key: its name.
       request: changes when what is asked changes; a record of another request does not count.
       load: reads it; raises UserError when it cannot be used.
+      from_files: whether reading takes long enough to be done beside the event loop.
     """
 
     key: str
     request: str
     load: Callable[[], Request]
+    from_files: bool = False
 
 
 class State(enum.StrEnum):
@@ -128,7 +130,7 @@ class Construction:
         if self.down is not None:
             return Status(entry.key, entry.request, State.PENDING, reason=self.down.what)
         try:
-            request = await asyncio.to_thread(entry.load)
+            request = await asyncio.to_thread(entry.load) if entry.from_files else entry.load()
         except UserError as error:
             return Status(entry.key, entry.request, State.QUARANTINED, reason=error.what)
         try:
