@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 
 from ivr_jax.construct.interfaces import Pixels
-from ivr_jax.construct.services import prompts
 from ivr_jax.construct.services.service import Question, Recorded, Records
 from ivr_jax.construct.services.transport import Picture
 from ivr_jax.images import fit, image_name
@@ -39,17 +39,12 @@ class CheckpointGenerator:
         self,
         sample: Sample,
         instruction: str,
-        sources: list[Pixels],
+        sources: Sequence[Pixels],
         reflection: Reflection | None = None,
         attempt: int = 0,
     ) -> Pixels:
-        """See `Generator.generate`; sources are fitted to the model's resolution."""
-        text = prompts.render(
-            "draw",
-            instruction=instruction,
-            analysis=reflection.failure_analysis if reflection else "",
-            plan=reflection.improvement_plan if reflection else "",
-        )
+        """See `Generator.generate`; sources are fitted to the model's resolution, a plan follows the instruction."""
+        text = f"{instruction} {reflection.improvement_plan}" if reflection else instruction
         pictures = tuple(Picture(f"Source {i}", pixels) for i, pixels in enumerate(sources, 1))
         digest = Question(text, pictures, attempt=attempt).digest(self._identity)
         found = self._records.call(digest) if self._records else None
@@ -64,7 +59,7 @@ class CheckpointGenerator:
     async def close(self) -> None:
         """Nothing to end."""
 
-    def _draw(self, sample: Sample, text: str, sources: list[Pixels], digest: str) -> Pixels:
+    def _draw(self, sample: Sample, text: str, sources: Sequence[Pixels], digest: str) -> Pixels:
         codec = self._system.codec.config
         fitted = [fit(pixels, codec.resolution**2, codec.factor) for pixels in sources]
         names = tuple(image_name(pixels) for pixels in fitted)
