@@ -19,6 +19,7 @@ last image in the place of the first source, with the other references behind it
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import enum
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -343,8 +344,9 @@ async def construct_stream(
             progress(tally)
         return outcome
 
-    async for outcome in in_order(requests, run, concurrency, _WINDOW * concurrency):
-        yield outcome
+    async with contextlib.aclosing(in_order(requests, run, concurrency, _WINDOW * concurrency)) as ordered:
+        async for outcome in ordered:
+            yield outcome
 
 
 async def construct_many(

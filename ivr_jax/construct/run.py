@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import enum
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -120,8 +121,10 @@ class Construction:
         Raises:
           UserError: the run cannot go on: a key is refused, the disk is full, a setting is wrong.
         """
-        async for status in in_order(entries, self._work, self._concurrency, _WINDOW * self._concurrency):
-            yield status
+        ordered = in_order(entries, self._work, self._concurrency, _WINDOW * self._concurrency)
+        async with contextlib.aclosing(ordered) as stream:
+            async for status in stream:
+                yield status
 
     async def _work(self, entry: Entry) -> Status:
         record = self.journal.outcome(entry.key, entry.request)
@@ -271,8 +274,24 @@ class Pass:
     recorded: int = 0
     full: bool = False
 
+    def add(self, status: Status, quotas: Quotas) -> None:
+        """Counts a sample, and chooses it when a quota wants it."""
+        if status.state is State.PENDING:
+            self.pending[status.key] = status.reason
+        elif status.state is State.QUARANTINED:
+            self.quarantined[status.key] = status.reason
+        else:
+            self.finished.append((status.key, status.request))
+            counts = self.drops if status.mode is None else self.modes
+            counts[status.reason or status.mode.value] += 1
+            self.recorded += status.recorded
+            kind = quotas.choose(status)
+            if kind is not None:
+                self.chosen.append((status.key, status.request, kind))
+
     @property
     def seen(self) -> int:
+        """How many samples were read."""
         return len(self.finished) + len(self.pending) + len(self.quarantined)
 
 
@@ -284,25 +303,13 @@ async def read_through(
 ) -> Pass:
     """Constructs `entries` until they end or the quotas are full; `notice` is told of every sample, in order."""
     found = Pass()
-    stream = construction.statuses(entries)
-    async for status in stream:
-        if status.state is State.PENDING:
-            found.pending[status.key] = status.reason
-        elif status.state is State.QUARANTINED:
-            found.quarantined[status.key] = status.reason
-        else:
-            found.finished.append((status.key, status.request))
-            counts = found.drops if status.mode is None else found.modes
-            counts[status.reason or status.mode.value] += 1
-            found.recorded += status.recorded
-            kind = quotas.choose(status)
-            if kind is not None:
-                found.chosen.append((status.key, status.request, kind))
-        notice(status, found)
-        if quotas.full:
-            found.full = True
-            break
-    await stream.aclose()
+    async with contextlib.aclosing(construction.statuses(entries)) as statuses:
+        async for status in statuses:
+            found.add(status, quotas)
+            notice(status, found)
+            if quotas.full:
+                found.full = True
+                break
     return found
 
 
