@@ -80,7 +80,8 @@ def kills(folder: Path) -> None:
         service.log.answered = collections.Counter()
         command, killed = arguments(url, samples, folder / "killed", concurrency=4), 0
         while killed < 25:
-            alive = kill(start(command, folder / "log"), dice.uniform(0.2, 1.2))
+            moment = dice.uniform(0, 0.1), service.log.more(dice.randrange(60))
+            alive = kill(start(command, folder / "log"), *moment)
             assert alive, "the run ended before it was killed often enough"
             killed += 1
             for question in recorded(folder / "killed" / "journal") - several:

@@ -11,6 +11,7 @@ import resource
 import signal
 import sqlite3
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ def start(arguments: list[str], log: Path, file_limit: int | None = None) -> mul
     return process
 
 
-def kill(process: multiprocessing.Process, after: float) -> bool:
-    """Kills the process after so many seconds; false when it had ended by itself."""
+def kill(process: multiprocessing.Process, after: float, ready: Callable[[], bool] = lambda: True) -> bool:
+    """Kills the process so many seconds after it is `ready`; false when it had ended by itself."""
+    while process.is_alive() and not ready():
+        process.join(0.005)
     process.join(after)
     alive = process.is_alive()
     if alive:

@@ -18,7 +18,7 @@ import json
 import random
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,11 @@ class Log:
     keep: bool = False
     in_flight: int = 0
     most_in_flight: int = 0
+
+    def more(self, count: int) -> Callable[[], bool]:
+        """A question: have at least `count` more questions been answered since now?"""
+        wanted = sum(self.answered.values()) + count
+        return lambda: sum(self.answered.copy().values()) >= wanted
 
 
 class OpenAIService:

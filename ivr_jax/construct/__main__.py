@@ -48,8 +48,8 @@ PENDING = 3  # exit status: run again
 
 async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Crew]:
     """Reads the input until nothing is pending, but at most `config.passes` times."""
-    crew = hire(config, journal)
     read, quarantined, count = source(config, journal)
+    crew = hire(config, journal)
     wanted = None if config.samples else config.quotas.to_dict()
     rules = rules_from_config(config.rules)
     bar.reset(total=count if wanted is None else sum(wanted.values()))

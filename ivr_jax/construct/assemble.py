@@ -52,18 +52,12 @@ def resized(trajectory: Trajectory, images: Images, area: int, multiple: int) ->
 
 def write_folders(target: Path, journal: Journal, found: Pass) -> None:
     """Every finished sample as the released scripts leave it: `target/success/KEY` and `target/fail/KEY`."""
-    partial = target.parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)  # what an interrupted run had written of it
     try:
         for outcome in outcomes(journal, found.finished):
-            write_outcome(partial / "success", partial / "fail", outcome)
-        shutil.rmtree(target, ignore_errors=True)
-        if partial.is_dir():
-            os.rename(partial, target)
+            write_outcome(target / "success", target / "fail", outcome)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}.", "Make room, and run again.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_gallery(page: Path, dataset: TrajectoryDataset, found: Pass) -> Path:
