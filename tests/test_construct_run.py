@@ -66,7 +66,8 @@ def test_the_released_folders_and_the_gallery_stand_beside_the_dataset(calm):
     folders = list((workdir / "folders" / "success").iterdir()), list((workdir / "folders" / "fail").iterdir())
     assert sum(map(len, folders)) == COUNT
     trajectories, problems = read_released(workdir / "folders" / "success")
-    assert not problems and [t.mode for t, _ in trajectories] == [t.mode for t in TrajectoryDataset(workdir / "dataset")]
+    stored = [trajectory.mode for trajectory in TrajectoryDataset(workdir / "dataset")]
+    assert not problems and [trajectory.mode for trajectory, _ in trajectories] == stored
     page = (workdir / "gallery.html").read_text()
     assert "Make picture" in page and page.count("data:image/png") > 20
 
