@@ -51,7 +51,7 @@ class GatewayTransport:
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         content: list[dict[str, Any]] = []
         for picture in pictures:
-            png = await asyncio.to_thread(encode, picture.pixels, self._config.image_side)
+            png = await asyncio.to_thread(picture.encoded, self._config.image_side)
             content.append({"type": "text", "text": f"{picture.label}:"})
             content.append({"type": "image_url", "image_url": {"url": data_uri(png), "detail": "auto"}})
         content.append({"type": "text", "text": text})

@@ -36,7 +36,7 @@ class OpenAITransport:
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         for picture in pictures:
-            png = await asyncio.to_thread(encode, picture.pixels, self._config.image_side)
+            png = await asyncio.to_thread(picture.encoded, self._config.image_side)
             content.append({"type": "text", "text": f"{picture.label}:"})
             content.append({"type": "image_url", "image_url": {"url": data_uri(png)}})
         request: dict[str, Any] = {

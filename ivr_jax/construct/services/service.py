@@ -20,7 +20,7 @@ from ivr_jax.construct.services.config import ServiceConfig
 from ivr_jax.construct.services.replies import Unusable
 from ivr_jax.construct.services.transport import Picture, Transport
 from ivr_jax.errors import UserError
-from ivr_jax.images import decode_image, image_name
+from ivr_jax.images import decode_image
 
 T = TypeVar("T")
 _CHARACTERS_PER_TOKEN = 3.5  # rough, for the token limit only
@@ -74,7 +74,7 @@ class Question:
         asked = {
             "service": identity,
             "text": self.text,
-            "pictures": [[picture.label, image_name(picture.pixels)] for picture in self.pictures],
+            "pictures": [[picture.label, picture.name] for picture in self.pictures],
             "schema": self.schema,
             "attempt": self.attempt,
         }

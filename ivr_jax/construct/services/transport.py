@@ -11,6 +11,7 @@ import binascii
 import dataclasses
 import datetime
 import email.utils
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from ivr_jax.construct.interfaces import Pixels
 from ivr_jax.construct.services.caller import Fault, Rejected, Reply
 from ivr_jax.construct.services.replies import Unusable
 from ivr_jax.errors import UserError
+from ivr_jax.images import image_name
 
 _RETRIED = frozenset((408, 409, 425, 429))
 _REFUSED = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such address or model"}
@@ -29,10 +31,25 @@ _EXCERPT = 200
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image beside a text: what it is called there, and its pixels."""
+    """An image beside a text: what it is called there, and its pixels.
+
+    Several questions may show the same picture; its name and its PNG are made once.
+    """
 
     label: str
     pixels: Pixels
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The image's name (`ivr_jax.images.image_name`)."""
+        return image_name(self.pixels)
+
+    def encoded(self, longest_side: int) -> bytes:
+        """PNG, scaled down to at most `longest_side` a side."""
+        kept = self.__dict__.setdefault("_encoded", {})
+        if longest_side not in kept:
+            kept[longest_side] = encode(self.pixels, longest_side)
+        return kept[longest_side]
 
 
 class Transport(Protocol):
