@@ -60,7 +60,7 @@ def faults(folder: Path) -> None:
     with serving(service) as url:
         run(arguments(url, samples, folder / "calm"), folder / "log")
         calls, behaviour.fault_rate = sum(service.log.answered.values()), 0.2
-        run(arguments(url, samples, folder / "stormy"), folder / "log")
+        run(arguments(url, samples, folder / "stormy", services={"timeout": 4.0}), folder / "log")
     summary = json.loads((folder / "stormy" / "summary.json").read_text())
     ended = sum(summary["constructed"].values()) + sum(summary["dropped"].values())
     print(f"faults: {count} samples, {calls} questions, {sum(service.log.faults.values())} faults "

@@ -96,7 +96,7 @@ def write_samples(folder: Path, count: int, images: int = 20, side: int = 24) ->
 def arguments(url: str, samples: Path, workdir: Path, **settings: object) -> list[str]:
     """The command line for `samples`, both services at `url`; `services` settings apply to both."""
     given = {"passes": 3, "folders": False, "gallery": False, "image_area": 576, "image_multiple": 8} | settings
-    both = {"base_url": url, "key_variable": "TEST_KEY", "first_wait": 0.01, "longest_wait": 2.0, "timeout": 5.0}
+    both = {"base_url": url, "key_variable": "TEST_KEY", "first_wait": 0.01, "longest_wait": 2.0, "timeout": 120.0}
     both |= given.pop("services", {})
     words = ["--config=photographs_construct", f"--workdir={workdir}", f"--config.samples={samples}"]
     words += [f"--config.{name}={value}" for name, value in given.items()]

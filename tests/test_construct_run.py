@@ -73,9 +73,9 @@ def test_the_released_folders_and_the_gallery_stand_beside_the_dataset(calm):
 
 
 def test_faults_change_nothing(calm, samples, tmp_path):
-    service = OpenAIService(Behaviour(key=KEY, fault_rate=0.2, hang=3.0))
+    service = OpenAIService(Behaviour(key=KEY, fault_rate=0.2, hang=8.0))
     with serving(service) as url:
-        commands.succeed("construct", *arguments(url, samples, tmp_path / "run", services={"timeout": 2.0}))
+        commands.succeed("construct", *arguments(url, samples, tmp_path / "run", services={"timeout": 5.0}))
     assert sum(service.log.faults.values()) > 50
     assert same_dataset(tmp_path / "run", calm[0])
 
