@@ -78,11 +78,12 @@ def write_samples(folder: Path, count: int, images: int = 20, side: int = 24) ->
         pixels = np.random.default_rng(i).integers(0, 255, (side, side + i % 3 * 4, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
     words = ("grey", "mirrored", "like dusk", "a negative", "a poster")
+    ends = ("direct", "reflection 1", "multi 1", "ambiguous", "direct", "reflection 2", "multi 2", "stuck")
     entries: list[dict[str, Any]] = [
         {
             "key": f"sample_{i:05d}",
             "src_path": None if i % 7 == 6 else f"pictures/{i % images}.png",
-            "edit_prompt": f"Make picture {i} {words[i % len(words)]}.",
+            "edit_prompt": f"Make picture {i} {words[i % len(words)]}. [{ends[i % len(ends)]}]",
             "edit_path": f"pictures/{(i + 1) % images}.png" if i % 11 == 10 else None,
             "edit_key": {"category": "tone"},
         }

@@ -18,7 +18,7 @@ from ivr_jax.construct.__main__ import PENDING
 from ivr_jax.construct.released import read_released
 from ivr_jax.data.store import TrajectoryDataset
 
-COUNT = 60
+COUNT = 24
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_every_sample_is_accounted_for_and_every_mode_occurs(calm):
     summary = json.loads((workdir / "summary.json").read_text())
     constructed, dropped = summary["constructed"], summary["dropped"]
     assert sum(constructed.values()) + sum(dropped.values()) == summary["samples"] == COUNT
-    assert set(constructed) == {"direct", "reflection", "multi_step"} and "ambiguous_prompt" in dropped
+    assert set(constructed) == {"direct", "reflection", "multi_step"} and set(dropped) == {"ambiguous_prompt", "step_failed"}
     assert not summary["pending"] and not summary["quarantined"]
     dataset = TrajectoryDataset(workdir / "dataset")
     keys = [trajectory.sample.key for trajectory in dataset]
@@ -76,7 +76,7 @@ def test_faults_change_nothing(calm, samples, tmp_path):
     service = OpenAIService(Behaviour(key=KEY, fault_rate=0.2, hang=8.0))
     with serving(service) as url:
         commands.succeed("construct", *arguments(url, samples, tmp_path / "run", services={"timeout": 5.0}))
-    assert sum(service.log.faults.values()) > 50
+    assert sum(service.log.faults.values()) > 30
     assert same_dataset(tmp_path / "run", calm[0])
 
 
