@@ -20,6 +20,7 @@ _WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _OUT_OF_FIVE = re.compile(rf"\s*({_NUMBER})\s*(?:/|out\s+of|of)\s*5(?:\.0)?\s*\.?\s*", re.IGNORECASE)
 _LONGEST = 20_000  # characters of a reason that are kept
+_MOST_BRACES = 1000  # places where an object is looked for: what has more is no answer
 _SHOWN = 80  # characters of an answer that an error shows
 
 
@@ -112,7 +113,9 @@ def _objects(text: str) -> Iterator[Mapping[str, Any]]:
     """Every outermost JSON object in `text`, strict about numbers (no NaN, no infinity)."""
     decoder = json.JSONDecoder(parse_constant=_no_constant)
     position = text.find("{")
-    while position >= 0:
+    for _ in range(_MOST_BRACES):
+        if position < 0:
+            return
         try:
             value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
