@@ -160,6 +160,11 @@ def test_a_prompt_holds_the_template_its_references_and_the_question():
     assert words(nothing) == ["BOS", "You are a helpful assistant. USER: ", " ASSISTANT: ", "BSS"]
 
 
+def test_the_end_of_a_request_costs_no_bytes_whatever_its_full_stop():
+    for question in ("Paint a2 red", "Paint a2 red.", "Clear b3. Paint a2 red."):
+        assert min(WORLD.encode(question + markers.ASSISTANT)) >= 256
+
+
 @pytest.mark.parametrize("task", ["t2i", "x2i", "howto", "story", "explore", "vla"])
 def test_a_sample_may_name_any_of_the_released_tasks(task):
     tokens = codec.encode_prompt(TOKENIZER, Sample("k", "Put a", task_word=task), {})

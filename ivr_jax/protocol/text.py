@@ -40,7 +40,8 @@ class PhraseTokenizer:
     """
 
     def __init__(self, phrases: Sequence[str], visual_size: int):
-        template = (*markers.SYSTEM.values(), markers.SYSTEM_UNCONDITIONAL, markers.ASSISTANT)
+        # A full stop before " ASSISTANT: " is its own phrase: else ". " would be cut off and leave bytes behind.
+        template = (*markers.SYSTEM.values(), markers.SYSTEM_UNCONDITIONAL, markers.ASSISTANT, f".{markers.ASSISTANT}")
         self.phrases = tuple(dict.fromkeys((*phrases, *template)))
         self._ids = {phrase: 256 + i for i, phrase in enumerate(self.phrases)}
         text_size = 256 + len(self.phrases)
