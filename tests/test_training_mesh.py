@@ -49,7 +49,7 @@ def error(a, b):
 one = made({}, jax.devices()[:1])
 eight = made({"data": 2, "fsdp": 2, "tensor": 2}, None)
 rollout = rolled(*eight)
-scored = types.SimpleNamespace(used=np.ones((2, 4), bool), advantages=np.linspace(-1, 1, 8).reshape(2, 4))
+scored = types.SimpleNamespace(used=np.ones((2, 4), bool), advantages=np.linspace(-1, 2, 8).reshape(2, 4))
 theirs, expected, _ = gradients(*one, rollout, scored)
 ours, loss, deviation = gradients(*eight, rollout, scored)
 print(json.dumps({"loss": abs(loss / expected - 1), "ratio": deviation,

@@ -298,7 +298,8 @@ def init_params(config: ImageTokenizerConfig, key: jax.Array) -> Params:
 
 def param_shapes(config: ImageTokenizerConfig) -> Params:
     """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
-    return nnx.to_pure_dict(_abstract(config)[1])
+    held = nnx.to_pure_dict(_abstract(config)[1])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)  # without the mesh that was in force
 
 
 def param_axes(config: ImageTokenizerConfig) -> Params:
