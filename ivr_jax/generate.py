@@ -2,150 +2,221 @@
 
     python -m ivr_jax.generate --checkpoint=runs/demo/rl --prompt="Put a red circle at b2." --out=runs/answer
     python -m ivr_jax.generate --checkpoint=runs/demo/rl --image=board.png --prompt="Clear a1." --out=runs/answer
+    python -m ivr_jax.generate --checkpoint=runs/demo/rl --prompts=prompts.jsonl --out=runs/answers
 
-Writes every drawn image as PNG, answer.json (the trajectory) and answer.html (one page).  Without --image the prompt is
-text-to-image.  Several --image flags give several references, in order.
+Writes every drawn image as PNG, answer.json and answer.html (one page).  Without --image the prompt is text-to-image;
+several --image flags give several references, in order.  --prompts answers a file, one folder a line; a run that was
+stopped goes on where it was.  An imported checkpoint needs --text_tokenizer and --image_tokenizer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
+from tqdm import tqdm
 
 from ivr_jax import cli
 from ivr_jax import system as systems
 from ivr_jax.errors import UserError
-from ivr_jax.evaluation.answers import Answer as ShownAnswer
-from ivr_jax.evaluation.benchmark import shown_segments
-from ivr_jax.evaluation.gallery import Shelf, Shown
-from ivr_jax.evaluation.report import write_report
-from ivr_jax.images import fit, image_name, load_image, save_png
-from ivr_jax.protocol import codec as codec_lib
-from ivr_jax.protocol import markers
-from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.evaluation.answer_folder import PAGE, Spoken, check_writable, read_about, write_answer
+from ivr_jax.protocol import interleaved
+from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
+from ivr_jax.sampling import requests as requests_lib
 from ivr_jax.sampling.chain import SamplingOptions
-from ivr_jax.sampling.rollout import roll_out
-from ivr_jax.sampling.sampler import pad_prompts
-from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Mode, Sample, trajectory_to_json
+from ivr_jax.sampling.requests import Prepared, Request
+from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
+from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, TASKS, Mode
 
-MAX_CELLS = 99  # a side of an image, in latent cells: its size is written in two digits
+MODES = tuple(mode.value for mode in Mode)
+SAMPLING = {  # flag -> field of SamplingOptions
+    "temperature": "temperature", "image_temperature": "image_temperature", "cfg": "guidance",
+    "image_cfg": "image_guidance", "text_top_k": "text_top_k", "text_top_p": "text_top_p",
+    "image_top_k": "image_top_k", "image_top_p": "image_top_p",
+}  # fmt: skip
 
 
 def add_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "checkpoint", None, "workdir of an sft or rl run, or one of its checkpoints/<step> folders", flag_values=values
-    )
-    flags.DEFINE_string("prompt", None, "what to draw, or how to change the image", flag_values=values)
+    def text(name: str, meaning: str, default: str | None = None) -> None:
+        flags.DEFINE_string(name, default, meaning, flag_values=values)
+
+    def number(name: str, default: int, meaning: str, least: int = 0) -> None:
+        flags.DEFINE_integer(name, default, meaning, lower_bound=least, flag_values=values)
+
+    def real(name: str, default: float | None, meaning: str) -> None:
+        flags.DEFINE_float(name, default, meaning, lower_bound=0.0, flag_values=values)
+
+    text("checkpoint", "workdir of an sft or rl run or of an import, or one of its checkpoints/<step> folders")
+    text("prompt", "what to draw, or how to change the image")
     flags.DEFINE_multi_string("image", [], "a reference image file; may be given several times", flag_values=values)
-    flags.DEFINE_string("out", None, "folder for the answer", flag_values=values)
-    flags.DEFINE_string("image_tokenizer", None, "workdir of the image tokenizer, if it was moved", flag_values=values)
+    text("prompts", "a JSONL file of requests, in place of --prompt and --image")
+    text("out", "folder for the answer, or for the folders of the answers")
+    flags.DEFINE_enum("task", None, TASKS, "task word of the prompt; x2i with images, else t2i", flag_values=values)
+    text("aspect_ratio", "WIDTH:HEIGHT, free (the model chooses) or auto (one reference: its size; several: free)",
+         requests_lib.AUTO)  # fmt: skip
+    number("image_area", 0, "pixels of an image, about; 0: the image tokenizer's resolution, squared")
+    text("text_tokenizer", "folder of the text tokenizer, if it was moved or the checkpoint imported")
+    text("image_tokenizer", "workdir of the image tokenizer, likewise")
     flags.DEFINE_multi_enum(
-        "mode", [m.value for m in Mode], [m.value for m in Mode], "modes the answer may use", flag_values=values
-    )
-    flags.DEFINE_float("temperature", 1.0, "0 takes the likeliest token", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float(
-        "cfg", 1.0, "classifier-free guidance on image tokens; 1 is off", lower_bound=0.0, flag_values=values
-    )
-    flags.DEFINE_integer("seed", 0, "of the draw", flag_values=values)
-    flags.DEFINE_integer("answer_length", 384, "most answer tokens", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("text_cap", 64, "most tokens of one free text", lower_bound=1, flag_values=values)
+        "mode", [], [*MODES, INTERLEAVED], "modes the answer may use; by default all of a model that was trained on "
+        "trajectories, else interleaved: texts and images in any order", flag_values=values,
+    )  # fmt: skip
+    real("temperature", 1.0, "0 takes the likeliest token")
+    real("image_temperature", None, "of image tokens; --temperature when not given")
+    real("cfg", 1.0, "classifier-free guidance on image tokens; 1 is off")
+    real("image_cfg", None, "guidance by the references (the three-way form)")
+    number("text_top_k", 0, "keep the k likeliest tokens; 0 keeps all")
+    real("text_top_p", 1.0, "keep the likeliest tokens that hold this much probability")
+    number("image_top_k", 0, "the same of image tokens")
+    real("image_top_p", 1.0, "the same of image tokens")
+    number("seed", 0, "of the draw")
+    number("answer_length", 0, "most answer tokens; 0: five images' worth, 384 at least, as far as the context goes")
+    number("text_cap", 0, "most tokens of one free text; 0: 64 with the micro tokenizer, else 512")
 
 
-def read_request(prompt: str, files: list[str], system: systems.System) -> tuple[Sample, dict]:
-    """The sample and its pixels; images are resized to the image tokenizer's area, in multiples of its factor."""
-    if not prompt or not prompt.strip():
-        raise UserError("the prompt is empty.", 'Give one, such as --prompt="Put a red circle at b2."')
-    markers.check_user_text(prompt, "the prompt")
-    codec = system.codec.config
-    pixels = []
-    for file in files:
-        whole = load_image(file)
-        pixels.append(fit(whole, codec.resolution**2, codec.factor))
-        if max(pixels[-1].shape) > MAX_CELLS * codec.factor:
-            raise UserError(
-                f"{file} is too long and narrow: {whole.shape[1]}x{whole.shape[0]} pixels.",
-                f"Crop it; at its area a side may take {MAX_CELLS} cells of {codec.factor} pixels.",
-            )
-    images = {image_name(x): x for x in pixels}
-    return Sample("request", prompt, tuple(image_name(x) for x in pixels)), images
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """A loaded model and how it shall answer; `about` is recorded with every answer."""
 
+    system: systems.System
+    grammar: Grammar
+    sampling: SamplingOptions
+    area: int
+    length: int
+    about: dict[str, Any]
 
-def room(system: systems.System, sample: Sample, images: dict, wanted: int) -> int:
-    """`wanted` answer tokens, or what the prompt leaves of the context; UserError when that is less than one image."""
-    codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
-    prompts, _ = pad_prompts([codec_lib.encode_prompt(system.tokenizer, sample, codes)], system.tokenizer.vocab.pad)
-    context, image = system.config.max_position_embeddings, system.codec.config
-    left = context - prompts.shape[1]
-    if left <= (image.resolution // image.factor) ** 2:
-        raise UserError(
-            f"the prompt takes {prompts.shape[1]} of the {context} tokens of the context.",
-            "Shorten it, or give fewer images.",
+    def answer(self, request: Request) -> tuple[Answer | Spoken, int]:
+        """The answer and its number of tokens.  Raises UserError when it does not come to an end."""
+        prepared = requests_lib.prepare(request, self.system, self.area)
+        rollout = roll_out(
+            self.system,
+            self.grammar,
+            [prepared.sample],
+            [prepared.images],
+            jax.random.key(request.seed),
+            requests_lib.room(prepared, self.system, self.length, self.area),
+            self.sampling,
+            size=prepared.size,
         )
-    return min(wanted, left)
+        tokens = int(rollout.samples.lengths[0])
+        if self.grammar.options.modes == (INTERLEAVED,):
+            return self._spoken(prepared, rollout), tokens
+        if rollout.answers[0] is None:
+            raise UserError(
+                f"the answer to {request.key!r} did not come to an end: {rollout.errors[0]}",
+                "Raise --answer_length, or try another --seed.",
+            )
+        return rollout.answers[0], tokens
+
+    def _spoken(self, prepared: Prepared, rollout: Rollout) -> Spoken:
+        parts, finished = interleaved.parse_interleaved(self.system.tokenizer, rollout.answer_tokens(0))
+        drawn = self.system.codec.decode([part.codes for part in parts if part.codes is not None])
+        return Spoken(prepared.sample, parts, tuple(drawn), finished, prepared.images)
+
+    def about_request(self, request: Request) -> dict[str, Any]:
+        return {**self.about, **dataclasses.asdict(request), "images": list(request.images)}
+
+
+def load(wanted: flags.FlagValues) -> Answering:
+    system = systems.load(wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer)
+    trained_here = "vocabulary" in system.meta
+    modes = tuple(dict.fromkeys(wanted.mode)) or (MODES if trained_here else (INTERLEAVED,))
+    cap = wanted.text_cap or (64 if system.meta.get("text_tokenizer") == systems.MICRO else 512)
+    options = GrammarOptions(modes=modes, max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=cap)
+    sampling = SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()})
+    about = {
+        "checkpoint": wanted.checkpoint, "modes": list(modes), "text_cap": cap, "image_area": wanted.image_area,
+        "answer_length": wanted.answer_length, **{flag: getattr(wanted, flag) for flag in SAMPLING},
+    }  # fmt: skip
+    grammar = Grammar(system.tokenizer, options)
+    return Answering(system, grammar, sampling, wanted.image_area, wanted.answer_length, about)
 
 
 def main(call: cli.Call) -> None:
     wanted = call.flags
-    for name in ("checkpoint", "prompt", "out"):
+    for name in ("checkpoint", "out"):
         if getattr(wanted, name) is None:
             raise UserError(f"--{name} is missing.", "See --help.")
-    out = cli.prepare_workdir(wanted.out)
-    system = systems.load(wanted.checkpoint, wanted.image_tokenizer)
-    sample, images = read_request(wanted.prompt, wanted.image, system)
-    options = GrammarOptions(
-        modes=tuple(wanted.mode), max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=wanted.text_cap
-    )
-    sampling = SamplingOptions(temperature=wanted.temperature, guidance=wanted.cfg)
+    if (wanted.prompt is None) == (wanted.prompts is None):
+        raise UserError("--prompt is missing." if wanted.prompt is None else "both --prompt and --prompts were given.",
+                        "Give --prompt=TEXT, or --prompts=FILE.jsonl.")
+    if wanted.prompts is not None and wanted.image:
+        raise UserError("--image does not go with --prompts.", "Name images in the file: {\"image\": [...]}.")
+    SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()})
+    out = Path(wanted.out).expanduser()
+    if wanted.prompts is not None:
+        answer_all(wanted, out)
+        return
+    task = wanted.task or ""
+    request = Request("request", wanted.prompt, tuple(wanted.image), task, wanted.aspect_ratio, wanted.seed)
+    requests_lib.check(request)
+    check_writable(out)
+    answering = load(wanted)
     clock = time.perf_counter()
-    rollout = roll_out(
-        system,
-        Grammar(system.tokenizer, options),
-        [sample],
-        [images],
-        jax.random.key(wanted.seed),
-        room(system, sample, images, wanted.answer_length),
-        sampling,
-    )
-    seconds, tokens = time.perf_counter() - clock, int(rollout.samples.lengths[0])
-    answer = rollout.answers[0]
-    if answer is None:
+    with tqdm(total=1, desc="draw", unit="answer", leave=False):
+        answer, tokens = answering.answer(request)
+    seconds = time.perf_counter() - clock
+    images = write_answer(out, answer, answering.about_request(request))
+    report(answer, images)
+    kind = INTERLEAVED if isinstance(answer, Spoken) else answer.trajectory.mode.value
+    print(f"{kind}, {speed(tokens, seconds)}; {out / PAGE}")
+
+
+def speed(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.1f} s with compilation ({tokens / max(seconds, 1e-9):.0f} tokens/s)"
+
+
+def report(answer: Answer | Spoken, images: list[Path]) -> None:
+    """One line a drawn image."""
+    for number, path in enumerate(images, 1):
+        verdict = ""
+        if isinstance(answer, Answer):
+            passed = answer.trajectory.rounds[number - 1].evaluation.passed
+            verdict = f"  own verdict: {'pass' if passed else 'fail'}"
+        print(f"G{number}: {path}{verdict}")
+
+
+def answer_all(wanted: flags.FlagValues, out: Path) -> None:
+    """Answers every line of a file, each in its own folder of `out`; finished ones are left as they are."""
+    requests = requests_lib.read_requests(wanted.prompts, wanted.seed, wanted.task or "", wanted.aspect_ratio)
+    check_writable(out)
+    answering = load(wanted)
+    todo = [request for request in requests if not _finished(out / request.key, answering.about_request(request))]
+    for request in todo:  # a bad image is said before anything is drawn
+        requests_lib.prepare(request, answering.system, answering.area)
+    failed, total, clock = [], 0, time.perf_counter()
+    bar = tqdm(todo, desc="answer", unit="answer", initial=len(requests) - len(todo), total=len(requests))
+    for request in bar:
+        try:
+            answer, tokens = answering.answer(request)
+        except UserError as error:
+            failed.append(f"{request.key}: {error.what}")
+            continue
+        write_answer(out / request.key, answer, answering.about_request(request))
+        total += tokens
+        bar.set_postfix_str(f"{total / (time.perf_counter() - clock):.0f} tokens/s")
+    seconds = time.perf_counter() - clock
+    there, made = len(requests) - len(todo), len(todo) - len(failed)
+    print(f"{out}: {there} answers were there, {made} made, {speed(total, seconds)}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(requests)} requests have no answer; {failed[0]}",
+                        "The others are kept: the same command tries again only these.")
+
+
+def _finished(folder: Path, about: dict[str, Any]) -> bool:
+    found = read_about(folder)
+    if found is not None and found != about:
+        differing = next(key for key in (*about, *found) if about.get(key) != found.get(key))
         raise UserError(
-            f"the answer did not come to an end: {rollout.errors[0]}", "Raise --answer_length, or try another --seed."
+            f"{folder} holds an answer to another request: {differing} was {found.get(differing)!r}, is "
+            f"{about.get(differing)!r}.",
+            "Use another --out, or remove that folder.",
         )
-    write_answer(
-        out,
-        wanted.prompt,
-        answer,
-        {"checkpoint": wanted.checkpoint, "seed": wanted.seed, "temperature": wanted.temperature, "cfg": wanted.cfg},
-    )
-    for number, round_ in enumerate(answer.trajectory.rounds, 1):
-        verdict = "pass" if round_.evaluation.passed else "fail"
-        print(f"G{number}: {out / f'G{number}.png'}  own verdict: {verdict}")
-    print(f"{answer.trajectory.mode.value}, {tokens} tokens in {seconds:.1f} s with compilation; {out / 'answer.html'}")
-
-
-def write_answer(out: pathlib.Path, prompt: str, answer, about: dict) -> None:
-    """PNG files, answer.json and answer.html of one parsed answer; the images of an earlier answer there go."""
-    trajectory = answer.trajectory
-    if (out / "answer.json").exists():
-        for name in ("source", "G"):
-            for old in out.glob(f"{name}[1-9].png"):
-                old.unlink()
-    for number, name in enumerate(trajectory.sample.sources, 1):
-        save_png(out / f"source{number}.png", answer.images[name])
-    for number, name in enumerate(trajectory.images, 1):
-        save_png(out / f"G{number}.png", answer.images[name])
-    save_png(out / "final.png", answer.images[trajectory.images[-1]])
-    (out / "answer.json").write_text(json.dumps({"about": about, **trajectory_to_json(trajectory)}, indent=1) + "\n")
-    segments = tuple(dataclasses.replace(s, loss=True) for s in shown_segments(trajectory, answer.segments))
-    shown = ShownAnswer(trajectory.sample, trajectory, "", trajectory.images, segments=segments, mode=trajectory.mode)
-    shelf = Shelf("Answer", "As it unfolded.", (Shown("answer", shown, answer.images),))
-    write_report(out / "answer.html", prompt, (), {}, (shelf,), (), ())
+    return found is not None
 
 
 def entry() -> None:

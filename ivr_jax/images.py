@@ -110,15 +110,22 @@ def crop_square(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.array(square.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def fit(pixels: np.ndarray, area: int, multiple: int) -> np.ndarray:
-    """Resizes to about `area` pixels, keeping the aspect ratio, each side a multiple of `multiple`; bicubic.
+def fitted_size(height: float, width: float, area: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about `area` pixels with this aspect ratio, each a multiple of `multiple`, and at least one.
 
-    The released rule of Emu3.5: side = round(side * sqrt(area / (height * width)) / multiple) * multiple, at least one
-    multiple.  An image that already has that size is returned as it is.
+    The released rule of Emu3.5: the height that gives the area, cut to a whole number, then the width, then both
+    rounded to the nearest multiple, halves up.
     """
+    aspect = width / height
+    rows = max(1, int((area / aspect) ** 0.5))
+    columns = int(rows * aspect)
+    return tuple(max(1, (side + multiple // 2) // multiple) * multiple for side in (rows, columns))
+
+
+def fit(pixels: np.ndarray, area: int, multiple: int) -> np.ndarray:
+    """Resizes to `fitted_size`, bicubic; an image that already has that size is returned as it is."""
     height, width = pixels.shape[:2]
-    scale = (area / (height * width)) ** 0.5
-    rows, columns = (max(1, round(side * scale / multiple)) * multiple for side in (height, width))
+    rows, columns = fitted_size(height, width, area, multiple)
     if (rows, columns) == (height, width):
         return pixels
     return np.array(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BICUBIC))

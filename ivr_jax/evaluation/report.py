@@ -38,7 +38,7 @@ from ivr_jax.evaluation.tables import (
     format_value,
 )
 
-_TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 _FIRST_CURVES = 6
 # Which metrics a reader looks for first; the others stand behind a fold.
 _TELLING = re.compile(r"(^|[/_.])(loss|reward|total|exact|images|psnr|kl|accuracy|entropy|usage|codes?)($|[/_.])", re.I)
@@ -105,13 +105,13 @@ def render(
 ) -> str:
     """The page as text; see `write_report`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    script = (_TEMPLATES / "report.js").read_text()
+    script = (TEMPLATES / "report.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shelves = [shelf_view(shelf) for shelf in gallery if shelf.items]
     return environment.get_template("report.html").render(
@@ -119,7 +119,7 @@ def render(
         written=written.strftime("%d %B %Y, %H:%M"),
         version=ivr_jax.__version__,
         notes=list(notes),
-        style=Markup((_TEMPLATES / "report.css").read_text()),
+        style=Markup((TEMPLATES / "report.css").read_text()),
         script=Markup(script),
         script_hash=digest,
         arms=list(evaluations),
