@@ -42,6 +42,7 @@ REQUIREMENTS = [
 REVIEW_REQUIREMENTS = ["starlette>=1.10.0", "uvicorn>=0.54.0"]  # the local page of `python -m ivr_jax.review`
 TEST_REQUIREMENTS = [
     *REVIEW_REQUIREMENTS,
+    "dashscope>=2.0.2",  # the public tokenizer and ranks that Emu3.5's are compared with
     "hypothesis>=6.170.15",
     "playwright>=1.65.2",  # drives the Chromium that is installed; it downloads none
     "pytest>=9.2.0",

@@ -192,7 +192,7 @@ def test_an_imported_checkpoint_without_named_tokenizers_is_one_line(emu, tmp_pa
         (("--prompts=FILE", "--image=THIN"), "--image does not go with --prompts"),
         (("--prompts=nowhere.jsonl",), "cannot be read"),
         (("--prompt=" + "word and word " * 300,), "tokens of the context"),
-        (("--prompt=x", "--image_area=400000"), "an image of 40 x 40 cells 1647"),
+        (("--prompt=x", "--image_area=400000"), "an image of 40 x 40 cells needs 1647 tokens"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )

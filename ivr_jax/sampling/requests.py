@@ -184,8 +184,8 @@ def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
     left, image = context - prepared.prompt_tokens, rows * (columns + 1) + 7
     if left <= image:
         raise UserError(
-            f"the prompt takes {prepared.prompt_tokens} of the {context} tokens of the context, "
-            f"an image of {rows} x {columns} cells {image}.",
+            f"an image of {rows} x {columns} cells needs {image} tokens, and the prompt takes "
+            f"{prepared.prompt_tokens} of the {context} tokens of the context.",
             "Shorten it, give fewer images, or ask for smaller ones.",
         )
     return min(wanted or max(384, 5 * image), left)
