@@ -121,7 +121,8 @@ def load(
             "--config.text_tokenizer and --config.image_tokenizer; what it trains knows them).",
         )
     codec = codec or load_image_codec(image_tokenizer_path or _nearby(path, image_path, "image"))
-    if meta.get("image_tokenizer_fingerprint", fingerprint(codec.params)) != fingerprint(codec.params):
+    recorded = meta.get("image_tokenizer_fingerprint")
+    if recorded is not None and recorded != fingerprint(codec.params):
         raise UserError(
             f"{str(path)!r} was trained with another image tokenizer.",
             "Name the right one with --image_tokenizer=WORKDIR.",

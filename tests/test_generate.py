@@ -140,7 +140,7 @@ def test_output_size(emu, tmp_path, ratio, count, size):
     system = systems.load(emu.backbone, emu.images, text_tokenizer_path=emu.text)
     prepared = requests.prepare(requests.Request("k", "x", (str(photo),) * count, "", ratio), system)
     assert tuple(16 * side for side in prepared.size) == size
-    free = requests.prepare(requests.Request("k", "x", (str(photo),) * 2), system, area=512 * 512)
+    free = requests.prepare(requests.Request("k", "x", (str(photo),) * 2), system, area=160 * 160)
     assert free.size == (-1, -1)
     assert requests.prepare(requests.Request("k", "x", (), "", "free"), system).size == (-1, -1)
 
@@ -260,6 +260,7 @@ def test_a_file_of_requests_is_answered_line_by_line_and_only_once(emu, tmp_path
         ({"prompt": "<|extra_204|>"}, "line 3: the prompt contains the control token"),
         ({"prompt": "x", "task": "paint"}, "line 3: there is no task 'paint'"),
         ({"prompt": "x", "seed": "1"}, "line 3: `seed` is '1'"),
+        ({"prompt": "x", "seed": -1}, "line 3: the seed -1 is out of range"),
         ({"prompt": "x", "key": "../x"}, "cannot name a folder"),
         ({"prompt": "x", "key": "0001"}, "line 3 has the key '0001' of an earlier line"),
         ({"prompt": "x", "image": "gone.png"}, "there is no image file"),

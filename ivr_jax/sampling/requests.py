@@ -68,7 +68,7 @@ def read_requests(path: str, seed: int = 0, task: str = "", aspect_ratio: str = 
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON texts may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the file of prompts {path!r} cannot be read ({error}).", "Give a JSONL file.") from error
     requests: dict[str, Request] = {}
@@ -100,8 +100,9 @@ def _request(line: str, where: str, folder: Path, default: Request) -> Request:
     paths = [given] if isinstance(given, str) else given
     if not all(isinstance(path, str) for path in paths):
         raise UserError(f"{where}: `image` is {given!r}.", "Name one file, or a list of files.")
+    key = checked_key(fields.get("key", default.key), where)
     request = Request(
-        checked_key(fields.get("key", default.key), where),
+        markers.check_user_text(key, f"{where}: the key"),
         fields["prompt"],
         tuple(str(folder / path) for path in paths),
         fields.get("task", default.task),
@@ -117,6 +118,8 @@ def check(request: Request, where: str = "") -> None:
     if not request.prompt.strip():
         raise UserError(f"{where}the prompt is empty.", 'Give one, such as "Put a red circle at b2."')
     markers.check_user_text(request.prompt, f"{where}the prompt")
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"{where}the seed {request.seed} is out of range.", "Use 0 to 4294967295.")
     if request.task not in ("", *TASKS):
         raise UserError(f"{where}there is no task {request.task!r}.", f"The tasks are {', '.join(TASKS)}.")
     if request.aspect_ratio not in (AUTO, FREE_SIZE):
