@@ -206,3 +206,11 @@ def test_a_batch_is_cut_along_rows_and_tokens():
     assert batch["tokens"].sharding.spec == PartitionSpec(("data", "fsdp"), "sequence")
     assert batch["advantages"].sharding.spec == PartitionSpec(("data", "fsdp"))
     np.testing.assert_array_equal(sharding.local_rows(mesh, 4), np.arange(4))
+
+
+def test_shapes_asked_for_under_a_mesh_are_free_of_it():
+    """They are remembered, and a checkpoint may be read into them when that mesh is long gone."""
+    config = BackboneConfig(20, 8, 16, 1, 2, 1, 4, rope_theta=2e4)  # one that nobody asked for before
+    with jax.set_mesh(sharding.make_mesh({}, jax.devices()[:1])):
+        shapes = backbone.param_shapes(config)
+    assert {leaf.sharding for leaf in jax.tree.leaves(shapes)} == {None}
