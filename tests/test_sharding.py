@@ -179,7 +179,7 @@ def test_pinning_without_a_mesh_does_nothing():
 def test_moments_lie_where_their_parameters_lie_and_nothing_large_is_forgotten():
     """Muon keeps other moments for matrices than for the rest, in trees with holes."""
     config = ConfigDict({"kind": "muon", "peak": 1e-3, "final": 1e-4, "warmup": 0.1, "b1": 0.9, "b2": 0.95,
-                         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0})  # fmt: skip
+                         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "moment_dtype": "float32"})  # fmt: skip
     shapes, axes = backbone.param_shapes(EMU35), backbone.param_axes(EMU35)
     moments = jax.eval_shape(make_optimizer(config, 100).init, shapes)
     mesh = AbstractMesh((1, 32, 4, 1), sharding.MESH_AXES)
