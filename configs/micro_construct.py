@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.gallery = False  # also write WORKDIR/gallery.html
     config.services = _services.world()
     config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 1, 3, 6), "limit": 100_000})
-    config.quotas = ConfigDict({"direct": 600, "reflection": 1200, "multi_step": 1200, "evaluation": 0})
+    config.quotas = ConfigDict({"direct": 1000, "reflection": 2000, "multi_step": 2000, "evaluation": 0})
     config.rules = ConfigDict(
         {
             "thresholds": None,

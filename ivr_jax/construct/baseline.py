@@ -50,6 +50,7 @@ def _drawn(
     system: System, part: list[Entry], key: jax.Array, batch: int, options: SamplingOptions
 ) -> Iterator[Entry]:
     requests: dict[int, Request] = {}
+    square = (system.codec.config.resolution,) * 2  # what is drawn without a source
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, entry in enumerate(part):
         try:
@@ -59,7 +60,7 @@ def _drawn(
         requests[i] = request
         if request.first_image is None:
             sources = request.sample.sources
-            groups.setdefault(request.images[sources[0]].shape if sources else (), []).append(i)
+            groups.setdefault(request.images[sources[0]].shape[:2] if sources else square, []).append(i)
     firsts = {}
     for g, members in enumerate(groups.values()):
         filled = [requests[i] for i in (members * batch)[:batch]]

@@ -87,9 +87,7 @@ def roll_out(
     """
     options = options or SamplingOptions()
     tokenizer = system.tokenizer
-    names = list(dict.fromkeys((i, name) for i, s in enumerate(samples) for name in s.sources))
-    codes = dict(zip(names, system.codec.encode([images[i][name] for i, name in names]), strict=True))
-    per_sample = [{name: codes[i, name] for name in s.sources} for i, s in enumerate(samples)]
+    per_sample = _source_codes(system, samples, images)
     size = size or _size(system, samples, per_sample)
     pad = tokenizer.vocab.pad
     pairs = list(zip(samples, per_sample, strict=True))
@@ -115,6 +113,15 @@ def roll_out(
     drawn = jax.tree.map(np.asarray, drawn)
     answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
     return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional))
+
+
+def _source_codes(
+    system: System, samples: Sequence[Sample], images: Sequence[Images]
+) -> list[dict[str, np.ndarray]]:
+    """Codes of each sample's sources by name, all encoded together: the image tokenizer works in batches."""
+    names = list(dict.fromkeys((i, name) for i, s in enumerate(samples) for name in s.sources))
+    codes = dict(zip(names, system.codec.encode([images[i][name] for i, name in names]), strict=True))
+    return [{name: codes[i, name] for name in s.sources} for i, s in enumerate(samples)]
 
 
 def _size(system: System, samples: Sequence[Sample], codes: Sequence[Mapping[str, np.ndarray]]) -> tuple[int, int]:
@@ -181,10 +188,7 @@ def draw_first_images(
 ) -> list[np.ndarray]:
     """`G1` alone, uint8 [height, width, 3] for each sample: drawing stops when the first image is complete."""
     grammar = Grammar(system.tokenizer)
-    codes = [
-        dict(zip(s.sources, system.codec.encode([held[name] for name in s.sources]), strict=True))
-        for s, held in zip(samples, images, strict=True)
-    ]
+    codes = _source_codes(system, samples, images)
     rows, columns = _size(system, samples, codes)
     length = len(codec.encode_image(system.tokenizer, np.zeros((rows, columns), np.int32)))
     prompts, lengths = pad_prompts(
