@@ -1,6 +1,6 @@
 """Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw directly and to evaluate.
 
-14,000 exact drawings (loss on G1 E1) and 1,000 failed drawings (loss on E1 alone).  Meant to stop while it is good at
+12,000 exact drawings (loss on G1 E1) and 1,000 failed drawings (loss on E1 alone).  Meant to stop while it is good at
 one edit and poor at four, so that reflection and multi-step have something to add.  Small batches: at equal tokens
 they learn faster here (image loss after 35,000 samples 0.195 with 16 rows of 192 tokens a step, 0.246 with 40).
 Command: python -m ivr_jax.train --config=configs/micro_base.py --workdir=runs/demo/base \

@@ -1,4 +1,8 @@
-"""Fine-tuning data of the micro-world: the paper's escalation and its 1:2:2 mix, first images by the base model itself.
+"""Fine-tuning data of the micro-world: the paper's escalation, first images by the base model itself.
+
+The paper's mix is 10,000 direct : 20,000 reflection : 20,000 multi-step.  At this size critiques are rarely right and
+so many failures teach the model to fail its good images, so the mix here is 2:1:2 (`configs/construct_micro.py` builds
+the paper's).
 
 Command: python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/demo/construct \
     --config.baseline=runs/demo/base
@@ -26,7 +30,7 @@ def get_config() -> ConfigDict:
     config.gallery = False  # also write WORKDIR/gallery.html
     config.services = _services.world()
     config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 1, 3, 6), "limit": 100_000})
-    config.quotas = ConfigDict({"direct": 1000, "reflection": 2000, "multi_step": 2000, "evaluation": 0})
+    config.quotas = ConfigDict({"direct": 1800, "reflection": 900, "multi_step": 1800, "evaluation": 0})
     config.rules = ConfigDict(
         {
             "thresholds": None,

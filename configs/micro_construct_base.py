@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.seed = 1
     config.tasks.seed = 1
     config.tasks.edits = (3, 2, 1, 1)
-    config.quotas = ConfigDict({"direct": 14_000, "reflection": 0, "multi_step": 0, "evaluation": 1000})
+    config.quotas = ConfigDict({"direct": 12_000, "reflection": 0, "multi_step": 0, "evaluation": 1000})
     config.rules.max_reflections = 0
     config.generator.fault_rate = 0.1
     return config

@@ -21,10 +21,10 @@ def get_config(kind: str = "") -> ConfigDict:
     config.image_tokenizer = ""  # where the image tokenizer is, if it was moved
     config.seed = 7
     config.level = 0
-    config.prompts = 384
+    config.prompts = 320
     config.most_edits = 4
-    config.each_split = 12
-    config.probe_prompts = 128  # held-out requests for the probes of single skills (steps, critiques)
+    config.each_split = 8
+    config.probe_prompts = 96  # held-out requests for the probes of single skills (steps, critiques)
     config.batch = 128
     config.answer_length = rl.answer_length
     config.sampling = rl.sampling
@@ -42,5 +42,5 @@ def get_config(kind: str = "") -> ConfigDict:
             f"micro_evaluate takes base, direct or multi_step, not {kind!r}.", "Write --config=micro_evaluate:base."
         )
     if kind in ("direct", "multi_step"):
-        config.prompts, config.each_split = 128, 0
+        config.prompts, config.each_split = 88, 0
     return config

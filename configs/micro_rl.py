@@ -11,7 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "rl"
     config.seed = 0
-    config.steps = 14
+    config.steps = 12
     config.prompts_per_step = 8
     config.group = 8
     config.answer_length = 288

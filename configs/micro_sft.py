@@ -1,6 +1,6 @@
-"""Supervised fine-tuning of the micro-world's base model on direct, reflection and multi-step trajectories (1:2:2).
+"""Supervised fine-tuning of the micro-world's base model on direct, reflection and multi-step trajectories (2:1:2).
 
-Paper: next-token loss on the selected tokens, one epoch, cosine schedule with 10% warm-up.  Here: several epochs over
+Paper: 1:2:2, next-token loss on the selected tokens, one epoch, cosine schedule with 10% warm-up.  Here: several epochs over
 a few thousand trajectories.
 Command: python -m ivr_jax.train --config=configs/micro_sft.py --workdir=runs/demo/sft --config.init=runs/demo/base \
     --config.data.path=runs/demo/construct/dataset --config.image_tokenizer=runs/demo/image_tokenizer
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.steps = 900
     config.data.length = 328
     config.batch = 12
-    config.data.mix = ConfigDict({"direct": 1.0, "reflection": 2.0, "multi_step": 2.0})
+    config.data.mix = ConfigDict({"direct": 2.0, "reflection": 1.0, "multi_step": 2.0})
     config.optimizer.peak = 3e-3
     config.optimizer.warmup = 0.1
     return config
