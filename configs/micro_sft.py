@@ -1,7 +1,7 @@
 """Supervised fine-tuning of the micro-world's base model on direct, reflection and multi-step trajectories (2:1:2).
 
-Paper: 1:2:2, next-token loss on the selected tokens, one epoch, cosine schedule with 10% warm-up.  Here: several epochs over
-a few thousand trajectories.
+Paper: 1:2:2, next-token loss on the selected tokens, one epoch, cosine schedule with 10% warm-up.  Here: several
+epochs over a few thousand trajectories.
 Command: python -m ivr_jax.train --config=configs/micro_sft.py --workdir=runs/demo/sft --config.init=runs/demo/base \
     --config.data.path=runs/demo/construct/dataset --config.image_tokenizer=runs/demo/image_tokenizer
 """
