@@ -52,6 +52,7 @@ TEST_REQUIREMENTS = [
     "scikit-image>=0.26.0",  # ships the photographs that the tests train on
     "scikit-learn>=1.9.1",  # the reference for agreement between reviewers
     "torch==2.13.0",  # the independent implementation that exports are compared with; runs on a CPU
+    "trl>=1.16.0,<1.17",  # its GRPO trainer is the independent reference of the objective; the tests call its methods
 ]
 COMMANDS = {
     "ivr-train": "ivr_jax.train",

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.answer_length = 288
     config.minibatch = 32
     config.buckets = (128, 224, 384)
-    config.updates = 1
+    config.updates = 1  # times that a rollout is learnt from
+    config.splits = 1  # optimiser steps each time, on disjoint parts of its groups
+    config.overlap = False  # draw the next rollout while the last is judged; it is then one update behind
     config.chunk = 4096
     config.log_every = 1
     config.checkpoint_every = 10
@@ -62,6 +64,33 @@ def get_config() -> ConfigDict:
     config.grpo = ConfigDict(
         {"clip_low": 0.2, "clip_high": 0.2, "kl": 0.01, "normalisation": "sequence", "constant": 256}
     )
+    config.judge = ConfigDict(
+        {
+            # who judges: images; one step's image; texts; and who never decides a reward.  "": as outcome, none
+            "outcome": {"kind": "world"},
+            "step": {"kind": ""},
+            "reasoning": {"kind": ""},
+            "held_out": {"kind": ""},
+            "every_image": False,  # also evaluate images that no reward needs
+            "concurrency": 64,
+            "deadline": 0.0,  # seconds for one judgement, retries and all; 0 waits as long as it takes
+            "check_every": 0,  # steps between checks of the judge by repeated calls and by the held-out judge
+            "check_answers": 8,
+            "check_repeats": 3,
+        }
+    )
+    config.watch = ConfigDict(
+        {
+            "window": 10,
+            "least_contrast": 0.1,
+            "least_gradient": 1e-7,
+            "most_mode": 0.98,
+            "most_drift": 0.25,
+            "missing_window": 256,
+            "most_missing": 0.5,
+        }
+    )
+    config.gallery = ConfigDict({"every": 0, "answers": 16})  # pages of sampled answers with their rewards
     config.optimizer = ConfigDict(
         {
             "kind": "adamw",

@@ -23,10 +23,13 @@ STAGES = {
     "sft": "ivr_jax.training.sft",
     "rl": "ivr_jax.training.grpo",
 }
-MAY_CHANGE = ("log_every", "checkpoint_every", "keep", "mesh", "staging_gib")
+MAY_CHANGE = (
+    "log_every", "checkpoint_every", "keep", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
+    "judge.deadline",
+)  # fmt: skip
 COUNTS = (
     "steps", "batch", "accumulation", "chunk", "log_every", "checkpoint_every", "codebook_images", "eval_images",
-    "prompts_per_step", "group", "answer_length", "minibatch", "updates",
+    "prompts_per_step", "group", "answer_length", "minibatch", "updates", "splits",
 )  # fmt: skip
 
 

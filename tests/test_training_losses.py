@@ -18,8 +18,9 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions, Tables
+from ivr_jax.rewards import panel
 from ivr_jax.rewards.functions import RewardOptions
-from ivr_jax.rewards.judge import INVALID, Judged
+from ivr_jax.rewards.judge import INVALID, Judged, judge_answers
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
@@ -264,7 +265,8 @@ def trainer(minibatch: int = 8, **changes) -> grpo.Trainer:
         SamplingOptions(), GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2),
         RewardOptions(), GrpoOptions(), 4, 72, minibatch, (128,), 1, 64,
     )  # fmt: skip
-    return grpo.Trainer(system(PARAMS), Judge(), dataclasses.replace(options, **changes), optax.sgd(0.1))
+    judge = panel.Judge(panel.same(Judge()))
+    return grpo.Trainer(system(PARAMS), judge, dataclasses.replace(options, **changes), optax.sgd(0.1))
 
 
 def fresh_state(optimizer) -> TrainState:
@@ -277,14 +279,14 @@ def rolled():
     """Eight answers (two prompts, four each), judged."""
     learner = trainer()
     rollout = learner.rollout(PARAMS, [grpo.Prompt(*p) for p in zip(*requests(2), strict=True)], jax.random.key(5))
-    judged = asyncio.run(grpo.judge_answers(Judge(), rollout.judgeable()))
+    judged = asyncio.run(judge_answers(Judge(), rollout.judgeable()))
     return rollout, grpo.score(rollout, judged, 4, RewardOptions())
 
 
 def test_the_trainer_replays_the_samplers_distribution():
     rollout, scored = rolled()
     learner = trainer()
-    _, metrics = learner.update(fresh_state(learner.optimizer), rollout, scored, check_ratio=True)
+    _, metrics = learner.update(fresh_state(learner.optimizer), learner.prepare(rollout, scored), check_ratio=True)
     assert float(metrics["ratio_deviation"]) < 1e-4
     assert float(metrics["kl"][0]) < 1e-6  # the policy still is the reference
     used = scored.used.reshape(-1)
@@ -294,8 +296,8 @@ def test_the_trainer_replays_the_samplers_distribution():
 def test_minibatches_add_up_to_the_whole_update():
     rollout, scored = rolled()
     whole, split = trainer(8), trainer(3)
-    one, _ = whole.update(fresh_state(whole.optimizer), rollout, scored, check_ratio=True)
-    other, _ = split.update(fresh_state(split.optimizer), rollout, scored, check_ratio=True)
+    one, _ = whole.update(fresh_state(whole.optimizer), whole.prepare(rollout, scored), check_ratio=True)
+    other, _ = split.update(fresh_state(split.optimizer), split.prepare(rollout, scored), check_ratio=True)
     assert_same_tree(one.params, other.params, 2e-6)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), one.params, PARAMS)
     assert max(jax.tree.leaves(moved)) > 1e-4
@@ -306,7 +308,8 @@ def test_a_ratio_that_is_not_one_stops_the_run():
     tampered = rollout.samples._replace(log_probs=rollout.samples.log_probs + np.float32(0.01))
     learner = trainer()
     with pytest.raises(RuntimeError, match="importance ratio deviates from 1 by 9.95e-03"):
-        learner.update(fresh_state(learner.optimizer), dataclasses.replace(rollout, samples=tampered), scored, True)
+        batches = learner.prepare(dataclasses.replace(rollout, samples=tampered), scored)
+        learner.update(fresh_state(learner.optimizer), batches, check_ratio=True)
 
 
 def test_scores_of_a_rollout_by_hand():
@@ -333,7 +336,7 @@ def test_an_update_without_contrast_is_skipped():
     nobody = dataclasses.replace(scored, used=np.zeros_like(scored.used))
     learner = trainer()
     state = fresh_state(learner.optimizer)
-    after, metrics = learner.update(state, rollout, nobody, check_ratio=True)
+    after, metrics = learner.update(state, learner.prepare(rollout, nobody), check_ratio=True)
     assert after is state and metrics == {"skipped_updates": 1.0}
 
 
@@ -341,7 +344,7 @@ def test_an_answer_longer_than_every_bucket_is_refused():
     rollout, scored = rolled()
     learner = trainer(buckets=(32, 64))
     with pytest.raises(UserError, match="the largest bucket is 64"):
-        learner.update(fresh_state(learner.optimizer), rollout, scored, check_ratio=True)
+        learner.update(fresh_state(learner.optimizer), learner.prepare(rollout, scored), check_ratio=True)
 
 
 def test_tiny_model_has_a_cache_free_forward():

@@ -64,7 +64,9 @@ def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray
         )
         drawn = rollout.answers[: len(part)]
         judged = asyncio.run(
-            judge_answers(WorldAnalyzer(), [(a.trajectory, a.images) if a else None for a in drawn], every_image=True)
+            judge_answers(
+                WorldAnalyzer(), [(a.trajectory, a.images) if a else None for a in drawn], True, options=rewards
+            )
         )
         for (task, split), answer, error, verdict in zip(part, drawn, rollout.errors, judged, strict=False):
             answers.append(to_answer(task, split, answer, error, verdict, rewards))
@@ -84,16 +86,16 @@ def to_answer(
     if drawn is None:
         return Answer(task.sample, None, error, rewards={"format": 0.0}, split=split)
     trajectory = drawn.trajectory
-    outcome = float(reward_functions.outcome(np.asarray(judged.scores)))
-    step = 0.0 if judged.step is None else judged.step
-    total = float(
-        reward_functions.total(
-            np.float32(outcome), np.float32(judged.format), np.float32(step), np.bool_(judged.step is not None), rewards
-        )
+    outcome = float(reward_functions.outcome(np.asarray(judged.scores), rewards))
+    told = {"step": judged.step, "reflection": judged.reflection}
+    (step, has_step), (reflection, has_reflection) = (
+        (np.float32(value or 0.0), np.bool_(value is not None)) for value in told.values()
     )
-    components = {"outcome": outcome, "format": judged.format, "total": total} | (
-        {} if judged.step is None else {"step": judged.step}
+    total = reward_functions.total(
+        np.float32(outcome), np.float32(judged.format), step, has_step, rewards, reflection, has_reflection
     )
+    components = {"outcome": outcome, "format": judged.format, "total": float(total)}
+    components |= {name: value for name, value in told.items() if value is not None}
     exact = WorldAnalyzer().exact_all(
         [task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images]
     )

@@ -71,7 +71,7 @@ async def judge_answer(
     wanted = drawn if every_image or options.evaluations == "all" else drawn[-1:]
     truth = await _outcomes(analyzer.evaluate(sample, images, image) for image in wanted)
     last = truth[-1]
-    if last is None or not all(_in_range(score, 1, 5) for score in last.scores):
+    if last is None or not all(in_range(score, 1, 5) for score in last.scores):
         return Judged(None, format_reward, None, truth=truth)
     scores = tuple(float(score) for score in last.scores)
     own = [round_.evaluation for round_ in trajectory.rounds]
@@ -81,7 +81,7 @@ async def judge_answer(
     steps, reflections = parts(analyzer, trajectory, images, options)
     step_values = [*await _outcomes(steps), *agreed]
     reflection_values = await _outcomes(reflections)
-    if not all(_in_range(value, 0, 1) for value in (*step_values, *reflection_values)):
+    if not all(in_range(value, 0, 1) for value in (*step_values, *reflection_values)):
         return Judged(scores, format_reward, None, step_failed=True, truth=truth)
     return Judged(
         scores, format_reward, _mean(step_values), truth=truth, reflection=_mean(reflection_values)
@@ -138,14 +138,14 @@ def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Ima
 
     async def step(instruction: str, previous: list, image: Any) -> float:
         found = await analyzer.evaluate_step(sample, images, instruction, previous, image)
-        if not all(_in_range(score, 1, 5) for score in found.scores):
+        if not all(in_range(score, 1, 5) for score in found.scores):
             raise JudgeFailed(f"the judge scored a step {found.scores}.", "Scores are from 1 to 5.")
         return float(rescale(sum(found.scores) / len(AXES), options.scale))
 
     async def reflection(cause: Reflection, previous: list) -> float:
         texts = (("failure_analysis", cause.failure_analysis), ("improvement_plan", cause.improvement_plan))
         ratings = await _outcomes(analyzer.judge_reasoning(sample, images, *text, previous) for text in texts)
-        if not all(_in_range(rating, 0, 1) for rating in ratings):
+        if not all(in_range(rating, 0, 1) for rating in ratings):
             raise JudgeFailed(f"the judge rated a reflection {ratings}.", "Ratings are in [0, 1].")
         return sum(ratings) / len(ratings)
 
@@ -159,7 +159,8 @@ def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Ima
     return steps, reflections
 
 
-def _in_range(value: Any, low: float, high: float) -> bool:
+def in_range(value: Any, low: float, high: float) -> bool:
+    """Whether `value` is a finite number from `low` to `high`."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     return number and low <= value <= high
 

@@ -2,21 +2,27 @@
 
 What the paper leaves open, and what is done here (all in the config):
   * an answer without intermediate text has no R_s: the other weights are rescaled (`reward.renormalise`);
-  * rollouts sample the bare policy (temperature 1, no guidance), so the update is on-policy;
+  * rollouts sample the bare policy (temperature 1, no guidance) unless `sampling` says otherwise;
   * the reference of the KL term is the checkpoint that the run starts from;
   * the objective is averaged per answer, then over answers (`grpo.normalisation`), and clipped at 0.2.
-One sampling contract: the trainer replays the sampler's grammar mask and options (`chain.log_probabilities`), so the
-importance ratio before the first update is 1; the run checks that.
+
+One sampling contract: the policy *is* the sampled distribution.  Policy, sampler and reference are all compared under
+the sampler's grammar mask and options (`chain.log_probabilities`): guidance runs its second pass, and top-k and top-p
+keep the ids that they kept when the answer was drawn.  So the importance ratio before the first update is 1, and the
+run checks that.
+
+With `overlap`, the next rollout is drawn while the judge still looks at the last one.  It then comes from the policy of
+one update earlier; the ratio is taken against the log-probabilities stored with it, which is what makes that sound.
 """
 
 from __future__ import annotations
 
-import asyncio
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,37 +33,42 @@ import optax
 from ivr_jax import sharding
 from ivr_jax import system as systems
 from ivr_jax.config import as_dataclass
-from ivr_jax.construct.interfaces import Analyzer, Images
-from ivr_jax.data import pipeline
-from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
+from ivr_jax.evaluation.gallery import Shelf, Shown
+from ivr_jax.evaluation.report import write_report
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions, Tables
 from ivr_jax.rewards import functions as reward_functions
-from ivr_jax.rewards.judge import Judged, judge_answers
+from ivr_jax.rewards.panel import Judge, Verdicts
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
+from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, Tasks, prompt_source
+from ivr_jax.training.referee import make_judge
+from ivr_jax.training.scoring import Scored, score, shown_answers, summary
 from ivr_jax.training.state import TrainState, place, updated
-from ivr_jax.trajectory import Mode, Sample
-from ivr_jax.world.analyzer import WorldAnalyzer
-from ivr_jax.world.sampler import sample_task
+from ivr_jax.training.watch import Watch, WatchOptions
 
 RATIO_TOLERANCE = 1e-3
 
 
-class Prompt(NamedTuple):
-    """A request and the pixels of its sources by name."""
-
-    sample: Sample
-    images: Images
-
-
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The typed parts of an rl config."""
+    """The typed parts of an rl config.
+
+    Attributes:
+      group: M, answers to a prompt.
+      answer_length: most tokens of an answer.
+      minibatch: answers in one forward and backward pass; gradients of all passes of an update add up exactly.
+      buckets: lengths that answers with their prompts are padded to.
+      updates: times that a rollout is learnt from; splits: optimiser steps each time, on disjoint parts of the groups.
+      chunk: tokens for which the vocabulary stands whole.
+      overlap: draw the next rollout while the last one is judged.
+      check_every: steps between checks of the judge, 0 for none.
+      gallery_every, gallery_answers: steps between galleries, 0 for none, and how many answers one shows.
+    """
 
     sampling: SamplingOptions
     grammar: GrammarOptions
@@ -69,94 +80,141 @@ class Options:
     buckets: tuple[int, ...]
     updates: int
     chunk: int
+    splits: int = 1
+    overlap: bool = False
+    check_every: int = 0
+    gallery_every: int = 0
+    gallery_answers: int = 16
+
+    def __post_init__(self) -> None:
+        if 0 in (self.sampling.temperature, self.sampling.image_temperature):
+            raise UserError("rl cannot learn at temperature 0: nothing is left to chance.", "Give a temperature > 0.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """A rollout with rewards; P prompts, M members.  All arrays [P, M]."""
+class AheadState(NamedTuple):
+    """A `TrainState` with the parameters before the last update, which drew the rollout that is learnt from next."""
 
-    judged: list[Judged]
-    components: dict[str, np.ndarray]
-    images: np.ndarray
-    present: np.ndarray
-    bonus: np.ndarray
-    advantages: np.ndarray
-    used: np.ndarray
+    params: Any
+    opt_state: Any
+    previous: Any
 
 
-def score(rollout: Rollout, judged: Sequence[Judged], group: int, options: reward_functions.RewardOptions) -> Scored:
-    """Rewards, bonus and advantages of a rollout's answers (P * group of them, groups adjacent)."""
+class Pending(NamedTuple):
+    """A rollout whose judgement is on its way."""
 
-    def grid(values: Sequence[float]) -> np.ndarray:
-        return np.asarray(values, np.float32).reshape(-1, group)
-
-    present = grid([j.present for j in judged]).astype(bool)
-    has_step = grid([j.step is not None for j in judged]).astype(bool)
-    axes = np.asarray([j.scores if j.scores is not None else (1.0,) * 4 for j in judged], np.float32).reshape(
-        -1, group, 4
-    )
-    components = {
-        "outcome": np.asarray(reward_functions.outcome(axes)),
-        "format": grid([j.format for j in judged]),
-        "step": grid([j.step or 0.0 for j in judged]),
-        "has_step": has_step,
-    }
-    total = reward_functions.total(components["outcome"], components["format"], components["step"], has_step, options)
-    images = grid([len(a.trajectory.rounds) if a else 0 for a in rollout.answers]).astype(np.int32)
-    bonus = reward_functions.complexity_bonus(total, images, present, options)
-    advantages, used = reward_functions.advantages(total + bonus, present, options)
-    components["total"] = np.asarray(total)
-    return Scored(list(judged), components, images, present, *map(np.asarray, (bonus, advantages, used)))
+    rollout: Rollout
+    verdicts: concurrent.futures.Future[Verdicts]
+    seconds: float
 
 
 class Trainer:
-    """The functions of one RL run: rollout, judgement, update.  Holds no state that learning changes."""
+    """The functions of one RL run: rollout, judgement, update.
+
+    It holds nothing that learning changes but `watch` and, with `overlap`, the rollout drawn ahead: a resumed run draws
+    that one again from `AheadState.previous`.
+    """
 
     def __init__(
         self,
         system: systems.System,
-        analyzer: Analyzer,
+        judge: Judge,
         options: Options,
         optimizer: optax.GradientTransformation,
         mesh: jax.sharding.Mesh | None = None,
         placed: TrainState | None = None,
+        watch: Watch | None = None,
+        gallery: pathlib.Path | None = None,
+        steps: int | None = None,
     ):
         """`mesh` and `placed` (shardings of the state): where training goes on, one device by default."""
-        self.system, self.analyzer, self.options, self.optimizer = system, analyzer, options, optimizer
+        self.system, self.judge, self.options, self.optimizer = system, judge, options, optimizer
+        self.watch = watch or Watch(WatchOptions(), options.grammar.modes)
+        self.gallery, self.steps = gallery, steps
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
         self.strict = Grammar(system.tokenizer, dataclasses.replace(options.grammar, follow_verdict=True))
         self.reference = system.params
+        self._pending: Pending | None = None
         self.mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
         whole, gradients = sharding.whole(self.mesh), placed and placed.params
         self._statistics = jax.jit(self._statistics_of)
         self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True), out_shardings=(whole, gradients))
         apply = functools.partial(updated, optimizer=optimizer)
-        self._apply = jax.jit(apply, donate_argnums=0, out_shardings=(placed, whole))
+        donated = () if options.overlap else (0,)  # the parameters stay, to tell a resumed run what drew the rollout
+        self._apply = jax.jit(apply, donate_argnums=donated, out_shardings=(placed, whole))
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(
-        self, state: TrainState, tasks: Sequence[Prompt], step: int, key: jax.Array
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """Rolls out, judges and updates once per `options.updates`; returns the metrics of the step."""
+    def step(self, state: Any, tasks: Tasks, step: int, key: jax.Array) -> tuple[Any, dict[str, Any]]:
+        """Rolls out, judges and updates; returns the metrics of the step.  `overlap` makes the state an AheadState."""
+        if self.options.overlap:
+            pending, mine, began = self._drawn_ahead(state, tasks, step, key)
+        else:
+            pending = self.draw(state.params, tasks.now, step, key)
+            mine, began = True, time.perf_counter()
+        verdicts = pending.verdicts.result()
+        waited = time.perf_counter() - began
+        scored = score(pending.rollout, verdicts.judged, self.options.group, self.options.reward)
+        gone = int(scored.present.size - scored.present.sum())
+        self.watch.count_missing(gone, scored.present.size, verdicts.usage.reasons)
         clock = time.perf_counter()
-        rollout = self.rollout(state.params, tasks, jax.random.fold_in(key, step))
-        rolled = time.perf_counter()
-        judged = asyncio.run(judge_answers(self.analyzer, rollout.judgeable()))
-        scored = score(rollout, judged, self.options.group, self.options.reward)
-        scored_at = time.perf_counter()
-        for update in range(self.options.updates):
-            state, learned = self.update(state, rollout, scored, check_ratio=update == 0)
-        seconds = {
-            "rollout_seconds": rolled - clock,
-            "judge_seconds": scored_at - rolled,
-            "update_seconds": time.perf_counter() - scored_at,
+        learner = TrainState(state.params, state.opt_state)
+        previous = state.params
+        learner, learned = self.learn(learner, pending.rollout, scored, step, check_ratio=mine)
+        metrics = {
+            **summary(pending.rollout, scored),
+            **verdicts.usage.metrics(),
+            **verdicts.checks,
+            **learned,
+            "rollout_seconds": pending.seconds,
+            "judge_seconds": verdicts.seconds,
+            "judge_wait_seconds": waited,
+            "update_seconds": time.perf_counter() - clock,
         }
-        return state, {**_summary(rollout, scored), **learned, **seconds}
+        metrics |= self.watch.observe(step + 1, metrics)
+        if self.gallery and self.options.gallery_every and (step + 1) % self.options.gallery_every == 0:
+            self._show(pending.rollout, [t.sample for t in tasks.now], scored, step + 1)
+        state = AheadState(learner.params, learner.opt_state, previous) if self.options.overlap else learner
+        return state, metrics
+
+    def _drawn_ahead(self, state: AheadState, tasks: Tasks, step: int, key: jax.Array) -> tuple[Pending, bool, float]:
+        """This step's rollout, after the next one was drawn, whether it is on-policy, and when waiting began."""
+        first = self._pending is None
+        pending = self.draw(state.previous, tasks.now, step, key) if first else self._pending
+        if first and step:  # off-policy already, so the update cannot check the ratio
+            self.check_replay(state.previous, pending.rollout)
+        if self.steps is not None and step + 1 >= self.steps:
+            self._pending = None
+            return pending, step == 0, time.perf_counter()
+        ahead = self.roll(state.params, tasks.upcoming, step + 1, key)
+        began = time.perf_counter()
+        pending.verdicts.result()  # one submission at a time
+        self._pending = self._submit(*ahead, step + 1)
+        return pending, step == 0, began
+
+    def draw(self, params: Any, tasks: Sequence[Prompt], step: int, key: jax.Array) -> Pending:
+        """The rollout of `step`, on its way to the judge."""
+        return self._submit(*self.roll(params, tasks, step, key), step)
+
+    def roll(self, params: Any, tasks: Sequence[Prompt], step: int, key: jax.Array) -> tuple[Rollout, float]:
+        """The rollout of `step`, and how long it took."""
+        clock = time.perf_counter()
+        rollout = self.rollout(params, tasks, jax.random.fold_in(key, step))
+        return rollout, time.perf_counter() - clock
+
+    def _submit(self, rollout: Rollout, seconds: float, step: int) -> Pending:
+        every = self.options.check_every
+        checked = bool(every) and (step + 1) % every == 0
+        return Pending(rollout, self.judge.submit(rollout.judgeable(), self.formats(rollout), checked), seconds)
+
+    def formats(self, rollout: Rollout) -> np.ndarray:
+        """R_f float32 [P * M]."""
+        free = np.zeros(len(rollout.answers), np.int32)
+        start = self.strict.initial(free, free)
+        return np.asarray(reward_functions.format_reward(self.strict.tables, start, rollout.samples.tokens))
 
     def rollout(self, params: Any, tasks: Sequence[Prompt], key: jax.Array) -> Rollout:
-        """`group` answers to each task by the current policy."""
+        """`group` answers to each task by the policy `params`."""
         system = dataclasses.replace(self.system, params=params)
         options = self.options
         return roll_out(
@@ -168,22 +226,52 @@ class Trainer:
             options.answer_length,
             options.sampling,
             options.group,
-            strict=self.strict,
         )
 
-    def update(
-        self, state: TrainState, rollout: Rollout, scored: Scored, check_ratio: bool
+    # -- learning ---------------------------------------------------------------------------------------------------
+
+    def learn(
+        self, state: TrainState, rollout: Rollout, scored: Scored, step: int, check_ratio: bool
     ) -> tuple[TrainState, dict[str, Any]]:
-        """One optimiser step over all answers, in minibatches of similar length that add up exactly."""
-        used, advantages = scored.used.reshape(-1), scored.advantages.reshape(-1)
-        rows = np.flatnonzero(used)
-        if len(rows) == 0:
-            return state, {"skipped_updates": 1.0}
+        """`updates` times `splits` optimiser steps on one rollout."""
+        parts = [self.prepare(rollout, scored, rows) for rows in self._split(scored, step)]
+        found: list[dict[str, Any]] = []
+        for update in range(self.options.updates):
+            for part, batches in enumerate(parts):
+                state, metrics = self.update(state, batches, check_ratio and update == part == 0)
+                found.append(metrics)
+        return state, _joined(found)
+
+    def _split(self, scored: Scored, step: int) -> list[np.ndarray]:
+        """The rows that take part, dealt by whole groups into `splits` parts of about equal numbers of groups."""
+        groups = np.arange(len(scored.used))
+        if self.options.splits > 1:
+            groups = np.random.default_rng((step, 0x5011)).permutation(groups)
+        rows = np.arange(scored.used.size).reshape(scored.used.shape)
+        return [rows[part][scored.used[part]] for part in np.array_split(groups, self.options.splits)]
+
+    def prepare(self, rollout: Rollout, scored: Scored, rows: np.ndarray | None = None) -> list[dict[str, Any]]:
+        """Minibatches of similar length of the members that take part, with the reference's log-probabilities."""
+        if self.options.sampling.truncates and rollout.samples.kept is None:
+            raise UserError("top-k or top-p is on, but the rollout did not record which ids were kept.",
+                            "Switch them off in config.sampling.")
+        rows = np.flatnonzero(scored.used.reshape(-1)) if rows is None else rows
         rows = rows[np.argsort(rollout.total_lengths[rows], kind="stable")]
-        gradients, total, sums = None, None, None
+        batches = []
         for start in range(0, len(rows), self.options.minibatch):
-            batch = self._batch(rollout, advantages, rows[start : start + self.options.minibatch])
+            batch = self._batch(rollout, scored.advantages.reshape(-1), rows[start : start + self.options.minibatch])
             batch["reference"] = self._statistics(self.reference, batch).log_probs
+            batches.append(batch)
+        return batches
+
+    def update(
+        self, state: TrainState, batches: Sequence[Mapping[str, Any]], check_ratio: bool
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """One optimiser step over minibatches that add up exactly."""
+        if not batches:
+            return state, {"skipped_updates": 1.0}
+        gradients, total, sums = None, None, None
+        for batch in batches:
             (_, (parts, extra)), gradient = self._gradient(state.params, self.grammar.tables, batch)
             if gradients is None:
                 gradients, total, sums = gradient, parts, extra
@@ -195,29 +283,37 @@ class Trainer:
                     add(total, parts),
                     {**add(sums, extra), "ratio_deviation": deviation},
                 )
-        if check_ratio and float(sums["ratio_deviation"]) > RATIO_TOLERANCE:
-            raise RuntimeError(
-                f"importance ratio deviates from 1 by {float(sums['ratio_deviation']):.2e} before the first update: "
-                "the trainer does not replay the sampler's distribution"
-            )
+        if check_ratio:
+            _check_ratio(float(sums["ratio_deviation"]))
         state, norm = self._apply(state, gradients, total[1])
         tokens = sums["tokens"]
         return state, {
             "loss": total,
             "kl": (sums["kl"], tokens),
             "clip_fraction": (sums["clipped"], tokens),
-            "grad_norm": norm,
+            "ratio": (sums["ratio"], tokens),
+            "old_kl": (sums["old_kl"], tokens),
+            "grad_norm": (norm, 1.0),
             "ratio_deviation": sums["ratio_deviation"],
             "text_entropy": (sums["text_entropy"], sums["text_tokens"]),
             "image_entropy": (sums["image_entropy"], sums["image_tokens"]),
             "skipped_updates": 0.0,
         }
 
+    def check_replay(self, params: Any, rollout: Rollout) -> None:
+        """Raises RuntimeError when `params`, which drew the rollout, do not give its log-probabilities again."""
+        rows = np.arange(min(self.options.minibatch, len(rollout.answers)))
+        batch = self._batch(rollout, np.zeros(len(rollout.answers), np.float32), rows)
+        again = self._statistics(params, batch).log_probs
+        _check_ratio(float((jnp.abs(jnp.exp(again - batch["old"]) - 1) * batch["mask"]).max()))
+
     # -- jitted parts -----------------------------------------------------------------------------------------------
 
     def _batch(self, rollout: Rollout, advantages: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
         """Rows of a rollout as one padded batch: prompt and answer joined without a gap, in the smallest bucket."""
-        longest = int(rollout.total_lengths[rows].max())
+        samples, passes = rollout.samples, rollout.unconditional
+        prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in passes)], axis=0)
+        longest = int((prompts[rows // rollout.group] + samples.lengths[rows]).max())
         fits = [bucket for bucket in self.options.buckets if bucket >= longest]
         if not fits:
             raise UserError(
@@ -225,17 +321,28 @@ class Trainer:
                 "Add a larger bucket to config.buckets, or lower config.answer_length.",
             )
         size, length = self.options.minibatch, min(fits)
-        names = ("tokens", "rows", "old", "mask")
-        batch = {name: np.zeros((size, length), np.float32 if name in ("old", "mask") else np.int32) for name in names}
+        kinds = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32}
+        batch = {name: np.zeros((size, length), kind) for name, kind in kinds.items()}
         batch["advantages"] = np.zeros(size, np.float32)
+        if passes:  # the same answer after each unconditional prompt, and how much earlier or later it begins there
+            batch["free_tokens"] = np.zeros((size, len(passes), length), np.int32)
+            batch["shifts"] = np.zeros((size, len(passes)), np.int32)
+        if samples.kept is not None:
+            batch["kept"] = np.zeros((size, length, samples.kept.shape[-1]), np.uint8)
         for i, row in enumerate(rows):
             prompt, answer = rollout.prompt(row), rollout.answer_tokens(row)
             a, b = len(prompt), len(prompt) + len(answer)
             batch["tokens"][i, :b] = np.concatenate([prompt, answer])
-            batch["rows"][i, a:b] = rollout.samples.rows[row, : b - a]
-            batch["old"][i, a:b] = rollout.samples.log_probs[row, : b - a]
+            batch["rows"][i, a:b] = samples.rows[row, : b - a]
+            batch["old"][i, a:b] = samples.log_probs[row, : b - a]
             batch["mask"][i, a:b] = 1.0
             batch["advantages"][i] = advantages[row]
+            if samples.kept is not None:
+                batch["kept"][i, a:b] = samples.kept[row, : b - a]
+            for k, (free, lengths) in enumerate(passes):
+                f = int(lengths[row // rollout.group])
+                batch["free_tokens"][i, k, : f + len(answer)] = np.append(free[row // rollout.group, :f], answer)
+                batch["shifts"][i, k] = f - a
         mine = sharding.local_rows(self.mesh, size)
         return sharding.global_batch(self.mesh, {name: x[mine] for name, x in batch.items()}, size)
 
@@ -244,6 +351,11 @@ class Trainer:
         config, tokens = self.system.config, batch["tokens"]
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         hidden, _ = backbone.apply(config, params, tokens, positions)
+        others = []
+        for k in range(batch["shifts"].shape[1] if "shifts" in batch else 0):
+            free, _ = backbone.apply(config, params, batch["free_tokens"][:, k], positions)
+            index = jnp.clip(positions + batch["shifts"][:, k, None], 0, tokens.shape[1] - 1)
+            others.append(jnp.take_along_axis(free, index[..., None], axis=1))
         head = backbone.lm_head(config, params)
         tables = Tables(*map(jnp.asarray, self.grammar.tables))
         found = token_statistics(
@@ -254,6 +366,8 @@ class Trainer:
             jnp.roll(batch["rows"], -1, 1),
             tables,
             self.options.sampling,
+            others=tuple(others),
+            kept=jnp.roll(batch["kept"], -1, 1) if "kept" in batch else None,
             vocab_size=config.vocab_size,
         )
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
@@ -274,69 +388,62 @@ class Trainer:
         }
         return total, ((total, denominator), sums)
 
+    # -- for people -------------------------------------------------------------------------------------------------
 
-def _summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
-    """Metrics of one rollout; pairs are (sum, denominator)."""
-    present = scored.present
-    members = float(present.sum())
+    def _show(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
+        """A page with whole groups of this step's answers, rewards and all."""
+        count = max(1, self.options.gallery_answers // rollout.group) * rollout.group
+        rows = range(min(count, len(rollout.answers)))
+        answers, images = shown_answers(rollout, samples, scored, rows)
+        shown = tuple(Shown(f"member {row % rollout.group + 1}", answers[row], images) for row in rows)
+        intro = "Groups of answers that one update compared: rewards as judged, the bonus, and the advantage."
+        shelf = Shelf(f"Rollouts of step {step}", intro, shown)
+        write_report(self.gallery / f"step_{step:06d}.html", f"Rollouts of step {step}", (), {}, (shelf,), (), ())
 
-    def mean(values: np.ndarray, where: np.ndarray = present) -> tuple[float, float]:
-        return float((values * where).sum()), float(where.sum())
 
-    parts = scored.components
-    reward = parts["total"] + scored.bonus
-    contrast = [np.ptp(r[p]) > 1e-6 if p.sum() > 1 else False for r, p in zip(reward, present, strict=True)]
-    modes = [a.trajectory.mode if a else None for a in rollout.answers]
-    shares = {f"mode_{mode.value}": (float(sum(m is mode for m in modes)), float(len(modes))) for mode in Mode}
-    return {
-        "reward": mean(parts["total"]),
-        "outcome": mean(parts["outcome"]),
-        "images": mean(scored.images),
-        "format": mean(parts["format"]),
-        "step_reward": mean(parts["step"], present & parts["has_step"]),
-        "bonus": mean(scored.bonus),
-        **shares,
-        "groups_with_contrast": (float(sum(contrast)), float(len(contrast))),
-        "work_tokens": float(rollout.samples.lengths.sum()),
-        "missing": float(present.size) - members,
-        "answer_tokens": (float(rollout.samples.lengths.sum()), float(len(rollout.answers))),
-    }
+def _check_ratio(deviation: float) -> None:
+    if not deviation <= RATIO_TOLERANCE:
+        raise RuntimeError(
+            f"importance ratio deviates from 1 by {deviation:.2e} before the first update: "
+            "the trainer does not replay the sampler's distribution"
+        )
+
+
+def _joined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of several updates: pairs add up, skipped updates too; the ratio's deviation is that of the first."""
+    joined: dict[str, Any] = {}
+    for metrics in found:
+        for name, value in metrics.items():
+            if name not in joined:
+                joined[name] = value
+            elif isinstance(value, tuple):
+                joined[name] = tuple(a + b for a, b in zip(joined[name], value, strict=True))
+            elif name == "skipped_updates":
+                joined[name] += value
+    largest = [m["ratio_deviation"] for m in found if "ratio_deviation" in m]
+    return joined | ({"ratio_largest": functools.reduce(jnp.maximum, largest)} if len(largest) > 1 else {})
 
 
 # -- the stage ------------------------------------------------------------------------------------------------------
 
 
-def prompt_source(config: Any, seed: int) -> pipeline.Indexed:
-    """Prompts: tasks of the micro-world (`source` "world"), or the samples of a trajectory dataset."""
-    if config.source == "world":
-        return pipeline.Indexed(functools.partial(_world_prompt, config.level, seed), config.size)
-    dataset = TrajectoryDataset(config.source)
-    return pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
-
-
-def _world_prompt(level: int, seed: int, index: int) -> Prompt:
-    task = sample_task(level, seed, index)
-    return Prompt(task.sample, task.images)
-
-
-def _stored_prompt(dataset: TrajectoryDataset, index: int) -> Prompt:
-    sample = dataset[index].sample
-    return Prompt(sample, {name: dataset.image(name) for name in sample.sources})
+def _latent_size(codec: Any, prompt: Prompt) -> tuple[int, int]:
+    """Latent rows and columns of the images that answer a prompt: those of its first source."""
+    if not prompt.sample.sources:
+        return (codec.resolution // codec.factor,) * 2
+    height, width, _ = prompt.images[prompt.sample.sources[0]].shape
+    return height // codec.factor, width // codec.factor
 
 
 def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an rl config."""
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
-    sampling = as_dataclass(SamplingOptions, config.sampling)
-    if sampling.passes:
-        raise UserError("rl learns from the bare policy, without guidance.", "Give --config.sampling.guidance=1.")
     if jax.process_count() > 1:
         raise UserError("rl runs as one process.", "Start one process that sees all devices of its machine.")
     sharding.check_batch(mesh, config.minibatch, "config.minibatch")
     sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
-    system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps * config.updates)
+    sampling = as_dataclass(SamplingOptions, config.sampling)
     options = Options(
         sampling,
         as_dataclass(GrammarOptions, config.grammar),
@@ -348,18 +455,27 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         tuple(config.buckets),
         config.updates,
         config.chunk,
+        config.splits,
+        config.overlap,
+        config.judge.check_every,
+        config.gallery.every,
+        config.gallery.answers,
     )
+    source = prompt_source(config.prompts, config.prompts.seed)
+    judge = make_judge(config.judge, options.reward, source, workdir)
+    system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps * config.updates * config.splits)
+    watch = Watch(as_dataclass(WatchOptions, config.watch), options.grammar.modes)
     params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
     state, (placed, _) = place(mesh, backbone.param_axes(system.config), params, optimizer)
-    trainer = Trainer(system, WorldAnalyzer(), options, optimizer, mesh, placed)
+    trainer = Trainer(system, judge, options, optimizer, mesh, placed, watch, workdir / "gallery", config.steps)
     key = jax.random.key(config.seed)
-    data = pipeline.indexed_batches(
-        prompt_source(config.prompts, config.prompts.seed), config.prompts_per_step, config.seed, collate=list
-    )
+    size_of = functools.partial(_latent_size, system.codec.config)
+    batches = SameSize(source, config.prompts_per_step, config.seed, size_of)
     meta = {**system.meta, "run": config.to_dict()}
     return Stage(
-        state,
-        data,
+        AheadState(*state, jax.tree.map(jnp.copy, state.params)) if options.overlap else state,
+        PromptIterator(batches, watch, options.overlap),
         lambda state, tasks, step: trainer.step(state, tasks, step, key),
         meta,
         zero_gradient=False,

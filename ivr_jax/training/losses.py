@@ -34,7 +34,7 @@ def token_statistics(
     rows: jax.Array | None = None,
     tables: Tables | None = None,
     options: SamplingOptions | None = None,
-    unconditional: jax.Array | None = None,
+    others: tuple[jax.Array, ...] = (),
     kept: jax.Array | None = None,
     vocab_size: int | None = None,
 ) -> TokenStatistics:
@@ -42,8 +42,8 @@ def token_statistics(
 
     The vocabulary is only ever materialised for about `chunk` tokens at a time, a stretch of every row, forwards and
     backwards (each chunk is recomputed for its gradient).  With `tables` and `rows` int [B, T] the distribution is the
-    sampler's: the grammar mask and `options` are replayed, with `unconditional` [B, T, D] (hidden states of the same
-    position without task and question) for guidance, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p
+    sampler's: the grammar mask and `options` are replayed, with `others`, hidden states [B, T, D] of the same positions
+    in guidance's unconditional passes, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p
     (`chain.log_probabilities`).  Columns of `head` from `vocab_size` on are padding.
     """
     batch, length, _ = hidden.shape
@@ -62,19 +62,19 @@ def token_statistics(
 
     @jax.checkpoint
     def one(_: None, inputs: tuple) -> tuple[None, TokenStatistics]:
-        h, target, row, free, keep = inputs
+        h, target, row, free, keep = inputs  # `free` as many as `others`
         ids = jnp.arange(head.shape[1], dtype=target.dtype)[None, None]
         if tables is None:
             log_probs = jax.nn.log_softmax(jnp.where(ids < vocab_size, logits_of(h), MASKED))
         else:
-            ids, logits = ids[..., :vocab_size], logits_of(h)[..., :vocab_size]
-            without = () if free is None else (logits_of(free)[..., :vocab_size],)
-            log_probs = log_probabilities(logits, tables, row, options or SamplingOptions(), without, keep)
+            ids = ids[..., :vocab_size]
+            logits, *without = (logits_of(x)[..., :vocab_size] for x in (h, *free))
+            log_probs = log_probabilities(logits, tables, row, options or SamplingOptions(), tuple(without), keep)
         taken = jnp.sum(jnp.where(ids == target[..., None], log_probs, 0.0), axis=-1)  # no gather across shards
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return None, TokenStatistics(taken, entropy, (jnp.argmax(log_probs, -1) == target).astype(jnp.float32))
 
-    inputs = (hidden, targets, targets if rows is None else rows, unconditional, kept)
+    inputs = (hidden, targets, targets if rows is None else rows, others, kept)
     _, statistics = jax.lax.scan(one, None, jax.tree.map(stretches, inputs))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], statistics)
 

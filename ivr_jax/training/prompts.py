@@ -1,0 +1,121 @@
+"""Where RL's prompts come from, and the iterator over them, which also carries what a resumed run must remember."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
+
+from ivr_jax.construct.interfaces import Images
+from ivr_jax.data import pipeline
+from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.trajectory import Sample
+from ivr_jax.world.sampler import sample_task
+
+WORLD = "world"
+
+
+class Prompt(NamedTuple):
+    """A request and the pixels of its sources by name."""
+
+    sample: Sample
+    images: Images
+
+
+class Tasks(NamedTuple):
+    """The prompts of one step, and those of the next one where rollouts are drawn ahead (else ())."""
+
+    now: tuple[Prompt, ...]
+    upcoming: tuple[Prompt, ...] = ()
+
+
+class Memory(Protocol):
+    """Something with JSON state."""
+
+    def get_state(self) -> Any: ...
+
+    def set_state(self, state: Any) -> None: ...
+
+
+def prompt_source(config: Any, seed: int) -> pipeline.Indexed:
+    """Prompts: tasks of the micro-world (`source` "world"), or the samples of a trajectory dataset."""
+    if config.source == WORLD:
+        return pipeline.Indexed(functools.partial(_world_prompt, config.level, seed), config.size)
+    dataset = TrajectoryDataset(config.source)
+    return pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
+
+
+def _world_prompt(level: int, seed: int, index: int) -> Prompt:
+    task = sample_task(level, seed, index)
+    return Prompt(task.sample, task.images)
+
+
+def _stored_prompt(dataset: TrajectoryDataset, index: int) -> Prompt:
+    sample = dataset[index].sample
+    return Prompt(sample, {name: dataset.image(name) for name in sample.sources})
+
+
+class SameSize:
+    """Endless lists of `count` prompts whose images have one size, since answers of one size are drawn together.
+
+    Prompts come in the shuffled order of `source`; those of a size that has not yet `count` of them are held back.
+
+    Args:
+      size_of: what has to be equal within a list.
+    """
+
+    def __init__(self, source: pipeline.Indexed, count: int, seed: int, size_of: Callable[[Prompt], Hashable]):
+        self._source, self._count, self._size_of = source, count, size_of
+        numbered = pipeline.Indexed(lambda index: (index, source[index]), len(source))
+        self._stream = pipeline.indexed_batches(numbered, 1, seed, collate=list)
+        self._held: dict[Hashable, list[tuple[int, Prompt]]] = {}
+
+    def __next__(self) -> list[Prompt]:
+        while True:
+            [(index, prompt)] = next(self._stream)
+            same = self._held.setdefault(self._size_of(prompt), [])
+            same.append((index, prompt))
+            if len(same) == self._count:
+                del self._held[self._size_of(prompt)]
+                return [prompt for _, prompt in same]
+
+    def get_state(self) -> dict[str, Any]:
+        held = [[index for index, _ in same] for same in self._held.values()]
+        return {"position": copy.deepcopy(self._stream.get_state()), "held": held}
+
+    def set_state(self, state: Any) -> None:
+        self._stream.set_state(state["position"])
+        held = [[(index, self._source[index]) for index in same] for same in state["held"]]
+        self._held = {self._size_of(same[0][1]): same for same in held}
+
+
+class PromptIterator:
+    """Yields `Tasks`; its state holds the position and that of `memory` (alarms, counts) together.
+
+    Args:
+      batches: iterator of lists of prompts with JSON state.
+      ahead: whether each element also shows the prompts of the next.
+    """
+
+    def __init__(self, batches: Any, memory: Memory, ahead: bool = False):
+        self._batches, self._memory, self._ahead = batches, memory, ahead
+        self._next: tuple[Prompt, ...] | None = None
+        self._position: Any = None
+
+    def __next__(self) -> Tasks:
+        now = tuple(next(self._batches)) if self._next is None else self._next
+        if not self._ahead:
+            return Tasks(now)
+        self._position = self._batches.get_state()  # a resumed run's next call starts here
+        self._next = tuple(next(self._batches))
+        return Tasks(now, self._next)
+
+    def get_state(self) -> dict[str, Any]:
+        position = self._batches.get_state() if self._next is None else self._position
+        return {"prompts": position, "memory": self._memory.get_state()}
+
+    def set_state(self, state: Any) -> None:
+        self._batches.set_state(state["prompts"])
+        self._memory.set_state(state["memory"])
+        self._next = None

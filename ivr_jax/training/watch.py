@@ -1,0 +1,135 @@
+"""Watching an RL run: alarms, and the limit of judgements that may be missing.
+
+An alarm is a line in the log when it goes on (and when it goes off again), and a metric `alarm_<name>` of 0 or 1:
+
+    zero_variance       hardly any group has members of different reward: nothing to learn from
+    zero_gradient       the gradient's norm is nothing
+    mode_collapse       nearly all answers use one mode, of several that are allowed
+    calibration_drift   P(pass | wrong) has risen far above its value at the start of the run
+
+Each looks at the last `window` steps.  The state is JSON, so that a resumed run watches on as if undisturbed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from ivr_jax.errors import UserError
+from ivr_jax.trajectory import Mode
+
+ALARMS = ("zero_variance", "zero_gradient", "mode_collapse", "calibration_drift")
+_WATCHED = ("groups_with_contrast", "pass_given_wrong", *(f"mode_{mode.value}" for mode in Mode))
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchOptions:
+    """When to raise an alarm, and when to stop.
+
+    Attributes:
+      window: steps that an alarm looks back on; none is raised before there are so many.
+      least_contrast: zero_variance when a smaller share of groups has contrast.
+      least_gradient: zero_gradient when all norms of the window are at or below it.
+      most_mode: mode_collapse when one mode has more than this share of the answers.
+      most_drift: calibration_drift when P(pass | wrong) is more than this above the first window's.
+      missing_window: judged answers that the limit of missing ones looks back on.
+      most_missing: the run stops when a larger share of them is missing.
+    """
+
+    window: int = 10
+    least_contrast: float = 0.1
+    least_gradient: float = 1e-7
+    most_mode: float = 0.98
+    most_drift: float = 0.25
+    missing_window: int = 256
+    most_missing: float = 0.5
+
+    def __post_init__(self) -> None:
+        shares = (self.least_contrast, self.most_mode, self.most_missing)
+        if self.window < 1 or self.missing_window < 1 or not all(0 <= share <= 1 for share in shares):
+            raise UserError(f"watch options {self} are out of range.", "Windows are >= 1, shares from 0 to 1.")
+
+
+class Watch:
+    """Sees the metrics of every step, in order.
+
+    Args:
+      modes: modes that an answer may use.
+    """
+
+    def __init__(self, options: WatchOptions, modes: Sequence[str]):
+        self._options, self._modes = options, tuple(modes)
+        self._rows: list[dict[str, Any]] = []  # the last `window` steps
+        self._start: list[float] | None = None  # sum and count of pass_given_wrong over the first window
+        self._missing: list[list[int]] = []  # (missing, judged) by step
+        self._on: list[str] = []
+
+    def observe(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """`alarm_<name>` of each alarm after step number `step`."""
+        row = {name: list(map(float, metrics[name])) for name in _WATCHED if name in metrics}
+        if "grad_norm" in metrics:
+            value = metrics["grad_norm"]
+            row["grad_norm"] = float(value[0]) / max(float(value[1]), 1.0) if isinstance(value, tuple) else float(value)
+        self._rows = [*self._rows, row][-self._options.window :]
+        if len(self._rows) == self._options.window:
+            if self._start is None:
+                self._start = self._sums("pass_given_wrong")
+            found = self._found()
+            for name in sorted(set(found) - set(self._on)):
+                logging.warning("step %d: ALARM %s: %s", step, name, found[name])
+            for name in sorted(set(self._on) - set(found)):
+                logging.warning("step %d: alarm %s is over", step, name)
+            self._on = sorted(found)
+        return {f"alarm_{name}": float(name in self._on) for name in ALARMS}
+
+    def count_missing(self, missing: int, judged: int, reasons: Mapping[str, int]) -> None:
+        """Notes how many of a step's judged answers are missing.  Raises UserError when the limit is passed."""
+        self._missing.append([int(missing), int(judged)])
+        while len(self._missing) > 1 and sum(n for _, n in self._missing[1:]) >= self._options.missing_window:
+            self._missing.pop(0)
+        gone, total = (sum(pair[i] for pair in self._missing) for i in range(2))
+        if total >= self._options.missing_window and gone > self._options.most_missing * total:
+            likeliest = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+            why = ", ".join(f"{reason} ({count}x)" for reason, count in likeliest)
+            raise UserError(
+                f"the judge failed on {gone} of the last {total} answers{': ' if why else ''}{why}.",
+                "See that it is up, then run the same command again: it goes on from the last checkpoint. "
+                "watch.most_missing is the limit.",
+            )
+
+    def _sums(self, name: str) -> list[float]:
+        pairs = [row[name] for row in self._rows if name in row]
+        return [sum(pair[i] for pair in pairs) for i in range(2)]
+
+    def _share(self, name: str) -> float | None:
+        total, count = self._sums(name)
+        return total / count if count else None
+
+    def _found(self) -> dict[str, str]:
+        """The alarms that are on, and why."""
+        options, found = self._options, {}
+        contrast = self._share("groups_with_contrast")
+        if contrast is not None and contrast < options.least_contrast:
+            found["zero_variance"] = f"{contrast:.0%} of the groups have members of different reward"
+        norms = [row.get("grad_norm", 0.0) for row in self._rows]
+        if max(norms) <= options.least_gradient:
+            found["zero_gradient"] = f"the largest gradient norm is {max(norms):.1e}"
+        for mode in self._modes:
+            share = self._share(f"mode_{mode}")
+            if len(self._modes) > 1 and share is not None and share > options.most_mode:
+                found["mode_collapse"] = f"{share:.1%} of the answers are {mode}"
+        now = self._share("pass_given_wrong")
+        start = self._start[0] / self._start[1] if self._start and self._start[1] else None
+        if now is not None and start is not None and now > start + options.most_drift:
+            found["calibration_drift"] = f"a wrong image passes in {now:.0%} of the cases, {start:.0%} at the start"
+        return found
+
+    def get_state(self) -> dict[str, Any]:
+        return {"rows": self._rows, "start": self._start, "missing": self._missing, "on": self._on}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._rows, self._start = list(state["rows"]), state["start"]
+        self._missing, self._on = list(state["missing"]), list(state["on"])
