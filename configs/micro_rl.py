@@ -6,6 +6,8 @@ Command: python -m ivr_jax.train --config=configs/micro_rl.py --workdir=runs/dem
 
 from ml_collections import ConfigDict
 
+from ._services import service
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -67,10 +69,10 @@ def get_config() -> ConfigDict:
     config.judge = ConfigDict(
         {
             # who judges: images; one step's image; texts; and who never decides a reward.  "": as outcome, none
-            "outcome": {"kind": "world"},
-            "step": {"kind": ""},
-            "reasoning": {"kind": ""},
-            "held_out": {"kind": ""},
+            "outcome": service("world"),
+            "step": service(""),
+            "reasoning": service(""),
+            "held_out": service(""),
             "every_image": False,  # also evaluate images that no reward needs
             "concurrency": 64,
             "deadline": 0.0,  # seconds for one judgement, retries and all; 0 waits as long as it takes

@@ -15,6 +15,7 @@ from absl import flags
 
 from ivr_jax import cli, distributed, sharding
 from ivr_jax.config import check_positive, claim_workdir
+from ivr_jax.construct.services.config import CHANGEABLE
 from ivr_jax.errors import UserError
 from ivr_jax.training import checkpoint, loop
 
@@ -26,6 +27,7 @@ STAGES = {
 MAY_CHANGE = (
     "log_every", "checkpoint_every", "keep", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
     "judge.deadline",
+    *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
 COUNTS = (
     "steps", "batch", "accumulation", "chunk", "log_every", "checkpoint_every", "codebook_images", "eval_images",

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivr_jax.config import as_dataclass, load_config
+from ivr_jax.construct.interfaces import ServiceFailed
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarOptions, advance, legal_row
 from ivr_jax.rewards.functions import (
@@ -25,7 +26,7 @@ from ivr_jax.rewards.functions import (
     score_groups,
     total,
 )
-from ivr_jax.rewards.judge import INVALID, Judged, JudgeFailed, judge_answer, judge_answers
+from ivr_jax.rewards.judge import INVALID, Judged, judge_answer, judge_answers
 from ivr_jax.trajectory import AxisVerdict, Evaluation, Reflection, Step
 
 
@@ -270,13 +271,13 @@ class Judge:
     async def evaluate(self, sample, images, image):
         mark = int(image[0, 0, 0])
         if mark == 0:
-            raise JudgeFailed("the judge answered nonsense.", "Ask again.")
+            raise ServiceFailed("the judge answered nonsense.", "Ask again.")
         return Evaluation(*(AxisVerdict(mark >= 5, "seen", score) for score in (mark, 5, 5, 4)))
 
     async def judge_reasoning(self, sample, images, kind, text, previous):
         self.asked.append((kind, text, [int(p[0, 0, 0]) for p in previous]))
         if self.ratings[text] == "broken":
-            raise JudgeFailed("the judge answered nonsense.", "Ask again.")
+            raise ServiceFailed("the judge answered nonsense.", "Ask again.")
         return self.ratings[text]
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from answer_tokens import evaluation, trajectory
 
+from ivr_jax.construct.interfaces import ServiceFailed
 from ivr_jax.errors import UserError
 from ivr_jax.rewards.functions import RewardOptions
-from ivr_jax.rewards.judge import INVALID, JudgeFailed
+from ivr_jax.rewards.judge import INVALID
 from ivr_jax.rewards.panel import Check, Judge, Panel, same
 from ivr_jax.trajectory import Reflection
 
@@ -37,7 +38,7 @@ class Analyzer:
             await asyncio.sleep(0.01)
             mark = int(image[0, 0, 0])
             if mark == 200:
-                raise JudgeFailed("no answer.", "")
+                raise ServiceFailed("no answer.", "")
             if mark == 201:
                 await asyncio.sleep(60)
             score = next(self.scores) if self.scores else None if mark == 202 else float(mark)

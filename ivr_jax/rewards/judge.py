@@ -13,14 +13,9 @@ import numbers
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
-from ivr_jax.construct.interfaces import Analyzer, Images
-from ivr_jax.errors import UserError
+from ivr_jax.construct.interfaces import Analyzer, Images, ServiceFailed
 from ivr_jax.rewards.functions import PAPER, RewardOptions, rescale
 from ivr_jax.trajectory import AXES, Evaluation, Reflection, Step, Trajectory
-
-
-class JudgeFailed(UserError):
-    """The judge gave no usable answer; the component is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +105,9 @@ async def _outcomes(calls: Iterable[Awaitable[Any]]) -> tuple[Any, ...]:
     """The results of all calls, None where the judge failed.  Any other error is raised, after all have ended."""
     found = await asyncio.gather(*calls, return_exceptions=True)
     for result in found:
-        if isinstance(result, BaseException) and not isinstance(result, JudgeFailed):
+        if isinstance(result, BaseException) and not isinstance(result, ServiceFailed):
             raise result
-    return tuple(None if isinstance(result, JudgeFailed) else result for result in found)
+    return tuple(None if isinstance(result, ServiceFailed) else result for result in found)
 
 
 def _intermediate_texts(analyzer: Analyzer, trajectory: Trajectory, images: Images, options: RewardOptions):
@@ -139,14 +134,14 @@ def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Ima
     async def step(instruction: str, previous: list, image: Any) -> float:
         found = await analyzer.evaluate_step(sample, images, instruction, previous, image)
         if not all(in_range(score, 1, 5) for score in found.scores):
-            raise JudgeFailed(f"the judge scored a step {found.scores}.", "Scores are from 1 to 5.")
+            raise ServiceFailed(f"the judge scored a step {found.scores}.", "Scores are from 1 to 5.")
         return float(rescale(sum(found.scores) / len(AXES), options.scale))
 
     async def reflection(cause: Reflection, previous: list) -> float:
         texts = (("failure_analysis", cause.failure_analysis), ("improvement_plan", cause.improvement_plan))
         ratings = await _outcomes(analyzer.judge_reasoning(sample, images, *text, previous) for text in texts)
         if not all(in_range(rating, 0, 1) for rating in ratings):
-            raise JudgeFailed(f"the judge rated a reflection {ratings}.", "Ratings are in [0, 1].")
+            raise ServiceFailed(f"the judge rated a reflection {ratings}.", "Ratings are in [0, 1].")
         return sum(ratings) / len(ratings)
 
     steps, reflections = [], []

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ivr_jax.construct.interfaces import Analyzer, Images, Pixels
+from ivr_jax.construct.interfaces import Analyzer, Images, Pixels, ServiceFailed
 from ivr_jax.errors import UserError
 from ivr_jax.rewards.functions import PAPER, RewardOptions, outcome
-from ivr_jax.rewards.judge import Judged, JudgeFailed, in_range, judge_answers
+from ivr_jax.rewards.judge import Judged, in_range, judge_answers
 from ivr_jax.trajectory import Evaluation, Sample, Trajectory
 
 T = TypeVar("T")
@@ -88,12 +88,12 @@ class Panel:
                 async with asyncio.timeout(self._deadline or None):
                     found = await ask(self._analyzers[part])
                 if not _usable(found):
-                    raise JudgeFailed(f"the judge of {part} gave no number in range.", "Scores are 1-5, ratings 0-1.")
+                    raise ServiceFailed(f"the judge of {part} gave no number in range.", "Scores are 1-5, ratings 0-1.")
                 return found
             except TimeoutError:
                 self._missed(part, "deadline")
-                raise JudgeFailed(f"the judge of {part} took more than {self._deadline:g} s.", "Ask again.") from None
-            except JudgeFailed as error:
+                raise ServiceFailed(f"the judge of {part} took more than {self._deadline:g} s.", "Ask again.") from None
+            except ServiceFailed as error:
                 self._missed(part, error.what)
                 raise
             finally:
