@@ -66,7 +66,7 @@ def test_faults_are_missing_and_counted_and_nothing_waits_for_a_call_that_hangs(
     assert usage.calls == {"outcome": 5, "reasoning": 4} and usage.missing == {"outcome": 3}
     metrics = usage.metrics()
     assert metrics["judge_calls"] == 9 and metrics["judge_missing"] == (3.0, 9.0)
-    assert metrics["judge_latency"][1] == 9 and 1.0 <= metrics["judge_latency_p95"] < 30
+    assert metrics["judge_call_seconds"][1] == 9 and 1.0 <= metrics["judge_call_seconds_p95"] < 30
     assert any("deadline" in reason for reason in usage.reasons)
     again = judge.submit(answers[:1]).result()
     assert again.usage.calls == {"outcome": 1, "reasoning": 2}  # counted anew

@@ -132,5 +132,7 @@ def test_rl_needs_a_trained_backbone(runs, tmp_path, capsys):
     assert "rl starts from a trained model" in complaint(capsys, argv)
     wrong = complaint(capsys, [*argv, f"--config.init={runs / 'image_tokenizer'}"])
     assert "holds a checkpoint of kind 'image_tokenizer', not a backbone" in wrong
-    guided = complaint(capsys, [*argv, "--config.init=anything", "--config.sampling.guidance=3.0"])
-    assert "without guidance" in guided
+    greedy = complaint(capsys, [*argv, "--config.init=anything", "--config.sampling.temperature=0.0"])
+    assert "cannot learn at temperature 0" in greedy
+    photographs = complaint(capsys, [*argv, "--config.init=anything", f"--config.prompts.source={runs / 'dataset'}"])
+    assert "is not of the micro-world, so its exact analyzer cannot judge answers. Name a service" in photographs

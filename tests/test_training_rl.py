@@ -239,5 +239,5 @@ def test_a_gallery_shows_whole_groups_with_their_rewards(tmp_path):
     text = page.read_text()
     assert all(f"member {m}" in text for m in range(1, GROUP + 1)) and "advantage" in text and "data:image/png" in text
     named = {"kl", "text_entropy", "image_entropy", "ratio", "clip_fraction", "images", "mode_direct", "judge_calls",
-             "judge_latency", "groups_with_contrast", "pass_given_wrong", "alarm_zero_variance"}  # fmt: skip
+             "judge_call_seconds", "groups_with_contrast", "pass_given_wrong", "alarm_zero_variance"}  # fmt: skip
     assert named <= set(metrics)

@@ -45,8 +45,8 @@ class Usage:
             "judge_missing": (float(self.missing.total()), float(self.calls.total())),
         }
         if self.seconds:
-            found["judge_latency"] = (float(np.sum(self.seconds)), float(len(self.seconds)))
-            found["judge_latency_p95"] = float(np.quantile(self.seconds, 0.95))
+            found["judge_call_seconds"] = (float(np.sum(self.seconds)), float(len(self.seconds)))
+            found["judge_call_seconds_p95"] = float(np.quantile(self.seconds, 0.95))
         return found
 
 
