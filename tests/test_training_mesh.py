@@ -39,7 +39,7 @@ def rolled(mesh, first, trainer):
 
 def gradients(mesh, first, trainer, rollout, scored):
     with jax.set_mesh(mesh):
-        after, metrics = trainer.update(first, rollout, scored, check_ratio=True)
+        after, metrics = trainer.update(first, trainer.prepare(rollout, scored), check_ratio=True)
     loss = float(metrics["loss"][0]) / float(metrics["loss"][1])
     return jax.tree.map(np.asarray, after.opt_state[0].trace), loss, float(metrics["ratio_deviation"])
 
