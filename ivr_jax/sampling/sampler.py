@@ -1,14 +1,18 @@
-"""The plain batched sampler: prefill, then one token a step for every sequence, in a `lax.while_loop`.
+"""The rollout engine: answers to any number of prompts through a fixed number of slots (continuous batching).
 
-Prompts of different lengths are right-padded; every row writes its own cache slots (slot = position), so padding is
-overwritten before it can be seen.  Row b draws token t with the key `fold_in(keys[b], t)`: what a row draws depends on
-its own key and prompt alone, not on its neighbours.
+The host loop below fills slots with answers, runs a jitted segment of model calls (`slots.run`) until enough answers
+have ended, takes them out, and fills their slots with the next ones.  An answer of five images so holds back nobody.
+When no answer waits any more, the slots still in use are moved together into fewer, and the cache is only ever as wide
+as the longest answer in progress needs.
+
+What an answer says depends on its own key and prompt alone (see `slots`): not on the number of slots, the order of
+arrival, or the window.  `Samples` is therefore the same for every `EngineOptions`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +21,12 @@ import numpy as np
 
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
-from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities, pack_kept
+from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarState, advance, legal_row
+from ivr_jax.sampling import slots as device
+from ivr_jax.sampling.chain import SamplingOptions
+
+SMALLEST = 8  # slots are moved together down to this many
+ROUND = 32  # cache widths are multiples of this
 
 
 class Samples(NamedTuple):
@@ -29,7 +37,6 @@ class Samples(NamedTuple):
     nodes int32 [B, A + 1]: automaton node before each token (`codec.parse_answer` reads it); ACCEPT once finished.
     log_probs float32 [B, A]: log-probability of each token under the sampled distribution; 0 after EOS.
     lengths int32 [B]: answer tokens, EOS included; the row is unfinished when nodes[b, lengths[b]] != ACCEPT.
-    kept uint8 [B, A, ceil(V / 8)]: the ids that top-k and top-p kept at each token (`chain.pack_kept`); None without.
     """
 
     tokens: Any
@@ -37,15 +44,57 @@ class Samples(NamedTuple):
     nodes: Any
     log_probs: Any
     lengths: Any
-    kept: Any = None
 
 
-class _Loop(NamedTuple):
-    step: jax.Array
-    state: GrammarState
-    logits: jax.Array
-    cache: Any
-    samples: Samples
+@dataclasses.dataclass(frozen=True)
+class EngineOptions:
+    """How answers are drawn; none of it changes what is drawn.
+
+    Attributes:
+      slots: answers in progress at a time.
+      refill: the share of slots that must be free before they are filled again; each time costs a small prefill.
+      window: most tokens a slot feeds in one model call: one drawn token and the forced ones after it.
+      growth: factor by which the cache widens when an answer outgrows it; 1 gives it its full width from the start.
+      shrink: move answers together into half the slots once no more than half are in use and none wait.
+    """
+
+    slots: int = 64
+    refill: float = 0.125
+    window: int = 2
+    growth: float = 1.5
+    shrink: bool = True
+
+    def __post_init__(self) -> None:
+        if self.slots < 1 or not 0 < self.refill <= 1 or self.window < 1 or self.growth < 1:
+            raise UserError(
+                f"engine options {self} are out of range.", "slots and window are >= 1, 0 < refill <= 1, growth >= 1."
+            )
+
+
+@dataclasses.dataclass
+class Usage:
+    """What a run of the engine cost.
+
+    Attributes:
+      calls: model calls; slot_calls: slots in these calls, in use or not; in_use: those in use.
+      tokens: answer tokens that came of them; opening tokens, which the prefill reads, are not among them.
+    """
+
+    calls: int = 0
+    slot_calls: int = 0
+    in_use: int = 0
+    tokens: int = 0
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the slots of all calls that held an answer in progress."""
+        return self.in_use / max(self.slot_calls, 1)
+
+    def add(self, work: device.Work, slots: int) -> None:
+        """Adds a segment of `slots` slots."""
+        calls, in_use, tokens = map(int, work)
+        self.calls, self.slot_calls = self.calls + calls, self.slot_calls + calls * slots
+        self.in_use, self.tokens = self.in_use + in_use, self.tokens + tokens
 
 
 def sample(
@@ -59,126 +108,198 @@ def sample(
     answer_length: int,
     options: SamplingOptions | None = None,
     group: int = 1,
-    unconditional: Sequence[tuple[np.ndarray, np.ndarray]] = (),
-) -> Samples:
+    unconditional: tuple[np.ndarray, np.ndarray] | None = None,
+    engine: EngineOptions | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Samples, Usage]:
     """Draws `group` answers to each prompt.
 
     Args:
       prompts: int32 [P, T] right-padded prompt tokens; prompt_lengths: int32 [P].
-      size: forced image size in latent cells (rows, columns), or `grammar.FREE` when the model chooses.
+      size: forced image size in latent cells (rows, columns), or (0, 0) when free.
       keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
-      answer_length: most answer tokens, EOS included.
-      unconditional: (prompts [P, T'], lengths [P]) of each of guidance's unconditional passes (`options.passes`).
+      answer_length: most answer tokens, EOS included.  An image is never cut: where its cells no longer fit, the answer
+        stops before them.
+      unconditional: (prompts [P, T'], lengths [P]) of the unconditional pass, needed when guidance is on.
+      progress: called with the number of answers that have just ended.
+
+    Returns:
+      Samples as numpy arrays, and what they cost.
     """
-    options = options or SamplingOptions()
-    batch = len(prompts) * group
-    if len(keys) != batch:
-        raise ValueError(f"{len(keys)} keys for {batch} answers")
-    slots = prompts.shape[1] + answer_length
-    if slots > config.max_position_embeddings:
+    options, engine = options or SamplingOptions(), engine or EngineOptions()
+    if len(keys) != len(prompts) * group:
+        raise ValueError(f"{len(keys)} keys for {len(prompts) * group} answers")
+    if prompts.shape[1] + answer_length > config.max_position_embeddings:
         raise UserError(
             f"a prompt of {prompts.shape[1]} and an answer of {answer_length} tokens do not fit a context of "
             f"{config.max_position_embeddings}.",
             "Shorten the prompt or lower the answer length.",
         )
-    state = grammar.initial(np.full(batch, size[0]), np.full(batch, size[1]))
-    if len(unconditional) != options.passes:
-        raise ValueError(f"guidance needs {options.passes} sets of unconditional prompts, not {len(unconditional)}")
-    return _sample(
-        params,
-        grammar.tables,
-        state,
-        jnp.asarray(prompts),
-        jnp.asarray(prompt_lengths),
-        keys,
-        tuple(unconditional),
-        config=config,
-        answer_length=answer_length,
-        options=options,
-        group=group,
-        pad=grammar.tokenizer.vocab.pad,
-    )
+    if options.guidance == 1.0:
+        contexts = [(prompts, prompt_lengths)]
+    elif unconditional is None:
+        raise ValueError("guidance needs unconditional prompts")
+    else:
+        contexts = [(prompts, prompt_lengths), unconditional]
+    run = _Run(config, params, grammar, contexts, size, keys, answer_length, options, group, engine)
+    return run.finish(progress or (lambda ended: None))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "answer_length", "options", "group", "pad"))
-def _sample(
-    params: Any,
-    tables: Tables,
-    state: GrammarState,
-    prompts: jax.Array,
-    prompt_lengths: jax.Array,
-    keys: jax.Array,
-    unconditional: tuple[tuple[jax.Array, jax.Array], ...],
-    *,
-    config: backbone.BackboneConfig,
-    answer_length: int,
-    options: SamplingOptions,
-    group: int,
-    pad: int,
-) -> Samples:
-    tables = Tables(*map(jnp.asarray, tables))
-    state = GrammarState(*map(jnp.asarray, state))
-    for other in unconditional:  # one batch: conditional rows, then the rows of each unconditional pass
-        prompts, prompt_lengths = _join(prompts, prompt_lengths, *other, pad)
-    logits, cache = _prefill(config, params, prompts, prompt_lengths, prompts.shape[1] + answer_length, group)
-    lengths = jnp.repeat(prompt_lengths, group)
-    batch = state.node.shape[0]
-    samples = Samples(
-        jnp.full((batch, answer_length), pad, jnp.int32),
-        jnp.zeros((batch, answer_length), jnp.int32),
-        jnp.zeros((batch, answer_length + 1), jnp.int32).at[:, 0].set(state.node),
-        jnp.zeros((batch, answer_length), jnp.float32),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((batch, answer_length, -(-logits.shape[-1] // 8)), jnp.uint8) if options.truncates else None,
-    )
+class _Run:
+    """One call of `sample`: what waits, what is in the slots, and what has ended."""
 
-    def running(loop: _Loop) -> jax.Array:
-        return (loop.step < answer_length) & (loop.state.node != ACCEPT).any()
+    def __init__(self, config, params, grammar, contexts, size, keys, answer_length, options, group, engine):
+        self.config, self.params, self.grammar, self.engine = config, params, grammar, engine
+        self.keys, self.group, self.length, self.options = keys, group, answer_length, options
+        self.pad, self.forced = grammar.tokenizer.vocab.pad, device.rules_of(grammar).forced
+        self.rules = jax.tree.map(jnp.asarray, device.rules_of(grammar))
+        self.initial = grammar.initial(np.full(1, size[0]), np.full(1, size[1]))
+        self.opening, self.opened = self._open()
+        self.prompts, self.starts = _join(contexts, self.opening, self.pad)
+        count = len(keys)
+        self.batch = min(engine.slots, _power_above(count))
+        self.most = self.prompts.shape[2] + answer_length - len(self.opening) + engine.window
+        together = count <= self.batch  # all fit: one prefill; else as many as a refill takes
+        self.quantum = self.batch if together else max(1, int(self.batch * engine.refill))
+        self.wave_size = min(contexts[0][0].shape[0], -(-self.quantum // group))
+        self.usage, self.next = Usage(), 0
+        self.wave: tuple[int, Any] | None = None
+        self.held = np.full(self.batch, -1)  # the answer in each slot
+        self.tokens = np.full((count, answer_length), self.pad, np.int32)
+        self.log_probs = np.zeros((count, answer_length), np.float32)
+        self.lengths = np.zeros(count, np.int32)
 
-    def body(loop: _Loop) -> _Loop:
-        t, before = loop.step, loop.state
-        active = before.node != ACCEPT
-        row = legal_row(tables, before, jnp)
-        given, *others = jnp.split(loop.logits, 1 + len(unconditional))
-        log_probs = log_probabilities(given, tables, row, options, tuple(others))
-        token = draw(log_probs, jax.vmap(lambda key: jax.random.fold_in(key, t))(keys), options)
-        token = jnp.where(active, token, pad)
-        drawn = jnp.where(active, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0], 0.0)
-        after = advance(tables, before, token, jnp)
-        out = loop.samples
-        samples = Samples(
-            out.tokens.at[:, t].set(token),
-            out.rows.at[:, t].set(row),
-            out.nodes.at[:, t + 1].set(after.node),
-            out.log_probs.at[:, t].set(drawn),
-            out.lengths + active,
-            out.kept.at[:, t].set(pack_kept(log_probs)) if options.truncates else None,
+    def _open(self) -> tuple[np.ndarray, GrammarState]:
+        """The forced tokens that every answer begins with, and the grammar's state after them."""
+        state, tokens, tables = self.initial, [], self.grammar.tables
+        while len(tokens) < self.length:
+            token = self.forced[legal_row(tables, state, np)[0]]
+            if token < 0:
+                break
+            tokens.append(token)
+            state = advance(tables, state, np.array([token]), np)
+        return np.array(tokens, np.int32), state
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def finish(self, progress: Callable[[int], None]) -> tuple[Samples, Usage]:
+        """Runs until every answer has ended."""
+        count = len(self.keys)
+        slots = device.empty(
+            self.config, self.keys[0], self.opened, batch=self.batch, contexts=len(self.prompts),
+            slots=self._wide(0, self.prompts.shape[2]), length=self.length, window=self.engine.window, pad=self.pad,
+        )  # fmt: skip
+        while self.next < count or (self.held >= 0).any():
+            slots = self._fill(slots)
+            slots = self._resize(slots)
+            slots, work = device.run(
+                self.params, self.rules, slots, self._until(), config=self.config, options=self.options,
+                length=self.length, visual_start=self.grammar.tokenizer.vocab.visual_start,
+            )  # fmt: skip
+            self.usage.add(work, self.batch)
+            progress(self._take_out(slots))
+        initial = GrammarState(*(np.repeat(x, count) for x in self.initial))
+        rows, nodes = map(np.asarray, device.replay(self.grammar.tables, initial, self.tokens))
+        return Samples(self.tokens, rows, nodes, self.log_probs, self.lengths), self.usage
+
+    def _until(self) -> np.int32:
+        """How many answers may still be in progress when the segment ends."""
+        in_use = int((self.held >= 0).sum())
+        if self.next < len(self.keys):
+            return np.int32(max(in_use - self.quantum, 0))
+        return np.int32(self.batch // 2 if self._can_shrink() else 0)
+
+    def _can_shrink(self) -> bool:
+        return self.engine.shrink and self.batch >= 2 * SMALLEST
+
+    def _take_out(self, slots: device.Slots) -> int:
+        """Copies the answers that have ended to their rows; returns their number."""
+        ended = np.flatnonzero(np.asarray(slots.ended) & (self.held >= 0))
+        if len(ended) == 0:
+            return 0
+        tokens, log_probs, answered = map(np.asarray, (slots.tokens, slots.log_probs, slots.answered))
+        self.tokens[self.held[ended]] = tokens[ended, : self.length]
+        self.log_probs[self.held[ended]] = log_probs[ended, : self.length]
+        self.lengths[self.held[ended]] = answered[ended]
+        self.held[ended] = -1
+        return len(ended)
+
+    # -- slots ------------------------------------------------------------------------------------------------------
+
+    def _fill(self, slots: device.Slots) -> device.Slots:
+        """Moves waiting answers into free slots, those of one prefilled wave of prompts at a time."""
+        while self.next < len(self.keys) and (free := np.flatnonzero(self.held < 0)).size:
+            first = self._prefilled(self.next // self.group)
+            last = min(len(self.keys), (first + self.wave_size) * self.group, self.next + min(len(free), self.quantum))
+            answers = np.arange(self.next, last)
+            used = free[: len(answers)]
+            slots = device.admit(slots, self.wave[1], self._arrivals(answers, used, first), pad=self.pad)
+            self.held[used] = answers
+            self.next = last
+        return slots
+
+    def _prefilled(self, prompt: int) -> int:
+        """Makes sure that `prompt` is prefilled; returns the first prompt of its wave."""
+        first = prompt - prompt % self.wave_size
+        if self.wave is None or self.wave[0] != first:
+            chosen = np.minimum(np.arange(first, first + self.wave_size), self.prompts.shape[1] - 1)
+            rows = self.prompts[:, chosen].reshape(-1, self.prompts.shape[2])
+            self.wave = first, device.prefill(self.config, self.params, rows)
+        return self.wave[0]
+
+    def _arrivals(self, answers: np.ndarray, used: np.ndarray, first: int) -> device.Arrivals:
+        size = self.quantum
+        slot = np.full(size, self.batch, np.int32)
+        slot[: len(used)] = used
+        padded = np.pad(answers, (0, size - len(answers)), mode="edge")
+        prompt = padded // self.group
+        full = device.is_full(self.grammar.tables, self.opened, np.int32(len(self.opening)), self.length, np)
+        return device.Arrivals(
+            slot,
+            (prompt - first).astype(np.int32),
+            self.keys[padded],
+            self.starts[:, prompt],
+            GrammarState(*(np.repeat(x, size) for x in self.opened)),
+            self.opening,
+            np.repeat(full, size),
         )
-        inputs = jnp.tile(token, 1 + len(unconditional))
-        hidden, cache = backbone.apply(config, params, inputs[:, None], (lengths + t)[:, None], cache=loop.cache)
-        return _Loop(t + 1, after, backbone.logits(config, params, hidden[:, 0]), cache, samples)
 
-    return jax.lax.while_loop(running, body, _Loop(jnp.int32(0), state, logits, cache, samples)).samples
+    def _resize(self, slots: device.Slots) -> device.Slots:
+        """Fewer slots when no more than half are in use and none wait; a wider cache when an answer needs it."""
+        while self.next == len(self.keys) and self._can_shrink() and (self.held >= 0).sum() <= self.batch // 2:
+            self.batch //= 2
+            index = np.concatenate([np.flatnonzero(self.held >= 0), np.flatnonzero(self.held < 0)])[: self.batch]
+            slots, self.held = device.keep(slots, index.astype(np.int32)), self.held[index]
+        wide = self._wide(slots.cache.k.shape[2], int(device.reach(slots)))
+        return slots if wide == slots.cache.k.shape[2] else device.widen(slots, slots_wide=wide)
+
+    def _wide(self, now: int, needed: int) -> int:
+        """The width of the cache: enough for `needed`, with room to grow."""
+        if needed <= now:
+            return now
+        if self.engine.growth == 1:
+            return self.most
+        wide = max(needed, int(now * self.engine.growth), self.prompts.shape[2] + ROUND)
+        wide = -(-wide // ROUND) * ROUND
+        return self.most if wide + ROUND >= self.most else wide
 
 
-def _prefill(
-    config: backbone.BackboneConfig, params: Any, prompts: jax.Array, lengths: jax.Array, slots: int, group: int
-) -> tuple[jax.Array, Any]:
-    """Logits after the last prompt token float [B, V], and the filled cache, both repeated `group` times."""
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    cache = backbone.init_cache(config, prompts.shape[0], slots)
-    hidden, cache = backbone.apply(config, params, prompts, positions, cache=cache)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = backbone.logits(config, params, last)
-    return jnp.repeat(logits, group, axis=0), jax.tree.map(lambda x: jnp.repeat(x, group, axis=1), cache)
+def _power_above(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _join(
-    prompts: jax.Array, lengths: jax.Array, other: jax.Array, other_lengths: jax.Array, pad: int
-) -> tuple[jax.Array, jax.Array]:
-    width = max(prompts.shape[1], other.shape[1])
-    rows = [jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=pad) for x in (prompts, other)]
-    return jnp.concatenate(rows), jnp.concatenate([lengths, other_lengths])
+    contexts: list[tuple[np.ndarray, np.ndarray]], opening: np.ndarray, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of all contexts with the opening of the answer, int32 [C, P, T + O], and where it starts, int32 [C, P]."""
+    width = max(prompts.shape[1] for prompts, _ in contexts) + len(opening)
+    joined = np.full((len(contexts), len(contexts[0][0]), width), pad, np.int32)
+    starts = np.stack([np.asarray(lengths, np.int32) for _, lengths in contexts])
+    for c, (prompts, _) in enumerate(contexts):
+        joined[c, :, : prompts.shape[1]] = prompts
+        for row, start in zip(joined[c], starts[c], strict=True):
+            row[start : start + len(opening)] = opening
+    return joined, starts
 
 
 def pad_prompts(prompts: list[list[int]], pad: int, multiple: int = 96) -> tuple[np.ndarray, np.ndarray]:

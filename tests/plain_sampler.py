@@ -1,0 +1,168 @@
+"""The reference for the rollout engine: one padded batch in lock-step, one token a model call for every sequence.
+
+Prompts of different lengths are right-padded; every row writes its own cache slots (slot = position), so padding is
+overwritten before it can be seen.  Row b draws token t with the key `fold_in(keys[b], t)`: what a row draws depends on
+its own key and prompt alone, not on its neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone
+from ivr_jax.protocol.grammar import ACCEPT, GRID, Grammar, GrammarState, Tables, advance, legal_row
+from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities
+from ivr_jax.sampling.sampler import Samples
+
+
+class _Loop(NamedTuple):
+    step: jax.Array
+    state: GrammarState
+    logits: jax.Array
+    cache: Any
+    samples: Samples
+
+
+def plain_sample(
+    config: backbone.BackboneConfig,
+    params: Any,
+    grammar: Grammar,
+    prompts: np.ndarray,
+    prompt_lengths: np.ndarray,
+    size: tuple[int, int],
+    keys: jax.Array,
+    answer_length: int,
+    options: SamplingOptions | None = None,
+    group: int = 1,
+    unconditional: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Samples:
+    """Draws `group` answers to each prompt.
+
+    Args:
+      prompts: int32 [P, T] right-padded prompt tokens; prompt_lengths: int32 [P].
+      size: forced image size in latent cells (rows, columns), or (0, 0) when free.
+      keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
+      answer_length: most answer tokens, EOS included.
+      unconditional: (prompts [P, T'], lengths [P]) of the unconditional pass, needed when guidance is on.
+    """
+    options = options or SamplingOptions()
+    batch = len(prompts) * group
+    if len(keys) != batch:
+        raise ValueError(f"{len(keys)} keys for {batch} answers")
+    slots = prompts.shape[1] + answer_length
+    if slots > config.max_position_embeddings:
+        raise UserError(
+            f"a prompt of {prompts.shape[1]} and an answer of {answer_length} tokens do not fit a context of "
+            f"{config.max_position_embeddings}.",
+            "Shorten the prompt or lower the answer length.",
+        )
+    state = grammar.initial(np.full(batch, size[0]), np.full(batch, size[1]))
+    if options.guidance == 1.0:
+        unconditional = None
+    elif unconditional is None:
+        raise ValueError("guidance needs unconditional prompts")
+    return _sample(
+        params,
+        grammar.tables,
+        state,
+        jnp.asarray(prompts),
+        jnp.asarray(prompt_lengths),
+        keys,
+        unconditional,
+        config=config,
+        answer_length=answer_length,
+        options=options,
+        group=group,
+        pad=grammar.tokenizer.vocab.pad,
+        visual_start=grammar.tokenizer.vocab.visual_start,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "answer_length", "options", "group", "pad", "visual_start"))
+def _sample(
+    params: Any,
+    tables: Tables,
+    state: GrammarState,
+    prompts: jax.Array,
+    prompt_lengths: jax.Array,
+    keys: jax.Array,
+    unconditional: tuple[jax.Array, jax.Array] | None,
+    *,
+    config: backbone.BackboneConfig,
+    answer_length: int,
+    options: SamplingOptions,
+    group: int,
+    pad: int,
+    visual_start: int,
+) -> Samples:
+    tables = Tables(*map(jnp.asarray, tables))
+    state = GrammarState(*map(jnp.asarray, state))
+    if unconditional is not None:  # one batch: conditional rows, then unconditional rows
+        prompts, prompt_lengths = _join(prompts, prompt_lengths, *unconditional, pad)
+    logits, cache = _prefill(config, params, prompts, prompt_lengths, prompts.shape[1] + answer_length, group)
+    lengths = jnp.repeat(prompt_lengths, group)
+    batch = state.node.shape[0]
+    samples = Samples(
+        jnp.full((batch, answer_length), pad, jnp.int32),
+        jnp.zeros((batch, answer_length), jnp.int32),
+        jnp.zeros((batch, answer_length + 1), jnp.int32).at[:, 0].set(state.node),
+        jnp.zeros((batch, answer_length), jnp.float32),
+        jnp.zeros((batch,), jnp.int32),
+    )
+
+    def running(loop: _Loop) -> jax.Array:
+        return (loop.step < answer_length) & (loop.state.node != ACCEPT).any()
+
+    def body(loop: _Loop) -> _Loop:
+        t, before = loop.step, loop.state
+        active = before.node != ACCEPT
+        row = legal_row(tables, before, jnp)
+        log_probs = log_probabilities(
+            loop.logits[:batch], tables, row, options, loop.logits[batch:] if unconditional is not None else None
+        )
+        drawn_with = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
+        text = draw(log_probs[:, :visual_start], drawn_with, options)
+        visual = draw(log_probs[:, visual_start:], drawn_with, options) + visual_start
+        token = jnp.where(tables.kind[before.node] == GRID, visual, text)
+        token = jnp.where(active, token, pad)
+        drawn = jnp.where(active, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0], 0.0)
+        after = advance(tables, before, token, jnp)
+        out = loop.samples
+        samples = Samples(
+            out.tokens.at[:, t].set(token),
+            out.rows.at[:, t].set(row),
+            out.nodes.at[:, t + 1].set(after.node),
+            out.log_probs.at[:, t].set(drawn),
+            out.lengths + active,
+        )
+        inputs = jnp.tile(token, 2)[: lengths.shape[0]]
+        hidden, cache = backbone.apply(config, params, inputs[:, None], (lengths + t)[:, None], cache=loop.cache)
+        return _Loop(t + 1, after, backbone.logits(config, params, hidden[:, 0]), cache, samples)
+
+    return jax.lax.while_loop(running, body, _Loop(jnp.int32(0), state, logits, cache, samples)).samples
+
+
+def _prefill(
+    config: backbone.BackboneConfig, params: Any, prompts: jax.Array, lengths: jax.Array, slots: int, group: int
+) -> tuple[jax.Array, Any]:
+    """Logits after the last prompt token float [B, V], and the filled cache, both repeated `group` times."""
+    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+    cache = backbone.init_cache(config, prompts.shape[0], slots)
+    hidden, cache = backbone.apply(config, params, prompts, positions, cache=cache)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = backbone.logits(config, params, last)
+    return jnp.repeat(logits, group, axis=0), jax.tree.map(lambda x: jnp.repeat(x, group, axis=1), cache)
+
+
+def _join(
+    prompts: jax.Array, lengths: jax.Array, other: jax.Array, other_lengths: jax.Array, pad: int
+) -> tuple[jax.Array, jax.Array]:
+    width = max(prompts.shape[1], other.shape[1])
+    rows = [jnp.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=pad) for x in (prompts, other)]
+    return jnp.concatenate(rows), jnp.concatenate([lengths, other_lengths])
