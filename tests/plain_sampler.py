@@ -8,16 +8,16 @@ its own key and prompt alone, not on its neighbours.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, GRID, Grammar, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities
+from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities, pack_kept
 from ivr_jax.sampling.sampler import Samples
 
 
@@ -40,33 +40,24 @@ def plain_sample(
     answer_length: int,
     options: SamplingOptions | None = None,
     group: int = 1,
-    unconditional: tuple[np.ndarray, np.ndarray] | None = None,
+    unconditional: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> Samples:
     """Draws `group` answers to each prompt.
 
     Args:
       prompts: int32 [P, T] right-padded prompt tokens; prompt_lengths: int32 [P].
-      size: forced image size in latent cells (rows, columns), or (0, 0) when free.
+      size: forced image size in latent cells (rows, columns), or `grammar.FREE` when the model chooses.
       keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
       answer_length: most answer tokens, EOS included.
-      unconditional: (prompts [P, T'], lengths [P]) of the unconditional pass, needed when guidance is on.
+      unconditional: (prompts [P, T'], lengths [P]) of each of guidance's unconditional passes (`options.passes`).
     """
     options = options or SamplingOptions()
     batch = len(prompts) * group
     if len(keys) != batch:
         raise ValueError(f"{len(keys)} keys for {batch} answers")
-    slots = prompts.shape[1] + answer_length
-    if slots > config.max_position_embeddings:
-        raise UserError(
-            f"a prompt of {prompts.shape[1]} and an answer of {answer_length} tokens do not fit a context of "
-            f"{config.max_position_embeddings}.",
-            "Shorten the prompt or lower the answer length.",
-        )
     state = grammar.initial(np.full(batch, size[0]), np.full(batch, size[1]))
-    if options.guidance == 1.0:
-        unconditional = None
-    elif unconditional is None:
-        raise ValueError("guidance needs unconditional prompts")
+    if len(unconditional) != options.passes:
+        raise ValueError(f"guidance needs {options.passes} sets of unconditional prompts, not {len(unconditional)}")
     return _sample(
         params,
         grammar.tables,
@@ -74,7 +65,7 @@ def plain_sample(
         jnp.asarray(prompts),
         jnp.asarray(prompt_lengths),
         keys,
-        unconditional,
+        tuple(unconditional),
         config=config,
         answer_length=answer_length,
         options=options,
@@ -92,7 +83,7 @@ def _sample(
     prompts: jax.Array,
     prompt_lengths: jax.Array,
     keys: jax.Array,
-    unconditional: tuple[jax.Array, jax.Array] | None,
+    unconditional: tuple[tuple[jax.Array, jax.Array], ...],
     *,
     config: backbone.BackboneConfig,
     answer_length: int,
@@ -103,8 +94,8 @@ def _sample(
 ) -> Samples:
     tables = Tables(*map(jnp.asarray, tables))
     state = GrammarState(*map(jnp.asarray, state))
-    if unconditional is not None:  # one batch: conditional rows, then unconditional rows
-        prompts, prompt_lengths = _join(prompts, prompt_lengths, *unconditional, pad)
+    for other in unconditional:  # one batch: conditional rows, then the rows of each unconditional pass
+        prompts, prompt_lengths = _join(prompts, prompt_lengths, *other, pad)
     logits, cache = _prefill(config, params, prompts, prompt_lengths, prompts.shape[1] + answer_length, group)
     lengths = jnp.repeat(prompt_lengths, group)
     batch = state.node.shape[0]
@@ -114,6 +105,7 @@ def _sample(
         jnp.zeros((batch, answer_length + 1), jnp.int32).at[:, 0].set(state.node),
         jnp.zeros((batch, answer_length), jnp.float32),
         jnp.zeros((batch,), jnp.int32),
+        jnp.zeros((batch, answer_length, -(-logits.shape[-1] // 8)), jnp.uint8) if options.truncates else None,
     )
 
     def running(loop: _Loop) -> jax.Array:
@@ -123,9 +115,8 @@ def _sample(
         t, before = loop.step, loop.state
         active = before.node != ACCEPT
         row = legal_row(tables, before, jnp)
-        log_probs = log_probabilities(
-            loop.logits[:batch], tables, row, options, loop.logits[batch:] if unconditional is not None else None
-        )
+        given, *others = jnp.split(loop.logits, 1 + len(unconditional))
+        log_probs = log_probabilities(given, tables, row, options, tuple(others))
         drawn_with = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
         text = draw(log_probs[:, :visual_start], drawn_with, options)
         visual = draw(log_probs[:, visual_start:], drawn_with, options) + visual_start
@@ -140,8 +131,9 @@ def _sample(
             out.nodes.at[:, t + 1].set(after.node),
             out.log_probs.at[:, t].set(drawn),
             out.lengths + active,
+            out.kept.at[:, t].set(pack_kept(log_probs)) if options.truncates else None,
         )
-        inputs = jnp.tile(token, 2)[: lengths.shape[0]]
+        inputs = jnp.tile(token, 1 + len(unconditional))
         hidden, cache = backbone.apply(config, params, inputs[:, None], (lengths + t)[:, None], cache=loop.cache)
         return _Loop(t + 1, after, backbone.logits(config, params, hidden[:, 0]), cache, samples)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -26,12 +27,13 @@ from ivr_jax.protocol.grammar import ACCEPT, FREE, VISUAL, Grammar, GrammarOptio
 from ivr_jax.protocol.interleaved import parse_interleaved
 from ivr_jax.sampling.chain import PhaseMask, SamplingOptions, draw, log_probabilities
 from ivr_jax.sampling.rollout import draw_first_images, roll_out
-from ivr_jax.sampling.sampler import Samples, pad_prompts, sample
+from ivr_jax.sampling.sampler import EngineOptions, Samples, pad_prompts, sample
 from ivr_jax.trajectory import Mode
 
 PARAMS = noisy_params()
 GRAMMAR = Grammar(TOKENIZER, GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2))
 SIZE = (2, 2)
+FLAT = EngineOptions(growth=1, shrink=False)  # one program to compile; the engine's own tests vary it
 LENGTH = 96  # an answer is at most 11 + 22 + 8 + 11 + 22 + 1 tokens
 
 
@@ -42,9 +44,8 @@ def keys(count: int, seed: int = 0) -> jax.Array:
 def sampled(prompts: list[list[int]], draws, group: int = 1, others: tuple = (), **options) -> Samples:
     padded, lengths = pad_prompts(prompts, TOKENIZER.vocab.pad, 32)
     unconditional = [pad_prompts(other, TOKENIZER.vocab.pad, 32) for other in others]
-    found = sample(CONFIG, PARAMS, GRAMMAR, padded, lengths, SIZE, draws, LENGTH, SamplingOptions(**options), group,
-                   unconditional)  # fmt: skip
-    return Samples(*map(np.asarray, found))
+    chosen = SamplingOptions(**options)
+    return sample(CONFIG, PARAMS, GRAMMAR, padded, lengths, SIZE, draws, LENGTH, chosen, group, unconditional, FLAT)[0]
 
 
 PROMPTS = prompts_of(*requests(3))
@@ -190,8 +191,8 @@ def free_sized() -> Samples:
     prompts, lengths = pad_prompts(PROMPTS[:1], TOKENIZER.vocab.pad, 32)
     vocab, head = TOKENIZER.vocab, np.array(PARAMS["lm_head"])
     head[0, [ord("1"), ord("0"), vocab.boi, vocab.eos]] = 40, 50, 0, 0  # images of about 10 x 10 cells
-    found = sample(CONFIG, {**PARAMS, "lm_head": head}, grammar, prompts, lengths, FREE, keys(64), 200, None, 64)
-    return Samples(*map(np.asarray, found))
+    params = {**PARAMS, "lm_head": head}
+    return sample(CONFIG, params, grammar, prompts, lengths, FREE, keys(64), 200, None, 64, engine=FLAT)[0]
 
 
 def test_a_free_size_is_two_digits_a_side_and_every_image_block_parses():
@@ -215,8 +216,8 @@ def test_frequencies_follow_the_exact_probabilities(options):
     chosen, count = SamplingOptions(**options), 4000
     forced = codec.encode_image(TOKENIZER, np.zeros(SIZE, np.int32))[:5]
     padded, *others = (pad_prompts(passes[:1], TOKENIZER.vocab.pad, 32) for passes in PASSES[: 1 + chosen.passes])
-    drawn = sample(CONFIG, PARAMS, GRAMMAR, *padded, SIZE, keys(count), 7, chosen, count, others)
-    tokens = np.asarray(drawn.tokens)
+    wide = dataclasses.replace(FLAT, slots=4096)
+    tokens = sample(CONFIG, PARAMS, GRAMMAR, *padded, SIZE, keys(count), 11, chosen, count, others, wide)[0].tokens
     assert (tokens[:, :5] == forced).all()
     first = TOKENIZER.vocab.visual_start
 

@@ -6,7 +6,7 @@ Used by RL, evaluation, construction and `generate` alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ from ivr_jax.images import image_name
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import ACCEPT, Grammar
 from ivr_jax.sampling.chain import SamplingOptions
-from ivr_jax.sampling.sampler import Samples, pad_prompts, sample
+from ivr_jax.sampling.sampler import EngineOptions, Samples, Usage, pad_prompts, sample
 from ivr_jax.system import System
 from ivr_jax.trajectory import Sample, Trajectory
 
@@ -36,7 +36,7 @@ class Rollout:
     """`group` answers to each of P prompts, groups adjacent; None where an answer is not well-formed.
 
     `errors[i]` says why.  `samples` holds numpy arrays (see `sampler.Samples`); prompts int32 [P, T], right-padded.
-    `unconditional` holds the prompts and lengths of each of guidance's unconditional passes.
+    `unconditional` holds the prompts and lengths of each of guidance's unconditional passes, `usage` what it cost.
     """
 
     prompts: np.ndarray
@@ -46,6 +46,7 @@ class Rollout:
     errors: tuple[str, ...]
     group: int
     unconditional: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    usage: Usage = dataclasses.field(default_factory=Usage)
 
     @property
     def total_lengths(self) -> np.ndarray:
@@ -76,6 +77,8 @@ def roll_out(
     group: int = 1,
     size: tuple[int, int] | None = None,
     strict: Grammar | None = None,
+    engine: EngineOptions | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Draws and parses `group` answers to each sample.
 
@@ -84,6 +87,7 @@ def roll_out(
       size: latent rows and columns of every drawn image, or `grammar.FREE`; by default those of the first source, or
         of the image tokenizer's training resolution without one.  All samples of a call must agree.
       strict: a grammar that an answer must also satisfy to count as well-formed.
+      engine: how they are drawn; progress: called with the number of answers that have just ended.
     """
     options = options or SamplingOptions()
     tokenizer = system.tokenizer
@@ -97,7 +101,7 @@ def roll_out(
         for references in (True, False)[: options.passes]
     ]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples) * group))
-    drawn = sample(
+    drawn, usage = sample(
         system.config,
         system.params,
         grammar,
@@ -109,10 +113,11 @@ def roll_out(
         options,
         group,
         unconditional,
+        engine,
+        progress,
     )
-    drawn = jax.tree.map(np.asarray, drawn)
     answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
-    return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional))
+    return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional), usage)
 
 
 def _source_codes(
@@ -185,6 +190,7 @@ def draw_first_images(
     images: Sequence[Images],
     key: jax.Array,
     options: SamplingOptions | None = None,
+    engine: EngineOptions | None = None,
 ) -> list[np.ndarray]:
     """`G1` alone, uint8 [height, width, 3] for each sample: drawing stops when the first image is complete."""
     grammar = Grammar(system.tokenizer)
@@ -196,5 +202,7 @@ def draw_first_images(
         system.tokenizer.vocab.pad,
     )
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples)))
-    drawn = sample(system.config, system.params, grammar, prompts, lengths, (rows, columns), keys, length, options)
-    return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in np.asarray(drawn.tokens)])
+    drawn, _ = sample(
+        system.config, system.params, grammar, prompts, lengths, (rows, columns), keys, length, options, engine=engine
+    )
+    return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in drawn.tokens])

@@ -12,7 +12,7 @@ arrival, or the window.  `Samples` is therefore the same for every `EngineOption
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
-from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarState, advance, legal_row
+from ivr_jax.protocol.grammar import Grammar, GrammarState, advance, legal_row
 from ivr_jax.sampling import slots as device
 from ivr_jax.sampling.chain import SamplingOptions
 
@@ -37,6 +37,8 @@ class Samples(NamedTuple):
     nodes int32 [B, A + 1]: automaton node before each token (`codec.parse_answer` reads it); ACCEPT once finished.
     log_probs float32 [B, A]: log-probability of each token under the sampled distribution; 0 after EOS.
     lengths int32 [B]: answer tokens, EOS included; the row is unfinished when nodes[b, lengths[b]] != ACCEPT.
+    kept uint8 [B, A, ceil(V / 8)]: the ids that top-k and top-p kept at each token (`chain.pack_kept`; all of them
+      where the grammar leaves one alone); None without.
     """
 
     tokens: Any
@@ -44,6 +46,7 @@ class Samples(NamedTuple):
     nodes: Any
     log_probs: Any
     lengths: Any
+    kept: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ def sample(
     answer_length: int,
     options: SamplingOptions | None = None,
     group: int = 1,
-    unconditional: tuple[np.ndarray, np.ndarray] | None = None,
+    unconditional: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     engine: EngineOptions | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Samples, Usage]:
@@ -116,11 +119,11 @@ def sample(
 
     Args:
       prompts: int32 [P, T] right-padded prompt tokens; prompt_lengths: int32 [P].
-      size: forced image size in latent cells (rows, columns), or (0, 0) when free.
+      size: forced image size in latent cells (rows, columns), or `grammar.FREE` when the model chooses.
       keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
       answer_length: most answer tokens, EOS included.  An image is never cut: where its cells no longer fit, the answer
         stops before them.
-      unconditional: (prompts [P, T'], lengths [P]) of the unconditional pass, needed when guidance is on.
+      unconditional: (prompts [P, T'], lengths [P]) of each of guidance's unconditional passes (`options.passes`).
       progress: called with the number of answers that have just ended.
 
     Returns:
@@ -135,12 +138,9 @@ def sample(
             f"{config.max_position_embeddings}.",
             "Shorten the prompt or lower the answer length.",
         )
-    if options.guidance == 1.0:
-        contexts = [(prompts, prompt_lengths)]
-    elif unconditional is None:
-        raise ValueError("guidance needs unconditional prompts")
-    else:
-        contexts = [(prompts, prompt_lengths), unconditional]
+    if len(unconditional) != options.passes:
+        raise ValueError(f"guidance needs {options.passes} sets of unconditional prompts, not {len(unconditional)}")
+    contexts = [(prompts, prompt_lengths), *unconditional]
     run = _Run(config, params, grammar, contexts, size, keys, answer_length, options, group, engine)
     return run.finish(progress or (lambda ended: None))
 
@@ -168,6 +168,8 @@ class _Run:
         self.tokens = np.full((count, answer_length), self.pad, np.int32)
         self.log_probs = np.zeros((count, answer_length), np.float32)
         self.lengths = np.zeros(count, np.int32)
+        bits = (count, answer_length, -(-config.vocab_size // 8))
+        self.kept = np.full(bits, 255, np.uint8) if options.truncates else None
 
     def _open(self) -> tuple[np.ndarray, GrammarState]:
         """The forced tokens that every answer begins with, and the grammar's state after them."""
@@ -188,6 +190,7 @@ class _Run:
         slots = device.empty(
             self.config, self.keys[0], self.opened, batch=self.batch, contexts=len(self.prompts),
             slots=self._wide(0, self.prompts.shape[2]), length=self.length, window=self.engine.window, pad=self.pad,
+            truncates=self.options.truncates,
         )  # fmt: skip
         while self.next < count or (self.held >= 0).any():
             slots = self._fill(slots)
@@ -200,7 +203,7 @@ class _Run:
             progress(self._take_out(slots))
         initial = GrammarState(*(np.repeat(x, count) for x in self.initial))
         rows, nodes = map(np.asarray, device.replay(self.grammar.tables, initial, self.tokens))
-        return Samples(self.tokens, rows, nodes, self.log_probs, self.lengths), self.usage
+        return Samples(self.tokens, rows, nodes, self.log_probs, self.lengths, self.kept), self.usage
 
     def _until(self) -> np.int32:
         """How many answers may still be in progress when the segment ends."""
@@ -221,6 +224,8 @@ class _Run:
         self.tokens[self.held[ended]] = tokens[ended, : self.length]
         self.log_probs[self.held[ended]] = log_probs[ended, : self.length]
         self.lengths[self.held[ended]] = answered[ended]
+        if self.kept is not None:
+            self.kept[self.held[ended]] = np.asarray(slots.kept)[ended, : self.length]
         self.held[ended] = -1
         return len(ended)
 
@@ -253,6 +258,7 @@ class _Run:
         slot[: len(used)] = used
         padded = np.pad(answers, (0, size - len(answers)), mode="edge")
         prompt = padded // self.group
+        ends = self.starts[0, prompt] + len(self.opening) - 1
         full = device.is_full(self.grammar.tables, self.opened, np.int32(len(self.opening)), self.length, np)
         return device.Arrivals(
             slot,
@@ -261,6 +267,7 @@ class _Run:
             self.starts[:, prompt],
             GrammarState(*(np.repeat(x, size) for x in self.opened)),
             self.opening,
+            self.prompts[0, prompt, ends],
             np.repeat(full, size),
         )
 
@@ -291,7 +298,7 @@ def _power_above(count: int) -> int:
 def _join(
     contexts: list[tuple[np.ndarray, np.ndarray]], opening: np.ndarray, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of all contexts with the opening of the answer, int32 [C, P, T + O], and where it starts, int32 [C, P]."""
+    """Prompts of all contexts, the answer's opening added, int32 [C, P, T + O], and where it starts, int32 [C, P]."""
     width = max(prompts.shape[1] for prompts, _ in contexts) + len(opening)
     joined = np.full((len(contexts), len(contexts[0][0]), width), pad, np.int32)
     starts = np.stack([np.asarray(lengths, np.int32) for _, lengths in contexts])

@@ -27,7 +27,7 @@ import numpy as np
 from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, GRID, Grammar, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.chain import SamplingOptions, draw, log_probabilities
+from ivr_jax.sampling.chain import MASKED, SamplingOptions, draw, log_probabilities, pack_kept
 
 
 class Slots(NamedTuple):
@@ -37,7 +37,8 @@ class Slots(NamedTuple):
     keys [B]: one PRNG key an answer; state [B]: grammar after every token so far; answered int32 [B]: their number.
     window int32 [B, W]: tokens of the next call; known int32 [B]: how many of them are sure (1 to W), the last of
     which is answer token `answered - 1`.
-    ended bool [B]: complete, cut, or empty.  tokens int32, log_probs float32 [B, A + W]: the answer.
+    ended bool [B]: complete, cut, or empty.  tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8
+    [B, A + W, ceil(V / 8)]: `chain.pack_kept` of each drawn token, None where nothing is left out.
     """
 
     cache: backbone.KVCache
@@ -50,10 +51,11 @@ class Slots(NamedTuple):
     ended: Any
     tokens: Any
     log_probs: Any
+    kept: Any
 
 
 class Rules(NamedTuple):
-    """What the grammar tells the device: its tables, and the only legal id of a row of `legal`, -1 where there are more."""
+    """The grammar's tables, and int32 [rows]: the only legal id of a row of `legal`, -1 where there are more."""
 
     tables: Tables
     forced: Any
@@ -91,7 +93,9 @@ def prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array) ->
     return backbone.apply(config, params, prompts, positions, cache=_placed(cache))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "contexts", "slots", "length", "window", "pad"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "batch", "contexts", "slots", "length", "window", "pad", "truncates")
+)
 def empty(
     config: backbone.BackboneConfig,
     key: jax.Array,
@@ -103,6 +107,7 @@ def empty(
     length: int,
     window: int,
     pad: int,
+    truncates: bool,
 ) -> Slots:
     """B empty slots; `key` and `state` (of one row) say what those arrays are made of."""
     count = functools.partial(jnp.full, (batch,), dtype=jnp.int32)
@@ -117,6 +122,7 @@ def empty(
         jnp.ones((batch,), bool),
         jnp.full((batch, length + window), pad, jnp.int32),
         jnp.zeros((batch, length + window), jnp.float32),
+        jnp.zeros((batch, length + window, -(-config.vocab_size // 8)), jnp.uint8) if truncates else None,
     )
 
 
@@ -124,8 +130,8 @@ class Arrivals(NamedTuple):
     """Answers that move into slots; R of them, those whose `slot` is out of range are padding.
 
     slot, prompt int32 [R]: where to, and which of the prefilled prompts; keys [R]; starts int32 [C, R];
-    state [R]: grammar after the opening; opening int32 [O]: forced tokens that the prompts already hold, O >= 1, the last
-    of which the first call reads again; ended bool [R].
+    state [R]: grammar after the opening; opening int32 [O]: forced tokens that the prompts already hold;
+    last int32 [R]: the last token of each prompt, which the first call reads again; ended bool [R].
     """
 
     slot: Any
@@ -134,6 +140,7 @@ class Arrivals(NamedTuple):
     starts: Any
     state: GrammarState
     opening: Any
+    last: Any
     ended: Any
 
 
@@ -163,11 +170,12 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
         put(slots.keys, new.keys),
         jax.tree.map(put, slots.state, new.state),
         put(slots.answered, opened),
-        slots.window.at[new.slot, 0].set(new.opening[-1], mode="drop"),
+        slots.window.at[new.slot, 0].set(new.last, mode="drop"),
         put(slots.known, 1),
         put(slots.ended, new.ended),
         put(slots.tokens, answer),
         put(slots.log_probs, 0.0),
+        None if slots.kept is None else put(slots.kept, 255),
     )
 
 
@@ -216,8 +224,8 @@ def run(
         hidden, cache = backbone.apply(config, params, jnp.tile(now.window, (contexts, 1)), positions, cache=now.cache)
         at = jnp.tile(now.known - 1, contexts)
         hidden = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0].reshape(contexts, batch, -1)
-        token, log_prob = _choose(rules, parts, hidden, now, options)
-        after = _extend(rules, now._replace(cache=cache), token, log_prob, length)
+        drawn = _choose(rules, parts, hidden, now, options)
+        after = _extend(rules, now._replace(cache=cache), drawn, length)
         counts = Work(1, (~now.ended).sum(), (after.answered - now.answered).sum())
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
 
@@ -246,10 +254,18 @@ def _parts(config: backbone.BackboneConfig, params: Any, tables: Tables, visual_
     return tuple(_Part(a, kernel[:, a:b], tables._replace(class_of=tables.class_of[a:b])) for a, b in ranges)
 
 
+class _Drawn(NamedTuple):
+    """One token a slot: token int32, log_prob float32 [B], and kept uint8 [B, ceil(V / 8)] or None."""
+
+    token: jax.Array
+    log_prob: jax.Array
+    kept: jax.Array | None
+
+
 def _choose(
     rules: Rules, parts: tuple[_Part, _Part], hidden: jax.Array, slots: Slots, options: SamplingOptions
-) -> tuple[jax.Array, jax.Array]:
-    """The next token int32 [B] of each slot and its log-probability, from hidden [C, B, D].
+) -> _Drawn:
+    """The next token of each slot, from hidden [C, B, D].
 
     A part of the vocabulary is scored only if some slot needs it; a token that is forced needs none.
     """
@@ -258,23 +274,33 @@ def _choose(
     in_grid = rules.tables.kind[slots.state.node] == GRID
     open_ = ~slots.ended & (forced < 0)
     keys = jax.vmap(jax.random.fold_in)(slots.keys, slots.answered)
-    token, log_prob = jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32)
+    kept = None if slots.kept is None else jnp.full_like(slots.kept[:, 0], 255)
+    chosen = _Drawn(jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32), kept)
     for part, wanted in zip(parts, (open_ & in_grid, open_ & ~in_grid), strict=True):
 
-        def score(part: _Part = part) -> tuple[jax.Array, jax.Array]:
+        def score(part: _Part = part, before: _Drawn = chosen, wanted: jax.Array = wanted) -> _Drawn:
             logits = jnp.matmul(hidden, part.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-            log_probs = log_probabilities(logits[0], part.tables, row, options, *logits[1:])
-            drawn = draw(log_probs, keys, options)
-            return drawn + part.first, jnp.take_along_axis(log_probs, drawn[:, None], axis=1)[:, 0]
+            log_probs = log_probabilities(logits[0], part.tables, row, options, tuple(logits[1:]))
+            drawn, kept = draw(log_probs, keys, options), None
+            if before.kept is not None:
+                after = parts[0].first + parts[0].kernel.shape[1] - part.first - part.kernel.shape[1]
+                whole = jnp.pad(log_probs, ((0, 0), (part.first, after)), constant_values=MASKED)
+                kept = pack_kept(whole)
+            found = _Drawn(drawn + part.first, jnp.take_along_axis(log_probs, drawn[:, None], axis=1)[:, 0], kept)
+            return jax.tree.map(lambda new, old: jnp.where(_like(wanted, new), new, old), found, before)
 
-        found = jax.lax.cond(wanted.any(), score, lambda: (token, log_prob))
-        token, log_prob = (jnp.where(wanted, new, old) for new, old in zip(found, (token, log_prob), strict=True))
-    return token, log_prob
+        chosen = jax.lax.cond(wanted.any(), score, lambda before=chosen: before)
+    return chosen
 
 
-def _extend(rules: Rules, slots: Slots, token: jax.Array, log_prob: jax.Array, length: int) -> Slots:
+def _like(flags: jax.Array, values: jax.Array) -> jax.Array:
+    """flags [B] as [B, 1, ...], to choose between rows of `values`."""
+    return flags.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _extend(rules: Rules, slots: Slots, drawn: _Drawn, length: int) -> Slots:
     """Adds a token to each slot in use, and the forced ones that follow it, as many as the window holds."""
-    active, width = ~slots.ended, slots.window.shape[1]
+    token, active, width = drawn.token, ~slots.ended, slots.window.shape[1]
     state, answered = advance(rules.tables, slots.state, token, jnp), slots.answered + 1
     known = jnp.ones_like(answered)
     window, going = [token], active & ~is_full(rules.tables, state, answered, length, jnp)
@@ -289,26 +315,15 @@ def _extend(rules: Rules, slots: Slots, token: jax.Array, log_prob: jax.Array, l
     place = slots.answered[:, None] + jnp.arange(width)
     place = jnp.where(active[:, None] & (jnp.arange(width) < known[:, None]), place, slots.tokens.shape[1])
     window, batch = jnp.stack(window, 1), jnp.arange(token.shape[0])
-    after = slots._replace(
-        state=state,
-        answered=answered,
-        window=window,
-        known=known,
-        ended=(state.node == ACCEPT) | is_full(rules.tables, state, answered, length, jnp),
-    )
-    moved = {"state", "answered", "window", "known", "ended"}
-    kept = {
-        name: jax.tree.map(
-            lambda new, old: jnp.where(active.reshape(-1, *(1,) * (new.ndim - 1)), new, old),
-            getattr(after, name),
-            getattr(slots, name),
-        )
-        for name in moved
-    }
-    return after._replace(
-        **kept,
+    ended = (state.node == ACCEPT) | is_full(rules.tables, state, answered, length, jnp)
+    moved = {"state": state, "answered": answered, "window": window, "known": known, "ended": ended}
+    stayed = {name: getattr(slots, name) for name in moved}
+    moved = jax.tree.map(lambda new, old: jnp.where(_like(active, new), new, old), moved, stayed)
+    return slots._replace(
+        **moved,
         tokens=slots.tokens.at[batch[:, None], place].set(window, mode="drop"),
-        log_probs=slots.log_probs.at[batch, place[:, 0]].set(log_prob, mode="drop"),
+        log_probs=slots.log_probs.at[batch, place[:, 0]].set(drawn.log_prob, mode="drop"),
+        kept=None if slots.kept is None else slots.kept.at[batch, place[:, 0]].set(drawn.kept, mode="drop"),
     )
 
 
