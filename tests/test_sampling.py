@@ -210,14 +210,20 @@ def test_a_free_size_is_two_digits_a_side_and_every_image_block_parses():
     assert blocks > 0 and 0 < finished < 64
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1.5}, FULL_CHAIN], ids=["temperature", "full chain"])
-def test_frequencies_follow_the_exact_probabilities(options):
+@pytest.mark.parametrize(
+    "options, how",
+    [({"temperature": 1.5}, {}), (FULL_CHAIN, {}), ({"temperature": 1.5}, {"speculate": True, "window": 4})],
+    ids=["temperature", "full chain", "speculation"],
+)
+def test_frequencies_follow_the_exact_probabilities(options, how):
     """The joint of the first two visual tokens (4 x 4 outcomes) in 4000 draws, by Pearson's chi-square."""
     chosen, count = SamplingOptions(**options), 4000
     forced = codec.encode_image(TOKENIZER, np.zeros(SIZE, np.int32))[:5]
     padded, *others = (pad_prompts(passes[:1], TOKENIZER.vocab.pad, 32) for passes in PASSES[: 1 + chosen.passes])
-    wide = dataclasses.replace(FLAT, slots=4096)
-    tokens = sample(CONFIG, PARAMS, GRAMMAR, *padded, SIZE, keys(count), 11, chosen, count, others, wide)[0].tokens
+    wide = dataclasses.replace(FLAT, slots=4096, **how)
+    drawn, usage = sample(CONFIG, PARAMS, GRAMMAR, *padded, SIZE, keys(count), 11, chosen, count, others, wide)
+    tokens = drawn.tokens
+    assert not how or 0 < usage.accepted < usage.drafted
     assert (tokens[:, :5] == forced).all()
     first = TOKENIZER.vocab.visual_start
 

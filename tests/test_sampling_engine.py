@@ -64,6 +64,17 @@ def test_the_same_tokens_as_one_padded_batch_in_lock_step(how):
     assert usage.tokens == plain().lengths.sum() - 5 * len(KEYS)  # five forced ones, which the prefill reads
 
 
+def test_speculation_draws_the_same_tokens_in_fewer_calls():
+    found, usage = drawn(*{**AHEAD, "window": 4, "speculate": True}.items())
+    assert_same(found, plain())
+    visual = plain().tokens >= TOKENIZER.vocab.visual_start
+    assert usage.image_tokens == visual.sum()
+    assert usage.image_calls < usage.image_tokens
+    assert 0 < usage.accepted < usage.drafted
+    assert usage.metrics()["draft_acceptance"] == (usage.accepted, usage.drafted)
+    assert "draft_acceptance" not in drawn(*AHEAD.items())[1].metrics()
+
+
 def test_slots_are_kept_busy_and_forced_tokens_cost_no_call():
     (_, one), (_, ahead) = drawn(*ONE_BY_ONE.items()), drawn(*AHEAD.items())
     lock_step = plain().lengths.sum() / (len(KEYS) * plain().lengths.max())
@@ -120,9 +131,9 @@ def test_a_size_that_the_model_chooses_draws_the_same_too():
     grammar = Grammar(TOKENIZER, GrammarOptions(modes=("interleaved",), text_cap=4))
     head = np.array(PARAMS["lm_head"])
     head[0, [ord("1"), ord("0"), TOKENIZER.vocab.boi, TOKENIZER.vocab.eos]] = 40, 50, 0, 0
-    args = CONFIG, {**PARAMS, "lm_head": head}, grammar, *PROMPTS, FREE, KEYS[:6], 200
+    args = CONFIG, {**PARAMS, "lm_head": head}, grammar, *PROMPTS, FREE, KEYS[:6], 150
     expected, (found, usage) = plain_sample(*args), sample(*args, engine=EngineOptions(slots=4, growth=1))
-    assert usage.calls > 0 and found.lengths.min() < 200
+    assert usage.calls > 0 and found.lengths.min() < 150
     for row, length in enumerate(found.lengths):
         np.testing.assert_array_equal(found.tokens[row, :length], np.asarray(expected.tokens)[row, :length])
 

@@ -20,6 +20,7 @@ from ivr_jax.rewards.judge import Judged, judge_answers
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.rollout import Answer as DrawnAnswer
 from ivr_jax.sampling.rollout import roll_out
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.system import System
 from ivr_jax.trajectory import Reflection, Step, Trajectory
 from ivr_jax.world import benchmarks
@@ -50,27 +51,22 @@ def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray
     grammar = Grammar(system.tokenizer, as_dataclass(GrammarOptions, config.grammar))
     tasks, key = held_out_tasks(config), jax.random.key(config.seed)
     answers, images = [], {}
-    for start in tqdm(range(0, len(tasks), config.batch), desc="evaluate", unit=f"x{config.batch}"):
-        part = tasks[start : start + config.batch]
-        filled = part + [part[0]] * (config.batch - len(part))
+    with tqdm(total=len(tasks), desc="evaluate", unit="answer") as bar:
         rollout = roll_out(
             system,
             grammar,
-            [t.sample for t, _ in filled],
-            [t.images for t, _ in filled],
-            jax.random.fold_in(key, start),
+            [t.sample for t, _ in tasks],
+            [t.images for t, _ in tasks],
+            key,
             config.answer_length,
             options,
+            engine=EngineOptions(slots=config.batch),
+            progress=bar.update,
         )
-        drawn = rollout.answers[: len(part)]
-        judged = asyncio.run(
-            judge_answers(
-                WorldAnalyzer(), [(a.trajectory, a.images) if a else None for a in drawn], True, options=rewards
-            )
-        )
-        for (task, split), answer, error, verdict in zip(part, drawn, rollout.errors, judged, strict=False):
-            answers.append(to_answer(task, split, answer, error, verdict, rewards))
-            images |= {**task.images, **(answer.images if answer else {})}
+    judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), every_image=True, options=rewards))
+    for (task, split), answer, error, verdict in zip(tasks, rollout.answers, rollout.errors, judged, strict=True):
+        answers.append(to_answer(task, split, answer, error, verdict, rewards))
+        images |= {**task.images, **(answer.images if answer else {})}
     return answers, images
 
 

@@ -1,6 +1,6 @@
 """The rollout engine: answers to any number of prompts through a fixed number of slots (continuous batching).
 
-The host loop below fills slots with answers, runs a jitted segment of model calls (`slots.run`) until enough answers
+The host loop below fills slots with answers, runs a jitted segment of model calls (`segment.run`) until enough answers
 have ended, takes them out, and fills their slots with the next ones.  An answer of five images so holds back nobody.
 When no answer waits any more, the slots still in use are moved together into fewer, and the cache is only ever as wide
 as the longest answer in progress needs.
@@ -22,6 +22,7 @@ import numpy as np
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarState, advance, legal_row
+from ivr_jax.sampling import segment
 from ivr_jax.sampling import slots as device
 from ivr_jax.sampling.chain import SamplingOptions
 
@@ -59,6 +60,7 @@ class EngineOptions:
       window: most tokens a slot feeds in one model call: one drawn token and the forced ones after it.
       growth: factor by which the cache widens when an answer outgrows it; 1 gives it its full width from the start.
       shrink: move answers together into half the slots once no more than half are in use and none wait.
+      speculate: fill the rest of the window with guesses at an image's next tokens (speculative Jacobi decoding).
     """
 
     slots: int = 64
@@ -66,6 +68,7 @@ class EngineOptions:
     window: int = 2
     growth: float = 1.5
     shrink: bool = True
+    speculate: bool = False
 
     def __post_init__(self) -> None:
         if self.slots < 1 or not 0 < self.refill <= 1 or self.window < 1 or self.growth < 1:
@@ -81,12 +84,17 @@ class Usage:
     Attributes:
       calls: model calls; slot_calls: slots in these calls, in use or not; in_use: those in use.
       tokens: answer tokens that came of them; opening tokens, which the prefill reads, are not among them.
+      image_calls, image_tokens, drafted, accepted: see `slots.Work`.
     """
 
     calls: int = 0
     slot_calls: int = 0
     in_use: int = 0
     tokens: int = 0
+    image_calls: int = 0
+    image_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def utilisation(self) -> float:
@@ -95,9 +103,19 @@ class Usage:
 
     def add(self, work: device.Work, slots: int) -> None:
         """Adds a segment of `slots` slots."""
-        calls, in_use, tokens = map(int, work)
-        self.calls, self.slot_calls = self.calls + calls, self.slot_calls + calls * slots
-        self.in_use, self.tokens = self.in_use + in_use, self.tokens + tokens
+        for name, count in zip(work._fields, work, strict=True):
+            setattr(self, name, getattr(self, name) + int(count))
+        self.slot_calls += int(work.calls) * slots
+
+    def metrics(self) -> dict[str, tuple[float, float]]:
+        """What a training log shows, as (sum, denominator); what did not happen is left out."""
+        found = {
+            "slot_utilisation": (float(self.in_use), float(self.slot_calls)),
+            "tokens_per_call": (float(self.tokens), float(self.calls)),
+            "calls_per_image_token": (float(self.image_calls), float(self.image_tokens)),
+            "draft_acceptance": (float(self.accepted), float(self.drafted)),
+        }
+        return {name: pair for name, pair in found.items() if pair[1]}
 
 
 def sample(
@@ -156,6 +174,7 @@ class _Run:
         self.initial = grammar.initial(np.full(1, size[0]), np.full(1, size[1]))
         self.opening, self.opened = self._open()
         self.prompts, self.starts = _join(contexts, self.opening, self.pad)
+        self.references = self._references(max(size[0], 1) * max(size[1], 1))
         count = len(keys)
         self.batch = min(engine.slots, _power_above(count))
         self.most = self.prompts.shape[2] + answer_length - len(self.opening) + engine.window
@@ -182,6 +201,16 @@ class _Run:
             state = advance(tables, state, np.array([token]), np)
         return np.array(tokens, np.int32), state
 
+    def _references(self, cells: int) -> np.ndarray:
+        """The last image of each prompt, int32 [P, cells] visual ids; the first code where there is none."""
+        first = self.grammar.tokenizer.vocab.visual_start
+        found = np.full((self.prompts.shape[1], cells), first, np.int32)
+        for row, prompt, start in zip(found, self.prompts[0], self.starts[0], strict=True):
+            visual = prompt[:start][prompt[:start] >= first]
+            if cells <= len(visual):
+                row[:] = visual[-cells:]
+        return found
+
     # -- the loop ---------------------------------------------------------------------------------------------------
 
     def finish(self, progress: Callable[[int], None]) -> tuple[Samples, Usage]:
@@ -190,12 +219,12 @@ class _Run:
         slots = device.empty(
             self.config, self.keys[0], self.opened, batch=self.batch, contexts=len(self.prompts),
             slots=self._wide(0, self.prompts.shape[2]), length=self.length, window=self.engine.window, pad=self.pad,
-            truncates=self.options.truncates,
+            truncates=self.options.truncates, cells=self.references.shape[1] if self.engine.speculate else None,
         )  # fmt: skip
         while self.next < count or (self.held >= 0).any():
             slots = self._fill(slots)
             slots = self._resize(slots)
-            slots, work = device.run(
+            slots, work = segment.run(
                 self.params, self.rules, slots, self._until(), config=self.config, options=self.options,
                 length=self.length, visual_start=self.grammar.tokenizer.vocab.visual_start,
             )  # fmt: skip
@@ -269,6 +298,7 @@ class _Run:
             self.opening,
             self.prompts[0, prompt, ends],
             np.repeat(full, size),
+            self.references[prompt] if self.engine.speculate else None,
         )
 
     def _resize(self, slots: device.Slots) -> device.Slots:
@@ -277,7 +307,7 @@ class _Run:
             self.batch //= 2
             index = np.concatenate([np.flatnonzero(self.held >= 0), np.flatnonzero(self.held < 0)])[: self.batch]
             slots, self.held = device.keep(slots, index.astype(np.int32)), self.held[index]
-        wide = self._wide(slots.cache.k.shape[2], int(device.reach(slots)))
+        wide = self._wide(slots.cache.k.shape[2], int(segment.reach(slots)))
         return slots if wide == slots.cache.k.shape[2] else device.widen(slots, slots_wide=wide)
 
     def _wide(self, now: int, needed: int) -> int:

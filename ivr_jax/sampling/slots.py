@@ -1,4 +1,4 @@
-"""The device half of the rollout engine: slots that hold answers in progress, and the programs that move them on.
+"""The rollout engine's slots, which hold answers in progress, and the programs that fill and move them.
 
 A slot is one row of the KV cache with everything that its answer needs.  One model call reads a *window* of W tokens a
 slot: the token drawn last and the forced tokens that follow it (EOL, EOI, image sizes, markers), which the grammar
@@ -7,6 +7,8 @@ knows without asking the model.  Then one token is drawn from the hidden state o
     window  [v16 EOI <Evaluate> ...]      known 3      the rest is padding, overwritten before anything can see it
     call    reads them at their positions, draws "pass: " from the hidden state of <Evaluate>
     window  [pass: ...]                   known 1
+
+Speculation (an option) fills the rest of the window with guesses at the tokens of an image, see `speculation.py`.
 
 Cache slot s of a row holds position s, so a row needs no bookkeeping beside its length.  An answer's token t is drawn
 with the key `fold_in(key of the answer, t)`: neither the slot it sits in, nor its neighbours, nor the window change
@@ -26,8 +28,18 @@ import numpy as np
 
 from ivr_jax import sharding
 from ivr_jax.models import backbone
-from ivr_jax.protocol.grammar import ACCEPT, GRID, Grammar, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.chain import MASKED, SamplingOptions, draw, log_probabilities, pack_kept
+from ivr_jax.protocol.grammar import GRID, Grammar, GrammarState, Tables, advance, legal_row
+
+
+class Drafts(NamedTuple):
+    """Guesses at coming tokens, for speculation.
+
+    count int32 [B]: window tokens after the known ones that are guesses.  reference int32 [B, cells]: visual ids of the
+    image that is being drawn, and where it is not drawn yet, of the one before it.
+    """
+
+    count: Any
+    reference: Any
 
 
 class Slots(NamedTuple):
@@ -38,7 +50,8 @@ class Slots(NamedTuple):
     window int32 [B, W]: tokens of the next call; known int32 [B]: how many of them are sure (1 to W), the last of
     which is answer token `answered - 1`.
     ended bool [B]: complete, cut, or empty.  tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8
-    [B, A + W, ceil(V / 8)]: `chain.pack_kept` of each drawn token, None where nothing is left out.
+    [B, A + W, ceil(V / 8)]: `chain.pack_kept` of each drawn token, None where nothing is left out.  drafts: None
+    without speculation.
     """
 
     cache: backbone.KVCache
@@ -52,6 +65,7 @@ class Slots(NamedTuple):
     tokens: Any
     log_probs: Any
     kept: Any
+    drafts: Drafts | None
 
 
 class Rules(NamedTuple):
@@ -62,11 +76,20 @@ class Rules(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Counts of one segment: model calls, slots that were in use, summed over calls, and tokens that they added."""
+    """Counts of one segment, int32 [].
+
+    calls: model calls; in_use: slots in progress, summed over calls; tokens: answer tokens that came of them;
+    image_calls: slots that drew a visual token, summed over calls; image_tokens: visual tokens drawn;
+    drafted, accepted: guesses at visual tokens that were verified, and those that were right.
+    """
 
     calls: Any
     in_use: Any
     tokens: Any
+    image_calls: Any
+    image_tokens: Any
+    drafted: Any
+    accepted: Any
 
 
 def rules_of(grammar: Grammar) -> Rules:
@@ -94,7 +117,7 @@ def prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array) ->
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "batch", "contexts", "slots", "length", "window", "pad", "truncates")
+    jax.jit, static_argnames=("config", "batch", "contexts", "slots", "length", "window", "pad", "truncates", "cells")
 )
 def empty(
     config: backbone.BackboneConfig,
@@ -108,8 +131,9 @@ def empty(
     window: int,
     pad: int,
     truncates: bool,
+    cells: int | None,
 ) -> Slots:
-    """B empty slots; `key` and `state` (of one row) say what those arrays are made of."""
+    """B empty slots; `key` and `state` (of one row) say what those arrays are made of, `cells` is None or `Drafts`'."""
     count = functools.partial(jnp.full, (batch,), dtype=jnp.int32)
     return Slots(
         _placed(backbone.init_cache(config, contexts * batch, slots)),
@@ -123,6 +147,7 @@ def empty(
         jnp.full((batch, length + window), pad, jnp.int32),
         jnp.zeros((batch, length + window), jnp.float32),
         jnp.zeros((batch, length + window, -(-config.vocab_size // 8)), jnp.uint8) if truncates else None,
+        None if cells is None else Drafts(count(0), jnp.zeros((batch, cells), jnp.int32)),
     )
 
 
@@ -131,7 +156,8 @@ class Arrivals(NamedTuple):
 
     slot, prompt int32 [R]: where to, and which of the prefilled prompts; keys [R]; starts int32 [C, R];
     state [R]: grammar after the opening; opening int32 [O]: forced tokens that the prompts already hold;
-    last int32 [R]: the last token of each prompt, which the first call reads again; ended bool [R].
+    last int32 [R]: the last token of each prompt, which the first call reads again; ended bool [R];
+    reference int32 [R, cells], see `Drafts`, or None.
     """
 
     slot: Any
@@ -142,6 +168,7 @@ class Arrivals(NamedTuple):
     opening: Any
     last: Any
     ended: Any
+    reference: Any
 
 
 @functools.partial(jax.jit, static_argnames=("pad",), donate_argnames=("slots",))
@@ -176,6 +203,7 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
         put(slots.tokens, answer),
         put(slots.log_probs, 0.0),
         None if slots.kept is None else put(slots.kept, 255),
+        slots.drafts and Drafts(put(slots.drafts.count, 0), put(slots.drafts.reference, new.reference)),
     )
 
 
@@ -194,137 +222,6 @@ def keep(slots: Slots, index: jax.Array) -> Slots:
     cache = backbone.KVCache(*(x[:, rows] for x in slots.cache))
     rest = jax.tree.map(lambda x: x[index], slots._replace(cache=None, starts=None))
     return rest._replace(cache=_placed(cache), starts=slots.starts[:, index])
-
-
-@functools.partial(jax.jit, static_argnames=("config", "options", "length", "visual_start"), donate_argnames=("slots",))
-def run(
-    params: Any,
-    rules: Rules,
-    slots: Slots,
-    until: jax.Array,
-    *,
-    config: backbone.BackboneConfig,
-    options: SamplingOptions,
-    length: int,
-    visual_start: int,
-) -> tuple[Slots, Work]:
-    """Calls the model until no more than `until` answers are in progress, or one of them needs a wider cache."""
-    rules = jax.tree.map(jnp.asarray, rules)
-    width, wide = slots.window.shape[1], slots.cache.k.shape[2]
-    parts = _parts(config, params, rules.tables, visual_start)
-
-    def going(carry: tuple[Slots, Work]) -> jax.Array:
-        now = carry[0]
-        return ((~now.ended).sum() > until) & (reach(now) <= wide)
-
-    def call(carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
-        now, work = carry
-        contexts, batch = now.starts.shape
-        positions = (now.starts + now.answered - now.known).reshape(-1, 1) + jnp.arange(width)
-        hidden, cache = backbone.apply(config, params, jnp.tile(now.window, (contexts, 1)), positions, cache=now.cache)
-        at = jnp.tile(now.known - 1, contexts)
-        hidden = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0].reshape(contexts, batch, -1)
-        drawn = _choose(rules, parts, hidden, now, options)
-        after = _extend(rules, now._replace(cache=cache), drawn, length)
-        counts = Work(1, (~now.ended).sum(), (after.answered - now.answered).sum())
-        return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
-
-    return jax.lax.while_loop(going, call, (slots, Work(*(jnp.int32(0),) * 3)))
-
-
-@jax.jit
-def reach(slots: Slots) -> jax.Array:
-    """int32 []: the cache slots that the next call needs."""
-    first = (slots.starts + slots.answered - slots.known).max(0)
-    return jnp.where(slots.ended, 0, first + slots.window.shape[1]).max()
-
-
-class _Part(NamedTuple):
-    """A range of ids that is scored alone: its columns [D, ids] of the output matrix, and tables for these ids."""
-
-    first: int
-    kernel: jax.Array
-    tables: Tables
-
-
-def _parts(config: backbone.BackboneConfig, params: Any, tables: Tables, visual_start: int) -> tuple[_Part, _Part]:
-    """Visual ids, and all ids before them: those legal at one position always lie within one of the two."""
-    kernel = backbone.lm_head(config, params)
-    ranges = (visual_start, config.vocab_size), (0, visual_start)
-    return tuple(_Part(a, kernel[:, a:b], tables._replace(class_of=tables.class_of[a:b])) for a, b in ranges)
-
-
-class _Drawn(NamedTuple):
-    """One token a slot: token int32, log_prob float32 [B], and kept uint8 [B, ceil(V / 8)] or None."""
-
-    token: jax.Array
-    log_prob: jax.Array
-    kept: jax.Array | None
-
-
-def _choose(
-    rules: Rules, parts: tuple[_Part, _Part], hidden: jax.Array, slots: Slots, options: SamplingOptions
-) -> _Drawn:
-    """The next token of each slot, from hidden [C, B, D].
-
-    A part of the vocabulary is scored only if some slot needs it; a token that is forced needs none.
-    """
-    row = legal_row(rules.tables, slots.state, jnp)
-    forced = rules.forced[row]
-    in_grid = rules.tables.kind[slots.state.node] == GRID
-    open_ = ~slots.ended & (forced < 0)
-    keys = jax.vmap(jax.random.fold_in)(slots.keys, slots.answered)
-    kept = None if slots.kept is None else jnp.full_like(slots.kept[:, 0], 255)
-    chosen = _Drawn(jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32), kept)
-    for part, wanted in zip(parts, (open_ & in_grid, open_ & ~in_grid), strict=True):
-
-        def score(part: _Part = part, before: _Drawn = chosen, wanted: jax.Array = wanted) -> _Drawn:
-            logits = jnp.matmul(hidden, part.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-            log_probs = log_probabilities(logits[0], part.tables, row, options, tuple(logits[1:]))
-            drawn, kept = draw(log_probs, keys, options), None
-            if before.kept is not None:
-                after = parts[0].first + parts[0].kernel.shape[1] - part.first - part.kernel.shape[1]
-                whole = jnp.pad(log_probs, ((0, 0), (part.first, after)), constant_values=MASKED)
-                kept = pack_kept(whole)
-            found = _Drawn(drawn + part.first, jnp.take_along_axis(log_probs, drawn[:, None], axis=1)[:, 0], kept)
-            return jax.tree.map(lambda new, old: jnp.where(_like(wanted, new), new, old), found, before)
-
-        chosen = jax.lax.cond(wanted.any(), score, lambda before=chosen: before)
-    return chosen
-
-
-def _like(flags: jax.Array, values: jax.Array) -> jax.Array:
-    """flags [B] as [B, 1, ...], to choose between rows of `values`."""
-    return flags.reshape(-1, *(1,) * (values.ndim - 1))
-
-
-def _extend(rules: Rules, slots: Slots, drawn: _Drawn, length: int) -> Slots:
-    """Adds a token to each slot in use, and the forced ones that follow it, as many as the window holds."""
-    token, active, width = drawn.token, ~slots.ended, slots.window.shape[1]
-    state, answered = advance(rules.tables, slots.state, token, jnp), slots.answered + 1
-    known = jnp.ones_like(answered)
-    window, going = [token], active & ~is_full(rules.tables, state, answered, length, jnp)
-    for _ in range(1, width):
-        follows = rules.forced[legal_row(rules.tables, state, jnp)]
-        going &= (follows >= 0) & (state.node != ACCEPT)
-        window.append(follows)
-        following = advance(rules.tables, state, jnp.maximum(follows, 0), jnp)
-        state = jax.tree.map(lambda new, old, on=going: jnp.where(on, new, old), following, state)
-        answered, known = answered + going, known + going
-        going &= ~is_full(rules.tables, state, answered, length, jnp)
-    place = slots.answered[:, None] + jnp.arange(width)
-    place = jnp.where(active[:, None] & (jnp.arange(width) < known[:, None]), place, slots.tokens.shape[1])
-    window, batch = jnp.stack(window, 1), jnp.arange(token.shape[0])
-    ended = (state.node == ACCEPT) | is_full(rules.tables, state, answered, length, jnp)
-    moved = {"state": state, "answered": answered, "window": window, "known": known, "ended": ended}
-    stayed = {name: getattr(slots, name) for name in moved}
-    moved = jax.tree.map(lambda new, old: jnp.where(_like(active, new), new, old), moved, stayed)
-    return slots._replace(
-        **moved,
-        tokens=slots.tokens.at[batch[:, None], place].set(window, mode="drop"),
-        log_probs=slots.log_probs.at[batch, place[:, 0]].set(drawn.log_prob, mode="drop"),
-        kept=None if slots.kept is None else slots.kept.at[batch, place[:, 0]].set(drawn.kept, mode="drop"),
-    )
 
 
 def _placed(cache: backbone.KVCache) -> backbone.KVCache:

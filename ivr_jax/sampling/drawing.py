@@ -1,0 +1,111 @@
+"""From hidden states to tokens: what the model is asked for, and what the grammar adds by itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ivr_jax.models import backbone
+from ivr_jax.protocol.grammar import ACCEPT, GRID, GrammarState, Tables, advance, legal_row
+from ivr_jax.sampling.chain import MASKED, SamplingOptions, draw, log_probabilities, pack_kept
+from ivr_jax.sampling.slots import Rules, Slots, is_full
+
+
+class Part(NamedTuple):
+    """A range of ids that is scored alone: its columns [D, ids] of the output matrix, and tables for these ids."""
+
+    first: int
+    kernel: jax.Array
+    tables: Tables
+
+
+def parts_of(config: backbone.BackboneConfig, params: Any, tables: Tables, visual_start: int) -> tuple[Part, Part]:
+    """Visual ids, and all ids before them: those legal at one position always lie within one of the two."""
+    kernel = backbone.lm_head(config, params)
+    ranges = (visual_start, config.vocab_size), (0, visual_start)
+    return tuple(Part(a, kernel[:, a:b], tables._replace(class_of=tables.class_of[a:b])) for a, b in ranges)
+
+
+class Drawn(NamedTuple):
+    """One token a slot: token int32, log_prob float32 [B], and kept uint8 [B, ceil(V / 8)] or None."""
+
+    token: jax.Array
+    log_prob: jax.Array
+    kept: jax.Array | None
+
+
+def choose(
+    rules: Rules,
+    parts: tuple[Part, Part],
+    hidden: jax.Array,
+    state: GrammarState,
+    keys: jax.Array,
+    number: jax.Array,
+    wanted: jax.Array,
+    options: SamplingOptions,
+) -> Drawn:
+    """A token for each of N places, from hidden [C, N, D]: answer token `number` [N] of the answer with key `keys` [N].
+
+    A part of the vocabulary is scored only if some place needs it; a token that is forced needs none, and a place that
+    is not `wanted` bool [N] gets some token.
+    """
+    row = legal_row(rules.tables, state, jnp)
+    forced = rules.forced[row]
+    in_grid = rules.tables.kind[state.node] == GRID
+    open_ = wanted & (forced < 0)
+    keys = jax.vmap(jax.random.fold_in)(keys, number)
+    size = parts[0].first + parts[0].kernel.shape[1]
+    kept = jnp.full((*row.shape, -(-size // 8)), 255, jnp.uint8) if options.truncates else None
+    chosen = Drawn(jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32), kept)
+    for part, wanted in zip(parts, (open_ & in_grid, open_ & ~in_grid), strict=True):
+
+        def score(part: Part = part, before: Drawn = chosen, wanted: jax.Array = wanted) -> Drawn:
+            logits = jnp.matmul(hidden, part.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            log_probs = log_probabilities(logits[0], part.tables, row, options, tuple(logits[1:]))
+            drawn, kept = draw(log_probs, keys, options), None
+            if before.kept is not None:
+                after = (part.first, size - part.first - part.kernel.shape[1])
+                whole = jnp.pad(log_probs, ((0, 0), after), constant_values=MASKED)
+                kept = pack_kept(whole)
+            found = Drawn(drawn + part.first, jnp.take_along_axis(log_probs, drawn[:, None], axis=1)[:, 0], kept)
+            return jax.tree.map(lambda new, old: jnp.where(like(wanted, new), new, old), found, before)
+
+        chosen = jax.lax.cond(wanted.any(), score, lambda before=chosen: before)
+    return chosen
+
+
+def like(flags: jax.Array, values: jax.Array) -> jax.Array:
+    """flags [B] as [B, 1, ...], to choose between rows of `values`."""
+    return flags.reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def extend(rules: Rules, slots: Slots, drawn: Drawn, length: int) -> Slots:
+    """Adds a token to each slot in use, and the forced ones that follow it, as many as the window holds."""
+    token, active, width = drawn.token, ~slots.ended, slots.window.shape[1]
+    state, answered = advance(rules.tables, slots.state, token, jnp), slots.answered + 1
+    known = jnp.ones_like(answered)
+    window, going = [token], active & ~is_full(rules.tables, state, answered, length, jnp)
+    for _ in range(1, width):
+        follows = rules.forced[legal_row(rules.tables, state, jnp)]
+        going &= (follows >= 0) & (state.node != ACCEPT)
+        window.append(follows)
+        following = advance(rules.tables, state, jnp.maximum(follows, 0), jnp)
+        state = jax.tree.map(lambda new, old, on=going: jnp.where(on, new, old), following, state)
+        answered, known = answered + going, known + going
+        going &= ~is_full(rules.tables, state, answered, length, jnp)
+    steps = jnp.arange(width)[None, :]
+    place = slots.answered[:, None] + steps
+    place = jnp.where(active[:, None] & (steps < known[:, None]), place, slots.tokens.shape[1])
+    window, batch = jnp.stack(window, 1), jnp.arange(token.shape[0])
+    ended = (state.node == ACCEPT) | is_full(rules.tables, state, answered, length, jnp)
+    moved = {"state": state, "answered": answered, "window": window, "known": known, "ended": ended}
+    stayed = {name: getattr(slots, name) for name in moved}
+    moved = jax.tree.map(lambda new, old: jnp.where(like(active, new), new, old), moved, stayed)
+    return slots._replace(
+        **moved,
+        tokens=slots.tokens.at[batch[:, None], place].set(window, mode="drop"),
+        log_probs=slots.log_probs.at[batch, place[:, 0]].set(drawn.log_prob, mode="drop"),
+        kept=None if slots.kept is None else slots.kept.at[batch, place[:, 0]].set(drawn.kept, mode="drop"),
+    )

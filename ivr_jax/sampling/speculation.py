@@ -1,0 +1,108 @@
+"""Speculative Jacobi decoding of image tokens: several tokens a model call, and the same tokens as without it.
+
+A token is a function of the tokens before it and of its own noise (its key is that of the answer, folded with its
+place), so an answer is the fixed point of drawing all places at once, and decoding in sequence is only one way to find
+it.  Jacobi iteration is another (Teng et al. 2024, arXiv 2410.01699, who accept guesses at random instead): the model
+reads guesses, every place is drawn again, and as far as the draws repeat the guesses they are final, with the first one
+that differs.  The draws after it are the next guesses; further on, the cells of the image before this one, since most
+of an image stays as it was.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ivr_jax.protocol.grammar import ACCEPT, GRID, GrammarState, advance, legal_row
+from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.drawing import Drawn, Part, choose, extend
+from ivr_jax.sampling.slots import Rules, Slots, Work, is_full
+
+
+def speculate(
+    rules: Rules, parts: tuple[Part, Part], hidden: jax.Array, slots: Slots, options: SamplingOptions, length: int
+) -> tuple[Slots, Work]:
+    """Draws every place of the window, from hidden [C, B, W, D], and keeps what is final."""
+    tables, width, contexts = rules.tables, slots.window.shape[1], hidden.shape[0]
+    steps, active = jnp.arange(width)[None, :], ~slots.ended
+    draft = jnp.take_along_axis(slots.window, jnp.minimum(slots.known[:, None] + steps, width - 1), axis=1)
+    states = [slots.state]
+    for i in range(width - 1):
+        states.append(advance(tables, states[-1], jnp.maximum(draft[:, i], 0), jnp))
+    states = jax.tree.map(lambda *x: jnp.stack(x, 1), *states)
+    at = jnp.minimum(slots.known[:, None] - 1 + steps, width - 1)
+    hidden = jnp.take_along_axis(hidden, at[None, :, :, None], axis=2).reshape(contexts, -1, hidden.shape[-1])
+    scored = active[:, None] & (steps <= slots.drafts.count[:, None])
+    place = slots.answered[:, None] + steps
+    keys = jnp.broadcast_to(slots.keys[:, None], scored.shape).reshape(-1)
+    flat = jax.tree.map(jnp.ravel, (states, place, scored))
+    drawn = choose(rules, parts, hidden, flat[0], keys, *flat[1:], options)
+    drawn = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), drawn)
+
+    offered = active[:, None] & (steps < slots.drafts.count[:, None])
+    right = jnp.cumprod((offered & (drawn.token == draft)).astype(jnp.int32), axis=1)
+    accepted, in_grid = right.sum(1), tables.kind[states.node] == GRID
+    last = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), accepted], (drawn, states))
+    moved = _record(slots, drawn, right > 0)
+    moved = moved._replace(
+        state=jax.tree.map(lambda new, old: jnp.where(active, new, old), last[1], slots.state),
+        answered=slots.answered + accepted,
+    )
+    cells = slots.drafts.reference.shape[1]
+    committed = active[:, None] & in_grid & (steps <= accepted[:, None])
+    cell = jnp.where(committed, jnp.minimum(_cell(states), cells), cells)
+    rows = jnp.arange(accepted.shape[0])[:, None]
+    reference = slots.drafts.reference.at[rows, cell].set(drawn.token, mode="drop")
+    after = extend(rules, moved._replace(drafts=slots.drafts._replace(reference=reference)), last[0], length)
+    known_guesses = jnp.where(scored, drawn.token, -1)
+    work = Work(
+        1, active.sum(), (after.answered - slots.answered).sum(), committed.any(1).sum(), committed.sum(),
+        (offered & in_grid & (steps <= accepted[:, None])).sum(), ((right > 0) & in_grid).sum(),
+    )  # fmt: skip
+    return _draft(rules, after, slots.answered, known_guesses, length), work
+
+
+def _cell(state: GrammarState) -> jax.Array:
+    """int32: number of the cell of an image that comes next."""
+    return (state.height - state.rows_left) * state.width + state.width - state.cells_left
+
+
+def _record(slots: Slots, drawn: Drawn, accepted: jax.Array) -> Slots:
+    """Writes the draws [B, W] that are `accepted` bool [B, W] behind the answers."""
+    rows, steps = jnp.arange(accepted.shape[0])[:, None], jnp.arange(accepted.shape[1])[None, :]
+    place = jnp.where(accepted, slots.answered[:, None] + steps, slots.tokens.shape[1])
+    return slots._replace(
+        tokens=slots.tokens.at[rows, place].set(drawn.token, mode="drop"),
+        log_probs=slots.log_probs.at[rows, place].set(drawn.log_prob, mode="drop"),
+        kept=None if slots.kept is None else slots.kept.at[rows, place].set(drawn.kept, mode="drop"),
+    )
+
+
+def _draft(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array, length: int) -> Slots:
+    """Fills the window after the known tokens while an image goes on.
+
+    Args:
+      guesses: int32 [B, W], draws for the answer's tokens from number `first` [B] on; -1 where there is none.
+    """
+    state, answered, width = slots.state, slots.answered, slots.window.shape[1]
+    going, count, window = ~slots.ended, jnp.zeros_like(answered), slots.window
+    rows = jnp.arange(answered.shape[0])
+    for column in range(1, width):
+        before = column < slots.known
+        forced = rules.forced[legal_row(rules.tables, state, jnp)]
+        guess = guesses[rows, jnp.minimum(answered - first, width - 1)]
+        guess = jnp.where((guess < 0) | (answered - first >= width), _look_up(slots.drafts.reference, state), guess)
+        in_grid = rules.tables.kind[state.node] == GRID
+        going &= before | (((forced >= 0) | in_grid) & (state.node != ACCEPT))
+        adds = going & ~before
+        token = jnp.where(forced >= 0, forced, guess)
+        window = window.at[:, column].set(jnp.where(adds, token, window[:, column]))
+        following = advance(rules.tables, state, token, jnp)
+        state = jax.tree.map(lambda new, old, on=adds: jnp.where(on, new, old), following, state)
+        answered, count = answered + adds, count + adds
+        going &= before | ~is_full(rules.tables, state, answered, length, jnp)
+    return slots._replace(window=window, drafts=slots.drafts._replace(count=count))
+
+
+def _look_up(reference: jax.Array, state: GrammarState) -> jax.Array:
+    return reference[jnp.arange(reference.shape[0]), jnp.clip(_cell(state), 0, reference.shape[1] - 1)]

@@ -1,0 +1,87 @@
+"""The rollout layout on eight devices: every weight cut, the same answers, and no way through the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from ivr_jax import sharding
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone
+from ivr_jax.sampling.layout import RolloutLayout, rollout_mesh
+
+# Prints what the layout does to the weights of a tiny model, and whether eight devices draw what one draws.
+SCRIPT = """
+import dataclasses, json
+import jax, numpy as np
+from tiny_model import CONFIG, TOKENIZER, noisy_params, prompts_of, requests
+from ivr_jax import sharding
+from ivr_jax.models import backbone
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.sampler import EngineOptions, pad_prompts, sample
+
+config = dataclasses.replace(CONFIG, vocab_multiple=8)
+plain = noisy_params(config)
+grammar = Grammar(TOKENIZER, GrammarOptions(modes=("direct",), text_cap=2))
+prompts = pad_prompts(prompts_of(*requests(4)), TOKENIZER.vocab.pad, 32)
+keys = jax.random.split(jax.random.key(0), 16)
+engine = EngineOptions(slots=8, growth=1, shrink=False)
+
+def answers(config, params):
+    return sample(config, params, grammar, *prompts, (2, 2), keys, 48, group=4, engine=engine)[0]
+
+expected = answers(config, jax.device_put(plain, jax.devices()[0]))
+mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+params = jax.device_put(plain, sharding.shardings(mesh, backbone.param_axes(config), plain))
+layout = RolloutLayout(config, mesh, tensor=2)
+with jax.transfer_guard("disallow"):
+    weights = layout(params)
+    again = layout(params)
+with jax.set_mesh(layout.mesh):
+    found = answers(layout.config, weights)
+half = RolloutLayout(config, mesh, dtype="bfloat16")
+halved = half(params)
+print(json.dumps({
+    "tokens": bool((found.tokens == expected.tokens).all()),
+    "error": float(np.abs(found.log_probs - expected.log_probs).max()),
+    "values": all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), weights, plain))),
+    "specs": {k: [str(x) for x in layers.sharding.spec] for k, layers in
+              {"mlp": weights["layers"]["mlp"]["gate"], "embed": weights["embed"]}.items()},
+    "halved": sorted({str(x.dtype) for x in jax.tree.leaves(halved)}),
+    "tensor": half.mesh.shape["tensor"],
+    "shards": len({str(s.index) for s in halved["layers"]["mlp"]["gate"].addressable_shards}),
+    "programs": layout._move._cache_size(),
+}))
+"""
+
+
+def test_eight_devices_draw_what_one_draws_from_weights_that_were_resharded_in_place():
+    tests = Path(__file__).resolve().parent
+    environment = {
+        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tokens"] and found["error"] < 1e-4 and found["values"]
+    assert found["specs"] == {"mlp": ["None", "fsdp", "tensor"], "embed": ["tensor", "fsdp"]}
+    assert found["halved"] == ["bfloat16"] and found["tensor"] == 4 and found["shards"] == 4
+    assert found["programs"] == 1
+
+
+def test_one_device_and_the_same_dtype_need_no_copy():
+    config = backbone.BackboneConfig(16, 8, 8, 1, 2, 2, 4)
+    params = backbone.init_params(config, jax.random.key(0))
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    assert RolloutLayout(config, mesh)(params) is params
+    assert RolloutLayout(config, mesh, dtype="bfloat16")(params)["embed"].dtype == "bfloat16"
+    with pytest.raises(UserError, match="do not divide into groups of 3"):
+        rollout_mesh(mesh, 3)
