@@ -5,6 +5,7 @@ Used by RL, evaluation, construction and `generate` alike.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,6 +18,7 @@ from ivr_jax.images import image_name
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import ACCEPT, Grammar
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.sampler import EngineOptions, Samples, Usage, pad_prompts, sample
 from ivr_jax.system import System
 from ivr_jax.trajectory import Sample, Trajectory
@@ -79,6 +81,7 @@ def roll_out(
     strict: Grammar | None = None,
     engine: EngineOptions | None = None,
     progress: Callable[[int], None] | None = None,
+    layout: RolloutLayout | None = None,
 ) -> Rollout:
     """Draws and parses `group` answers to each sample.
 
@@ -88,6 +91,7 @@ def roll_out(
         of the image tokenizer's training resolution without one.  All samples of a call must agree.
       strict: a grammar that an answer must also satisfy to count as well-formed.
       engine: how they are drawn; progress: called with the number of answers that have just ended.
+      layout: where and in which dtype they are drawn; by default where the system's parameters are.
     """
     options = options or SamplingOptions()
     tokenizer = system.tokenizer
@@ -101,21 +105,12 @@ def roll_out(
         for references in (True, False)[: options.passes]
     ]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples) * group))
-    drawn, usage = sample(
-        system.config,
-        system.params,
-        grammar,
-        prompts,
-        lengths,
-        size,
-        keys,
-        answer_length,
-        options,
-        group,
-        unconditional,
-        engine,
-        progress,
-    )
+    config, params = (layout.config, layout(system.params)) if layout else (system.config, system.params)
+    with jax.set_mesh(layout.mesh) if layout else contextlib.nullcontext():
+        drawn, usage = sample(
+            config, params, grammar, prompts, lengths, size, keys, answer_length, options, group, unconditional,
+            engine, progress,
+        )  # fmt: skip
     answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
     return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional), usage)
 
