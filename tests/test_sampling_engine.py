@@ -48,7 +48,7 @@ def assert_same(found: Samples, expected: Samples) -> None:
 
 ONE_BY_ONE = {"slots": 6, "window": 1, "refill": 0.17, "growth": 1, "shrink": False}  # every token a call of its own
 AHEAD = {"slots": 6, "window": 6, "refill": 0.34, "growth": 1, "shrink": False}  # a group may arrive in two parts
-MOVING = {"slots": 16, "window": 2, "refill": 0.1, "growth": 1.2}  # a cache that widens, slots that move together
+MOVING = {"slots": 16, "window": 2, "refill": 0.1, "growth": 1.6}  # a cache that widens, slots that move together
 
 
 @functools.cache
