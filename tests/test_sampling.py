@@ -190,6 +190,7 @@ def free_sized() -> Samples:
     grammar = Grammar(TOKENIZER, GrammarOptions(modes=("interleaved",), text_cap=4))
     prompts, lengths = pad_prompts(PROMPTS[:1], TOKENIZER.vocab.pad, 32)
     vocab, head = TOKENIZER.vocab, np.array(PARAMS["lm_head"])
+    head[:, [vocab.boi, vocab.eos]] *= 0.3
     head[0, [ord("1"), ord("0"), vocab.boi, vocab.eos]] = 40, 50, 0, 0  # images of about 10 x 10 cells
     params = {**PARAMS, "lm_head": head}
     return sample(CONFIG, params, grammar, prompts, lengths, FREE, keys(64), 200, None, 64, engine=FLAT)[0]

@@ -28,8 +28,8 @@ CONFIG = BackboneConfig(
 def noisy_params(config: BackboneConfig = CONFIG, seed: int = 0):
     """Random parameters, made by numpy: norms near 1, the rest wide enough for decided opinions.
 
-    The first feature is positive everywhere, and makes "pass" likelier than "fail", so that some answers end
-    early.
+    The first feature is positive everywhere. By it "pass" is likelier than "fail", whatever the ids of both, so that
+    some answers end early, and texts end before their cap now and then.
     """
     rng = np.random.default_rng(seed)
 
@@ -41,7 +41,11 @@ def noisy_params(config: BackboneConfig = CONFIG, seed: int = 0):
     layers = params["layers"]
     params["embed"][:, 0], params["final_norm"][0] = 4, 1
     layers["attention"]["o"][..., 0] = layers["mlp"]["down"][..., 0] = 0
-    params["lm_head"][0, [*TOKENIZER.marker(markers.PASS), *TOKENIZER.marker(markers.FAIL)]] = 1.5, 0
+    head, verdicts = params["lm_head"], [*TOKENIZER.marker(markers.PASS), *TOKENIZER.marker(markers.FAIL)]
+    head[:, verdicts] *= 0.3
+    head[0, verdicts] = 3, 0
+    closing = [markers.EVALUATE_CLOSE, markers.ANALYSIS_CLOSE, markers.PLAN_CLOSE, *list(markers.AXIS.values())[1:]]
+    head[0, [i for text in closing for i in TOKENIZER.marker(text)]] = 8
     return jax.tree.map(jax.numpy.asarray, params)
 
 

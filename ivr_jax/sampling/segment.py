@@ -41,7 +41,7 @@ def run(
     def call(carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
         now, work = carry
         contexts, batch = now.starts.shape
-        positions = (now.starts + now.answered - now.known).reshape(-1, 1) + jnp.arange(width)[None, :]
+        positions = first_of(now).reshape(-1, 1) + jnp.arange(width)[None, :]
         hidden, cache = backbone.apply(config, params, jnp.tile(now.window, (contexts, 1)), positions, cache=now.cache)
         hidden = hidden.reshape(contexts, batch, width, -1)
         after, counts = step(rules, parts, hidden, now._replace(cache=cache), options, length)
@@ -59,11 +59,15 @@ def _readable(slots: Slots) -> Slots:
     return slots._replace(**{name: sharding.constrain(x, (None,) * x.ndim) for name, x in whole.items()})
 
 
+def first_of(slots: Slots) -> jax.Array:
+    """int32 [C, B]: the position of the first token of the next call."""
+    return slots.starts + (slots.answered - slots.known)[None, :]
+
+
 @jax.jit
 def reach(slots: Slots) -> jax.Array:
     """int32 []: the cache slots that the next call needs."""
-    first = (slots.starts + slots.answered - slots.known).max(0)
-    return jnp.where(slots.ended, 0, first + slots.window.shape[1]).max()
+    return jnp.where(slots.ended, 0, first_of(slots).max(0) + slots.window.shape[1]).max()
 
 
 def _step(
