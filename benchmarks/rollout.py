@@ -42,6 +42,7 @@ flags.DEFINE_integer("prompts", 8, "prompts", lower_bound=1)
 flags.DEFINE_integer("group", 8, "answers to a prompt", lower_bound=1)
 flags.DEFINE_integer("slots", 32, "slots of the arms with refilling", lower_bound=1)
 flags.DEFINE_integer("answer_length", 288, "most tokens of an answer", lower_bound=1)
+flags.DEFINE_string("only", "", "measure the arms whose name contains this, and the reference")
 flags.DEFINE_integer("repeats", 1, "measured runs of each arm", lower_bound=1)
 
 SIZE, GRAMMAR = (4, 4), GrammarOptions(max_reflections=3, max_steps=4, text_cap=24)
@@ -115,6 +116,8 @@ def main(_: list[str]) -> None:
         "together, speculation, window 8": EngineOptions(together, window=8, speculate=True),
     }
     for name, engine in arms.items():
+        if FLAGS.only not in name:
+            continue
         (samples, usage), first, cpu, wall = timed(lambda engine=engine: sample(*fixed, engine=engine))
         same = (samples.tokens == reference.tokens).all(1).mean()
         print(row(name, first, cpu, wall, base, usage, same), flush=True)

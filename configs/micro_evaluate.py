@@ -25,9 +25,11 @@ def get_config(kind: str = "") -> ConfigDict:
     config.most_edits = 4
     config.each_split = 8
     config.probe_prompts = 96  # held-out requests for the probes of single skills (steps, critiques)
-    config.batch = 128
+    config.batch = 128  # probes at a time
     config.answer_length = rl.answer_length
     config.sampling = rl.sampling
+    config.engine = rl.engine
+    config.engine.slots = 128
     config.grammar = rl.grammar
     config.reward = rl.reward
     if kind:

@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(
         {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}
     )
+    config.engine = ConfigDict(  # how answers are drawn; changes none of them (docs/rollout.md)
+        {"slots": 64, "refill": 0.125, "window": 2, "growth": 1.5, "shrink": True, "speculate": False}
+    )
     config.grammar = ConfigDict(
         {
             "modes": ("direct", "reflection", "multi_step"),

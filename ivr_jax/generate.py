@@ -30,6 +30,7 @@ from ivr_jax.sampling import requests as requests_lib
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.requests import Prepared, Request
 from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, TASKS, Mode
 
 MODES = tuple(mode.value for mode in Mode)
@@ -101,6 +102,7 @@ class Answering:
             requests_lib.room(prepared, self.system, self.length, self.area),
             self.sampling,
             size=prepared.size,
+            engine=EngineOptions(growth=1),  # one answer: one program to compile
         )
         tokens = int(rollout.samples.lengths[0])
         if self.grammar.options.modes == (INTERLEAVED,):

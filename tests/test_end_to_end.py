@@ -46,7 +46,9 @@ MODEL = settings(
     model__num_key_value_heads=2, model__head_dim=8,
 )  # fmt: skip
 TRAIN = settings(steps=2, batch=2, log_every=1)
-ANSWERS = settings(grammar__max_reflections=1, grammar__max_steps=2, grammar__text_cap=4, answer_length=224)
+ANSWERS = settings(
+    grammar__max_reflections=1, grammar__max_steps=2, grammar__text_cap=4, answer_length=224, engine__growth=1
+)
 PROMPTS = settings(prompts=4, each_split=0, batch=16)
 OVERRIDES = {
     "image_tokenizer": IMAGES,

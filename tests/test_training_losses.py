@@ -22,6 +22,7 @@ from ivr_jax.rewards import panel
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.rewards.judge import INVALID, Judged, judge_answers
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.sft import TrainState, make_step, selective_loss
@@ -262,7 +263,8 @@ class Judge:
 @functools.cache
 def trainer(minibatch: int = 8, **changes) -> grpo.Trainer:
     options = grpo.Options(
-        SamplingOptions(), GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2),
+        SamplingOptions(), EngineOptions(growth=1),
+        GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2),
         RewardOptions(), GrpoOptions(), 4, 72, minibatch, (128,), 1, 64,
     )  # fmt: skip
     judge = panel.Judge(panel.same(Judge()))

@@ -17,11 +17,13 @@ from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.training import grpo, state
 from ivr_jax.training.losses import GrpoOptions
 
 grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
-options = grpo.Options(SamplingOptions(), grammar, RewardOptions(), GrpoOptions(), 4, 72, 8, (128,), 1, 64)
+engine = EngineOptions(growth=1, shrink=False)
+options = grpo.Options(SamplingOptions(), engine, grammar, RewardOptions(), GrpoOptions(), 4, 72, 8, (128,), 1, 64)
 samples, images = requests(2)
 tasks = [grpo.Prompt(*pair) for pair in zip(samples, images, strict=True)]
 optimizer = optax.chain(optax.trace(0.0), optax.scale(-1e-3))

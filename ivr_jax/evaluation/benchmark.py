@@ -60,7 +60,7 @@ def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray
             key,
             config.answer_length,
             options,
-            engine=EngineOptions(slots=config.batch),
+            engine=as_dataclass(EngineOptions, config.engine),
             progress=bar.update,
         )
     judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), every_image=True, options=rewards))

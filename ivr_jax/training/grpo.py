@@ -42,6 +42,7 @@ from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.panel import Judge, Verdicts
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.rollout import Rollout, roll_out
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
@@ -71,6 +72,7 @@ class Options:
     """
 
     sampling: SamplingOptions
+    engine: EngineOptions
     grammar: GrammarOptions
     reward: reward_functions.RewardOptions
     grpo: GrpoOptions
@@ -163,6 +165,7 @@ class Trainer:
         learner, learned = self.learn(learner, pending.rollout, scored, step, check_ratio=mine)
         metrics = {
             **summary(pending.rollout, scored),
+            **pending.rollout.usage.metrics(),
             **verdicts.usage.metrics(),
             **verdicts.checks,
             **learned,
@@ -226,6 +229,7 @@ class Trainer:
             options.answer_length,
             options.sampling,
             options.group,
+            engine=options.engine,
         )
 
     # -- learning ---------------------------------------------------------------------------------------------------
@@ -446,6 +450,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     sampling = as_dataclass(SamplingOptions, config.sampling)
     options = Options(
         sampling,
+        as_dataclass(EngineOptions, config.engine),
         as_dataclass(GrammarOptions, config.grammar),
         as_dataclass(reward_functions.RewardOptions, config.reward),
         as_dataclass(GrpoOptions, config.grpo),
