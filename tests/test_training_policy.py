@@ -21,6 +21,7 @@ from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards import panel
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions
 from ivr_jax.training.prompts import Prompt
@@ -56,7 +57,7 @@ SETTINGS = {
 def trainer(name: str) -> grpo.Trainer:
     sampling, normalisation = SETTINGS[name]
     objective = GrpoOptions(kl=0.3, normalisation=normalisation, constant=50)
-    options = grpo.Options(sampling, GRAMMAR, RewardOptions(), objective, 3, 72, 8, (128, 192), 1, 64)
+    options = grpo.Options(sampling, EngineOptions(), GRAMMAR, RewardOptions(), objective, 3, 72, 8, (128, 192), 1, 64)
     return grpo.Trainer(system(PARAMS), panel.Judge(panel.same(Judge())), options, optax.sgd(0.5))
 
 

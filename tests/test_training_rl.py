@@ -23,6 +23,7 @@ from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.rewards.panel import Judge, same
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions
 from ivr_jax.training.prompts import Prompt, Tasks
@@ -52,7 +53,8 @@ class LocalJudge:
 def trainer() -> grpo.Trainer:
     grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
     options = grpo.Options(
-        SamplingOptions(), grammar, RewardOptions(), GrpoOptions(), GROUP, 72, 8, (128,), 1, 64, overlap=True
+        SamplingOptions(), EngineOptions(), grammar, RewardOptions(), GrpoOptions(), GROUP, 72, 8, (128,), 1, 64,
+        overlap=True,
     )
     return grpo.Trainer(system(PARAMS), Judge(same(LocalJudge())), options, optax.sgd(0.05))
 

@@ -16,7 +16,7 @@ from ivr_jax.construct.interfaces import Images
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
 from ivr_jax.protocol import codec
-from ivr_jax.protocol.grammar import ACCEPT, Grammar
+from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.sampler import EngineOptions, Samples, Usage, pad_prompts, sample
@@ -78,7 +78,6 @@ def roll_out(
     options: SamplingOptions | None = None,
     group: int = 1,
     size: tuple[int, int] | None = None,
-    strict: Grammar | None = None,
     engine: EngineOptions | None = None,
     progress: Callable[[int], None] | None = None,
     layout: RolloutLayout | None = None,
@@ -89,7 +88,6 @@ def roll_out(
       images: pixels of each sample's sources, by name; sides must be multiples of the tokenizer's factor.
       size: latent rows and columns of every drawn image, or `grammar.FREE`; by default those of the first source, or
         of the image tokenizer's training resolution without one.  All samples of a call must agree.
-      strict: a grammar that an answer must also satisfy to count as well-formed.
       engine: how they are drawn; progress: called with the number of answers that have just ended.
       layout: where and in which dtype they are drawn; by default where the system's parameters are.
     """
@@ -111,7 +109,7 @@ def roll_out(
             config, params, grammar, prompts, lengths, size, keys, answer_length, options, group, unconditional,
             engine, progress,
         )  # fmt: skip
-    answers, errors = _parse(system, grammar, samples, images, drawn, group, size, strict)
+    answers, errors = _parse(system, grammar, samples, images, drawn, group)
     return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional), usage)
 
 
@@ -141,21 +139,13 @@ def _parse(
     images: Sequence[Images],
     drawn: Samples,
     group: int,
-    size: tuple[int, int],
-    strict: Grammar | None,
 ) -> tuple[tuple[Answer | None, ...], tuple[str, ...]]:
     count = len(drawn.lengths)
-    well_formed = np.ones(count, bool)
-    if strict is not None and strict.options != grammar.options:
-        nodes = strict.run(drawn.tokens, np.full(count, size[0]), np.full(count, size[1]))
-        well_formed = nodes[np.arange(count), drawn.lengths] == ACCEPT
     parsed: list[codec.ParsedAnswer | None] = []
     errors = []
     for row in range(count):
         length = drawn.lengths[row]
         try:
-            if not well_formed[row]:
-                raise UserError("the answer does not go on as its verdict says.")
             parsed.append(
                 codec.parse_answer(
                     grammar, samples[row // group], drawn.tokens[row, :length], drawn.nodes[row, : length + 1]
