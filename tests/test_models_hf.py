@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,48 +11,21 @@ import pytest
 import safetensors
 import safetensors.numpy
 import yaml
+from checkpoints_fixture import CONFIG, IMAGES, assert_trees_equal, decoder_params, export_decoder, random_tree
 
-from ivr_jax import convert
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, hf, image_tokenizer
-from ivr_jax.models.backbone_config import BackboneConfig
-from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
+from ivr_jax.models import hf, image_tokenizer, safetensors_io
 from ivr_jax.models.safetensors_io import INDEX, PlannedTensor, open_file, write_file
-
-CONFIG = BackboneConfig(
-    vocab_size=21, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=4, vocab_multiple=8,
-)  # fmt: skip
-IMAGES = ImageTokenizerConfig(
-    ch=4, out_ch=3, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), in_channels=3, resolution=8, z_channels=5,
-    n_embed=11, embed_dim=6, norm_groups=2,
-)  # fmt: skip
-SHARD = 1500  # bytes: many shards
-
-
-def random_tree(shapes, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype), shapes)
 
 
 @pytest.fixture
 def params():
-    """The decoder's parameters, with zeros where the vocabulary is padded."""
-    tree = random_tree(backbone.param_shapes(CONFIG))
-    tree["embed"][21:] = 0
-    tree["lm_head"][:, 21:] = 0
-    return tree
+    return decoder_params()
 
 
 @pytest.fixture
 def exported(tmp_path, params):
-    hf.export_backbone(CONFIG, params, tmp_path / "model", shard_bytes=SHARD)
-    return tmp_path / "model"
-
-
-def assert_trees_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), actual, expected)
+    return export_decoder(tmp_path / "model", params)
 
 
 def test_backbone_round_trip_through_shards(exported, params):
@@ -94,11 +65,14 @@ def test_bfloat16_round_trip_is_bit_equal(tmp_path, params):
     assert first == second
 
 
-def test_arrays_are_placed_one_by_one(exported):
-    seen = []
-    hf.import_backbone(exported, place=lambda path, array: seen.append((path, array.shape)))
-    assert (("layers", "mlp", "up"), (3, 8, 12)) in seen
-    assert len(seen) == len(jax.tree.leaves(backbone.param_shapes(CONFIG)))
+def test_any_part_of_an_array_can_be_read_alone(exported, params, monkeypatch):
+    monkeypatch.setattr(safetensors_io, "PART_BYTES", 64)  # many runs of rows
+    _, tree = hf.open_backbone(exported, vocab_multiple=8)
+    part = (slice(1, 3), slice(2, 7), slice(5, None))
+    np.testing.assert_array_equal(tree["layers"]["mlp"]["up"][part], params["layers"]["mlp"]["up"][part])
+    for name, part in (("embed", (slice(19, 24), slice(1, 3))), ("lm_head", (slice(0, 5), slice(18, 23)))):
+        np.testing.assert_array_equal(tree[name][part], params[name][part])  # across the end of the vocabulary
+    np.testing.assert_array_equal(tree["embed"][22:24], 0)
 
 
 def rewrite(folder, change):
@@ -210,7 +184,7 @@ def test_failed_export_leaves_nothing_and_keeps_what_was_there(tmp_path, params)
 
 
 def test_writer_refuses_what_was_not_planned(tmp_path):
-    planned = PlannedTensor("a", np.dtype(np.float32), (2,), lambda: np.zeros(2, np.float64))
+    planned = PlannedTensor("a", np.dtype(np.float32), (2,), lambda start, stop: np.zeros(2, np.float64))
     with pytest.raises(ValueError, match="a: fetched float64"):
         write_file(tmp_path / "x.safetensors", [planned])
 
@@ -259,54 +233,3 @@ def test_model_ckpt_is_read_without_running_code(tmp_path):
     pickled.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="model.ckpt"):
         hf.import_image_tokenizer(tmp_path / "out")
-
-
-def test_convert_there_and_back_with_certificate(tmp_path, params, capsys):
-    model = convert.Model(convert.BACKBONE, CONFIG, params, {"vocabulary": "abc", "run": {"steps": 3}})
-    convert.write_orbax(model, tmp_path / "run")
-    read = convert.read_orbax(tmp_path / "run")
-    assert read.config == CONFIG and read.extra == model.extra
-    assert_trees_equal(read.params, params)
-    convert.write_hf(read, tmp_path / "hf", "Emu3", None)
-    found = convert.certificate(read, tmp_path / "hf")
-    assert found["tensors"] == found["equal"] == 3 * 11 + 3 and found["dtypes"] == ["float32"]
-    assert found["bytes"] == 4 * sum(int(np.prod(slot.shape)) for slot in read.slots.values())
-    assert found["logits"] < 1e-4
-    convert.report(found, read, tmp_path / "hf")
-    assert "36 of 36" in capsys.readouterr().out
-    back = convert.read_hf(tmp_path / "hf", "float32")
-    assert back.extra == model.extra and back.config == dataclasses.replace(CONFIG, vocab_multiple=1)
-    np.testing.assert_array_equal(back.params["lm_head"], params["lm_head"][:, :21])
-
-
-def test_certificate_finds_a_changed_tensor(tmp_path, params):
-    model = convert.Model(convert.BACKBONE, CONFIG, params, {})
-    convert.write_hf(model, tmp_path / "hf", "qwen3", None)
-    params["layers"]["mlp"]["up"] = params["layers"]["mlp"]["up"] + 1
-    found = convert.certificate(model, tmp_path / "hf")
-    assert found["equal"] == found["tensors"] - 3 and found["logits"] > 1e-3
-    with pytest.raises(UserError, match="3 tensors"):
-        convert.report(found, model, tmp_path / "hf")
-
-
-def test_convert_command(tmp_path, capsys):
-    model = convert.Model(convert.IMAGE_TOKENIZER, IMAGES, random_tree(image_tokenizer.param_shapes(IMAGES)), {})
-    convert.write_hf(model, tmp_path / "hf", "qwen3", None)
-
-    def run(*words):
-        call = convert.cli.parse(convert.with_named_paths(["convert", *words]), config=False, workdir=False,
-                                 add_flags=convert.add_flags)
-        convert.main(call)
-
-    run("--from=hf", str(tmp_path / "hf"), "--to=orbax", str(tmp_path / "run"))
-    run("--from=orbax", str(tmp_path / "run"), "--to=hf", str(tmp_path / "again"))
-    assert "image_tokenizer" in capsys.readouterr().out
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("hf", "again"))
-    assert first == second
-    for words in (["--from=hf", "a"], ["--from=hf", "a", "--to=hf", "b"], ["--from=orbax", "--to=hf", "b"]):
-        with pytest.raises(UserError, match="--to=hf DIR"):
-            run(*words)
-    shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match="no checkpoint"):
-        run("--from=orbax", str(tmp_path / "run"), "--to=hf", str(tmp_path / "third"))
-    assert not (tmp_path / "third").exists()

@@ -255,6 +255,20 @@ def apply(
     return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params))
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def apply_layer(config: BackboneConfig, layer: Params, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """One layer alone, for a model that does not fit into memory: x [B, T, D] → [B, T, D], causal, no cache.
+
+    `layer` is a slice of `params["layers"]`, without its leading axis; positions int32 [B, T].
+    """
+    tables = layers.rotary_tables(
+        positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
+    )
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Layers(config, nnx.Rngs(0))))
+    mask = _packed_mask(positions.shape, None)
+    return nnx.merge(graph, layer)(x, tables, mask, (None,) * 3, None, None)[0]
+
+
 def logits(config: BackboneConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] → float32 [..., V]."""
     return module(config, params).logits(hidden)

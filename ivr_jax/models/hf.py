@@ -2,7 +2,8 @@
 
 The decoder has the tensor names of a Llama/Qwen3 model in transformers, the image tokenizer those of Emu3.5's IBQ code.
 Their matrices are [out, in] and their convolutions [out, in, height, width]; ours are [in, out] and [height, width, in,
-out]. Everything moves one tensor at a time, is checked strictly, and takes its final name only when it is complete.
+out]. Everything moves a part of one tensor at a time, is checked strictly, and takes its final name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from jax.sharding import Mesh
 
+from ivr_jax import sharding
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
-from ivr_jax.models.safetensors_io import PlannedTensor, open_directory, write_directory
+from ivr_jax.models.lazy import Index, LazyArray, place_tree
+from ivr_jax.models.safetensors_io import DTYPES, INDEX, PlannedTensor, open_directory, write_directory
 
 SHARD_BYTES = 5_000_000_000
 Keys = tuple[str, ...]
-Place = Callable[[Keys, np.ndarray], Any]
 
 
 class Slot(NamedTuple):
@@ -95,7 +99,7 @@ def export_backbone(
     """Write `directory` so that transformers loads it strictly: safetensors (shards and index) and config.json.
 
     Args:
-      params: the tree of `backbone.init_params`; of a leaf (`shape`, `dtype`, indexing) one layer is fetched at once.
+      params: the tree of `backbone.init_params`, or one of LazyArrays; a part of one layer is fetched at once.
       model_type: "qwen3" for stock transformers, "Emu3" for Emu3.5's own code.
       dtype: of the written tensors, the parameters' own by default.
 
@@ -126,44 +130,61 @@ def export_image_tokenizer(
 
 
 def import_backbone(
-    directory: str | os.PathLike[str], *, place: Place | None = None, **options: Any
+    directory: str | os.PathLike[str], *, mesh: Mesh | None = None, **options: Any
 ) -> tuple[BackboneConfig, dict[str, Any]]:
     """Read a decoder from a transformers directory: config and parameter tree.
 
     Args:
-      place: what to do with each finished array of the tree (put it on a mesh, write it away); by default it becomes a
-        jax array. One stacked array is in memory beside what `place` keeps.
+      mesh: where the arrays go, as the sharding table says; every device is given its own part, and beside the arrays
+        there is only that part in memory. The default device without one.
       options: fields of BackboneConfig that config.json does not know; `param_dtype` (float32 by default) is what the
         tensors are converted to.
 
     Raises:
       UserError: missing, unexpected, truncated or misshapen tensors, by name and file; or an unusable config.json.
     """
+    config, tree = open_backbone(directory, **options)
+    return config, _place(tree, mesh, backbone.param_axes(config))
+
+
+def open_backbone(directory: str | os.PathLike[str], **options: Any) -> tuple[BackboneConfig, dict[str, Any]]:
+    """As `import_backbone`, everything checked, but a tree of LazyArrays: tensors are read when they are indexed."""
     source = Path(directory)
-    config = BackboneConfig.from_hf(_read_mapping(source, ("config.json",)), **options)
-    stored = open_directory(source)
-    shapes = backbone.param_shapes(config)
-    return config, _assemble(backbone_slots(config), stored, shapes, str(source), place or _to_jax)
+    config = BackboneConfig.from_hf(read_mapping(source, ("config.json",)), **options)
+    slots, shapes = backbone_slots(config), backbone.param_shapes(config)
+    return config, _lazy_tree(slots, _checked(slots, open_weights(source), source), shapes)
 
 
 def import_image_tokenizer(
-    directory: str | os.PathLike[str], *, place: Place | None = None, **options: Any
+    directory: str | os.PathLike[str], *, mesh: Mesh | None = None, **options: Any
 ) -> tuple[ImageTokenizerConfig, dict[str, Any]]:
     """Read an image tokenizer: `config.yaml` or `config.json`, and safetensors or else `model.ckpt` (needs torch).
 
     Tensors under `loss.` (a training checkpoint's discriminator) are left out. Arguments and errors as in
     `import_backbone`; a `model.ckpt` is read with `weights_only`, so that a pickle never runs code.
     """
+    config, tree = open_image_tokenizer(directory, **options)
+    return config, _place(tree, mesh, image_tokenizer.param_axes(config))
+
+
+def open_image_tokenizer(
+    directory: str | os.PathLike[str], **options: Any
+) -> tuple[ImageTokenizerConfig, dict[str, Any]]:
+    """As `import_image_tokenizer`, everything checked, but a tree of LazyArrays."""
     source = Path(directory)
-    config = ImageTokenizerConfig.from_dict(_read_mapping(source, ("config.yaml", "config.json")), **options)
-    pickled = source / "model.ckpt"
-    if any(source.glob("*.safetensors")) or not pickled.exists():
-        stored: Mapping[str, Any] = open_directory(source)
+    config = ImageTokenizerConfig.from_dict(read_mapping(source, ("config.yaml", "config.json")), **options)
+    slots, shapes = image_tokenizer_slots(config), image_tokenizer.param_shapes(config)
+    return config, _lazy_tree(slots, _checked(slots, open_weights(source), source), shapes)
+
+
+def open_weights(directory: Path) -> Mapping[str, Any]:
+    """The tensors of a checkpoint by name (each with `shape`, `dtype`, `file`, `read`), without those of a loss."""
+    pickled = directory / "model.ckpt"
+    if any(directory.glob("*.safetensors")) or (directory / INDEX).exists() or not pickled.exists():
+        stored: Mapping[str, Any] = open_directory(directory)
     else:
         stored = _open_torch(pickled)
-    stored = {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
-    shapes = image_tokenizer.param_shapes(config)
-    return config, _assemble(image_tokenizer_slots(config), stored, shapes, str(source), place or _to_jax)
+    return {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
 
 
 @contextlib.contextmanager
@@ -189,26 +210,27 @@ def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterato
 
 
 def planned_tensors(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:
-    """Our parameters as their tensors, fetched one at a time: names, order of axes and `dtype` as a file would hold."""
+    """Our parameters as their tensors, fetched a part at a time: names, order of axes and `dtype` as a file would hold.
+
+    A leaf of `params` needs `shape`, `dtype` and indexing by slices: numpy and JAX arrays, and LazyArrays.
+    """
     target = jnp.dtype(dtype)
 
-    def fetcher(slot: Slot) -> Callable[[], np.ndarray]:
-        def fetch() -> np.ndarray:
-            leaf = _get(params, slot.path)
-            ours = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-            theirs = ours.transpose(np.argsort(slot.order))
-            theirs = theirs[tuple(slice(size) for size in slot.shape)]  # the vocabulary's padding stays here
-            return theirs.astype(target, copy=False)
+    def fetcher(slot: Slot) -> Callable[[int, int], np.ndarray]:
+        def fetch(start: int, stop: int) -> np.ndarray:
+            leaf, theirs = _get(params, slot.path), (slice(start, stop), *(slice(size) for size in slot.shape[1:]))
+            index = tuple(theirs[axis] for axis in slot.order)  # the vocabulary's padding stays outside
+            ours = leaf[index] if slot.layer is None else leaf[(slice(slot.layer, slot.layer + 1), *index)]
+            ours = np.asarray(ours if slot.layer is None else ours[0])
+            return ours.transpose(np.argsort(slot.order)).astype(target, copy=False)
 
         return fetch
 
-    return [PlannedTensor(name, target, slot.shape, fetcher(slot)) for name, slot in slots.items()]
+    return [PlannedTensor(name, target, slot.shape, fetcher(slot), slot.path) for name, slot in slots.items()]
 
 
-def _assemble(
-    slots: Mapping[str, Slot], stored: Mapping[str, Any], shapes: Mapping[str, Any], where: str, place: Place
-) -> dict[str, Any]:
-    """Check names and shapes first, then fill and place one array of our tree after the other."""
+def _checked(slots: Mapping[str, Slot], stored: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """`stored`, whose names and shapes are exactly those of `slots`; else a UserError that says which are not."""
     missing, unexpected = sorted(slots.keys() - stored.keys()), sorted(stored.keys() - slots.keys())
     for names, what in ((missing, "lacks"), (unexpected, "has the unexpected")):
         if names:
@@ -219,51 +241,80 @@ def _assemble(
         if tuple(stored[name].shape) != slot.shape:
             raise UserError(f"tensor {name} in {stored[name].file} has shape {list(stored[name].shape)}, "
                             f"the config wants {list(slot.shape)}.", "Check that config and weights belong together.")
+    return stored
+
+
+def _lazy_tree(slots: Mapping[str, Slot], stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """Our tree, each array a view of their tensors."""
     parts: dict[Keys, list[str]] = {}
     for name, slot in slots.items():
         parts.setdefault(slot.path, []).append(name)
     tree: dict[str, Any] = {}
     for path, names in parts.items():
-        _set(tree, path, place(path, _fill(_get(shapes, path), names, slots, stored)))
+        _set(tree, path, _lazy(_get(shapes, path), [(stored[name], slots[name]) for name in names]))
     return tree
 
 
-def _fill(shape: jax.ShapeDtypeStruct, names: Sequence[str], slots: Mapping[str, Slot], stored) -> np.ndarray:
-    array = np.zeros(shape.shape, shape.dtype)
-    for name in names:
-        slot = slots[name]
-        target = array if slot.layer is None else array[slot.layer]
-        ours = stored[name].read().transpose(slot.order)
-        target[tuple(slice(size) for size in ours.shape)] = ours
-    return array
+def _lazy(ours: jax.ShapeDtypeStruct, sources: Sequence[tuple[Any, Slot]]) -> LazyArray:
+    """One array of our tree: one tensor of theirs, or those of all layers in order."""
+    stacked = sources[0][1].layer is not None
+
+    def read(index: Index) -> np.ndarray:
+        found = np.zeros([part.stop - part.start for part in index], ours.dtype)
+        if not stacked:
+            fill(found, *sources[0], index)
+        else:
+            for target, source in zip(found, sources[index[0]], strict=True):
+                fill(target, *source, index[1:])
+        return found
+
+    def fill(target: np.ndarray, tensor: Any, slot: Slot, index: Index) -> None:
+        theirs = [slice(0, 0)] * len(index)
+        for part, axis in zip(index, slot.order, strict=True):  # zeros stay where the vocabulary is padded
+            theirs[axis] = slice(min(part.start, slot.shape[axis]), min(part.stop, slot.shape[axis]))
+        part = tensor.read(tuple(theirs)).transpose(slot.order)
+        target[tuple(slice(size) for size in part.shape)] = part
+
+    return LazyArray(ours.shape, np.dtype(ours.dtype), read)
 
 
-def _to_jax(path: Keys, array: np.ndarray) -> jax.Array:
-    return jnp.asarray(array)
+def _place(tree: dict[str, Any], mesh: Mesh | None, axes: Any) -> dict[str, Any]:
+    return place_tree(tree, None if mesh is None else sharding.shardings(mesh, axes, tree))
 
 
 class _TorchTensor(NamedTuple):
     """A tensor of a loaded `model.ckpt`, with the interface of `StoredTensor`."""
 
     tensor: Any
+    dtype: np.dtype
     file: Path
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def read(self) -> np.ndarray:
-        return self.tensor.detach().float().numpy()
+    def read(self, index: Index = ()) -> np.ndarray:
+        part = self.tensor.detach()[index].contiguous()
+        if self.dtype == jnp.bfloat16:  # numpy alone does not know it
+            return part.view(_torch().int16).numpy().view(self.dtype)
+        return part.numpy()
+
+
+def _torch() -> Any:
+    import torch  # an extra: only pickled checkpoints need it
+
+    return torch
 
 
 def _open_torch(path: Path) -> dict[str, _TorchTensor]:
     try:
-        import torch
+        torch = _torch()
     except ImportError:
         raise UserError(f"{path} is a PyTorch pickle, and PyTorch is not installed.",
                         "Install torch, or convert the file to safetensors elsewhere.") from None
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # the older format cannot be mapped
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many kinds; all of them mean that the file is unfit
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is no plain PyTorch checkpoint ({reason}).",
@@ -271,10 +322,16 @@ def _open_torch(path: Path) -> dict[str, _TorchTensor]:
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict of tensors.", "Give the checkpoint of the image tokenizer.")
-    return {name: _TorchTensor(tensor, path) for name, tensor in state.items()}
+    dtypes = {getattr(torch, dtype.name): dtype for dtype in DTYPES.values()}
+    for name, tensor in state.items():
+        if tensor.dtype not in dtypes:
+            raise UserError(f"tensor {name} in {path} has dtype {tensor.dtype}.",
+                            f"Only {', '.join(dtype.name for dtype in DTYPES.values())} can be read.")
+    return {name: _TorchTensor(tensor, dtypes[tensor.dtype], path) for name, tensor in state.items()}
 
 
-def _read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
+def read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
+    """The first of the JSON or YAML files `names` that is in `directory`. UserError when none is, or it is unfit."""
     path = next((directory / name for name in names if (directory / name).is_file()), None)
     if path is None:
         raise UserError(f"{directory} has no {' or '.join(names)}.", "Name a folder that holds a complete checkpoint.")

@@ -86,13 +86,15 @@ class ImageTokenizerConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     @classmethod
+    def describes(cls, fields: Mapping[str, Any]) -> bool:
+        """Whether a parsed config file is of an image tokenizer, complete or not."""
+        return "ch_mult" in _flat(fields)
+
+    @classmethod
     def from_dict(cls, fields: Mapping[str, Any], **options: Any) -> ImageTokenizerConfig:
         """From a parsed `config.yaml` or `config.json`, flat, or with `ddconfig` inside, or under model → params or
         model → init_args. `options` sets what such a file does not know (dtypes)."""
-        for key in ("model", "params", "init_args"):
-            inner = fields.get(key)
-            fields = inner if isinstance(inner, Mapping) else fields
-        flat = {**fields, **(fields.get("ddconfig") or {})}
+        flat = _flat(fields)
         known = {field.name for field in dataclasses.fields(cls)}
         required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         if missing := sorted(required - flat.keys()):
@@ -106,6 +108,14 @@ class ImageTokenizerConfig:
         fields["ch_mult"], fields["attn_resolutions"] = list(self.ch_mult), list(self.attn_resolutions)
         ddconfig = {name: fields.pop(name) for name in _DDCONFIG}
         return {"ddconfig": ddconfig, **{name: value for name, value in fields.items() if "dtype" not in name}}
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    for key in ("model", "params", "init_args"):
+        inner = fields.get(key)
+        fields = inner if isinstance(inner, Mapping) else fields
+    inner = fields.get("ddconfig")
+    return {**fields, **(inner if isinstance(inner, Mapping) else {})}
 
 
 class TokenizerAux(NamedTuple):

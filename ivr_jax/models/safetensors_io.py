@@ -1,28 +1,32 @@
-"""Safetensors files, one tensor in memory at a time, in both directions.
+"""Safetensors files, one part of a tensor in memory at a time, in both directions.
 
 The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header that gives each tensor's dtype,
-shape and [begin, end) in the data, then the data.  Written and read here directly, so that a file never stands in
-memory whole and a mapped file never counts as memory; nothing in it is ever executed.
+shape and [begin, end) in the data, then the data.  Written and read here directly, so that neither a file nor a large
+tensor ever stands in memory whole and a mapped file never counts as memory; nothing in it is ever executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import ml_dtypes
 import numpy as np
 
 from ivr_jax.errors import UserError
+from ivr_jax.models.lazy import PART_BYTES, Index
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000
@@ -32,7 +36,7 @@ _AGAIN = "Download or export the checkpoint again."
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `read()` fetches it, nothing is kept."""
+    """Where a tensor lies: `read` fetches it or a part of it, nothing is kept."""
 
     name: str
     file: Path
@@ -40,24 +44,75 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
 
-    def read(self) -> np.ndarray:
-        """The tensor as a fresh array of `dtype` and `shape`."""
-        flat = np.fromfile(self.file, self.dtype, math.prod(self.shape), offset=self.offset)
-        return flat.reshape(self.shape)
+    def read(self, index: Index = ()) -> np.ndarray:
+        """A fresh array of `dtype`: the tensor, or its part at `index` (a slice an axis, with start and stop)."""
+        if not index:
+            return self._rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+        first, rest = index[0], index[1:]
+        if all((part.start, part.stop) == (0, size) for part, size in zip(rest, self.shape[1:], strict=True)):
+            return self._rows(first.start, first.stop)
+        found = np.empty([part.stop - part.start for part in index], self.dtype)
+        for start, stop in row_blocks(self.shape, self.dtype.itemsize, first.start, first.stop):
+            found[start - first.start : stop - first.start] = self._rows(start, stop)[(slice(None), *rest)]
+        return found
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        entries = math.prod(self.shape[1:])
+        offset = self.offset + start * entries * self.dtype.itemsize
+        flat = np.fromfile(self.file, self.dtype, (stop - start) * entries, offset=offset)
+        return flat.reshape(stop - start, *self.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to write: `fetch()` produces it when its turn comes, with exactly this dtype and shape."""
+    """A tensor to write.
+
+    Attributes:
+      fetch: produces its rows `start` … `stop − 1` (of the first axis) with exactly this dtype, when their turn comes;
+        `fetch(0, 1)` is all of a tensor without axes.
+      source: tensors with the same source are fetched one after the other, wherever they lie in the files.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    fetch: Callable[[], np.ndarray]
+    fetch: Callable[[int, int], np.ndarray]
+    source: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The tensor as consecutive contiguous parts of about `PART_BYTES`. ValueError if one is not as planned."""
+        for start, stop in row_blocks(self.shape, self.dtype.itemsize):
+            part = np.ascontiguousarray(self.fetch(start, stop))
+            wanted = (stop - start, *self.shape[1:]) if self.shape else ()
+            if part.shape != wanted or part.dtype != self.dtype:
+                raise ValueError(f"{self.name}: fetched {part.dtype}{part.shape}, not {self.dtype}{wanted}")
+            yield part
+
+
+def row_blocks(
+    shape: tuple[int, ...], itemsize: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive runs of rows, `PART_BYTES` or one row each; a tensor without axes is one row."""
+    stop = (shape[0] if shape else 1) if stop is None else stop
+    rows = max(1, PART_BYTES // max(1, itemsize * math.prod(shape[1:])))
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)
+
+
+def digest(parts: Iterable[np.ndarray]) -> str:
+    """SHA-256 of a tensor's bytes, given as its consecutive parts."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(_bytes(part))
+    return total.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def open_file(path: Path) -> dict[str, StoredTensor]:
@@ -127,27 +182,15 @@ def _open_indexed(directory: Path) -> dict[str, StoredTensor]:
 
 
 def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
-    """Write one file, fetching one tensor at a time."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + tensor.nbytes
-        header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for tensor in tensors:
-            array = np.ascontiguousarray(tensor.fetch())
-            if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise ValueError(f"{tensor.name}: fetched {array.dtype}{array.shape}, not {tensor.dtype}{tensor.shape}")
-            stream.write(array.reshape(-1).view(np.uint8).data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    """Write one file, fetching a part of one tensor at a time."""
+    _fill([(path, tensors)])
 
 
 def write_directory(directory: Path, tensors: Sequence[PlannedTensor], shard_bytes: int) -> None:
-    """Write `model.safetensors`, or shards of at most `shard_bytes` (one tensor at least) and their index."""
+    """Write `model.safetensors`, or shards of at most `shard_bytes` (one tensor at least) and their index.
+
+    The files hold the tensors in the order given; they are fetched source by source.
+    """
     shards: list[list[PlannedTensor]] = []
     room = 0
     for tensor in tensors:
@@ -159,10 +202,41 @@ def write_directory(directory: Path, tensors: Sequence[PlannedTensor], shard_byt
     if len(shards) == 1:
         write_file(directory / "model.safetensors", shards[0])
         return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard)
-        weight_map |= {tensor.name: name for tensor in shard}
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    _fill([(directory / name, shard) for name, shard in zip(names, shards, strict=True)])
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     metadata = {"total_size": sum(tensor.nbytes for tensor in tensors)}
     (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2))
+
+
+def _fill(files: Sequence[tuple[Path, Sequence[PlannedTensor]]]) -> None:
+    with contextlib.ExitStack() as stack:
+        places: list[tuple[PlannedTensor, IO[bytes], int]] = []
+        streams = []
+        for path, tensors in files:
+            stream = stack.enter_context(path.open("wb"))
+            streams.append(stream)
+            header = _header(tensors)
+            stream.write(header)
+            offset = len(header)
+            for tensor in tensors:
+                places.append((tensor, stream, offset))
+                offset += tensor.nbytes
+        for tensor, stream, offset in sorted(places, key=lambda place: place[0].source):
+            stream.seek(offset)
+            for part in tensor.parts():
+                stream.write(_bytes(part))
+        for stream in streams:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _header(tensors: Sequence[PlannedTensor]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded

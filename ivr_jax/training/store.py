@@ -1,0 +1,116 @@
+"""Parameters in and out of an Orbax checkpoint a part at a time, for conversions of models larger than memory.
+
+`write` makes an ordinary checkpoint (step 0 of a workdir, as `checkpoint.read_params` and training read it) out of
+lazy arrays: Orbax commits the step and writes the description of the tree, and each array becomes a Zarr array of its
+own, filled chunk by chunk.  `open_params` gives the arrays of any checkpoint as lazy arrays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from absl import logging
+
+from ivr_jax.errors import UserError
+from ivr_jax.models.lazy import PART_BYTES, Index, LazyArray, part_shape, parts
+from ivr_jax.training import checkpoint
+
+
+def write(workdir: str | os.PathLike[str], params: Any, meta: Mapping[str, Any]) -> None:
+    """A workdir with one checkpoint, step 0, of a tree of LazyArrays; a chunk of one array is in memory at a time."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of the features that this store does without
+    try:
+        registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _ChunkWriter()))
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry),
+            "data": ocp.JsonCheckpointHandler(), "meta": ocp.JsonCheckpointHandler(),
+        }  # fmt: skip
+        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
+        folder = Path(workdir).absolute() / checkpoint.FOLDER
+        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+            state, data = ocp.args.PyTreeSave({"params": params}), ocp.args.JsonSave({"state": None})
+            manager.save(0, args=ocp.args.Composite(state=state, data=data, meta=ocp.args.JsonSave(dict(meta))))
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+class _ChunkWriter(ocp.type_handlers.TypeHandler):
+    """How Orbax writes a LazyArray: it reads back as a `jax.Array`."""
+
+    def typestr(self) -> str:
+        return "jax.Array"
+
+    async def serialize(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Any = None) -> list:
+        for array, info in zip(values, infos, strict=True):
+            chunk = part_shape(array.shape, array.dtype.itemsize)
+            store = await ts.open(
+                {"driver": "zarr", "kvstore": f"file://{info.path}/", "store_data_equal_to_fill_value": True},
+                create=True, dtype=array.dtype.name, shape=array.shape, chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
+            )  # fmt: skip
+            for index in parts(array.shape, chunk):
+                await store[index].write(array[index])
+        return []
+
+    async def metadata(self, infos: Sequence[Any]) -> Any:
+        raise NotImplementedError("this handler only writes")
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Any:
+        raise NotImplementedError("this handler only writes")
+
+
+def open_params(path: str | os.PathLike[str], like: Any) -> Any:
+    """The parameters of the checkpoint at `path` (see `checkpoint.resolve`) as a tree of LazyArrays shaped like `like`.
+
+    One array, the last one read, is held whole if its chunks are larger than a part: reading a part of such a chunk
+    costs as much as reading the chunk.
+
+    Raises:
+      UserError: an array is missing, damaged, or of another shape.
+    """
+    state = checkpoint.resolve(path).absolute() / "state"
+    held: dict[str, np.ndarray] = {}
+    is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(state)
+
+    def one(keys: Any, leaf: Any) -> LazyArray:
+        name = "params." + jax.tree_util.keystr(keys, simple=True, separator=".")
+        base = {"driver": "file", "path": f"{state}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if is_ocdbt else f"file://{state}/{name}/"
+        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+        try:
+            stored = ts.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise _damaged(state, name, error) from error
+        if stored.shape != tuple(leaf.shape):
+            raise UserError(f"array {name} of {str(state.parent)!r} has shape {list(stored.shape)}, "
+                            f"its config wants {list(leaf.shape)}.", "The checkpoint is damaged; use another step.")
+        dtype = stored.dtype.numpy_dtype
+        wide = dtype.itemsize * int(np.prod(stored.chunk_layout.read_chunk.shape)) > PART_BYTES
+
+        def read(index: Index) -> np.ndarray:
+            try:
+                if not wide:
+                    return stored[index].read().result()
+                if name not in held:
+                    held.clear()
+                    held[name] = stored.read().result()
+                return held[name][index]
+            except ValueError as error:
+                raise _damaged(state, name, error) from error
+
+        return LazyArray(tuple(leaf.shape), dtype, read)
+
+    return jax.tree_util.tree_map_with_path(one, like)
+
+
+def _damaged(state: Path, name: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:200]
+    return UserError(f"array {name} of {str(state.parent)!r} cannot be read: {reason}.",
+                     "The checkpoint is damaged, or was made with another model config; use another step.")
