@@ -42,6 +42,7 @@ EXTRA = "ivr_jax.json"  # what our checkpoints know beyond an export's config: v
 TOKENIZER = "tokenizer"  # folder of a workdir for the files that came with a decoder's weights
 FORMS = ("orbax", "hf")
 _THEIRS = {"architectures", "attention_dropout"}  # fields that an imported config.json keeps
+_EMU_FILES = {"emu3.tiktoken", "emu3_vision_tokens.txt"}
 _COMPANIONS = {".json", ".jsonl", ".txt", ".tiktoken", ".model", ".jinja", ".py", ".md"}
 
 
@@ -76,10 +77,11 @@ def read_orbax(path: Path) -> Model:
     make, module = classes[meta["kind"]]
     config = make(**{key: tuple(value) if isinstance(value, list) else value for key, value in meta["model"].items()})
     params = store.open_params(path, module.param_shapes(config))
-    folder = checkpoint.resolve(path).parent.parent / TOKENIZER
-    companions = tuple(sorted(folder.iterdir())) if folder.is_dir() else ()
+    imported, recorded = checkpoint.resolve(path).absolute().parent.parent / TOKENIZER, Path(meta.get("text_tokenizer", ""))
+    folders = [folder for folder in (imported, recorded) if folder.is_absolute() and folder.is_dir()]
+    companions = _companions(folders[0]) if folders else ()
     extra = {key: meta[key] for key in meta if key not in ("kind", "model")}
-    return Model(meta["kind"], config, params, extra, companions)
+    return Model(meta["kind"], config, params, extra, companions if meta["kind"] == BACKBONE else ())
 
 
 def read_hf(path: Path, param_dtype: str, vocab_multiple: int = 1) -> Model:
@@ -92,15 +94,22 @@ def read_hf(path: Path, param_dtype: str, vocab_multiple: int = 1) -> Model:
         image_config, params = hf.open_image_tokenizer(path, param_dtype=param_dtype)
         return Model(IMAGE_TOKENIZER, image_config, params, _extra(path))
     config, params = hf.open_backbone(path, param_dtype=param_dtype, vocab_multiple=vocab_multiple)
+    return Model(BACKBONE, config, params, {"hf_config": dict(fields), **_extra(path)}, _companions(path))
+
+
+def _companions(folder: Path) -> tuple[Path, ...]:
+    """Files beside weights that are neither weights nor about them: a text tokenizer's, remote code, licences."""
     names = {"config.json", hf.INDEX, EXTRA}
-    companions = tuple(file for file in sorted(path.iterdir()) if file.is_file() and file.name not in names
-                       and (file.suffix in _COMPANIONS or file.name.startswith(("LICENSE", "NOTICE"))))
-    return Model(BACKBONE, config, params, {"hf_config": dict(fields), **_extra(path)}, companions)
+    found = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in names)
+    return tuple(file for file in found if file.suffix in _COMPANIONS or file.name.startswith(("LICENSE", "NOTICE")))
 
 
-def write_orbax(model: Model, folder: Path) -> None:
-    """A workdir with one checkpoint, step 0, which training can start from."""
-    store.write(folder, model.params, {"kind": model.kind, "model": dataclasses.asdict(model.config), **model.extra})
+def write_orbax(model: Model, folder: Path, final: Path | None = None) -> None:
+    """A workdir with one checkpoint, step 0, which training can start from; `final` is the name it will have."""
+    extra = dict(model.extra)
+    if _EMU_FILES <= {file.name for file in model.companions}:
+        extra["text_tokenizer"] = str((final or folder).absolute() / TOKENIZER)
+    store.write(folder, model.params, {"kind": model.kind, "model": dataclasses.asdict(model.config), **extra})
     _copy(model.companions, folder / TOKENIZER)
 
 
@@ -198,7 +207,7 @@ def main(call: cli.Call) -> None:
             write_hf(model, folder, call.flags.model_type, call.flags.dtype)
             found = certificate(model, folder)
         else:
-            write_orbax(read_hf(source, call.flags.param_dtype, call.flags.vocab_multiple), folder)
+            write_orbax(read_hf(source, call.flags.param_dtype, call.flags.vocab_multiple), folder, target)
             model = read_orbax(folder)
             found = certificate(model, source)
         report(found, model, target, exported=source_form == "orbax")
@@ -221,9 +230,10 @@ def report(found: Mapping[str, Any], model: Model, target: Path, exported: bool)
         print(f"  logits       difference to transformers: {shown}")
         names = ", ".join(file.name for file in model.companions) or "no files"
         print(f"  tokenizer    {names}")
-        if not exported and "text_tokenizer" not in model.extra:
-            print("  vocabulary   the weights do not say what their token ids mean: generating and training need to "
-                  "be told the text tokenizer and the image tokenizer")
+        unknown = [name for name in ("text_tokenizer", "image_tokenizer") if name not in model.extra]
+        if unknown and not exported:
+            print("  vocabulary   the weights do not say what their token ids mean: generating and training need "
+                  f"{' and '.join(f'--{name}=FOLDER' for name in unknown)}")
     if found["equal"] != found["tensors"] and (exported or kept):
         raise UserError(f"{found['tensors'] - found['equal']} tensors of {target} differ from their source.",
                         "Nothing was written; convert again.")

@@ -16,7 +16,7 @@ from checkpoints_fixture import CONFIG, IMAGES, assert_trees_equal, decoder_para
 
 from ivr_jax import convert
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, hf, image_tokenizer, lazy, parity
+from ivr_jax.models import backbone, hf, image_tokenizer, lazy, parity, safetensors_io
 from ivr_jax.training import checkpoint, store
 
 UNPADDED = dataclasses.replace(CONFIG, vocab_multiple=1)
@@ -37,6 +37,14 @@ def convert_command(*words) -> None:
     convert.main(convert.cli.parse(argv, config=False, workdir=False, add_flags=convert.add_flags))
 
 
+def save_run(workdir, state, meta) -> None:
+    """A checkpoint as training saves it."""
+    checkpointer = checkpoint.Checkpointer(workdir)
+    checkpointer.save(3, jax.tree.map(jnp.asarray, state), {"position": 1}, meta)
+    checkpointer.wait()
+    checkpointer.close()
+
+
 def contents(folder) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -50,7 +58,7 @@ def test_convert_there_and_back(exported, tmp_path, params, capsys):
     convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
     said = capsys.readouterr().out
     assert "36 of 36" in said and "float32 in the files and here" in said and "tokenizer.txt" in said
-    assert "need to be told the text tokenizer" in said
+    assert "generating and training need --text_tokenizer=FOLDER and --image_tokenizer=FOLDER" in said
     read, meta = checkpoint.read_params(tmp_path / "run", "backbone", backbone.param_shapes(UNPADDED))
     assert meta["model"] == dataclasses.asdict(UNPADDED)
     np.testing.assert_array_equal(read["lm_head"], params["lm_head"][:, :21])
@@ -68,6 +76,19 @@ def test_convert_there_and_back(exported, tmp_path, params, capsys):
     convert_command("--from=orbax", tmp_path / "run", "--to=hf", tmp_path / "stock", "--model_type=qwen3")
     plain = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert plain["model_type"] == "qwen3" and "auto_map" not in plain
+
+
+def test_an_emu_tokenizer_beside_the_weights_is_recorded_and_follows_training(exported, tmp_path, params, capsys):
+    for name in ("emu3.tiktoken", "emu3_vision_tokens.txt"):
+        (exported / name).write_text(name)
+    convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
+    assert "need --image_tokenizer=FOLDER" in capsys.readouterr().out
+    meta = checkpoint.read_meta(tmp_path / "run")
+    assert meta["text_tokenizer"] == str(tmp_path / "run" / "tokenizer")
+    trained = {"kind": "backbone", "model": dataclasses.asdict(CONFIG), "text_tokenizer": meta["text_tokenizer"]}
+    save_run(tmp_path / "trained", {"params": params}, trained)
+    convert_command("--from=orbax", tmp_path / "trained", "--to=hf", tmp_path / "hf")
+    assert (tmp_path / "hf" / "emu3.tiktoken").read_text() == "emu3.tiktoken"
 
 
 def test_bfloat16_files_make_float32_masters_and_come_back_bit_equal(tmp_path, params, capsys):
@@ -88,12 +109,9 @@ def test_narrowing_on_import_is_said(exported, tmp_path, capsys):
 
 
 def test_export_of_a_training_checkpoint_leaves_out_the_optimiser(tmp_path, params):
-    checkpointer = checkpoint.Checkpointer(tmp_path / "run")
     meta = {"kind": "backbone", "model": dataclasses.asdict(CONFIG), "text_tokenizer": "micro", "vocabulary": "abc"}
     state = {"params": params, "optimizer": {"mu": jax.tree.map(np.zeros_like, params)}, "step": np.int32(3)}
-    checkpointer.save(3, jax.tree.map(jnp.asarray, state), {"position": 1}, meta)
-    checkpointer.wait()
-    checkpointer.close()
+    save_run(tmp_path / "run", state, meta)
     convert_command("--from=orbax", tmp_path / "run", "--to=hf", tmp_path / "hf")
     config, back = hf.import_backbone(tmp_path / "hf", vocab_multiple=8)
     assert config == CONFIG and set(hf.open_weights(tmp_path / "hf")) == set(hf.backbone_slots(CONFIG))
@@ -103,10 +121,7 @@ def test_export_of_a_training_checkpoint_leaves_out_the_optimiser(tmp_path, para
 
 def test_large_chunks_are_read_once_and_parts_of_arrays_otherwise(tmp_path, params, monkeypatch):
     """A store made by training may hold an array as one chunk; one made by converting never does."""
-    checkpointer = checkpoint.Checkpointer(tmp_path / "trained")
-    checkpointer.save(0, {"params": jax.tree.map(jnp.asarray, params)}, None, {"kind": "backbone"})
-    checkpointer.wait()
-    checkpointer.close()
+    save_run(tmp_path / "trained", {"params": params}, {"kind": "backbone"})
     monkeypatch.setattr(store, "PART_BYTES", 200)
     monkeypatch.setattr(lazy, "PART_BYTES", 200)
     shapes = backbone.param_shapes(CONFIG)
@@ -140,6 +155,78 @@ def test_zeros_are_stored_and_not_taken_for_missing(tmp_path, params):
     hf.export_backbone(CONFIG, zeros, tmp_path / "hf")
     store.write(tmp_path / "run", hf.open_backbone(tmp_path / "hf", vocab_multiple=8)[1], {"kind": "backbone"})
     assert_trees_equal(checkpoint.read_params(tmp_path / "run", "backbone", backbone.param_shapes(CONFIG))[0], zeros)
+
+
+def spoil(folder, fault):
+    """Spoils a checkpoint of several shards in one way; returns words that the error must have."""
+    shards = sorted(folder.glob("model-*.safetensors"))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = safetensors.numpy.load_file(file)
+    if fault == "missing shard":
+        shards[1].unlink()
+        return shards[1].name
+    if fault == "truncated":
+        shards[-1].write_bytes(shards[-1].read_bytes()[:-4])
+        return f"{shards[-1].name} is truncated"
+    if fault == "model type":
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**fields, "model_type": "gemma"}))
+        return "'gemma'"
+    if fault == "wrong shape":
+        tensors[name] = tensors[name][:-1]
+    elif fault == "absent":
+        del tensors[name], index["weight_map"][name]
+    elif fault == "unexpected":
+        tensors["model.extra"] = np.zeros(2, np.float32)
+        index["weight_map"]["model.extra"] = file.name
+    safetensors.numpy.save_file(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return {"wrong shape": r"has shape \[15, 8\]", "absent": f"lacks tensor {name}", "unexpected": "model.extra"}[fault]
+
+
+FAULTS = ["missing shard", "truncated", "wrong shape", "absent", "unexpected", "model type"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_weights_are_one_clear_error_and_leave_nothing(exported, tmp_path, fault):
+    words = spoil(exported, fault)
+    with pytest.raises(UserError, match=words):
+        convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])
+def test_stopped_half_way_leaves_nothing_and_keeps_what_was_there(exported, tmp_path, monkeypatch, error):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("old")
+    reads = []
+    read = safetensors_io.StoredTensor.read
+
+    def fails(tensor, index=()):
+        reads.append(tensor.name)
+        if len(reads) > 20:
+            raise error
+        return read(tensor, index)
+
+    monkeypatch.setattr(safetensors_io.StoredTensor, "read", fails)
+    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+        convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run", "--overwrite")
+    assert len(reads) > 20 and sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
+    assert contents(tmp_path / "run") == {"precious": b"old"}
+
+
+def test_a_certificate_that_does_not_hold_leaves_nothing(exported, tmp_path, monkeypatch):
+    write = store.write
+
+    def other(workdir, params, meta):
+        write(workdir, {**params, "final_norm": params["embed"]}, meta)
+
+    monkeypatch.setattr(store, "write", other)
+    with pytest.raises(UserError, match="params.final_norm"):
+        convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_certificate_finds_a_changed_tensor(exported, tmp_path, params):

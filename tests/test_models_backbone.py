@@ -167,6 +167,45 @@ def test_decoding_equals_teacher_forcing_for_prompts_of_different_lengths(config
         np.testing.assert_allclose(actual, np.take_along_axis(expected, at[..., None], 1)[:, 0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("side", "name"), [("left", "heads wider than the model"), ("right", "one kv head")])
+def test_guided_decoding_in_one_batch_equals_two_passes_and_teacher_forcing(side, name, tmp_path):
+    """A conditional and a shorter unconditional prompt, padded to one width; both go on with the same tokens."""
+    config = SIZES[name]
+    params = noisy_params(config)
+    tokens, _ = tokens_and_positions(config, 2, 12)
+    lengths, width, answer = np.array([7, 3]), 7, tokens[0, 7:]
+
+    @jax.jit
+    def step(tokens, positions, cache):
+        hidden, cache = backbone.apply(config, params, tokens, positions, cache=cache)
+        return backbone.logits(config, params, hidden), cache
+
+    def decode(rows):
+        """Scores [rows, 6, V] after the prompt and after each token of the answer, from one cache for these rows."""
+        prompts, positions = np.full((len(rows), width), 49, np.int32), np.full((len(rows), width), -1, np.int32)
+        for place, row in enumerate(rows):
+            start = width - lengths[row] if side == "left" else 0
+            prompts[place, start : start + lengths[row]] = tokens[row, : lengths[row]]
+            positions[place, start:] = np.arange(width - start)  # right padding continues the positions
+        last = width - 1 if side == "left" else lengths[rows] - 1
+        scores, cache = step(prompts, positions, backbone.init_cache(config, len(rows), 12))
+        found = [scores[np.arange(len(rows)), last]]
+        for offset, token in enumerate(answer):
+            at = (lengths[rows] + offset)[:, None].astype(np.int32)
+            scores, cache = step(np.full((len(rows), 1), token, np.int32), at, cache)
+            found.append(scores[:, 0])
+        return np.stack(found, 1)
+
+    together = decode(np.array([0, 1]))
+    model = reference(config, params, tmp_path / "hf")
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(together[row], decode(np.array([row]))[0], atol=1e-4, rtol=0)
+        whole = np.concatenate([tokens[row, :length], answer])[None]
+        with torch.no_grad():
+            forced = model(torch.tensor(whole, dtype=torch.long)).logits[0, length - 1 :].numpy()
+        np.testing.assert_allclose(together[row], forced, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("split", [20, 40])
 def test_packed_rows_equal_separate_rows(split):
     """64 tokens: long enough that causal attention leaves out blocks."""
@@ -233,6 +272,9 @@ def test_full_size_tree():
     assert slots["lm_head.weight"].shape == (282926, 5120)
     by_hand = 2 * 282926 * 5120 + 5120 + 64 * (2 * 5120 * 8192 + 2 * 5120 * 1024 + 3 * 5120 * 25600 + 2 * 5120 + 256)
     assert sum(int(np.prod(slot.shape)) for slot in slots.values()) == by_hand == pytest.approx(34.1e9, rel=2e-3)
+    with torch.device("meta"):
+        theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config.to_hf("qwen3"))).state_dict()
+    assert {name: slot.shape for name, slot in slots.items()} == {name: tuple(x.shape) for name, x in theirs.items()}
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     hidden, _ = jax.eval_shape(functools.partial(backbone.apply, config), shapes, tokens, tokens)
     assert hidden.shape == (1, 128, 5120) and hidden.dtype == jnp.bfloat16

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +76,38 @@ def test_any_part_of_an_array_can_be_read_alone(exported, params, monkeypatch):
     for name, part in (("embed", (slice(19, 24), slice(1, 3))), ("lm_head", (slice(0, 5), slice(18, 23)))):
         np.testing.assert_array_equal(tree[name][part], params[name][part])  # across the end of the vocabulary
     np.testing.assert_array_equal(tree["embed"][22:24], 0)
+
+
+SHARDED_IMPORT = """
+import json, sys
+import jax, numpy as np
+from ivr_jax import sharding
+from ivr_jax.models import backbone, hf, safetensors_io
+largest, read = [0], safetensors_io.StoredTensor.read
+def counted(tensor, index=()):
+    part = read(tensor, index)
+    largest[0] = max(largest[0], part.size)
+    return part
+safetensors_io.StoredTensor.read = counted
+mesh = sharding.make_mesh({"fsdp": 4, "tensor": 2})
+config, params = hf.import_backbone(sys.argv[1], mesh=mesh, vocab_multiple=8)
+_, lazy = hf.open_backbone(sys.argv[1], vocab_multiple=8)
+most = largest[0]
+equal = jax.tree.map(lambda a, b: bool((np.asarray(a) == b[()]).all()), params, lazy)
+up = params["layers"]["mlp"]["up"]
+print(json.dumps({"equal": all(jax.tree.leaves(equal)), "up": str(up.sharding.spec), "largest": most,
+                  "shard": up.addressable_shards[0].data.shape}))
+"""
+
+
+def test_import_onto_a_mesh_reads_each_device_its_part(exported):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-c", SHARDED_IMPORT, str(exported)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout)
+    assert found["equal"] and found["up"] == "PartitionSpec(None, 'fsdp', 'tensor')" and found["shard"] == [3, 2, 6]
+    assert found["largest"] <= 24 * 4  # a part of one tensor: 24 rows of the embedding, or 6 × 2 of a layer's matrix
 
 
 def rewrite(folder, change):

@@ -321,6 +321,25 @@ def test_public_size():
     assert codes.shape == (2, 32, 16)
 
 
+@pytest.mark.parametrize(("images", "side"), [(1, 64), (16, 32), (64, 64)])
+def test_scores_of_all_codes_never_stand_whole(images, side):
+    """The largest array in the assignment of a batch to 131,072 codes, read from the traced program."""
+    latents = jax.ShapeDtypeStruct((images, side, side, 256), jnp.float32)
+    book = jax.ShapeDtypeStruct((131072, 256), jnp.float32)
+    cells = images * side * side
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (int(np.prod(out.aval.shape)) for out in equation.outvars)
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    traced = jax.make_jaxpr(image_tokenizer.nearest_codes)(latents, book)
+    given = max(cells * 256, 131072 * 256)
+    assert max(sizes(traced.jaxpr)) <= max(given, min(cells * 8192, image_tokenizer.SCORES_AT_A_TIME))
+    assert cells * 131072 > 8 * given
+
+
 def test_strict_dtypes_and_ranks():
     config = dataclasses.replace(SMALL, ch_mult=(1, 2), dtype="bfloat16")
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

@@ -29,8 +29,8 @@ from ivr_jax.models import layers
 from ivr_jax.models.image_layers import Conv, Downsample, GroupNorm, ResBlock, SpatialAttention, Upsample
 
 Params = dict[str, Any]
-CODEBOOK_CHUNK = 8192  # codes scored at a time by `encode`
-SCORES_AT_A_TIME = 1 << 27  # entries of the [cells, codes] table that training holds (and recomputes backwards)
+CODEBOOK_CHUNK = 8192  # codes scored at a time by `encode`, fewer for many cells
+SCORES_AT_A_TIME = 1 << 27  # entries of the [cells, codes] table that are held (training recomputes them backwards)
 _DDCONFIG = ("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "resolution", "z_channels",
              "double_z", "dropout")  # fmt: skip
 
@@ -327,13 +327,14 @@ def with_codebook(params: Params, codebook: jax.Array) -> Params:
 
 
 def nearest_codes(latents: jax.Array, codebook: jax.Array, chunk: int = CODEBOOK_CHUNK) -> jax.Array:
-    """Index of the code with the largest dot product (the first of equals), `chunk` codes scored at a time.
+    """Index of the code with the largest dot product (the first of equals).
 
-    latents float32 [..., C], codebook float32 [N, C] → int32 [...].
+    latents float32 [..., C], codebook float32 [N, C] → int32 [...]. At most `chunk` codes are scored at a time, and
+    `SCORES_AT_A_TIME` pairs of a cell and a code.
     """
     count, width = codebook.shape
     cells = latents.reshape(-1, width)
-    chunk = min(chunk, count)
+    chunk = max(1, min(chunk, count, SCORES_AT_A_TIME // max(1, len(cells))))
     chunks = -(-count // chunk)
     codebook = jnp.pad(codebook, ((0, chunks * chunk - count), (0, 0))).reshape(chunks, chunk, width)
     starts = jnp.arange(chunks, dtype=jnp.int32) * chunk
