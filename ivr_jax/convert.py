@@ -77,8 +77,9 @@ def read_orbax(path: Path) -> Model:
     make, module = classes[meta["kind"]]
     config = make(**{key: tuple(value) if isinstance(value, list) else value for key, value in meta["model"].items()})
     params = store.open_params(path, module.param_shapes(config))
-    imported, recorded = checkpoint.resolve(path).absolute().parent.parent / TOKENIZER, Path(meta.get("text_tokenizer", ""))
-    folders = [folder for folder in (imported, recorded) if folder.is_absolute() and folder.is_dir()]
+    workdir = checkpoint.resolve(path).absolute().parent.parent
+    recorded = Path(meta.get("text_tokenizer", ""))  # a folder's full name, or one that is built in
+    folders = [folder for folder in (workdir / TOKENIZER, recorded) if folder.is_absolute() and folder.is_dir()]
     companions = _companions(folders[0]) if folders else ()
     extra = {key: meta[key] for key in meta if key not in ("kind", "model")}
     return Model(meta["kind"], config, params, extra, companions if meta["kind"] == BACKBONE else ())
