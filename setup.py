@@ -35,6 +35,7 @@ REQUIREMENTS = [
     "tenacity>=9.2.1",
     "tensorflow-datasets>=4.9.10",  # tables are written and read without TensorFlow; only `tfds.load` needs it
     "tensorboardX>=2.6.5",
+    "tensorstore>=0.1.86",
     "tiktoken>=0.14.0",
     "tqdm>=4.70.1",
     "transformers>=5.23.0",

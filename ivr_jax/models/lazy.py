@@ -42,7 +42,7 @@ class LazyArray:
 def place(array: LazyArray, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
     """The array on its devices, each of which is given its own part only; on the default device without a sharding."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__, dtype=array.dtype)
 
 
 def place_tree(tree: Any, shardings: Any = None) -> Any:

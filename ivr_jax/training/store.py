@@ -52,7 +52,7 @@ class _ChunkWriter(ocp.type_handlers.TypeHandler):
         for array, info in zip(values, infos, strict=True):
             chunk = part_shape(array.shape, array.dtype.itemsize)
             store = await ts.open(
-                {"driver": "zarr", "kvstore": f"file://{info.path}/", "store_data_equal_to_fill_value": True},
+                {"driver": "zarr", "kvstore": _files(info.path), "store_data_equal_to_fill_value": True},
                 create=True, dtype=array.dtype.name, shape=array.shape, chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
             )  # fmt: skip
             for index in parts(array.shape, chunk):
@@ -81,12 +81,12 @@ def open_params(path: str | os.PathLike[str], like: Any) -> Any:
 
     def one(keys: Any, leaf: Any) -> LazyArray:
         name = "params." + jax.tree_util.keystr(keys, simple=True, separator=".")
-        base = {"driver": "file", "path": f"{state}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if is_ocdbt else f"file://{state}/{name}/"
+        inside = {"driver": "ocdbt", "base": _files(state), "path": f"{name}/"}
+        kvstore = inside if is_ocdbt else _files(state / name)
         spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
         try:
             stored = ts.open(spec, open=True, read=True).result()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise _damaged(state, name, error) from error
         if stored.shape != tuple(leaf.shape):
             raise UserError(f"array {name} of {str(state.parent)!r} has shape {list(stored.shape)}, "
@@ -102,12 +102,16 @@ def open_params(path: str | os.PathLike[str], like: Any) -> Any:
                     held.clear()
                     held[name] = stored.read().result()
                 return held[name][index]
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise _damaged(state, name, error) from error
 
         return LazyArray(tuple(leaf.shape), dtype, read)
 
     return jax.tree_util.tree_map_with_path(one, like)
+
+
+def _files(folder: os.PathLike[str]) -> dict[str, str]:
+    return {"driver": "file", "path": f"{folder}/"}
 
 
 def _damaged(state: Path, name: str, error: Exception) -> UserError:
