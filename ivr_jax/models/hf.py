@@ -9,6 +9,7 @@ complete.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -189,13 +190,19 @@ def open_weights(directory: Path) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that takes the name `directory` when the block succeeds, and vanishes when it fails."""
+    """A temporary sibling that takes the name `directory` when the block succeeds, and vanishes when it fails.
+
+    What a killed process left of its own try at the same directory is removed as well.
+    """
     final = Path(directory)
     if final.exists() and not final.is_dir():
         raise UserError(f"{final} is a file.", "Name a folder that does not exist yet.")
     if not overwrite and final.is_dir() and any(final.iterdir()):
         raise UserError(f"{final} exists and is not empty.", "Name another folder, or remove this one first.")
     partial, old = (final.with_name(f".{final.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    for stale in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
+        if not _runs(stale.name.rpartition("-")[2]):
+            shutil.rmtree(stale, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -207,6 +214,16 @@ def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterato
         raise UserError(f"cannot write {final}: {error.strerror or error}.", "Mend permissions or space.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)  # asks, and does nothing
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except OSError:
+        return True  # another user's
+    return True
 
 
 def planned_tensors(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:

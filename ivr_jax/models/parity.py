@@ -17,7 +17,8 @@ import numpy as np
 
 from ivr_jax.models import backbone, layers
 from ivr_jax.models.backbone_config import BackboneConfig
-from ivr_jax.models.safetensors_io import open_directory, row_blocks
+from ivr_jax.models.hf import open_weights
+from ivr_jax.models.safetensors_io import row_blocks
 
 PROMPT_LENGTH = 32
 
@@ -46,7 +47,7 @@ def logits(config: BackboneConfig, params: Mapping[str, Any], tokens: np.ndarray
 
 
 def transformers_logits(config: BackboneConfig, folder: Path, tokens: np.ndarray) -> np.ndarray | None:
-    """Theirs, Qwen3 on the safetensors of `folder`: float32 [T, V], or None where PyTorch is missing.
+    """Theirs, Qwen3 on the weights in `folder`: float32 [T, V], or None where PyTorch is missing.
 
     The model is built without memory; each of its layers is given its tensors when it runs, and loses them after. The
     embedding is looked up, and the output matrix applied, in parts.
@@ -56,7 +57,7 @@ def transformers_logits(config: BackboneConfig, folder: Path, tokens: np.ndarray
         import transformers
     except ImportError:
         return None
-    stored = open_directory(folder)
+    stored = open_weights(folder)
     fields = transformers.Qwen3Config(**config.to_hf("qwen3"))
     fields._attn_implementation = "eager"
     with torch.device("meta"):
@@ -79,8 +80,8 @@ def transformers_logits(config: BackboneConfig, folder: Path, tokens: np.ndarray
         module.register_forward_hook(empty)
     width, every = slice(0, config.hidden_size), "model.embed_tokens.weight"
     rows = torch.cat([tensor(every, slice(int(token), int(token) + 1), width) for token in tokens])
-    head = stored[every if config.tie_word_embeddings else "lm_head.weight"]
+    head = every if config.tie_word_embeddings else "lm_head.weight"
     with torch.no_grad():
         hidden = model(inputs_embeds=rows[None], use_cache=False).last_hidden_state[0]
-        parts = (tensor(head.name, slice(*bounds), width) for bounds in row_blocks(head.shape, 4))
+        parts = (tensor(head, slice(*bounds), width) for bounds in row_blocks(stored[head].shape, 4))
         return torch.cat([torch.nn.functional.linear(hidden, part) for part in parts], dim=1).numpy()
