@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -331,7 +332,7 @@ def test_scores_of_all_codes_never_stand_whole(images, side):
     def sizes(jaxpr):
         for equation in jaxpr.eqns:
             yield from (int(np.prod(out.aval.shape)) for out in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from sizes(inner)
 
     traced = jax.make_jaxpr(image_tokenizer.nearest_codes)(latents, book)
