@@ -35,6 +35,7 @@ from ivr_jax.models import backbone, hf, image_tokenizer, parity
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.models.safetensors_io import digest, row_blocks
+from ivr_jax.protocol.emu_text import RANKS_FILE, VISION_FILE
 from ivr_jax.training import checkpoint, store
 
 BACKBONE, IMAGE_TOKENIZER = "backbone", "image_tokenizer"
@@ -42,7 +43,7 @@ EXTRA = "ivr_jax.json"  # what our checkpoints know beyond an export's config: v
 TOKENIZER = "tokenizer"  # folder of a workdir for the files that came with a decoder's weights
 FORMS = ("orbax", "hf")
 _THEIRS = {"architectures", "attention_dropout"}  # fields that an imported config.json keeps
-_EMU_FILES = {"emu3.tiktoken", "emu3_vision_tokens.txt"}
+_EMU_FILES = {RANKS_FILE, VISION_FILE}
 _COMPANIONS = {".json", ".jsonl", ".txt", ".tiktoken", ".model", ".jinja", ".py", ".md"}
 
 
