@@ -50,7 +50,7 @@ class Ours:
         keys = jax.random.split(jax.random.key(seed), 1)
         options = SamplingOptions(guidance=GUIDANCE)
         drawn = sample(self.config, self.params, self.grammar, prompt[None], lengths[0], (SIDE, SIDE), keys,
-                       self.length, options, unconditional=(free[None], lengths[1]))  # fmt: skip
+                       self.length, options, unconditional=((free[None], lengths[1]),))  # fmt: skip
         return int(np.asarray(drawn.lengths)[0])
 
 
