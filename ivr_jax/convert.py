@@ -82,7 +82,7 @@ def read_orbax(path: Path) -> Model:
     recorded = Path(meta.get("text_tokenizer", ""))  # a folder's full name, or one that is built in
     folders = [folder for folder in (workdir / TOKENIZER, recorded) if folder.is_absolute() and folder.is_dir()]
     companions = _companions(folders[0]) if folders else ()
-    extra = {key: meta[key] for key in meta if key not in ("kind", "model")}
+    extra = {key: meta[key] for key in meta if key not in ("kind", "model", "lora")}  # adapters are merged
     return Model(meta["kind"], config, params, extra, companions if meta["kind"] == BACKBONE else ())
 
 

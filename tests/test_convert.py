@@ -19,7 +19,7 @@ from checkpoints_fixture import CONFIG, IMAGES, assert_trees_equal, decoder_para
 
 from ivr_jax import convert
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, hf, image_tokenizer, lazy, parity, safetensors_io
+from ivr_jax.models import backbone, hf, image_tokenizer, lazy, lora, parity, safetensors_io
 from ivr_jax.training import checkpoint, store
 
 UNPADDED = dataclasses.replace(CONFIG, vocab_multiple=1)
@@ -120,6 +120,21 @@ def test_export_of_a_training_checkpoint_leaves_out_the_optimiser(tmp_path, para
     assert config == CONFIG and set(hf.open_weights(tmp_path / "hf")) == set(hf.backbone_slots(CONFIG))
     assert_trees_equal(back, params)
     assert convert.read_hf(tmp_path / "hf", "float32").extra["vocabulary"] == "abc"
+
+
+def test_export_of_an_adapted_checkpoint_merges_the_adapters(tmp_path, params):
+    options = lora.LoraOptions(rank=2, alpha=3.0, targets=("q", "down"))
+    adapted = lora.add(params, options, jax.random.key(0))
+    for group in adapted["lora"].values():
+        for pair in group.values():
+            pair["b"] = jax.random.normal(jax.random.key(1), pair["b"].shape)
+    meta = {"kind": "backbone", "model": dataclasses.asdict(CONFIG), "lora": dataclasses.asdict(options)}
+    save_run(tmp_path / "run", {"params": adapted}, meta)
+    convert_command("--from=orbax", tmp_path / "run", "--to=hf", tmp_path / "hf")
+    _, found = hf.import_backbone(tmp_path / "hf", vocab_multiple=8)
+    expected = lora.merge(jax.tree.map(jnp.asarray, adapted))
+    assert np.abs(np.asarray(expected["layers"]["mlp"]["down"]) - params["layers"]["mlp"]["down"]).max() > 0.1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 def test_large_chunks_are_read_once_and_parts_of_arrays_otherwise(tmp_path, params, monkeypatch):

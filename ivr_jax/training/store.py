@@ -8,7 +8,7 @@ own, filled chunk by chunk.  `open_params` gives the arrays of any checkpoint as
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import tensorstore as ts
 from absl import logging
 
 from ivr_jax.errors import UserError
+from ivr_jax.models import lora
 from ivr_jax.models.lazy import PART_BYTES, Index, LazyArray, part_shape, parts
 from ivr_jax.training import checkpoint
 
@@ -70,12 +71,15 @@ def open_params(path: str | os.PathLike[str], like: Any) -> Any:
     """The parameters of the checkpoint at `path` (see `checkpoint.resolve`) as a tree of LazyArrays shaped like `like`.
 
     One array, the last one read, is held whole if its chunks are larger than a part: reading a part of such a chunk
-    costs as much as reading the chunk.
+    costs as much as reading the chunk. Adapters (LoRA) are merged into the kernels that they adapt, as they are read.
 
     Raises:
       UserError: an array is missing, damaged, or of another shape.
     """
     state = checkpoint.resolve(path).absolute() / "state"
+    adapted = checkpoint.read_meta(path).get("lora")
+    if adapted:
+        like = lora.like(like, lora.LoraOptions(**adapted))
     held: dict[str, np.ndarray] = {}
     is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(state)
 
@@ -107,7 +111,29 @@ def open_params(path: str | os.PathLike[str], like: Any) -> Any:
 
         return LazyArray(tuple(leaf.shape), dtype, read)
 
-    return jax.tree_util.tree_map_with_path(one, like)
+    params = jax.tree_util.tree_map_with_path(one, like)
+    return _merged(params) if adapted else params
+
+
+def _merged(params: Any) -> Any:
+    """`lora.merge` of a tree of LazyArrays, done for each part when it is read."""
+    merged, scale = {**lora.base(params)}, params[lora.SCALE][()]
+    merged["layers"] = dict(params["layers"])
+    for place, group in params[lora.ADAPTERS].items():
+        merged["layers"][place] = dict(merged["layers"][place])
+        for name, pair in group.items():
+            kernel = params["layers"][place][name]
+            merged["layers"][place][name] = LazyArray(kernel.shape, kernel.dtype, _adapted(kernel, pair, scale))
+    return merged
+
+
+def _adapted(kernel: LazyArray, pair: Mapping[str, LazyArray], scale: np.ndarray) -> Callable[[Index], np.ndarray]:
+    def read(index: Index) -> np.ndarray:
+        layers, rows, columns = index
+        product = np.matmul(pair["a"][layers, rows], scale * pair["b"][layers, :, columns])
+        return (kernel[index].astype(np.float32) + product).astype(kernel.dtype)
+
+    return read
 
 
 def _files(folder: os.PathLike[str]) -> dict[str, str]:
