@@ -7,6 +7,7 @@ own, filled chunk by chunk.  `open_params` gives the arrays of any checkpoint as
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def open_params(path: str | os.PathLike[str], like: Any) -> Any:
             raise UserError(f"array {name} of {str(state.parent)!r} has shape {list(stored.shape)}, "
                             f"its config wants {list(leaf.shape)}.", "The checkpoint is damaged; use another step.")
         dtype = stored.dtype.numpy_dtype
-        wide = dtype.itemsize * int(np.prod(stored.chunk_layout.read_chunk.shape)) > PART_BYTES
+        wide = dtype.itemsize * math.prod(stored.chunk_layout.read_chunk.shape or ()) > PART_BYTES  # a scalar has None
 
         def read(index: Index) -> np.ndarray:
             try:
