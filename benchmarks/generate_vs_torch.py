@@ -2,6 +2,8 @@
 
     python benchmarks/generate_vs_torch.py                   a decoder of 33 M parameters
     python benchmarks/generate_vs_torch.py --size=large      265 M
+    python benchmarks/generate_vs_torch.py --cores=1         each on one core: where other jobs run beside, threads that
+                                                             wait for one another would be measured instead
 
 Ours batches the conditional and the unconditional pass; PyTorch runs transformers' Qwen3ForCausalLM twice a token, each
 pass with a cache of its own, as the released Emu3.5 code does. Both are float32, draw one image of 16 × 16 cells after
@@ -12,6 +14,7 @@ in which programs are compiled, is left out.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -88,7 +91,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--cores", type=int, default=0, help="use only this many cores; 0: all")
     options = parser.parse_args()
+    if options.cores:  # before either library has started its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.cores :])
     tokenizer = PhraseTokenizer(PHRASES, CODES)
     config = BackboneConfig(vocab_size=tokenizer.vocab.size, max_position_embeddings=1024, **SIZES[options.size])
     rng = np.random.default_rng(0)
