@@ -39,6 +39,8 @@ def get_config() -> ConfigDict:
             "rope_theta": 1e4,
             "max_position_embeddings": 512,
             "remat": "dots",
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
         }
     )
     config.data = ConfigDict(

@@ -173,6 +173,21 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
         np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-4)
 
 
+def test_configured_dropout_is_another_one_at_each_step_and_the_same_when_a_step_is_repeated():
+    batch = stack([row_of([p], 64) for p in examples()[:2]])
+    optimizer, start = optax.sgd(0.1), TOKENIZER.vocab.visual_start
+    step = make_step(dataclasses.replace(CONFIG, dropout=0.3), optimizer, 64, 2, start, seed=4)
+
+    def loss_at(number):
+        params = jax.tree.map(jnp.copy, PARAMS)
+        return float(step(TrainState(params, optimizer.init(params)), batch, number)[1]["loss"][0])
+
+    first, again, other = (loss_at(number) for number in (3, 3, 4))
+    assert first == again != other
+    without = float(selective_loss(CONFIG, PARAMS, batch, 64, start)[0])
+    assert abs(first - without) > 1e-3 * without
+
+
 # -- GRPO objective ---------------------------------------------------------------------------------------------------
 
 

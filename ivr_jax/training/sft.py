@@ -33,11 +33,18 @@ from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.state import TrainState, micro_batches, place, updated
 from ivr_jax.training.throughput import train_flops
 
-COMPUTED = ("dtype", "param_dtype", "remat", "unroll")  # of config.model, they hold for a model from `init` as well
+DROPOUT = 1  # folded into a step's key for its dropout
+# of config.model, these hold for a model from `init` as well
+COMPUTED = ("dtype", "param_dtype", "remat", "unroll", "dropout", "attention_dropout")
 
 
 def selective_loss(
-    config: BackboneConfig, params: Any, batch: dict[str, jax.Array], chunk: int, visual_start: int
+    config: BackboneConfig,
+    params: Any,
+    batch: dict[str, jax.Array],
+    chunk: int,
+    visual_start: int,
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Sum of the negative log-likelihoods of the selected tokens, and metrics: (sum, denominator) pairs, of text and
     image tokens and of every kind of segment apart, and `attended`, the keys that all tokens see together.
@@ -46,9 +53,10 @@ def selective_loss(
       batch: tokens, segment_ids, positions int32 [B, T] and loss uint8 [B, T] (0, or 1 + index in `PARTS`), as
         `pipeline.packed_examples` yields.
       visual_start: first visual id, to tell image tokens from text tokens in the metrics.
+      dropout_key: turns on the configured dropout.
     """
     tokens, segments = batch["tokens"], batch["segment_ids"]
-    hidden, _ = backbone.apply(config, params, tokens, batch["positions"], segments)
+    hidden, _ = backbone.apply(config, params, tokens, batch["positions"], segments, dropout_key=dropout_key)
     targets = jnp.roll(tokens, -1, axis=1)
     same = (segments == jnp.roll(segments, -1, axis=1)) & (segments > 0)
     mask = (same & (jnp.roll(batch["loss"], -1, axis=1) > 0)).at[:, -1].set(False).astype(jnp.float32)
@@ -79,27 +87,33 @@ def make_step(
     visual_start: int,
     out_shardings: Any = None,
     gradient_dtype: str = "float32",
+    seed: int = 0,
 ):
-    """Jitted (state, batch) -> (state, metrics); `accumulation` micro-batches add up exactly.
+    """Jitted (state, batch, step number) -> (state, metrics); `accumulation` micro-batches add up exactly.
 
     Args:
       out_shardings: of the new state and of the metrics, when they live on a mesh (see `state.place`).
       gradient_dtype: of the sum over micro-batches; bfloat16 takes half the memory and loses small contributions.
+      seed: of the configured dropout, which is another one at each step number and in each micro-batch.
     """
+    drops = config.dropout > 0 or config.attention_dropout > 0
 
-    def loss(trained: Any, frozen: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
-        return selective_loss(config, lora.join(trained, frozen), part, chunk, visual_start)
+    def loss(trained: Any, frozen: Any, part: Any) -> tuple[jax.Array, dict[str, Any]]:
+        rows, key = part
+        return selective_loss(config, lora.join(trained, frozen), rows, chunk, visual_start, key)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
-    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, Any]]:
-        parts = jax.tree.map(functools.partial(micro_batches, accumulation), batch)
+    def step(state: TrainState, batch: dict[str, jax.Array], number: int = 0) -> tuple[TrainState, dict[str, Any]]:
+        step_key = jax.random.fold_in(jax.random.key(seed), number)
+        keys = jax.random.split(jax.random.fold_in(step_key, DROPOUT), accumulation) if drops else None
+        parts = jax.tree.map(functools.partial(micro_batches, accumulation), batch), keys
         trained, frozen = lora.split(state.params)
 
-        def gradient(part: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
+        def gradient(part: Any) -> tuple[Any, dict[str, Any]]:
             gradients, sums = jax.grad(loss, has_aux=True)(trained, frozen, part)
             return jax.tree.map(lambda g: g.astype(gradient_dtype), gradients), sums
 
-        def one(total: Any, part: dict[str, jax.Array]) -> tuple[Any, None]:
+        def one(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(part)), None
 
         first = jax.eval_shape(lambda: gradient(jax.tree.map(lambda x: x[0], parts)))
@@ -157,8 +171,9 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     )
     optimizer = make_optimizer(config.optimizer, config.steps)
     state, placed = place(mesh, axes, params, optimizer)
+    start = tokenizer.vocab.visual_start
     step = make_step(
-        model, optimizer, config.chunk, config.accumulation, tokenizer.vocab.visual_start, placed, config.gradient_dtype
+        model, optimizer, config.chunk, config.accumulation, start, placed, config.gradient_dtype, config.seed
     )
     meta = systems.backbone_meta(
         model, config.text_tokenizer, tokenizer, config.image_tokenizer, codec, config.to_dict()
@@ -166,8 +181,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     if options.rank:
         meta["lora"] = dataclasses.asdict(options)
 
-    def placed_step(state: TrainState, batch: dict[str, Any], _: int) -> tuple[TrainState, dict[str, Any]]:
-        return step(state, sharding.global_batch(mesh, batch, config.batch))
+    def placed_step(state: TrainState, batch: dict[str, Any], number: int) -> tuple[TrainState, dict[str, Any]]:
+        return step(state, sharding.global_batch(mesh, batch, config.batch), number)
 
     return Stage(state, data, placed_step, meta)
 
