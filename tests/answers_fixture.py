@@ -15,6 +15,7 @@ import numpy as np
 
 from ivr_jax.evaluation.answers import Answer, Segment, write_answers
 from ivr_jax.evaluation.collect import write_gates
+from ivr_jax.evaluation.intervals import share
 from ivr_jax.evaluation.metrics import evaluate, write_evaluation
 from ivr_jax.evaluation.tables import entry_gates
 from ivr_jax.images import image_name
@@ -203,7 +204,7 @@ def plain_answer(images: int = 1, exact: bool = True, key: str = "k", passes: bo
 
 def write_workdir(root: Path, count: int, seed: int = 3) -> None:
     """A whole run as `ivr_jax.evaluation.collect` expects it: four stages, three arms, taught samples, gates."""
-    splits = ("kris/factual", "kris/procedural", "geneval/colours", "omnicontext/single")
+    splits = ("mixture", "kris/factual", "kris/procedural", "geneval/colours", "omnicontext/single")
     results = {}
     for arm, character in ARMS.items():
         studio = Studio(seed)
@@ -217,7 +218,8 @@ def write_workdir(root: Path, count: int, seed: int = 3) -> None:
     taught = [studio.taught(sample_task(0, seed + 1, i, edits=2 + i % 3), mode)
               for i, mode in enumerate([*Mode, *Mode])]
     write_answers(root / "sft" / "taught", taught, studio.images)
-    write_gates(root, entry_gates(results["eval_base"], results["eval_sft"], step_text=0.981))
+    probed = results["eval_sft"] | {"probes": {"step_text": share([True] * 52 + [False]), "critique": share([])}}
+    write_gates(root, entry_gates(results["eval_base"], probed))
     rng = np.random.default_rng(seed)
     for stage, last in (("image_tokenizer", 800), ("base", 400), ("sft", 700), ("rl", 90)):
         (root / stage).mkdir(parents=True, exist_ok=True)

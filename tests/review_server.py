@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -62,7 +64,11 @@ def serving(dataset: Path, *flags: str) -> Iterator[Server]:
     """Starts `python -m ivr_jax.review` on a free port; kills it in the end."""
     command = [sys.executable, "-m", "ivr_jax.review", str(dataset), "--port=0", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        # Where the tests run in the background of a shell, an interrupt is ignored, and that is inherited.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         tokens, port, printed = {}, 0, []
         for line in process.stdout:

@@ -291,9 +291,9 @@ def test_rates_and_calls_at_a_time_are_limited(service):
         return time.monotonic() - start
 
     taken, _ = ask(service, timed, requests_per_minute=240)  # four a second: three have to wait
-    assert taken >= 0.6
+    assert taken >= 0.55
     taken, _ = ask(service, timed, tokens_per_minute=60 * 2000)  # some 450 tokens each: three have to wait
-    assert taken >= 0.3
+    assert taken >= 0.25
 
 
 def test_a_question_is_asked_once(service, tmp_path):

@@ -74,7 +74,10 @@ def page(title="Report", runs=(), evaluations=None, gallery=(), gates=(), notes=
 @pytest.fixture(scope="module")
 def studio() -> tuple[Studio, list[Answer]]:
     made = Studio(seed=5)
-    return made, [made.answer(task, ARMS["eval_sft"], "kris/procedural") for task in tasks(24)]
+    return made, [
+        made.answer(task, ARMS["eval_sft"], "mixture" if i // 4 % 2 else "kris/procedural")
+        for i, task in enumerate(tasks(24))
+    ]
 
 
 @pytest.fixture(scope="module")

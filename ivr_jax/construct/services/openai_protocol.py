@@ -47,10 +47,11 @@ class OpenAITransport:
             request["temperature"] = self._config.temperature
         if self._config.max_tokens:
             request["max_tokens"] = self._config.max_tokens
+        form = self._structured  # as it is now: a question beside this one may find out that no schema is taken
         try:
-            completion = await self._create(request, self._structured, schema)
+            completion = await self._create(request, form, schema)
         except Rejected:
-            if self._structured != "auto":
+            if form != "auto":
                 raise
             completion = await self._create(request, "none", schema)  # when this works, the schema was the trouble
             self._structured = "none"
