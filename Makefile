@@ -12,6 +12,9 @@ WORKDIR := runs/demo
 PIP_FLAGS :=
 PYTEST_FLAGS := -n 2 --dist worksteal
 
+# The TPU compiler lies apart from the environment: beside JAX it would make every command look for a TPU first.
+TPU_COMPILER = $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(VENV)/libtpu 'libtpu>=0.0.52'
+
 # A first try that was interrupted may have left an environment without pip.
 ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 
@@ -58,4 +61,5 @@ $(VENV)/.installed: setup.py $(VENV)/bin/python
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
+	@$(TPU_COMPILER) >/dev/null 2>&1 || echo "no TPU compiler for this machine: its tests will be skipped"
 	@touch $(VENV)/.installed $@

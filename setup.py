@@ -65,6 +65,7 @@ COMMANDS = {
     "ivr-report": "ivr_jax.report",
     "ivr-export": "ivr_jax.export",
     "ivr-review": "ivr_jax.review",
+    "ivr-compile": "ivr_jax.compile",
 }
 
 
@@ -95,6 +96,7 @@ setup(
         "review": REVIEW_REQUIREMENTS,
         "test": TEST_REQUIREMENTS,
         "tpu": ["jax[tpu]>=0.10.2"],
+        "tpu-aot": ["libtpu>=0.0.52"],  # the TPU compiler alone, for ivr_jax.compile
         "gpu": ["jax[cuda13]>=0.10.2"],
     },
     entry_points={"console_scripts": [f"{name} = {module}:entry" for name, module in COMMANDS.items()]},

@@ -29,10 +29,13 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters of the decoder
     "layers": None, "vocab": "tensor", "embed": "fsdp", "q_heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
     "head_dim": None,
+    # rows of kernels that lead back to the model width, which is left whole: 5120 / 32 would fill 160 of 256 lanes
+    "vocab_rows": ("tensor", "fsdp"), "q_rows": ("tensor", "fsdp"), "mlp_rows": ("tensor", "fsdp"),
     # parameters of the image tokenizer
     "codes": "fsdp", "code_dim": None, "kernel_height": None, "kernel_width": None, "conv_in": None, "conv_out": "fsdp",
     # activations and caches
     "batch": ("data", "fsdp"), "length": "sequence", "slots": "sequence", "width": None,
+    "residual": ("sequence", "tensor"),  # tokens between the halves of a layer
     "height": None, "columns": None, "channels": None,
 }  # fmt: skip
 LARGE = 1 << 20  # entries from which an array must not be left whole by accident
@@ -213,12 +216,35 @@ def global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int) -> dict
 
 def constrain(x: jax.Array, axes: Axes) -> jax.Array:
     """Pin an activation inside a jitted function to the mesh in force (`jax.set_mesh`); without one, do nothing."""
+    return _pin(x, partition(axes))
+
+
+def gather(x: jax.Array, axes: Axes) -> jax.Array:
+    """`constrain`, with what "fsdp" splits made whole: a parameter as a layer uses it."""
+
+    def whole(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        return tuple(name for name in ((part,) if isinstance(part, str) else part or ()) if name != "fsdp")
+
+    return _pin(_pin(x, partition(axes)), PartitionSpec(*map(whole, partition(axes))))
+
+
+def spec(shape: Sequence[int], axes: Axes) -> PartitionSpec:
+    """The partition of an activation of this shape on the mesh in force; an axis that does not divide stays whole."""
+    return _dividing(shape, partition(axes))
+
+
+def _dividing(shape: Sequence[int], parts: PartitionSpec) -> PartitionSpec:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
+        return PartitionSpec(*(None,) * len(shape))
+    return PartitionSpec(*(part if size % _shards(mesh, part) == 0 else None
+                           for size, part in zip(shape, parts, strict=True)))  # fmt: skip
+
+
+def _pin(x: jax.Array, parts: PartitionSpec) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    rules = zip(x.shape, partition(axes), strict=True)
-    parts = (part if size % _shards(mesh, part) == 0 else None for size, part in rules)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*parts))
+    return jax.lax.with_sharding_constraint(x, _dividing(x.shape, parts))
 
 
 def _words(path: Any) -> tuple[str, ...]:
@@ -231,7 +257,7 @@ def _shards(mesh: Any, part: str | tuple[str, ...] | None) -> int:
 
 
 def _advice(axis: str | None, size: int, shards: int) -> str:
-    if axis == "vocab":
+    if axis in ("vocab", "vocab_rows"):
         return f"Set the model's vocab_multiple to a multiple of {shards}; exports never show the padding."
     if axis == "batch":
         return f"Use a batch that is a multiple of {shards}."

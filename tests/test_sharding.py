@@ -126,7 +126,7 @@ def test_one_device_uses_the_same_path():
     params = sharding.sharded_init(mesh, init, backbone.param_axes(config), jax.random.key(0))
     expected = jax.jit(init)(jax.random.key(0))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), params, expected)))
-    assert params["embed"].sharding.spec == PartitionSpec("tensor", "fsdp")
+    assert params["embed"].sharding.spec == PartitionSpec(("tensor", "fsdp"), None)
 
 
 def test_every_parameter_of_the_full_models_is_covered():
@@ -134,6 +134,7 @@ def test_every_parameter_of_the_full_models_is_covered():
     placed = sharding.shardings(mesh, backbone.param_axes(EMU35), backbone.param_shapes(EMU35))
     assert placed["layers"]["attention"]["q"].spec == PartitionSpec(None, "fsdp", "tensor")
     assert placed["lm_head"].spec == PartitionSpec("fsdp", "tensor")
+    assert placed["layers"]["mlp"]["down"].spec == PartitionSpec(None, ("tensor", "fsdp"), None)
     pixels = ImageTokenizerConfig(256, 3, (1, 1, 2, 2, 4), 4, (16,), 3, 256, 256, 131072, 256)
     placed = sharding.shardings(mesh, image_tokenizer.param_axes(pixels), image_tokenizer.param_shapes(pixels))
     assert placed["quantize"]["embedding"]["weight"].spec == PartitionSpec("fsdp", None)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ivr_jax import sharding
-from ivr_jax.models import layers, lora
+from ivr_jax.models import fused_attention, layers, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 
 Params = dict[str, Any]
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         self.q = new((count, width, query), ("layers", "embed", "q_heads"), into)
         self.k = new((count, width, kv), ("layers", "embed", "kv_heads"), into)
         self.v = new((count, width, kv), ("layers", "embed", "kv_heads"), into)
-        self.o = new((count, query, width), ("layers", "q_heads", "embed"), back)
+        self.o = new((count, query, width), ("layers", "q_rows", "width"), back)
         self.q_norm = new((count, dim), ("layers", "head_dim"), ones)
         self.k_norm = new((count, dim), ("layers", "head_dim"), ones)
 
@@ -62,14 +62,17 @@ class Attention(nnx.Module):
         """x [B, T, D] → q [B, T, H, h] and k, v [B, T, K, h]; q and k normalised, then rotated."""
         config, (batch, length, _) = self.config, x.shape
         shape = (batch, length, -1, config.head_dim)
-        q, k, v = (layers.project(x, kernel[...]).reshape(shape) for kernel in (self.q, self.k, self.v))
+        heads = (self.q, "q_heads"), (self.k, "kv_heads"), (self.v, "kv_heads")
+        q, k, v = (layers.project(x, kernel[...], ("embed", axis)).reshape(shape) for kernel, axis in heads)
         q = layers.rotate(layers.rms_norm(q, self.q_norm[...], config.rms_norm_eps), cos, sin)
         k = layers.rotate(layers.rms_norm(k, self.k_norm[...], config.rms_norm_eps), cos, sin)
-        return q, k, v
+        return tuple(sharding.constrain(x, ("batch", "length", axis, "head_dim"))
+                     for x, (_, axis) in zip((q, k, v), heads, strict=True))
 
     def output(self, mixed: jax.Array) -> jax.Array:
         """mixed [B, T, H, h] → [B, T, D]."""
-        return layers.project(mixed.reshape(*mixed.shape[:2], -1), self.o[...])
+        mixed = sharding.constrain(mixed.reshape(*mixed.shape[:2], -1), ("batch", "length", "q_heads"))
+        return layers.project(mixed, self.o[...], ("q_rows", "width"))
 
 
 class Mlp(nnx.Module):
@@ -81,11 +84,12 @@ class Mlp(nnx.Module):
         into, back = layers.fan_in_normal(width), layers.fan_in_normal(inner, 1 / math.sqrt(2 * count))
         self.gate = new((count, width, inner), ("layers", "embed", "mlp"), into)
         self.up = new((count, width, inner), ("layers", "embed", "mlp"), into)
-        self.down = new((count, inner, width), ("layers", "mlp", "embed"), back)
+        self.down = new((count, inner, width), ("layers", "mlp_rows", "width"), back)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = layers.project(x, self.gate[...]), layers.project(x, self.up[...])
-        return layers.project(jax.nn.silu(gate) * up, self.down[...])
+        gate, up = (sharding.constrain(layers.project(x, kernel[...], ("embed", "mlp")), ("batch", "length", "mlp"))
+                    for kernel in (self.gate, self.up))
+        return layers.project(jax.nn.silu(gate) * up, self.down[...], ("mlp_rows", "width"))
 
 
 class Layers(nnx.Module):
@@ -100,21 +104,26 @@ class Layers(nnx.Module):
         self.mlp_norm = new(shape, axes, jax.nn.initializers.ones)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x, tables, mask, keys, cache, write) -> tuple[jax.Array, KVCache | None]:
-        """One layer. `cache` is all layers' (or None); `write` = (layer, rows [B, 1], slots [B, T])."""
+    def __call__(self, x, tables, attend, keys, cache, write) -> tuple[jax.Array, KVCache | None]:
+        """One layer. `cache` is all layers' (or None); `write` = (layer, rows [B, 1], slots [B, T]).
+
+        On a mesh the residual x is split by tokens over the tensor shards, and gathered for each half of the layer.
+        """
         config, (drop_mix, drop_attention, drop_mlp) = self.config, keys
-        q, k, v = self.attention.project(layers.rms_norm(x, self.attention_norm[...], config.rms_norm_eps), *tables)
+        whole, residual = ("batch", "length", "width"), ("batch", "residual", "width")
+        normed = layers.rms_norm(x, self.attention_norm[...], config.rms_norm_eps)
+        q, k, v = self.attention.project(sharding.constrain(normed, whole), *tables)
         if cache is not None:
             # Slots outside the cache (padding) are dropped. Carrying the whole cache lets XLA update it in place.
-            cache = KVCache(*(whole.at[write].set(new.astype(whole.dtype), mode="drop")
-                              for whole, new in zip(cache, (k, v), strict=True)))
-            k, v = (whole[write[0]].astype(q.dtype) for whole in cache)
-        attend = functools.partial(layers.attention, causal=cache is None, dropout=config.attention_dropout)
+            cache = KVCache(*(stored.at[write].set(new.astype(stored.dtype), mode="drop")
+                              for stored, new in zip(cache, (k, v), strict=True)))
+            k, v = (stored[write[0]].astype(q.dtype) for stored in cache)
         if config.remat == "none" and cache is None:
             attend = jax.checkpoint(attend)  # weights [B, H, T, S] are dearer to store than to compute again
-        mixed = attend(q, k, v, mask, key=drop_attention)
-        x = x + layers.drop(self.attention.output(mixed), config.dropout, drop_mix)
-        inner = self.mlp(layers.rms_norm(x, self.mlp_norm[...], config.rms_norm_eps))
+        mixed = sharding.constrain(self.attention.output(attend(q, k, v, key=drop_attention)), residual)
+        x = x + layers.drop(mixed, config.dropout, drop_mix)
+        normed = layers.rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
+        inner = sharding.constrain(self.mlp(sharding.constrain(normed, whole)), residual)
         return x + layers.drop(inner, config.dropout, drop_mlp), cache
 
 
@@ -125,7 +134,7 @@ class Backbone(nnx.Module):
         self.config = config
         rows, width = config.padded_vocab_size, config.hidden_size
         new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
-        self.embed = new((rows, width), ("vocab", "embed"), layers.fan_in_normal(width))
+        self.embed = new((rows, width), ("vocab_rows", "width"), layers.fan_in_normal(width))
         self.layers = Layers(config, rngs)
         self.final_norm = new((width,), ("embed",), jax.nn.initializers.ones)
         if not config.tie_word_embeddings:
@@ -142,36 +151,42 @@ class Backbone(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm; see `apply`."""
         config = self.config
-        x = sharding.constrain(jnp.asarray(self.embed[...], config.dtype), ("vocab", "width"))[tokens]
+        x = layers.look_up(self.embed[...], tokens, config.dtype)
         tables = layers.rotary_tables(
             positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
         )
+        dropout = config.attention_dropout if dropout_key is not None else 0.0
+        attend = functools.partial(layers.attention, dropout=dropout)
         if cache is None:
-            mask, write = _packed_mask(tokens.shape, segment_ids), None
+            kernel = fused_attention.choose(config, tokens.shape[1], dropout)
+            mask, write = _packed_mask(tokens.shape, segment_ids) if kernel == "plain" else None, None
+            attend = functools.partial(attend, mask=mask, causal=True, segment_ids=segment_ids, kernel=kernel)
         elif segment_ids is not None:
             raise ValueError("packed rows and a cache do not go together: segment_ids must be None with a cache")
         else:
             slots = cache.k.shape[2]
-            mask = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
+            attend = functools.partial(attend, mask=jnp.arange(slots)[None, None, :] <= positions[:, :, None])
             # A negative index would count from the end, so padding is sent past it.
             write = jnp.arange(tokens.shape[0])[:, None], jnp.where(positions < 0, slots, positions)
-        x, cache = self._scan(x, tables, mask, cache, write, dropout_key, adapters or {})
+        x, cache = self._scan(x, tables, attend, cache, write, dropout_key, adapters or {})
         return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
 
-    def _scan(self, x, tables, mask, cache, write, dropout_key, adapters) -> tuple[jax.Array, KVCache | None]:
+    def _scan(self, x, tables, attend, cache, write, dropout_key, adapters) -> tuple[jax.Array, KVCache | None]:
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(carry, inputs):
-            x, cache = sharding.constrain(carry[0], ("batch", "length", "width")), carry[1]
+            x, cache = sharding.constrain(carry[0], ("batch", "residual", "width")), carry[1]
             layer, params, adapters = inputs
             keys = (None,) * 3 if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer), 3)
             place = None if write is None else (layer, *write)
             params = lora.adapted(params, adapters) if adapters else params
-            return nnx.merge(graph, params)(x, tables, mask, keys, cache, place), None
+            return nnx.merge(graph, params)(x, tables, attend, keys, cache, place), None
 
         if self.config.remat != "none":
-            policies = jax.checkpoint_policies
-            kept = policies.dots_with_no_batch_dims_saveable if self.config.remat == "dots" else None
+            policies, kept = jax.checkpoint_policies, None
+            if self.config.remat == "dots":
+                attended = policies.save_only_these_names(fused_attention.SAVED)
+                kept = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attended)
             one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
         inputs = jnp.arange(self.config.num_hidden_layers), nnx.to_pure_dict(stacked), adapters
         return jax.lax.scan(one_layer, (x, cache), inputs, unroll=self.config.unroll)[0]

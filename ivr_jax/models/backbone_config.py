@@ -10,6 +10,7 @@ from ivr_jax.errors import UserError
 
 MODEL_TYPES = {"emu3": ("Emu3", "Emu3ForCausalLM"), "qwen3": ("qwen3", "Qwen3ForCausalLM")}
 REMAT = ("none", "full", "dots")
+ATTENTION = ("auto", "plain", "splash", "cudnn")
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -27,7 +28,10 @@ class BackboneConfig:
       dropout: rate on the output of attention and MLP; attention_dropout: rate on attention weights. Both act only
         when a dropout key is given to the forward pass.
       dtype: of activations and matrix products; param_dtype: of the stored parameters.
-      remat: what the backward pass recomputes in a layer: "none", "full" (all) or "dots" (all but matrix products).
+      remat: what the backward pass recomputes in a layer: "none", "full" (all) or "dots" (all but matrix
+        products and the results of fused attention).
+      attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
+        not fit), "plain", "splash" or "cudnn".
       unroll: layers that the scan writes out at a time; a small model on a CPU gains from all of them.
       vocab_multiple: embedding and output rows are padded inside to a multiple of this, so that they divide over a
         mesh; logits and exports never show the padding.
@@ -50,6 +54,7 @@ class BackboneConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
     unroll: int = 1
     vocab_multiple: int = 1
 
@@ -74,6 +79,8 @@ class BackboneConfig:
                 raise _bad(name, getattr(self, name), "float32, bfloat16, float16 or float64")
         if self.remat not in REMAT:
             raise _bad("remat", self.remat, f"one of {', '.join(REMAT)}")
+        if self.attention not in ATTENTION:
+            raise _bad("attention", self.attention, f"one of {', '.join(ATTENTION)}")
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling, self.head_dim))
 
     @property

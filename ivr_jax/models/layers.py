@@ -6,6 +6,7 @@ K kv heads, G = H / K queries a kv head, h head dim, F mlp width, V vocabulary, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
+
+from ivr_jax import sharding
+from ivr_jax.models import fused_attention
 
 MASKED = -1e30  # a finite minus infinity: a row that may see nothing stays free of NaN
 CAUSAL_BLOCKS = 4  # causal attention leaves out the blocks above the diagonal of this many: 10/16 of the work
@@ -32,28 +37,101 @@ def fan_in_normal(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initial
     return jax.nn.initializers.normal(gain / math.sqrt(fan_in))
 
 
-@jax.custom_vjp
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] times kernel [in, out] → [..., out], in the dtype of `x`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: str | None = None) -> jax.Array:
+    """x [..., in] times kernel [in, out] → [..., out], in the dtype of `x` (or `dtype`); `axes`: the kernel's.
 
-    The gradient of the kernel is written out as one contraction over all leading axes; the one that JAX derives makes
-    XLA transpose the large operand in memory first, a quarter of a small model's training step on a CPU.
+    On a mesh the kernel is gathered in the dtype of `x`, and its gradient goes straight back to where the kernel lies
+    (a reduce-scatter).  The gradient is written out as one contraction over all leading axes; the one that JAX derives
+    makes XLA transpose the large operand in memory first, a quarter of a small model's training step on a CPU.
     """
-    return jnp.matmul(x, kernel.astype(x.dtype))
+    kernel = sharding.gather(kernel.astype(x.dtype), axes)
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.dtype(dtype or x.dtype))
 
 
-def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, kernel), (x, kernel)
+def _project_forward(x, kernel, axes, dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, kernel, axes, dtype), (x, kernel)
 
 
-def _project_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _project_backward(axes, dtype, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
+    g = g.astype(x.dtype)
+    whole = sharding.gather(kernel.astype(g.dtype), axes)
+    back = jax.lax.dot_general(g, whole, (((g.ndim - 1,), (1,)), ((), ())))
+    return back, _kernel_gradient(x, g, axes).astype(kernel.dtype)
+
+
+def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    """x [..., in] and g [..., out] → [in, out], each device's share added up where the kernel's shard lies.
+
+    The collectives are written out: left to itself the partitioner gathers x whole for kernels split by rows.
+    """
     leading = tuple(range(x.ndim - 1))
-    back = jax.lax.dot_general(g, kernel.astype(g.dtype), (((g.ndim - 1,), (1,)), ((), ())))
-    return back, jax.lax.dot_general(x, g, ((leading, leading), ((), ()))).astype(kernel.dtype)
+    mesh, lies = jax.sharding.get_abstract_mesh(), sharding.spec((x.shape[-1], g.shape[-1]), axes)
+    rows = sharding.spec(x.shape[:-1], ("batch", "length")) if x.ndim == 3 else (None,)
+    if mesh.empty or mesh.size == 1 or rows[0] is None or lies != sharding.partition(axes):
+        return sharding.constrain(jax.lax.dot_general(x, g, ((leading, leading), ((), ()))), axes)
+    scattered = next(i for i, part in enumerate(lies) if "fsdp" in (part or ()))
+
+    def local(x: jax.Array, g: jax.Array) -> jax.Array:
+        share = jax.lax.dot_general(x, g, ((leading, leading), ((), ())))
+        share = jax.lax.psum_scatter(share, "fsdp", scatter_dimension=scattered, tiled=True)
+        others = [axis for axis in ("data", "sequence") if mesh.shape[axis] > 1 and (axis == "data" or rows[1])]
+        return jax.lax.psum(share, others) if others else share
+
+    def split(part: str | tuple[str, ...] | None) -> str | None:
+        return "tensor" if "tensor" in (part or ()) else None
+
+    specs = tuple(PartitionSpec(*rows, split(part)) for part in lies)
+    return jax.shard_map(local, in_specs=specs, out_specs=lies, check_vma=False)(x, g)
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def look_up(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
+    """Rows `tokens` int [B, T] of `table` [V, D], axes ("vocab_rows", "width") → [B, T, D] in `dtype`.
+
+    On a mesh each tensor shard looks up the ids that it holds; the sum over the shards is scattered over the tokens.
+    """
+    mesh, where = jax.sharding.get_abstract_mesh(), sharding.spec(tokens.shape, ("batch", "length"))
+    if mesh.empty or mesh.size == 1 or where[0] is None or table.shape[0] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
+        return _rows(table.astype(dtype), tokens)
+    split = where[1] is not None
+    scatter = split and tokens.shape[1] // mesh.shape["sequence"] % mesh.shape["tensor"] == 0
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        whole = jax.lax.all_gather(table, "fsdp", axis=0, tiled=True)
+        whole = jax.lax.pcast(whole, ("data", "sequence") if split else ("data",), to="varying")
+        here = tokens - jax.lax.axis_index("tensor") * whole.shape[0]
+        mine = (here >= 0) & (here < whole.shape[0])
+        found = jnp.where(mine[..., None], _rows(whole, jnp.where(mine, here, 0)), 0)
+        if scatter:
+            return jax.lax.psum_scatter(found, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(found, "tensor")
+
+    out = PartitionSpec(where[0], ("sequence", "tensor") if scatter else where[1], None)
+    specs = (sharding.partition(("vocab_rows", "width")), where)
+    return jax.shard_map(local, in_specs=specs, out_specs=out)(table.astype(dtype), tokens)
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of a table, whose gradient is summed in float32: an image's end of row occurs thousands of times a batch."""
+    return table[index]
+
+
+def _rows_forward(table: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return table[index], (table, index)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
+    table, index = saved
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    return jnp.zeros_like(table, wide).at[index].add(g.astype(wide)).astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -96,24 +174,31 @@ def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | None,
     *,
     causal: bool = False,
+    segment_ids: jax.Array | None = None,
+    kernel: str = "plain",
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped kv heads: the one place where its implementation is chosen.
+    """Scaled dot-product attention with grouped kv heads: the one place where its implementations meet.
 
     Args:
       q: [B, T, H, h]; k, v: [B, S, K, h] with H a multiple of K.
       mask: bool [B or 1, T or 1, S], true where query t may see key s. A query that may see nothing averages values.
+        None for a fused kernel, which makes its own.
       causal: promises that T = S and that the mask hides every later key, so that blocks of them can be left out.
+      segment_ids: int [B, T] for a fused kernel: a token sees its own segment only; None: all of the row is one.
+      kernel: what `fused_attention.choose` said: "plain", "splash" (TPU) or "cudnn" (GPU).
       dropout, key: rate and key for dropping attention weights; no key, no dropout.
 
     Returns:
       [B, T, H, h] in the dtype of `q`. Scores and softmax are float32.
     """
     length = q.shape[1]
+    if kernel != "plain":
+        return fused_attention.KERNELS[kernel](q, k, v, segment_ids)
     if length == 1:
         return _attend_once(q, k, v, mask)
     if not causal or length % CAUSAL_BLOCKS or length < 16 * CAUSAL_BLOCKS:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.protocol.grammar import Tables
+from ivr_jax.models.layers import project
+from ivr_jax.protocol.grammar import ILLEGAL, Tables
 from ivr_jax.sampling.chain import MASKED, SamplingOptions, log_probabilities
 
 
@@ -40,43 +41,70 @@ def token_statistics(
 ) -> TokenStatistics:
     """Statistics of `targets` int [B, T] under `hidden` [B, T, D] and `head` [D, V].
 
-    The vocabulary is only ever materialised for about `chunk` tokens at a time, a stretch of every row, forwards and
-    backwards (each chunk is recomputed for its gradient).  With `tables` and `rows` int [B, T] the distribution is the
-    sampler's: the grammar mask and `options` are replayed, with `others`, hidden states [B, T, D] of the same positions
-    in guidance's unconditional passes, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p
-    (`chain.log_probabilities`).  Columns of `head` from `vocab_size` on are padding.
+    The vocabulary is only ever materialised for about `chunk` tokens at a time, forwards and backwards (each chunk is
+    recomputed for its gradient).  A chunk takes every n-th token of every row, so that on a mesh each device works on
+    tokens of its own.  With `tables` and `rows` int [B, T] the distribution is the sampler's: the grammar mask and
+    `options` are replayed, with `others`, hidden states [B, T, D] of the same positions in guidance's unconditional
+    passes, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p (`chain.log_probabilities`).  Columns of `head`
+    from `vocab_size` on are padding, and have no probability.
     """
     batch, length, _ = hidden.shape
-    stretch = min(length, max(1, chunk // batch))
-    padding = -length % stretch
-    vocab_size = vocab_size or head.shape[1]
-    head = sharding.constrain(head, ("width", "vocab"))  # gathered once, not once a chunk
+    count = min(length, -(-batch * length // chunk))
+    size = -(-length // count)
+    columns = jnp.arange(head.shape[1], dtype=jnp.int32)[None, None]
+    head = _settled(head)
+    padding = head.shape[1] - (vocab_size or head.shape[1])
+    if tables is not None and padding:
+        tables = tables._replace(class_of=jnp.pad(jnp.asarray(tables.class_of), (0, padding), constant_values=ILLEGAL))
+    if kept is not None:
+        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, -(-head.shape[1] // 8) - kept.shape[2])))
 
-    def stretches(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(batch, -1, stretch, *x.shape[2:]), 1, 0)
+    def split(x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [chunks, B, tokens of a chunk, ...]."""
+        x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
+        axes = (None, "batch", "residual", *("width",) * (x.ndim - 2))
+        return sharding.constrain(jnp.moveaxis(x.reshape(batch, size, count, *x.shape[2:]), 2, 0), axes)
 
     def logits_of(h: jax.Array) -> jax.Array:
-        logits = jnp.einsum("btd,dv->btv", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
-        return sharding.constrain(logits, ("batch", None, "vocab"))
+        logits = sharding.constrain(project(h, head, ("embed", "vocab"), "float32"), ("batch", "length", "vocab"))
+        return jnp.where(columns < vocab_size, logits, MASKED) if padding else logits
 
     @jax.checkpoint
     def one(_: None, inputs: tuple) -> tuple[None, TokenStatistics]:
-        h, target, row, free, keep = inputs  # `free` as many as `others`
-        ids = jnp.arange(head.shape[1], dtype=target.dtype)[None, None]
+        h, target, row, free, keep = jax.tree.map(_gathered, inputs)  # `free` as many as `others`
         if tables is None:
-            log_probs = jax.nn.log_softmax(jnp.where(ids < vocab_size, logits_of(h), MASKED))
+            log_probs = jax.nn.log_softmax(logits_of(h))
         else:
-            ids = ids[..., :vocab_size]
-            logits, *without = (logits_of(x)[..., :vocab_size] for x in (h, *free))
-            log_probs = log_probabilities(logits, tables, row, options or SamplingOptions(), tuple(without), keep)
-        taken = jnp.sum(jnp.where(ids == target[..., None], log_probs, 0.0), axis=-1)  # no gather across shards
+            without = tuple(map(logits_of, free))
+            log_probs = log_probabilities(logits_of(h), tables, row, options or SamplingOptions(), without, keep)
+        taken = jnp.sum(jnp.where(columns == target[..., None], log_probs, 0.0), axis=-1)  # no gather across shards
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return None, TokenStatistics(taken, entropy, (jnp.argmax(log_probs, -1) == target).astype(jnp.float32))
+        return None, TokenStatistics(taken, entropy, (taken >= jnp.max(log_probs, axis=-1)).astype(jnp.float32))
 
     inputs = (hidden, targets, targets if rows is None else rows, others, kept)
-    _, statistics = jax.lax.scan(one, None, jax.tree.map(stretches, inputs))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], statistics)
+    _, statistics = jax.lax.scan(one, None, jax.tree.map(split, inputs))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :length], statistics)
+
+
+@jax.custom_vjp
+def _settled(head: jax.Array) -> jax.Array:
+    """The identity; the gradient is brought to the shards of `head` before anything that follows.
+
+    XLA adds up a loop's shares on each device first, and would else keep that whole sum for the optimiser.
+    """
+    return head
+
+
+def _settle_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.optimization_barrier(sharding.constrain(gradient, ("embed", "vocab"))),)
+
+
+_settled.defvjp(lambda head: (head, None), _settle_gradient)
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    """A chunk's [B, T, ...] whole on every tensor shard."""
+    return sharding.constrain(x, ("batch", "length", *("width",) * (x.ndim - 2)))
 
 
 @dataclasses.dataclass(frozen=True)

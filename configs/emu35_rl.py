@@ -1,0 +1,35 @@
+"""RL of the fine-tuned Emu3.5 (34.1 B) as in the paper: GRPO, groups of 8, temperature 1, one epoch of 50,000 prompts.
+
+Paper: learning rate 1e-6 cosine after 10% warm-up, KL coefficient 0.01 to the SFT model, the paper's reward and
+complexity bonus.  The paper does not say how many prompts make a step; 64 here, so 512 answers and 782 steps.
+Cost: an answer is 1 to 6 images of 1,055 tokens and their texts; memory and estimated times: docs/pods-compile.md.
+The prompts are a trajectory dataset's samples; the judge is the stage's own (`reward` section).
+Untested: it has been compiled for TPUs, and has run on none.
+Command: python -m ivr_jax.train --config=configs/emu35_rl.py --workdir=runs/emu35/rl --config.init=runs/emu35/sft \
+    --config.prompts.source=runs/emu35/prompts/dataset
+Plan:    python -m ivr_jax.compile --config=configs/emu35_rl.py --model=emu35_sft --topology=v5p:4x4x8
+"""
+
+from ml_collections import ConfigDict
+
+from . import micro_rl
+
+
+def get_config() -> ConfigDict:
+    config = micro_rl.get_config()
+    config.steps = 782
+    config.prompts_per_step = 64
+    config.group = 8
+    config.answer_length = 7168
+    config.minibatch = 64
+    config.buckets = (2048, 4096, 8192)
+    config.chunk = 65_536
+    config.checkpoint_every = 20
+    config.keep = 2
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 4, "sequence": 1})
+    config.prompts = ConfigDict({"source": "", "level": 0, "seed": 3, "size": 0})
+    config.grammar.max_steps = 5
+    config.grammar.text_cap = 512
+    config.optimizer.peak = 1e-6
+    config.optimizer.final = 1e-7
+    return config

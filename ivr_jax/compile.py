@@ -1,0 +1,90 @@
+"""Compile a run for a TPU pod that is not there: does it fit, what takes the memory, how long may a step take?
+
+    python -m ivr_jax.compile --config=configs/emu35_sft.py --topology=v5p:4x4x8
+    python -m ivr_jax.compile --config=configs/emu35_rl.py --model=emu35_sft --topology=v5p:4x4x8,v6e:8x16
+    python -m ivr_jax.compile --config=configs/micro_sft.py --topology=v5e:2x2 --config.mesh.fsdp=-1 --json=plan.json
+
+The programs are those that training runs: an sft config has `sft`, an rl config has `grpo`.  The compiler is the real
+one (`pip install libtpu`), so memory is its own buffer assignment.  Times are a model's prediction from its schedule;
+no TPU was asked.  Each program compiles in a process of its own, some minutes on two cores.  Status 1: something does
+not fit, and the last lines say what to change.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from ivr_jax import cli
+from ivr_jax.aot import jobs, report
+from ivr_jax.aot.programs import PROGRAMS
+from ivr_jax.aot.topologies import Topology, compiler_library, parse_topology
+from ivr_jax.config import load_config
+from ivr_jax.errors import UserError
+
+
+def main(call: cli.Call) -> int:
+    config, console = call.config, Console()
+    topologies = [parse_topology(name) for name in call.flags.topology]
+    if not topologies:
+        raise UserError("no topology was named.", "Add --topology=v5p:4x4x8, or several with commas between.")
+    names = _programs(config, call.flags.program)
+    _add_model(config, call.flags.model)
+    compiler_library()
+    outcomes: list[tuple[Topology, jobs.Outcome]] = []
+    keep = None if call.flags.keep is None else Path(call.flags.keep)
+    for topology in topologies:
+        for name in names:
+            with console.status(f"compiling {name} for {topology} ({topology.count} chips) …"):
+                outcome = jobs.compile_program(config.to_dict(), topology, name, keep)
+            report.show(console, topology, outcome)
+            outcomes.append((topology, outcome))
+    if call.flags.json is not None:
+        Path(call.flags.json).write_text(json.dumps([report.to_json(t, o) for t, o in outcomes], indent=2) + "\n")
+    report.summarise(console, outcomes)
+    return 0 if all(outcome.ok for _, outcome in outcomes) else 1
+
+
+def _programs(config: ConfigDict, wanted: list[str]) -> list[str]:
+    known = PROGRAMS.get(config.stage)
+    if known is None:
+        raise UserError(f"a config of stage {config.stage!r} has no programs for a pod.",
+                        f"Name a config of stage {' or '.join(PROGRAMS)}.")
+    if unknown := sorted(set(wanted) - set(known)):
+        raise UserError(f"a config of stage {config.stage!r} has no program {unknown[0]!r}.",
+                        f"Name some of {', '.join(known)}.")
+    if "mesh" not in config:
+        raise UserError("this config has no `mesh` section.", "Name a config that says how a mesh is cut.")
+    return wanted or list(known)
+
+
+def _add_model(config: ConfigDict, name: str | None) -> None:
+    """An rl config names no sizes, because a run takes them from its checkpoint; here another config lends them."""
+    if name is None:
+        return
+    lender = load_config(name)
+    if "model" not in lender:
+        raise UserError(f"{name} has no `model` section.", "Name an sft config.")
+    with config.unlocked():
+        config.model = lender.model
+        config.text_tokenizer = lender.text_tokenizer
+
+
+def add_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_list("topology", [], "KIND:SIZES of TPU slices, with commas between", flag_values=values)
+    flags.DEFINE_list("program", [], "only these programs of the config", flag_values=values)
+    flags.DEFINE_string("model", None, "an sft config that lends its model section", flag_values=values)
+    flags.DEFINE_string("json", None, "also write everything to this file", flag_values=values)
+    flags.DEFINE_string("keep", None, "folder for what the compiler writes (text of its programs)", flag_values=values)
+
+
+def entry() -> None:
+    cli.run(main, config=True, workdir=False, add_flags=add_flags)
+
+
+if __name__ == "__main__":
+    entry()

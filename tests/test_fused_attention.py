@@ -1,0 +1,110 @@
+"""Splash attention, run by Pallas' interpreter on the CPU, against the plain attention; and which kernel is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ivr_jax.errors import UserError
+from ivr_jax.models import fused_attention, layers
+from ivr_jax.models.backbone import _packed_mask
+from ivr_jax.models.backbone_config import BackboneConfig
+
+CONFIG = BackboneConfig(64, 256, 512, 2, 4, 2, 128, dtype="bfloat16")
+
+
+def packed(batch: int = 1, length: int = 256, heads: int = 4, kv_heads: int = 2, dim: int = 128):
+    """q, k, v with grouped heads, and rows packed of two segments and padding."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(batch, length, n, dim)), jnp.float32) for n in (heads, kv_heads, kv_heads))
+    segments = np.zeros((batch, length), np.int32)
+    segments[:, :100], segments[:, 100:230] = 1, 2
+    return q, k, v, jnp.asarray(segments)
+
+
+def test_splash_attention_equals_plain_attention_with_segments_and_grouped_heads():
+    q, k, v, segments = packed()
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def value(attend, q, k, v):
+        mixed = attend(q, k, v)
+        return (mixed * weights).sum(), mixed
+
+    def run(attend):
+        return jax.value_and_grad(functools.partial(value, attend), (0, 1, 2), has_aux=True)(q, k, v)
+
+    mask = _packed_mask(segments.shape, segments)
+    (_, expected), expected_gradients = run(lambda q, k, v: layers.attention(q, k, v, mask))
+    splash = functools.partial(fused_attention.splash_attention, segment_ids=segments, interpret=True)
+    with jax.numpy_rank_promotion("allow"):  # the kernel is JAX's own
+        (_, found), gradients = run(splash)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+SHARDED = """
+import functools, json, sys
+import jax, jax.numpy as jnp, numpy as np
+sys.path.insert(0, "tests")
+from test_fused_attention import packed
+from ivr_jax import sharding
+from ivr_jax.models import fused_attention, layers
+from ivr_jax.models.backbone import _packed_mask
+q, k, v, segments = packed(batch=2)
+expected = layers.attention(q, k, v, _packed_mask(segments.shape, segments))
+splash = jax.jit(functools.partial(fused_attention.splash_attention, interpret=True))
+for mesh in json.loads(sys.argv[1]):
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        found = splash(q, k, v, segments)
+    print(float(jnp.abs(jax.device_get(found) - expected).max()))
+"""
+
+
+def test_splash_attention_on_a_mesh_equals_plain_attention():
+    """Rows over fsdp, heads over tensor, and queries over sequence with all keys at hand."""
+    meshes = [{"fsdp": 2, "tensor": 2}, {"tensor": 2, "sequence": 2}]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
+                   "JAX_NUMPY_RANK_PROMOTION": "allow"}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", SHARDED, json.dumps(meshes)], env=environment, capture_output=True,
+                          text=True, timeout=300, cwd=Path(__file__).parent.parent)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = [float(line) for line in done.stdout.split()]
+    assert len(errors) == 2 and max(errors) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("platform", "change", "length", "dropout", "kernel"),
+    [
+        ("tpu", {}, 256, 0.0, "splash"),
+        ("tpu", {}, 200, 0.0, "plain"),  # no multiple of 128
+        ("tpu", {"head_dim": 32}, 256, 0.0, "plain"),
+        ("tpu", {}, 256, 0.1, "plain"),
+        ("tpu", {"attention": "plain"}, 256, 0.0, "plain"),
+        ("gpu", {}, 200, 0.0, "cudnn"),
+        ("gpu", {"dtype": "float32"}, 200, 0.0, "plain"),
+        ("cpu", {}, 256, 0.0, "plain"),
+    ],
+)
+def test_the_kernel_is_chosen_by_platform_and_shape(monkeypatch, platform, change, length, dropout, kernel):
+    monkeypatch.setattr(fused_attention, "platform", lambda: platform)
+    assert fused_attention.choose(dataclasses.replace(CONFIG, **change), length, dropout) == kernel
+
+
+def test_a_kernel_that_cannot_do_it_is_refused():
+    with pytest.raises(UserError, match="splash.*200 tokens"):
+        fused_attention.choose(dataclasses.replace(CONFIG, attention="splash"), 200)
+    with pytest.raises(UserError, match="cudnn.*float32"):
+        fused_attention.choose(dataclasses.replace(CONFIG, attention="cudnn", dtype="float32"), 256)
+    with pytest.raises(UserError, match="attention"):
+        dataclasses.replace(CONFIG, attention="fast")
