@@ -4,7 +4,8 @@
     python -m ivr_jax.compile --config=configs/emu35_rl.py --model=emu35_sft --topology=v5p:4x4x8,v6e:8x16
     python -m ivr_jax.compile --config=configs/micro_sft.py --topology=v5e:2x2 --config.mesh.fsdp=-1 --json=plan.json
 
-The programs are those that training runs: an sft config has `sft`, an rl config has `grpo`.  The compiler is the real
+The programs are those that training and sampling run: an sft config has `sft`, an rl config `grpo` (the gradient of
+one minibatch), `prefill` and `decode` (one call of the model for every slot of the engine).  The compiler is the real
 one (`pip install libtpu`), so memory is its own buffer assignment.  Times are a model's prediction from its schedule;
 no TPU was asked.  Each program compiles in a process of its own, some minutes on two cores.  Status 1: something does
 not fit, and the last lines say what to change.

@@ -26,7 +26,7 @@ from ivr_jax.training.state import TrainState
 from ivr_jax.training.throughput import train_flops
 from ivr_jax.world.language import PHRASES
 
-PROGRAMS = {"sft": ("sft",), "rl": ("grpo",)}
+PROGRAMS = {"sft": ("sft",), "rl": ("grpo", "prefill", "decode")}
 MICRO_CODES = 64  # image codes of the micro-world; a run takes them from its image tokenizer
 
 
@@ -106,10 +106,11 @@ def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
 
 def programs(config: Any, mesh: Mesh) -> dict[str, Callable[[], Program]]:
     """What `PROGRAMS` lists for the config's stage, by name."""
-    from ivr_jax.aot import rl_programs  # builds on this module
+    from ivr_jax.aot import rl_programs, sampling_programs  # they build on this module
 
     placed = Placed(config, mesh)
-    every = {"sft": sft_step, "grpo": rl_programs.policy_gradient}
+    every = {"sft": sft_step, "grpo": rl_programs.policy_gradient, "prefill": sampling_programs.prefill,
+             "decode": sampling_programs.decode}  # fmt: skip
     return {name: functools.partial(every[name], placed) for name in PROGRAMS[config.stage]}
 
 

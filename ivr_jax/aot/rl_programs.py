@@ -12,6 +12,7 @@ from ivr_jax.config import as_dataclass
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.system import System
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions
@@ -25,10 +26,12 @@ def policy_gradient(placed: Placed) -> Program:
     Beside the arguments the reference policy, the moments and the sum of earlier minibatches' gradients stay in memory.
     """
     config, model = placed.config, placed.model
+    sharding.check_batch(placed.mesh, config.minibatch, "config.minibatch")
     options = grpo.Options(
-        as_dataclass(SamplingOptions, config.sampling), as_dataclass(GrammarOptions, config.grammar),
-        as_dataclass(RewardOptions, config.reward), as_dataclass(GrpoOptions, config.grpo), config.group,
-        config.answer_length, config.minibatch, tuple(config.buckets), config.updates, config.chunk,
+        sampling=as_dataclass(SamplingOptions, config.sampling), engine=as_dataclass(EngineOptions, config.engine),
+        grammar=as_dataclass(GrammarOptions, config.grammar), reward=as_dataclass(RewardOptions, config.reward),
+        grpo=as_dataclass(GrpoOptions, config.grpo), group=config.group, answer_length=config.answer_length,
+        minibatch=config.minibatch, buckets=tuple(config.buckets), updates=config.updates, chunk=config.chunk,
     )  # fmt: skip
     optimizer = make_optimizer(config.optimizer, config.steps * config.updates)
     state = placed.state(optimizer)

@@ -1,0 +1,70 @@
+"""The rollout engine's programs: prefill of prompts, and one model call of a segment (`sampling.segment.run`)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ivr_jax import sharding
+from ivr_jax.aot.programs import Placed, Program, bytes_a_chip
+from ivr_jax.aot.spelling import Spelling
+from ivr_jax.config import as_dataclass
+from ivr_jax.models import backbone
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions, GrammarState
+from ivr_jax.sampling import segment, slots
+from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.sampler import EngineOptions
+from ivr_jax.training.throughput import train_flops
+
+PROMPT = 2048  # tokens of a prompt with one source image and its instruction, rounded up
+
+
+def prefill(placed: Placed) -> Program:
+    """`slots.prefill` of one prompt for each batch shard, `PROMPT` tokens each."""
+    rows = placed.mesh.shape["data"] * placed.mesh.shape["fsdp"]
+    length = min(PROMPT, placed.model.max_position_embeddings // 2)
+    prompts = placed.array((rows, length), jnp.int32, ("batch", "length"))
+
+    def trace() -> jax.stages.Traced:
+        return slots.prefill.trace(placed.model, placed.params, prompts)
+
+    resident = {"parameters": bytes_a_chip(placed.params), "batch": bytes_a_chip(prompts)}
+    flops = train_flops(placed.model, rows * length, rows * length * length / 2) / 3  # forwards alone
+    return placed.program("prefill", trace, resident, flops, rows * length)
+
+
+def decode(placed: Placed) -> Program:
+    """`segment.run`: one call of the model for every slot, with caches of the largest bucket's width.
+
+    The loop's length is not known before it runs, so operations and time are those of one call.
+    """
+    config, model = placed.config, placed.model
+    engine = as_dataclass(EngineOptions, config.engine)
+    options, wide = as_dataclass(SamplingOptions, config.sampling), max(config.buckets)
+    grammar = Grammar(Spelling(placed.vocabulary), as_dataclass(GrammarOptions, config.grammar))
+    whole = sharding.whole(placed.mesh)
+    state = GrammarState(*(jax.ShapeDtypeStruct((), jnp.int32) for _ in GrammarState._fields))
+    shapes = jax.eval_shape(
+        lambda key, state: slots.empty(
+            model, key, state, batch=engine.slots, contexts=1, slots=wide, length=config.answer_length,
+            window=engine.window, pad=0, truncates=options.truncates, cells=None,
+        ),
+        jax.eval_shape(lambda: jax.random.key(0)), state,
+    )  # fmt: skip
+
+    def everywhere(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+    cache = backbone.KVCache(*(placed.array(x.shape, x.dtype, axes)
+                               for x, axes in zip(shapes.cache, backbone.CACHE_AXES, strict=True)))  # fmt: skip
+    held = jax.tree.map(everywhere, shapes._replace(cache=None))._replace(cache=cache)
+    rules = jax.tree.map(everywhere, slots.rules_of(grammar))
+    until = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+
+    def trace() -> jax.stages.Traced:
+        return segment.run.trace(placed.params, rules, held, until, config=model, options=options,
+                                 length=config.answer_length, visual_start=placed.vocabulary.visual_start)  # fmt: skip
+
+    resident = {"parameters": bytes_a_chip(placed.params), "cache": bytes_a_chip(cache)}
+    flops = train_flops(model, engine.slots, engine.slots * wide) / 3
+    return placed.program("decode", trace, resident, flops, engine.slots)
