@@ -72,7 +72,7 @@ def test_eight_devices_draw_what_one_draws_from_weights_that_were_resharded_in_p
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["tokens"] and found["error"] < 1e-4 and found["values"]
-    assert found["specs"] == {"mlp": ["None", "fsdp", "tensor"], "embed": ["tensor", "fsdp"]}
+    assert found["specs"] == {"mlp": ["None", "fsdp", "tensor"], "embed": ["('tensor', 'fsdp')", "None"]}
     assert found["halved"] == ["bfloat16"] and found["tensor"] == 4 and found["shards"] == 4
     assert found["programs"] == 1
 

@@ -280,8 +280,8 @@ def apply_layer(config: BackboneConfig, layer: Params, x: jax.Array, positions: 
         positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
     )
     graph, _ = nnx.split(nnx.eval_shape(lambda: Layers(config, nnx.Rngs(0))))
-    mask = _packed_mask(positions.shape, None)
-    return nnx.merge(graph, layer)(x, tables, mask, (None,) * 3, None, None)[0]
+    attend = functools.partial(layers.attention, mask=_packed_mask(positions.shape, None))
+    return nnx.merge(graph, layer)(x, tables, attend, (None,) * 3, None, None)[0]
 
 
 def logits(config: BackboneConfig, params: Params, hidden: jax.Array) -> jax.Array:
