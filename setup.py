@@ -26,7 +26,7 @@ REQUIREMENTS = [
     "matplotlib>=3.11.2",
     "ml-collections>=1.1.0",
     "numpy>=2.4.6",
-    "openai>=3.54.0",
+    "openai[aiohttp]>=3.54.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "Pillow>=13.0.0",
@@ -65,6 +65,7 @@ COMMANDS = {
     "ivr-report": "ivr_jax.report",
     "ivr-export": "ivr_jax.export",
     "ivr-review": "ivr_jax.review",
+    "ivr-tokenise": "ivr_jax.tokenise",
     "ivr-compile": "ivr_jax.compile",
 }
 

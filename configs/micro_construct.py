@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.batch = 256
     config.concurrency = 64  # samples on the way at a time
     config.passes = 1  # readings of the input: a second one takes up what the first left pending
+    config.shard = ""  # "i/n": only the samples whose key falls into part i of n (also --shard=i/n); "" takes all
     config.leave_pending = False  # write the dataset although samples are pending
     config.folders = False  # also write WORKDIR/folders in the released layout
     config.gallery = False  # also write WORKDIR/gallery.html

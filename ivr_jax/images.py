@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ivr_jax.errors import UserError
 
 MAX_MEGAPIXELS = 64
+MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height when it is fitted
 
 
 def image_name(pixels: np.ndarray) -> str:
@@ -35,7 +36,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     Conversions: the EXIF rotation is applied; transparency is composited on white; 16-bit grey keeps its 8 high bits;
     CMYK, grey and palette images become RGB; of an animation the first frame counts.  Raises UserError for a file
-    that is missing, is no image, is truncated, or holds more than 64 megapixels.
+    that is missing, is no image, is truncated, holds more than 64 megapixels, or more than 32,768 pixels a side.
     """
     return _read(Path(path), str(path))
 
@@ -52,6 +53,9 @@ def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
             if megapixels > MAX_MEGAPIXELS:
                 raise UserError(f"{what} holds {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.",
                                 "Scale it down.")
+            if max(image.size) > MAX_SIDE:
+                raise UserError(f"{what} holds {max(image.size)} pixels a side; at most {MAX_SIDE} are read.",
+                                "Crop it.")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:

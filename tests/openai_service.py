@@ -50,6 +50,7 @@ class Behaviour:
       schema: whether `response_format` is understood (otherwise it is refused with 400).
       answer: replaces the text of every chat answer.
       status: answers every call with this status.
+      raw: answers every call with this body, and `status`; `headers` are added.
     """
 
     latency: float = 0.0
@@ -61,6 +62,8 @@ class Behaviour:
     schema: bool = True
     answer: str | None = None
     status: int = 200
+    raw: bytes | None = None
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
 
@@ -111,6 +114,8 @@ class OpenAIService:
                     await asyncio.sleep(behaviour.latency)
                 if behaviour.key and request.headers.get("authorization") != f"Bearer {behaviour.key}":
                     return _error(401, f"no such key: {request.headers.get('authorization')}")
+                if behaviour.raw is not None:
+                    return Response(behaviour.raw, behaviour.status, behaviour.headers)
                 if behaviour.status != 200:
                     return _error(behaviour.status, f"as told, {behaviour.key if behaviour.echo_key else ''}")
                 fault = None

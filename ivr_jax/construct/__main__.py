@@ -7,6 +7,12 @@
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/mine/construct \
         --config.released=FOLDER             imports a folder in the released layout instead
 
+On several machines, each its part in a workdir of its own, then everything together:
+
+    python -m ivr_jax.construct --config=... --workdir=runs/mine/part0 --shard=0/2
+    python -m ivr_jax.construct --config=... --workdir=runs/mine/part1 --shard=1/2
+    python -m ivr_jax.construct --config=... --workdir=runs/mine/all --merge=runs/mine/part0,runs/mine/part1
+
 Every answer of a service and every finished sample is recorded in WORKDIR/journal at once: stop or kill the command
 at any time and give it again.  The dataset stands in WORKDIR/dataset when no sample is pending; WORKDIR/summary.json
 tells what became of each, and what the services were asked and cost.
@@ -20,19 +26,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from tqdm import tqdm
 
 from ivr_jax import cli
 from ivr_jax.config import check_positive, claim_workdir, saved_config
 from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
-from ivr_jax.construct.crew import ROLES, Crew, hire, rules_from_config
+from ivr_jax.construct.crew import ROLES, Crew, hire, rules_from_config, service_sections
 from ivr_jax.construct.inputs import source
 from ivr_jax.construct.journal import Journal
-from ivr_jax.construct.released import read_released
+from ivr_jax.construct.released import Problem, iter_released
 from ivr_jax.construct.run import Construction, Pass, Quotas, Status, read_through
 from ivr_jax.construct.services.config import CHANGEABLE
+from ivr_jax.construct.shards import Shard, merge
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
+from ivr_jax.trajectory import Mode
 
 _ANY_TIME = (  # settings that do not decide what is constructed
     "concurrency",
@@ -43,6 +52,7 @@ _ANY_TIME = (  # settings that do not decide what is constructed
     *(f"services.{role}.{name}" for role in ROLES for name in CHANGEABLE),
 )
 _UNTIL_DONE = ("tasks.limit", "quotas")  # and those that only decide when to stop
+_BETWEEN_PARTS = ("shard", "samples", "image_root")  # and those in which the parts of one construction may differ
 PENDING = 3  # exit status: run again
 
 
@@ -50,7 +60,7 @@ async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Crew]:
     """Reads the input until nothing is pending, but at most `config.passes` times."""
     read, quarantined, count = source(config, journal)
     crew = hire(config, journal)
-    wanted = None if config.samples else config.quotas.to_dict()
+    wanted = None if config.samples else Shard.parse(config.shard).share(config.quotas.to_dict())
     rules = rules_from_config(config.rules)
     bar.reset(total=count if wanted is None else sum(wanted.values()))
 
@@ -59,10 +69,7 @@ async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Crew]:
         if status.recorded:
             bar.initial += done - bar.n  # what was known before says nothing about the rate
         bar.update(done - bar.n)
-        shown = {**found.modes, **{f"dropped {reason}": n for reason, n in found.drops.items()}}
-        if found.pending:
-            shown["pending"] = len(found.pending)
-        bar.set_postfix(shown, refresh=False)
+        bar.set_postfix_str(progress_text(found), refresh=False)
 
     try:
         for _ in range(config.passes):
@@ -80,20 +87,36 @@ async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Crew]:
     return found, crew
 
 
+def progress_text(found: Pass) -> str:
+    """Shares of the modes among constructed samples, and what became of the others: "direct 40%, ... | pending 2"."""
+    constructed = max(1, found.modes.total())
+    shares = [f"{mode.value.replace('_', '-')} {found.modes[mode.value] / constructed:.0%}" for mode in Mode]
+    others = [f"{reason.replace('_', ' ')} {n}" for reason, n in found.drops.most_common()]
+    others += [f"{name} {len(kind)}" for name, kind in
+               (("pending", found.pending), ("quarantined", found.quarantined)) if kind]
+    return " | ".join(filter(None, (", ".join(shares), ", ".join(others))))
+
+
 def main(call: cli.Call) -> int | None:
     config, workdir = call.config, call.workdir
     target = workdir / "dataset"
     check_positive(config, ("batch", "concurrency", "image_area", "image_multiple", "passes"))
+    service_sections(config)  # before the config is saved: what is refused may hold a key
+    config.shard = call.flags.shard or config.shard
+    if Shard.parse(config.shard).count > 1 and (config.released or call.flags.merge):
+        raise UserError("a shard is a part of a construction.", "Leave out --shard to merge or to import.")
     complete = (target / "dataset.json").exists()
     begun = complete or ((workdir / "journal").exists() and saved_config(workdir) is not None)
     claim_workdir(workdir, config, resuming=begun, ignore=_ANY_TIME if complete else (*_ANY_TIME, *_UNTIL_DONE))
     if complete:
         print(f"construct: {target} is complete, {len(TrajectoryDataset(target))} trajectories")
+        _show(config, workdir)
         return None
     if config.released:
         print(f"construct: {target}: {import_released(config, target)}")
         return None
     with Journal(workdir / "journal") as journal, tqdm(desc="construct", unit="sample", mininterval=1.0) as bar:
+        merge(journal, call.flags.merge, config, (*_ANY_TIME, *_UNTIL_DONE, *_BETWEEN_PARTS))
         found, crew = asyncio.run(work(config, journal, bar))
         bar.close()
         write_summary(workdir / "summary.json", found, journal, crew.services)
@@ -104,7 +127,11 @@ def main(call: cli.Call) -> int | None:
                 f"{found.seen} requests gave {dict(found.modes)}; the quotas are {config.quotas.to_dict()}.",
                 "Raise tasks.limit, or lower the quotas that the generator cannot fill.",
             )
+        if Shard.parse(config.shard).count > 1:
+            print(f"construct: shard {config.shard} is complete: {progress_text(found)}")
+            return None
         counts = _deliver(config, workdir, journal, found)
+    _show(config, workdir)
     if not crew.services:
         shutil.rmtree(workdir / "journal")  # of no use beside the dataset: nothing in it was paid for
     print(f"construct: {target}: {counts}")
@@ -112,7 +139,7 @@ def main(call: cli.Call) -> int | None:
 
 
 def _deliver(config: Any, workdir: Path, journal: Journal, found: Pass) -> dict[str, Any]:
-    """Writes the folders, the dataset and the gallery; returns the counts that go into the provenance."""
+    """Writes the folders and the dataset; returns the counts that go into the provenance."""
     counts: dict[str, Any] = {
         "requests": found.seen,
         "kept": dict(sorted(collections.Counter(kind for _, _, kind in found.chosen).items())),
@@ -128,15 +155,19 @@ def _deliver(config: Any, workdir: Path, journal: Journal, found: Pass) -> dict[
     for role in ROLES:
         for name in CHANGEABLE:
             del settings["services"][role][name]
-    for name in ("concurrency", "passes", "leave_pending", "folders", "gallery"):
+    for name in ("concurrency", "passes", "leave_pending", "folders", "gallery", "shard"):
         del settings[name]
     write_dataset(
         workdir / "dataset", journal, found, {"config": settings, "counts": counts}, area, config.image_multiple
     )
-    if config.gallery:
-        page = write_gallery(workdir / "gallery.html", TrajectoryDataset(workdir / "dataset"), found)
-        print(f"construct: gallery: {page}")
     return counts
+
+
+def _show(config: Any, workdir: Path) -> None:
+    """Writes the gallery of a finished dataset, unless it is there already or nobody wants it."""
+    page = workdir / "gallery.html"
+    if config.gallery and not config.released and not page.exists():
+        print(f"construct: gallery: {write_gallery(page, TrajectoryDataset(workdir / 'dataset'))}")
 
 
 def _report_pending(workdir: Path, found: Pass) -> int:
@@ -150,19 +181,27 @@ def _report_pending(workdir: Path, found: Pass) -> int:
 
 def import_released(config: Any, target: Any) -> dict[str, Any]:
     """A folder in the released layout as a dataset, its images resized to about `config.image_area` pixels each."""
-    trajectories, problems = read_released(config.released)
-    for problem in problems:
-        print(f"left out: {problem.path}: {problem}")
-    if not trajectories:
-        raise UserError(f"{config.released!r} holds no usable sample.", "See the reasons above.")
+    imported = left_out = 0
     with TrajectoryWriter(target, {"released": str(config.released)}) as writer:
-        for trajectory, images in trajectories:
-            writer.add(*resized(trajectory, images, config.image_area, config.image_multiple))
-    return {"imported": len(trajectories), "left_out": len(problems)}
+        for found in iter_released(config.released):
+            if isinstance(found, Problem):
+                print(f"left out: {found.path}: {found}")
+                left_out += 1
+            else:
+                writer.add(*resized(*found, config.image_area, config.image_multiple))
+                imported += 1
+        if not imported:
+            raise UserError(f"{config.released!r} holds no usable sample.", "See the reasons above.")
+    return {"imported": imported, "left_out": left_out}
+
+
+def add_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("shard", "", "i/n: construct only part i (from 0) of n, for --merge", flag_values=values)
+    flags.DEFINE_list("merge", [], "workdirs of shards whose journals are taken over first", flag_values=values)
 
 
 def entry() -> None:
-    cli.run(main, config=True)
+    cli.run(main, config=True, add_flags=add_flags)
 
 
 if __name__ == "__main__":

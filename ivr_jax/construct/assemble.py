@@ -60,8 +60,9 @@ def write_folders(target: Path, journal: Journal, found: Pass) -> None:
         raise UserError(f"{target} cannot be written: {error.strerror}.", "Make room, and run again.") from error
 
 
-def write_gallery(page: Path, dataset: TrajectoryDataset, found: Pass) -> Path:
+def write_gallery(page: Path, dataset: TrajectoryDataset) -> Path:
     """The first trajectories of each mode as one self-contained HTML page; returns its path."""
+    counts = dataset.manifest["provenance"]["counts"]
     shelves: dict[Mode, list[Shown]] = {mode: [] for mode in Mode}
     for trajectory in dataset:
         shelf = shelves[trajectory.mode]
@@ -72,11 +73,11 @@ def write_gallery(page: Path, dataset: TrajectoryDataset, found: Pass) -> Path:
         if all(len(shelf) == _IN_GALLERY for shelf in shelves.values()):
             break
     gallery = [
-        Shelf(mode.value.replace("_", " ").capitalize(), f"{found.modes[mode.value]} samples.", tuple(items))
+        Shelf(mode.value.replace("_", " ").capitalize(), f"{counts['yield'].get(mode.value, 0)} samples.", tuple(items))
         for mode, items in shelves.items()
         if items
     ]
-    notes = [f"{found.seen} samples: {dict(found.modes)} constructed, {dict(found.drops)} dropped."]
+    notes = [f"{counts['requests']} samples: {counts['yield']} constructed, {counts['drops']} dropped."]
     return write_report(page, "Constructed trajectories", [], {}, gallery, [], notes)[0]
 
 

@@ -53,9 +53,14 @@ def rules_from_config(section: Any) -> Rules:
     return as_dataclass(Rules, values)
 
 
+def service_sections(config: Any) -> dict[str, ServiceConfig]:
+    """The config's services by role; raises UserError for settings that cannot be."""
+    return {role: as_dataclass(ServiceConfig, config.services[role]) for role in ROLES}
+
+
 def hire(config: Any, journal: Journal) -> Crew:
     """Analyzer and generator of the config; raises UserError for wrong settings and missing keys."""
-    sections = {role: as_dataclass(ServiceConfig, config.services[role]) for role in ROLES}
+    sections = service_sections(config)
     rules = rules_from_config(config.rules)
     services: list[Service] = []
     if sections["analyzer"].kind == "world":

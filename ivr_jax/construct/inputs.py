@@ -16,6 +16,7 @@ from ivr_jax.construct.journal import Journal
 from ivr_jax.construct.run import Entry
 from ivr_jax.construct.samples import sort_samples
 from ivr_jax.construct.services.config import ServiceConfig
+from ivr_jax.construct.shards import Shard
 from ivr_jax.errors import UserError
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.trajectory import sample_to_json
@@ -49,20 +50,28 @@ def settings_digest(config: Any) -> str:
 
 
 def source(config: Any, journal: Journal) -> tuple[Callable[[], Iterable[Entry]], dict[str, str], int | None]:
-    """How to read the input (again), which of its entries are quarantined and why, and how many are usable."""
+    """How to read the input (again), which of its entries are quarantined and why, and how many are usable.
+
+    All of it of the config's shard alone.
+    """
     quarantined: dict[str, str] = {}
-    settings = settings_digest(config)
+    settings, shard = settings_digest(config), Shard.parse(config.shard)
     if config.samples:
         samples, bad = sort_samples(config.samples, config.image_root or None)
-        quarantined = {entry.key: entry.reason.what for entry in bad}
         if not samples:
             raise UserError(f"{config.samples} holds no usable sample: {bad[0].reason.what}", bad[0].reason.remedy)
+        quarantined = {entry.key: entry.reason.what for entry in bad if shard.holds(entry.key)}
+        samples = [sample for sample in samples if shard.holds(sample.key)]
 
         def read() -> Iterable[Entry]:
             return (Entry(s.key, f"{settings}-{s.fingerprint}", s.load, from_files=True) for s in samples)
 
     else:
-        samples, read = None, functools.partial(world_entries, config.tasks, settings)
+        samples = None
+
+        def read() -> Iterable[Entry]:
+            return (entry for entry in world_entries(config.tasks, settings) if shard.holds(entry.key))
+
     count = None if samples is None else len(samples)
     if config.baseline:
         system, options = systems.load(config.baseline), as_dataclass(SamplingOptions, config.sampling)

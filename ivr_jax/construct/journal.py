@@ -17,6 +17,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -135,6 +136,25 @@ class Journal:
 
     def _image_file(self, name: str) -> Path:
         return self.path / "images" / name[:2] / f"{name}.png"
+
+    # -- other journals --
+
+    def take(self, other: Journal) -> None:
+        """Copies what `other` knows and this journal does not."""
+        with self._guarded():
+            for file in sorted((other.path / "images").glob("*/*.png")):
+                target = self._image_file(file.stem)
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    scratch = target.with_suffix(".tmp")
+                    shutil.copyfile(file, scratch)
+                    os.replace(scratch, target)
+            self._database.execute("attach ? as other", (str(other._file),))
+            try:
+                for table in ("images", "calls", "outcomes"):  # an outcome comes after everything that it rests on
+                    self._database.execute(f"insert or ignore into main.{table} select * from other.{table}")
+            finally:
+                self._database.execute("detach other")
 
     # -- the database --
 

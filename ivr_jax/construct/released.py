@@ -41,7 +41,8 @@ RESULT = "result.json"
 STEPS_REMAIN = "More steps remain before the request is met."
 _ISSUES = " Specific issues: "
 _MEND = "Mend the file, or leave the folder out."
-_KEY = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
+_KEY = re.compile(r"[^\x00-\x1f\x7f/\\\ud800-\udfff]+")
+_LONGEST_KEY = 200  # bytes: file systems take 255
 
 
 class Released(NamedTuple):
@@ -66,15 +67,25 @@ def checked_key(key: Any, where: str) -> str:
     """`key`, if it can name a folder inside another one.
 
     Raises:
-      UserError: it is no text, empty, longer than 200 characters, `.` or `..`-like, or holds a slash, a backslash or a
-        control character.
+      UserError: it is no text, empty, longer than 200 bytes of UTF-8, `.` or `..`-like, or holds a slash, a backslash,
+        a control character or half a character.
     """
-    if not isinstance(key, str) or not _KEY.fullmatch(key) or key.startswith(".") or key != key.strip():
+    named = isinstance(key, str) and _KEY.fullmatch(key) and not key.startswith(".") and key == key.strip()
+    if not named or len(key.encode()) > _LONGEST_KEY:
+        shown = repr(key)
         raise UserError(
-            f"{where}: the key {key!r} cannot name a folder.",
-            "Use up to 200 printable characters without slashes, not starting with a dot.",
+            f"{where}: the key {shown if len(shown) <= 100 else shown[:100] + ' ...'} cannot name a folder.",
+            "Use up to 200 printable characters (bytes of UTF-8) without slashes, not starting with a dot.",
         )
     return key
+
+
+def check_storable(value: Any, what: str) -> None:
+    """Raises UserError for what Python reads from JSON and nobody can write as such; `what` names it."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise UserError(f"{what} holds NaN, an infinity, half a character, or too many levels.", "Mend it.") from None
 
 
 def read_released(root: str | os.PathLike, **options: Any) -> tuple[list[Released], list[Problem]]:
@@ -150,6 +161,7 @@ def load_result(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not readable JSON: {error}.", _MEND) from error
     if not isinstance(result, dict):
         raise UserError(f"{file} holds no JSON object.", _MEND)
+    check_storable(result, f"{file}")
     return result
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ivr_jax.construct.escalation import Request
-from ivr_jax.construct.released import checked_key
+from ivr_jax.construct.released import check_storable, checked_key
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name, load_image
 from ivr_jax.trajectory import Sample
@@ -140,6 +140,8 @@ def _sample(entry: Any, where: str, root: Path) -> InputSample:
         )
     if missing:
         raise UserError(f"{where} lacks the field {missing[0]!r}.", "Add it (src_path and edit_path may be null).")
+    for name, value in fields.items():
+        check_storable(value, f"{where}: {name}")
     explanation = fields.get("explanation") or ""
     if not isinstance(explanation, str):
         raise UserError(f"{where}: explanation is {explanation!r}.", "Give a text.")

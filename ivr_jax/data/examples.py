@@ -26,6 +26,7 @@ from ivr_jax.trajectory import Mode, Trajectory
 
 EncodeImages = Callable[[Sequence[np.ndarray]], list[np.ndarray]]  # uint8 [height, width, 3] -> int [rows, columns]
 MANIFEST = "examples.json"
+CHUNK = 256  # trajectories that are encoded together
 
 
 def pack_example(tokens: np.ndarray, loss: np.ndarray) -> bytes:
@@ -51,23 +52,55 @@ def make_examples(
     folder: str | os.PathLike,
     longest: int,
     fingerprint: str,
-    chunk: int = 256,
+    chunk: int = CHUNK,
 ) -> dict:
     """Writes the examples of `dataset` into `folder` (renamed into place when complete) and returns the manifest.
 
     Raises UserError for a trajectory of more than `longest` tokens, naming it.
     """
-    folder = pathlib.Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = begin(folder)
+    try:
+        write_part(dataset, tokenizer, encode_images, folder, longest, chunk=chunk)
+        return join_parts(folder, fingerprint)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def begin(folder: str | os.PathLike) -> pathlib.Path:
+    """Makes the hidden folder beside `folder` in which its parts are written, empty, and returns it."""
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {partial}: {error.strerror}.", "Name a folder you may write.") from error
+    return partial
+
+
+def write_part(
+    dataset: TrajectoryDataset,
+    tokenizer: TextTokenizer,
+    encode_images: EncodeImages,
+    folder: str | os.PathLike,
+    longest: int,
+    part: int = 0,
+    parts: int = 1,
+    chunk: int = CHUNK,
+) -> None:
+    """Writes part `part` of `parts`: the chunks part, part + parts, ... of `chunk` trajectories each.
+
+    Raises UserError for a trajectory of more than `longest` tokens, naming it.
+    """
+    partial = _partial(folder)
     writers = {
-        mode: array_record_module.ArrayRecordWriter(str(partial / f"{mode.value}.array_record"), "group_size:1")
+        mode: array_record_module.ArrayRecordWriter(str(partial / f"{mode.value}.{part}"), "group_size:1")
         for mode in Mode
     }
-    counts, tokens, most = Counter(), 0, 0
+    chunks, tokens, most = [], 0, 0
     try:
-        for start in tqdm(range(0, len(dataset), chunk), desc="tokenise", unit=f"x{chunk}", leave=False):
+        starts = range(part * chunk, len(dataset), parts * chunk)
+        for start in tqdm(starts, desc="tokenise", unit=f"x{chunk}", leave=False, disable=part > 0):
             trajectories = [dataset[i] for i in range(start, min(start + chunk, len(dataset)))]
             codes = _codes(dataset, trajectories, encode_images)
             for trajectory in trajectories:
@@ -79,21 +112,61 @@ def make_examples(
                         "Raise data.length (and the model's context), or leave the trajectory out.",
                     )
                 writers[trajectory.mode].write(pack_example(encoded.tokens, encoded.target_parts()))
-                counts[trajectory.mode.value] += 1
                 tokens, most = tokens + size, max(most, size)
+            chunks.append(Counter(t.mode.value for t in trajectories))
+    finally:
         for writer in writers.values():
             writer.close()
-        manifest = {"fingerprint": fingerprint, "counts": dict(counts), "tokens": tokens, "longest": most}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    except BaseException:
-        for writer in writers.values():
-            if writer.is_open():
-                writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    told = {"chunks": chunks, "tokens": tokens, "longest": most}
+    (partial / f"part.{part}").write_text(json.dumps(told))
+
+
+def join_parts(folder: str | os.PathLike, fingerprint: str, parts: int = 1) -> dict:
+    """Makes `folder` of its parts, which are all written, and returns the manifest; the bytes do not depend on `parts`.
+    """
+    folder, partial = pathlib.Path(folder), _partial(folder)
+    told = [json.loads((partial / f"part.{part}").read_text()) for part in range(parts)]
+    order = [told[i % parts]["chunks"][i // parts] for i in range(sum(len(part["chunks"]) for part in told))]
+    for mode in Mode:
+        files = [partial / f"{mode.value}.{part}" for part in range(parts)]
+        if parts > 1:
+            _interleave(files, [counts.get(mode.value, 0) for counts in order], partial / f"{mode.value}.array_record")
+        else:
+            files[0].rename(partial / f"{mode.value}.array_record")
+    for leftover in partial.glob("*.[0-9]*"):
+        leftover.unlink()
+    manifest = {
+        "fingerprint": fingerprint,
+        "counts": dict(sum(map(Counter, order), Counter())),
+        "tokens": sum(part["tokens"] for part in told),
+        "longest": max(part["longest"] for part in told),
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     return manifest
+
+
+def _interleave(files: Sequence[pathlib.Path], counts: Sequence[int], target: pathlib.Path) -> None:
+    """Writes the records of `files` into `target`: counts[0] of the first file, counts[1] of the second, ..., round."""
+    totals = [sum(counts[part :: len(files)]) for part in range(len(files))]
+    readers = [
+        array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0") if total else None
+        for file, total in zip(files, totals, strict=True)
+    ]
+    writer, position = array_record_module.ArrayRecordWriter(str(target), "group_size:1"), [0] * len(files)
+    for i, count in enumerate(counts):
+        part = i % len(files)
+        if count:
+            for record in readers[part].read(list(range(position[part], position[part] + count))):
+                writer.write(record)
+            position[part] += count
+    writer.close()
+
+
+def _partial(folder: str | os.PathLike) -> pathlib.Path:
+    folder = pathlib.Path(folder)
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def _codes(

@@ -29,6 +29,7 @@ from ivr_jax.construct.interfaces import ServiceDown, ServiceFailed
 from ivr_jax.construct.services.config import ServiceConfig
 from ivr_jax.construct.services.replies import Unusable
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -135,8 +136,8 @@ class Caller:
         self._tokens = _limiter(config.tokens_per_minute)
         self._random = random.Random(seed)
 
-    async def call(self, ask: Callable[[str], Awaitable[Reply]], read: Callable[[Reply], T], tokens: int = 0) -> T:
-        """Asks until `read` can use a reply, and returns what it read.
+    async def call(self, ask: Callable[[str], Awaitable[R]], read: Callable[[R], T], tokens: int = 0) -> T:
+        """Asks until `read` can use a reply (a `Reply`, or what `ask` made of one), and returns what it read.
 
         Args:
           ask: makes one call; its argument is what was wrong with the last answer, or "".
@@ -174,7 +175,7 @@ class Caller:
         raise AssertionError("tenacity ends with a value or an exception")
 
     async def _once(
-        self, ask: Callable[[str], Awaitable[Reply]], read: Callable[[Reply], T], tokens: int, complaint: str
+        self, ask: Callable[[str], Awaitable[R]], read: Callable[[R], T], tokens: int, complaint: str
     ) -> T:
         async with self._slot(tokens):
             self.counts.calls += 1

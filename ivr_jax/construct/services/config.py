@@ -137,16 +137,23 @@ class Secrets:
     """Values that must never be written anywhere."""
 
     def __init__(self, values: Iterable[str]):
-        self._values = sorted({value for value in values if len(value) >= 4}, key=len, reverse=True)
+        known = sorted({value for value in values if len(value) >= 4}, key=len, reverse=True)
+        self._pattern = re.compile("|".join("".join(map(_written, value)) for value in known)) if known else None
 
     def hide(self, text: str) -> str:
-        """`text` without them."""
-        for value in self._values:
-            text = text.replace(value, "[secret]")
-        return text
+        """`text` without them, however JSON may write them, and without halves of characters, which no file takes."""
+        if self._pattern is not None:
+            text = self._pattern.sub("[secret]", text)
+        return text.encode("utf-8", "replace").decode("utf-8")
 
     def __repr__(self) -> str:
         return "Secrets(...)"
+
+
+def _written(character: str) -> str:
+    """A pattern of the character and of its escapes in JSON."""
+    plain = "" if character.isalnum() else r"\\?"
+    return rf"(?:{plain}{re.escape(character)}|\\u(?i:{ord(character):04x}))"
 
 
 def secret(variable: str, environment: Mapping[str, str] | None = None) -> str:

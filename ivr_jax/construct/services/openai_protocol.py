@@ -1,19 +1,31 @@
-"""The OpenAI protocol, spoken by GPT, by Qwen3-VL behind vLLM or SGLang, and by Gemini's compatible endpoint."""
+"""The OpenAI protocol, spoken by GPT, by Qwen3-VL behind vLLM or SGLang, and by Gemini's compatible endpoint.
+
+Requests go through the `openai` client, over aiohttp; replies are read as they came: the client's typed models would
+cost more than everything else in a call, and would not make a faulty reply any more usable.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import aiohttp
+import httpx2
 import openai
 
-from ivr_jax.construct.interfaces import Pixels
 from ivr_jax.construct.services.caller import Fault, Rejected, Reply
 from ivr_jax.construct.services.config import Secrets, ServiceConfig
 from ivr_jax.construct.services.replies import Unusable
-from ivr_jax.construct.services.transport import Picture, data_uri, decode_base64, encode, outcome_of_status
+from ivr_jax.construct.services.transport import (
+    Picture,
+    PictureEncoder,
+    decode_base64,
+    field,
+    outcome_of_status,
+    parsed,
+    token_count,
+)
 
 _NO_KEY = "none"  # what the client sends to a server without keys
 
@@ -27,18 +39,22 @@ class OpenAITransport:
     """
 
     def __init__(self, config: ServiceConfig, key: str):
-        self._config, self._secrets = config, Secrets([key])
+        self._config, self._secrets, self._pictures = config, Secrets([key]), PictureEncoder(config.image_side)
+        limits = httpx2.Limits(max_connections=config.in_flight, max_keepalive_connections=config.in_flight)
         self._client = openai.AsyncOpenAI(
-            api_key=key or _NO_KEY, base_url=config.base_url, max_retries=0, timeout=config.timeout
+            api_key=key or _NO_KEY,
+            base_url=config.base_url,
+            max_retries=0,
+            timeout=config.timeout,
+            http_client=openai.DefaultAioHttpClient(limits=limits, timeout=config.timeout, follow_redirects=False),
         )
         self._structured = config.structured
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         content: list[dict[str, Any]] = [{"type": "text", "text": text}]
         for picture in pictures:
-            png = await asyncio.to_thread(picture.encoded, self._config.image_side)
             content.append({"type": "text", "text": f"{picture.label}:"})
-            content.append({"type": "image_url", "image_url": {"url": data_uri(png)}})
+            content.append({"type": "image_url", "image_url": {"url": await self._pictures.uri(picture)}})
         request: dict[str, Any] = {
             "model": self._config.model,
             "messages": [{"role": "user", "content": content}],
@@ -49,24 +65,23 @@ class OpenAITransport:
             request["max_tokens"] = self._config.max_tokens
         form = self._structured  # as it is now: a question beside this one may find out that no schema is taken
         try:
-            completion = await self._create(request, form, schema)
+            completion = await self._complete(request, form, schema)
         except Rejected:
             if form != "auto":
                 raise
-            completion = await self._create(request, "none", schema)  # when this works, the schema was the trouble
+            completion = await self._complete(request, "none", schema)  # when this works, the schema was the trouble
             self._structured = "none"
-        with self._reading():
-            choice = completion.choices[0]
-            if getattr(choice.message, "refusal", None):
-                raise Rejected(f"refused: {self._secrets.hide(str(choice.message.refusal))[:200]}")
-            if choice.finish_reason == "content_filter":
-                raise Rejected("stopped by the content filter")
-            text = choice.message.content
-            if text is not None and not isinstance(text, str):
-                raise Unusable("the answer is no text")
-            return Reply(self._secrets.hide(text or ""), None, *_usage(completion))
+        message = field(completion, "choices", 0, "message")
+        if refusal := field(message, "refusal"):
+            raise Rejected(f"refused: {self._secrets.hide(str(refusal))[:200]}")
+        if field(completion, "choices", 0, "finish_reason") == "content_filter":
+            raise Rejected("stopped by the content filter")
+        answer = field(message, "content")
+        if not isinstance(message, dict) or not isinstance(answer, str | None):
+            raise Fault("unusable answer", "the reply is not of the protocol's shape", sick=False)
+        return Reply(self._secrets.hide(answer or ""), None, *_usage(completion))
 
-    async def _create(self, request: Mapping[str, Any], structured: str, schema: Mapping[str, Any]) -> Any:
+    async def _complete(self, request: Mapping[str, Any], structured: str, schema: Mapping[str, Any]) -> Any:
         formats = {
             "json_object": {"type": "json_object"},
             "json_schema": {
@@ -75,29 +90,38 @@ class OpenAITransport:
             },
         }
         asked = formats.get("json_schema" if structured == "auto" else structured)
-        with self._speaking():
-            extra = {"response_format": asked} if asked else {}
-            return await self._client.chat.completions.create(**request, **extra)
+        return await self._post("/chat/completions", {**request, **({"response_format": asked} if asked else {})})
 
-    async def draw(self, text: str, sources: Sequence[Pixels]) -> Reply:
+    async def draw(self, text: str, sources: Sequence[Picture]) -> Reply:
         request: dict[str, Any] = {"model": self._config.model, "prompt": text, "n": 1}
         if self._config.size:
             request["size"] = self._config.size
         if self._config.image_reply:
             request["response_format"] = self._config.image_reply
-        pngs = [await asyncio.to_thread(encode, pixels, self._config.image_side) for pixels in sources]
-        files = [(f"image_{i}.png", png, "image/png") for i, png in enumerate(pngs)]
-        with self._speaking():
-            if files:
-                drawn = await self._client.images.edit(image=files if len(files) > 1 else files[0], **request)
-            else:
-                drawn = await self._client.images.generate(**request)
-        with self._reading():
-            image = decode_base64(drawn.data[0].b64_json or drawn.data[0].url)
-            return Reply(None, image, *_usage(drawn))
+        if sources:
+            files = [
+                (f"image_{i}.png", await self._pictures.png(picture), "image/png") for i, picture in enumerate(sources)
+            ]
+            with self._speaking():
+                edit = self._client.images.with_raw_response.edit
+                reply = await edit(image=files if len(files) > 1 else files[0], **request)
+            drawn = parsed(reply.content)
+        else:
+            drawn = await self._post("/images/generations", request)
+        data = field(drawn, "data", 0)
+        try:
+            image = decode_base64(field(data, "b64_json") or field(data, "url"))
+        except Unusable as error:
+            raise Fault("unusable answer", str(error), sick=False) from None
+        return Reply(None, image, *_usage(drawn))
 
     async def close(self) -> None:
         await self._client.close()
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        with self._speaking():
+            reply = await self._client.post(path, body=body, cast_to=httpx2.Response)
+        return parsed(reply.content)
 
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[None]:
@@ -105,7 +129,10 @@ class OpenAITransport:
         who = self._config.name
         try:
             yield
-        except openai.APITimeoutError:
+        except openai.APITimeoutError as error:
+            origin = getattr(error.__cause__, "__cause__", None)  # the client calls refused connections time-outs too
+            if isinstance(origin, aiohttp.ClientConnectionError) and not isinstance(origin, TimeoutError):
+                raise Fault("connection", self._secrets.hide(str(origin))[:200]) from None
             raise Fault("time-out") from None
         except openai.APIStatusError as error:
             body = self._secrets.hide(_body_of(error))
@@ -114,25 +141,15 @@ class OpenAITransport:
             raise Fault("connection", self._secrets.hide(str(error.__cause__ or error))[:200]) from None
         except openai.APIError as error:
             raise Fault("protocol", self._secrets.hide(str(error))[:200], sick=False) from None
-        except (ValueError, TypeError, AttributeError) as error:  # a body that is no JSON, or no object
-            raise Fault("unusable answer", f"{type(error).__name__} in the client", sick=False) from None
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """A reply of another shape than the protocol's (a web page with status 200, say) is an unusable answer."""
-        try:
-            yield
-        except Unusable as error:
-            raise Fault("unusable answer", str(error), sick=False) from None
-        except (AttributeError, IndexError, KeyError, TypeError):
-            raise Fault("unusable answer", "the reply is not of the protocol's shape", sick=False) from None
+        except (httpx2.HTTPError, aiohttp.ClientError) as error:  # a cut body, or no HTTP at all
+            raise Fault("connection", self._secrets.hide(str(error))[:200]) from None
 
 
 def _usage(reply: Any) -> tuple[int, int]:
-    usage = getattr(reply, "usage", None)
-    read = getattr(usage, "prompt_tokens", None) or getattr(usage, "input_tokens", None) or 0
-    written = getattr(usage, "completion_tokens", None) or getattr(usage, "output_tokens", None) or 0
-    return (read if isinstance(read, int) else 0), (written if isinstance(written, int) else 0)
+    usage = field(reply, "usage")
+    read = field(usage, "prompt_tokens") or field(usage, "input_tokens")
+    written = field(usage, "completion_tokens") or field(usage, "output_tokens")
+    return token_count(read), token_count(written)
 
 
 def _body_of(error: openai.APIStatusError) -> str:

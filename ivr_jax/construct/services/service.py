@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from ivr_jax.construct.interfaces import Pixels, ServiceFailed
-from ivr_jax.construct.services.caller import Caller, Reply
+from ivr_jax.construct.interfaces import Pixels, ServiceDown, ServiceFailed
+from ivr_jax.construct.services.caller import Caller, Fault, Reply
 from ivr_jax.construct.services.config import ServiceConfig
 from ivr_jax.construct.services.replies import Unusable
 from ivr_jax.construct.services.transport import Picture, Transport
@@ -24,6 +24,7 @@ from ivr_jax.images import decode_image
 
 T = TypeVar("T")
 _CHARACTERS_PER_TOKEN = 3.5  # rough, for the token limit only
+_LARGE = 1 << 15  # bytes from which an image is decoded in a thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +104,9 @@ class Service:
     def name(self) -> str:
         return self.config.name
 
-    def recorded(self, question: Question, read: Callable[[str], T]) -> T | None:
-        """What `read` makes of the recorded text; None without a record, or when it cannot be read."""
-        found = self.records.call(question.digest(self._identity)) if self.records else None
+    def recorded(self, digest: str, read: Callable[[str], T]) -> T | None:
+        """What `read` makes of the text recorded under `digest`; None without one, or when it cannot be read."""
+        found = self.records.call(digest) if self.records else None
         if found is None or found.text is None:
             return None
         try:
@@ -115,11 +116,15 @@ class Service:
         self.caller.counts.recorded += 1
         return value
 
+    def digest(self, question: Question) -> str:
+        """Under what the answer to a question is recorded."""
+        return question.digest(self._identity)
+
     async def text(self, question: Question, read: Callable[[str], T]) -> T:
         """What `read` makes of the answer's text.  Raises ServiceFailed."""
-        digest = question.digest(self._identity)
+        digest = self.digest(question)
         async with self._lock(digest):
-            value = self.recorded(question, read)
+            value = self.recorded(digest, read)
             if value is not None:
                 return value
             value, reply = await self.caller.call(
@@ -134,17 +139,21 @@ class Service:
 
     async def image(self, question: Question) -> Pixels:
         """The image drawn from the question's pictures, uint8 [height, width, 3].  Raises ServiceFailed."""
-        digest = question.digest(self._identity)
+        digest = self.digest(question)
+
+        async def draw(complaint: str) -> tuple[Pixels, Reply]:
+            reply = await self.transport.draw(question.text, question.pictures)
+            if len(reply.image or b"") < _LARGE:
+                return _decoded(reply), reply
+            return await asyncio.to_thread(_decoded, reply), reply
+
         async with self._lock(digest):
             found = self.records.call(digest) if self.records else None
             pixels = self.records.image(found.image) if found and found.image else None
             if pixels is not None:
                 self.caller.counts.recorded += 1
                 return pixels
-            sources = [picture.pixels for picture in question.pictures]
-            pixels, reply = await self.caller.call(
-                lambda complaint: self.transport.draw(question.text, sources), _drawn, self._tokens(question)
-            )
+            pixels, reply = await self.caller.call(draw, lambda drawn: drawn, self._tokens(question))
             name = await self.records.add_image(pixels) if self.records else None
             self._record(digest, reply, None, name)
             return pixels
@@ -170,19 +179,19 @@ async def first_answer(services: Sequence[Service], question: Question, read: Ca
     """The answer of the first service that has one; a recorded answer, whosever, goes before any new call.
 
     Raises:
-      ServiceFailed: every service failed; the first one's failure.
+      ServiceFailed: every service failed; the first one's failure, but `ServiceDown` only when all of them are down.
     """
-    for service in services:
-        value = service.recorded(question, read)
+    for service in services if len(services) > 1 else ():
+        value = service.recorded(service.digest(question), read)
         if value is not None:
             return value
-    failure: ServiceFailed | None = None
+    failures: list[ServiceFailed] = []
     for service in services:
         try:
             return await service.text(question, read)
         except ServiceFailed as error:
-            failure = failure or error
-    raise failure or ValueError("no service was given")
+            failures.append(error)
+    raise next((error for error in failures if not isinstance(error, ServiceDown)), failures[0])
 
 
 def _with_complaint(text: str, complaint: str) -> str:
@@ -190,8 +199,8 @@ def _with_complaint(text: str, complaint: str) -> str:
     return f"{text}\n\nYour last answer could not be used ({complaint}). Give the JSON alone." if complaint else text
 
 
-def _drawn(reply: Reply) -> tuple[Pixels, Reply]:
+def _decoded(reply: Reply) -> Pixels:
     try:
-        return decode_image(reply.image or b"", "the drawn image"), reply
+        return decode_image(reply.image or b"", "the drawn image")
     except UserError as error:
-        raise Unusable(error.what) from None
+        raise Fault("unusable answer", error.what, sick=False) from None

@@ -6,13 +6,17 @@ neither waits nor repeats.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import collections
 import dataclasses
 import datetime
 import email.utils
 import functools
 import io
+import json
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -26,15 +30,15 @@ from ivr_jax.images import image_name
 
 _RETRIED = frozenset((408, 409, 425, 429))
 _REFUSED = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such address or model"}
+_MOVED = frozenset((301, 302, 303, 307, 308))  # not followed: the new address is for the user to trust
 _EXCERPT = 200
+_MOST_TOKENS = 10**12
+_MANY_PIXELS = 1 << 15  # from which a picture is encoded in a thread
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image beside a text: what it is called there, and its pixels.
-
-    Several questions may show the same picture; its name and its PNG are made once.
-    """
+    """An image beside a text: what it is called there, and its pixels.  Its name is made once."""
 
     label: str
     pixels: Pixels
@@ -44,12 +48,47 @@ class Picture:
         """The image's name (`ivr_jax.images.image_name`)."""
         return image_name(self.pixels)
 
-    def encoded(self, longest_side: int) -> bytes:
-        """PNG, scaled down to at most `longest_side` a side."""
-        kept = self.__dict__.setdefault("_encoded", {})
-        if longest_side not in kept:
-            kept[longest_side] = encode(self.pixels, longest_side)
-        return kept[longest_side]
+
+class PictureEncoder:
+    """Pictures as they are sent: PNG in base64, scaled down.  Many questions show one picture; it is encoded once.
+
+    Args:
+      longest_side: pixels a side, at most.
+      kept: bytes of encoded pictures that are remembered, those used last.
+    """
+
+    def __init__(self, longest_side: int, kept: int = 64 << 20):
+        self._longest_side, self._room = longest_side, kept
+        self._kept: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    async def base64(self, picture: Picture) -> str:
+        """The PNG in base64."""
+        async with self._locks.setdefault(picture.name, asyncio.Lock()):
+            text = self._kept.get(picture.name)
+            if text is not None:
+                self._kept.move_to_end(picture.name)
+                return text
+            if picture.pixels.size < 3 * _MANY_PIXELS:
+                text = self._encoded(picture)
+            else:
+                text = await asyncio.to_thread(self._encoded, picture)
+            self._kept[picture.name] = text
+            self._room -= len(text)
+            while self._room < 0:
+                self._room += len(self._kept.popitem(last=False)[1])
+            return text
+
+    async def uri(self, picture: Picture) -> str:
+        """The PNG as a data URI."""
+        return "data:image/png;base64," + await self.base64(picture)
+
+    async def png(self, picture: Picture) -> bytes:
+        """The PNG itself."""
+        return base64.b64decode(await self.base64(picture))
+
+    def _encoded(self, picture: Picture) -> str:
+        return base64.b64encode(encode(picture.pixels, self._longest_side)).decode()
 
 
 class Transport(Protocol):
@@ -58,7 +97,7 @@ class Transport(Protocol):
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         """Asks for a text that fits the JSON schema."""
 
-    async def draw(self, text: str, sources: Sequence[Pixels]) -> Reply:
+    async def draw(self, text: str, sources: Sequence[Picture]) -> Reply:
         """Asks for an image: `sources` edited as the text says, or, without sources, drawn from the text alone."""
 
     async def close(self) -> None:
@@ -72,10 +111,6 @@ def encode(pixels: Pixels, longest_side: int) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def decode_base64(text: Any) -> bytes:
@@ -95,6 +130,9 @@ def outcome_of_status(status: int, headers: Mapping[str, str], body: str, who: s
     quoted = " ".join(body.split())[:_EXCERPT]
     if status in _RETRIED or status >= 500:
         return Fault(str(status), quoted, retry_after(headers))
+    if status in _MOVED:
+        return UserError(f"{who}: its address redirects elsewhere (status {status}), which is not followed.",
+                         "Set base_url to the address where it is.")
     if status in _REFUSED:
         return UserError(f"{who}: {_REFUSED[status]} (status {status}: {quoted}).",
                          "Check its base_url, its model and the environment variable with its key.")
@@ -120,3 +158,26 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(0.0, seconds), 1e9) if seconds == seconds else None
+
+
+def field(value: Any, *steps: str | int) -> Any:
+    """`value[step]...` of a parsed JSON reply, or None where there is no such thing."""
+    for step in steps:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def token_count(value: Any) -> int:
+    """A count of tokens as a server reports it; 0 for anything that cannot be one."""
+    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a reply's body.  Raises Fault when it is none (a web page with status 200, say)."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise Fault("unusable answer", "the reply is no JSON", sick=False) from None
