@@ -2,8 +2,8 @@
 
     python tests/construct_benchmark.py faults      500 samples, 20% mixed faults: equal to the run without
     python tests/construct_benchmark.py kills       25 kills at random moments: equal to the run without, no call twice
-    python tests/construct_benchmark.py throughput  200 ms a call, 64 in flight, against one call at a time
-    python tests/construct_benchmark.py memory      20,000 samples: resident memory on the way
+    python tests/construct_benchmark.py throughput  64 calls in flight against one at a time, --latency=0.2 s a call
+    python tests/construct_benchmark.py memory      --count=20000 samples: resident memory on the way
     python tests/construct_benchmark.py photographs hand-written prompts on scikit-image's photographs, to a gallery
 
 Each prints what it measured and fails when a promise is broken; `--folder=DIR` keeps what was written.
@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import tempfile
 import threading
 import time
@@ -53,8 +55,7 @@ def equal(folder: Path, one: str, other: str) -> bool:
     return contents(folder / one / "dataset") == contents(folder / other / "dataset")
 
 
-def faults(folder: Path) -> None:
-    count = 500
+def faults(folder: Path, count: int) -> None:
     samples, behaviour = write_samples(folder, count), Behaviour(key=KEY, hang=6.0)
     service = OpenAIService(behaviour)
     with serving(service) as url:
@@ -69,8 +70,8 @@ def faults(folder: Path) -> None:
     assert ended == count and equal(folder, "calm", "stormy")
 
 
-def kills(folder: Path) -> None:
-    samples, dice = write_samples(folder, 150), random.Random(3)
+def kills(folder: Path, count: int) -> None:
+    samples, dice = write_samples(folder, count), random.Random(3)
     service = OpenAIService(Behaviour(key=KEY, latency=0.05))
     answered: dict[str, int] = {}
     with serving(service) as url:
@@ -95,38 +96,62 @@ def kills(folder: Path) -> None:
     assert not repeated and equal(folder, "calm", "killed")
 
 
-def throughput(folder: Path) -> None:
-    rates = {}
-    samples = {1: write_samples(folder / "few", 6), 64: write_samples(folder / "many", 600)}
-    with apart(0.2) as url:
-        for in_flight, file in samples.items():
-            command = arguments(url, file, folder / f"run{in_flight}", concurrency=in_flight,
+def throughput(folder: Path, count: int, latency: float) -> None:
+    """The same mix of samples both ways: 8 one call at a time, `count` with 64 calls in flight of both services."""
+    rates: dict[int, tuple[float, float]] = {}
+    with apart(latency) as (url, server):
+        for in_flight, number in ((1, 8), (64, count)):
+            samples = write_samples(folder / f"samples{in_flight}", number)
+            command = arguments(url, samples, folder / f"run{in_flight}", concurrency=in_flight,
                                 services={"in_flight": in_flight})
-            if in_flight == 64:  # so that 64 calls are on their way in all, of both services together
+            if in_flight == 64:
                 command += ["--config.services.analyzer.in_flight=54", "--config.services.generator.in_flight=10"]
-            seconds = run(command, folder / "log")
+            begun, served = time.monotonic(), processor_seconds(server)
+            process, used = start(command, folder / "log"), 0.0
+            while process.is_alive():
+                process.join(0.05)
+                used = processor_seconds(process.pid) or used
+            assert process.exitcode == 0, (folder / "log").read_text()
+            seconds, served = time.monotonic() - begun, processor_seconds(server) - served
             summary = json.loads((folder / f"run{in_flight}" / "summary.json").read_text())
             calls = sum(service["answers"] for service in summary["services"].values())
-            rates[in_flight] = calls / seconds
-            print(f"throughput: {in_flight} in flight: {summary['samples']} samples, {calls:.0f} calls "
-                  f"in {seconds:.1f} s, {rates[in_flight]:.1f} calls/s, {summary['samples'] / seconds:.2f} samples/s")
-    print(f"throughput: ratio {rates[64] / rates[1]:.1f}")
+            rates[in_flight] = number / seconds, calls / seconds
+            print(f"throughput: {latency:g} s a call, {in_flight} in flight: {number} samples, {calls:.0f} calls in "
+                  f"{seconds:.1f} s: {number / seconds:.3f} samples/s, {calls / seconds:.1f} calls/s; processor time "
+                  f"a call: {1e3 * used / calls:.2f} ms here, {1e3 * served / calls:.2f} ms in the service; load "
+                  f"{os.getloadavg()[0]:.1f}", flush=True)
+    ratios = [many / one for one, many in zip(rates[1], rates[64], strict=True)]
+    print(f"throughput: samples/s {ratios[0]:.1f} times as many, calls/s {ratios[1]:.1f} times")
 
 
-def memory(folder: Path) -> None:
-    samples = write_samples(folder, 20_000)
-    with apart(0.0) as url:
-        process = start(arguments(url, samples, folder / "run"), folder / "log")
-        sizes: list[int] = []
+def processor_seconds(pid: int) -> float:
+    """What a process has used so far; 0 when it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(folder: Path, count: int) -> None:
+    samples = write_samples(folder, count, ends=(*["direct"] * 10, "reflection 1", "multi 1"))
+    sizes: list[tuple[int, int]] = []
+    with apart(0.0) as (url, _):
+        process, begun = start(arguments(url, samples, folder / "run"), folder / "log"), time.monotonic()
         while process.is_alive():
-            process.join(10)
-            if process.is_alive():
+            process.join(2)
+            with contextlib.suppress(OSError, IndexError, ValueError):
                 pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-                sizes.append(pages * os.sysconf("SC_PAGESIZE") >> 20)
-                print(f"memory: {len(sizes) * 10} s: {sizes[-1]} MiB", flush=True)
+                done = re.findall(rf"(\d+)/{count} ", (folder / "log").read_text())
+                sizes.append((int(done[-1]), pages * os.sysconf("SC_PAGESIZE") >> 20))
     assert process.exitcode == 0, (folder / "log").read_text()
-    middle, end = sizes[len(sizes) // 2], max(sizes[len(sizes) // 2 :])
-    print(f"memory: 20000 samples; after a tenth {sizes[len(sizes) // 10]} MiB, half-way {middle}, most after {end}")
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    calls = sum(service["answers"] for service in summary["services"].values())
+    for tenth in range(1, 11):
+        seen = [size for done, size in sizes if tenth - 1 <= 10 * done / count <= tenth]
+        print(f"memory: up to {tenth * count // 10} samples: at most {max(seen, default=0)} MiB resident")
+    print(f"memory: {summary['samples']} samples, {calls:.0f} calls, {time.monotonic() - begun:.0f} s; the whole "
+          f"dataset, folders not: at most {max(size for _, size in sizes)} MiB")
 
 
 def photographs(folder: Path) -> None:
@@ -153,16 +178,17 @@ def photographs(folder: Path) -> None:
 
 
 class apart:
-    """The service in a process of its own, so that it shares no interpreter with what is measured."""
+    """The service in a process of its own, which shares no interpreter with what is measured; its URL and process id.
+    """
 
     def __init__(self, latency: float):
         self._context = multiprocessing.get_context("spawn")
         self._address, there = self._context.Pipe()
         self._process = self._context.Process(target=serve, args=(latency, there), daemon=True)
 
-    def __enter__(self) -> str:
+    def __enter__(self) -> tuple[str, int]:
         self._process.start()
-        return self._address.recv()
+        return self._address.recv(), self._process.pid
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
@@ -187,6 +213,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("faults", "kills", "throughput", "memory", "photographs"))
     parser.add_argument("--folder")
+    parser.add_argument("--count", type=int, help="of samples")
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds a call")
     given = parser.parse_args()
+    counts = {"faults": 500, "kills": 150, "throughput": 800, "memory": 20_000}
     for place in folders(given.folder):
-        globals()[given.what](place)
+        count = given.count or counts.get(given.what)
+        if given.what == "throughput":
+            throughput(place, count, given.latency)
+        elif given.what == "photographs":
+            photographs(place)
+        else:
+            globals()[given.what](place, count)

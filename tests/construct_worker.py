@@ -71,14 +71,19 @@ def recorded(journal: Path) -> set[str]:
     }
 
 
-def write_samples(folder: Path, count: int, images: int = 20, side: int = 24) -> Path:
-    """A list of `count` samples over small pictures; every seventh has none, every eleventh a ready candidate."""
+ENDS = ("direct", "reflection 1", "multi 1", "ambiguous", "direct", "reflection 2", "multi 2", "stuck")
+
+
+def write_samples(folder: Path, count: int, images: int = 20, side: int = 24, ends: tuple[str, ...] = ENDS) -> Path:
+    """A list of `count` samples over small pictures; every seventh has none, every eleventh a ready candidate.
+
+    How they end goes round `ends` (see `openai_service.destiny`).
+    """
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for i in range(images):
         pixels = np.random.default_rng(i).integers(0, 255, (side, side + i % 3 * 4, 3), np.uint8)
         Image.fromarray(pixels).save(folder / "pictures" / f"{i}.png")
     words = ("grey", "mirrored", "like dusk", "a negative", "a poster")
-    ends = ("direct", "reflection 1", "multi 1", "ambiguous", "direct", "reflection 2", "multi 2", "stuck")
     entries: list[dict[str, Any]] = [
         {
             "key": f"sample_{i:05d}",

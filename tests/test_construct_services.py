@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import re
+import shutil
 import time
 from email.utils import formatdate
 
@@ -18,10 +19,10 @@ from openai_service import Behaviour, OpenAIService, serving
 
 from ivr_jax.construct.interfaces import Attempt, RootCause, ServiceDown, ServiceFailed
 from ivr_jax.construct.journal import Journal
-from ivr_jax.construct.services import prompts
 from ivr_jax.construct.services.build import analyzer_from_configs, generator_from_config
 from ivr_jax.construct.services.caller import Breaker, Caller, Fault, Reply
 from ivr_jax.construct.services.config import ServiceConfig
+from ivr_jax.construct.services.prompts import FOLDER, Prompts
 from ivr_jax.construct.services.replies import Unusable, as_choice, as_texts, read_object
 from ivr_jax.construct.services.transport import retry_after
 from ivr_jax.errors import UserError
@@ -186,8 +187,8 @@ def test_a_server_without_structured_outputs_is_asked_without(service):
 
 def test_prompts_have_versions_that_follow_their_text():
     assert {
-        path.stem: (prompts.versions()[path.stem], hashlib.sha256(path.read_bytes()).hexdigest()[:8])
-        for path in sorted(prompts.FOLDER.glob("*.txt"))
+        path.stem: (Prompts().versions()[path.stem], hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+        for path in sorted(FOLDER.glob("*.txt"))
     } == PROMPTS, "a prompt's text changed: raise its version, and put both here"
 
 
@@ -203,6 +204,30 @@ PROMPTS = {
     "reflect": (1, "119a10b4"),
     "root_cause": (1, "8a6bcd5b"),
 }
+
+
+def test_prompts_may_be_the_users_own(service, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(FOLDER, own)
+    (own / "evaluate_quality.txt").write_text("{# version: 7 #}\nIs {{ prompt }} pretty? Request: x\n")
+    assert Prompts(own).versions()["evaluate_quality"] == 7 and Prompts().versions()["evaluate_quality"] == 1
+
+    async def run():
+        section = config(f"{service.url}/v1")
+        analyzer = analyzer_from_configs([section], None, environment=ENVIRONMENT, prompts=Prompts(own))
+        try:
+            await analyzer.evaluate(SAMPLE, IMAGES, PIXELS)
+        finally:
+            await analyzer.close()
+
+    asyncio.run(run())
+    asked = [body["messages"][0]["content"][0]["text"] for body in service.log.bodies]
+    assert "Is Make it grey [direct]. pretty? Request: x" in asked
+    for text, complaint in (("{# version: 1 #}\n{{ colour }}", "cannot be filled in"), ("no version", "no version"),
+                            ("{# version: 1 #}\n{% if %}", "no template"), (None, "cannot be read")):
+        (own / "draw.txt").unlink() if text is None else (own / "draw.txt").write_text(text)
+        with pytest.raises(UserError, match=complaint):
+            Prompts(own).render("draw", instruction="x", analysis="", plan="")
 
 
 # -- faults --

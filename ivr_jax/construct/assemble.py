@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -91,15 +92,7 @@ def write_summary(path: Path, found: Pass, journal: Journal, services: Sequence[
         "pending": found.pending,
         "quarantined": found.quarantined,
         "services": journal.usage(),
-        "this_run": {
-            service.name: {
-                "calls": service.caller.counts.calls,
-                "answered": service.caller.counts.answered,
-                "from_record": service.caller.counts.recorded,
-                "faults": dict(sorted(service.caller.counts.faults.items())),
-            }
-            for service in services
-        },
+        "this_run": _this_run(services),
     }
     scratch = path.with_suffix(".tmp")
     try:
@@ -108,3 +101,16 @@ def write_summary(path: Path, found: Pass, journal: Journal, services: Sequence[
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.", "Make room, and run again.") from error
     return summary
+
+
+def _this_run(services: Sequence[Service]) -> dict[str, dict[str, Any]]:
+    """What this process asked, by service; services of one name (a fallback that is the same model, say) together."""
+    told: dict[str, dict[str, Any]] = {}
+    for service in services:
+        counts = service.caller.counts
+        row = told.setdefault(service.name, {"calls": 0, "answered": 0, "from_record": 0, "faults": {}})
+        row["calls"] += counts.calls
+        row["answered"] += counts.answered
+        row["from_record"] += counts.recorded
+        row["faults"] = dict(sorted((collections.Counter(row["faults"]) + counts.faults).items()))
+    return told

@@ -10,12 +10,12 @@ from ivr_jax.config import as_dataclass
 from ivr_jax.construct.escalation import Rules
 from ivr_jax.construct.interfaces import Analyzer, Generator
 from ivr_jax.construct.journal import Journal
-from ivr_jax.construct.services import prompts
 from ivr_jax.construct.services.build import REMOTE, analyzer_from_configs, generator_from_config
 from ivr_jax.construct.services.checkpoint import CheckpointGenerator
 from ivr_jax.construct.services.config import ServiceConfig
+from ivr_jax.construct.services.prompts import Prompts
 from ivr_jax.construct.services.service import Service
-from ivr_jax.construct.thresholds import Thresholds
+from ivr_jax.construct.thresholds import WHOLE_REQUEST, Thresholds
 from ivr_jax.errors import UserError
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.world.analyzer import WorldAnalyzer
@@ -61,13 +61,13 @@ def service_sections(config: Any) -> dict[str, ServiceConfig]:
 def hire(config: Any, journal: Journal) -> Crew:
     """Analyzer and generator of the config; raises UserError for wrong settings and missing keys."""
     sections = service_sections(config)
-    rules = rules_from_config(config.rules)
+    rules, prompts = rules_from_config(config.rules), Prompts(config.prompts)
     services: list[Service] = []
     if sections["analyzer"].kind == "world":
         analyzer: Analyzer = WorldAnalyzer(threshold=config.analyzer.threshold)
     elif sections["analyzer"].kind in REMOTE:
         asked = [sections[role] for role in ("analyzer", "fallback") if sections[role].kind]
-        analyzer = analyzer_from_configs(asked, journal, *([rules.thresholds] if rules.thresholds else []))
+        analyzer = analyzer_from_configs(asked, journal, rules.thresholds or WHOLE_REQUEST, prompts=prompts)
         services += analyzer.services
     else:
         raise UserError(f"the analyzer's kind is {sections['analyzer'].kind!r}.", "Use world, openai or gateway.")
@@ -79,7 +79,7 @@ def hire(config: Any, journal: Journal) -> Crew:
         path = sections["generator"].checkpoint
         generator = CheckpointGenerator(systems.load(path), path, options, config.seed, journal)
     elif kind in REMOTE:
-        generator = generator_from_config(sections["generator"], journal)
+        generator = generator_from_config(sections["generator"], journal, prompts=prompts)
         services.append(generator.service)
     else:
         raise UserError(f"the generator's kind is {kind!r}.", "Use world, checkpoint, openai or gateway.")

@@ -44,7 +44,7 @@ def _identity(request: Request) -> Request:
 def settings_digest(config: Any) -> str:
     """Changes with the settings that decide what becomes of a sample: a record made under others does not count."""
     services = {role: as_dataclass(ServiceConfig, section).identity() for role, section in config.services.items()}
-    names = ("seed", "baseline", "batch", "rules", "analyzer", "generator", "sampling")
+    names = ("seed", "baseline", "batch", "rules", "analyzer", "generator", "sampling", "prompts")
     decisive = {name: config.to_dict()[name] for name in names} | {"services": services}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 

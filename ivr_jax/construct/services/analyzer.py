@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ivr_jax.construct.interfaces import Attempt, Images, Pixels, RootCause
-from ivr_jax.construct.services import prompts
+from ivr_jax.construct.services.prompts import Prompts
 from ivr_jax.construct.services.replies import (
     Unusable,
     as_choice,
@@ -51,14 +51,17 @@ class ServiceAnalyzer:
     Args:
       services: asked in this order: the analyzer, then its fallbacks.
       thresholds: turn scores into verdicts (the escalation's own rules, where given, do so again).
+      prompts: what is asked; the package's own when None.
 
     Every method raises `ServiceFailed` when no service gives a usable answer.
     """
 
-    def __init__(self, services: Sequence[Service], thresholds: Thresholds = WHOLE_REQUEST):
+    def __init__(
+        self, services: Sequence[Service], thresholds: Thresholds = WHOLE_REQUEST, prompts: Prompts | None = None
+    ):
         if not services:
             raise UserError("an analyzer needs at least one service.", "Name one.")
-        self.services, self.thresholds = tuple(services), thresholds
+        self.services, self.thresholds, self._prompts = tuple(services), thresholds, prompts or Prompts()
 
     async def evaluate(self, sample: Sample, images: Images, image: Pixels) -> Evaluation:
         """See `Analyzer.evaluate`: one question an axis, asked at the same time."""
@@ -138,7 +141,7 @@ class ServiceAnalyzer:
         read: Callable[[str], T],
         **values: Any,
     ) -> T:
-        question = Question(prompts.render(prompt_name, **values), tuple(pictures), schema)
+        question = Question(self._prompts.render(prompt_name, **values), tuple(pictures), schema)
         return await first_answer(self.services, question, read)
 
 

@@ -12,6 +12,7 @@ from ivr_jax.construct.services.config import ServiceConfig, secret
 from ivr_jax.construct.services.gateway import GatewayTransport
 from ivr_jax.construct.services.generator import ServiceGenerator
 from ivr_jax.construct.services.openai_protocol import OpenAITransport
+from ivr_jax.construct.services.prompts import Prompts
 from ivr_jax.construct.services.service import Records, Service
 from ivr_jax.construct.services.transport import Transport
 from ivr_jax.construct.thresholds import WHOLE_REQUEST, Thresholds
@@ -55,17 +56,21 @@ def analyzer_from_configs(
     records: Records | None,
     thresholds: Thresholds = WHOLE_REQUEST,
     environment: Mapping[str, str] | None = None,
+    prompts: Prompts | None = None,
 ) -> ServiceAnalyzer:
     """An analyzer that asks `sections` in order: the service, then its fallbacks."""
     services = [
         service_from_config(section, records, has_fallback=i + 1 < len(sections), environment=environment)
         for i, section in enumerate(sections)
     ]
-    return ServiceAnalyzer(services, thresholds)
+    return ServiceAnalyzer(services, thresholds, prompts)
 
 
 def generator_from_config(
-    section: Mapping[str, Any] | ServiceConfig, records: Records | None, environment: Mapping[str, str] | None = None
+    section: Mapping[str, Any] | ServiceConfig,
+    records: Records | None,
+    environment: Mapping[str, str] | None = None,
+    prompts: Prompts | None = None,
 ) -> ServiceGenerator:
     """A generator that asks the service `section`."""
-    return ServiceGenerator(service_from_config(section, records, environment=environment))
+    return ServiceGenerator(service_from_config(section, records, environment=environment), prompts)

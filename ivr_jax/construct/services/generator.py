@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ivr_jax.construct.interfaces import Pixels
-from ivr_jax.construct.services import prompts
+from ivr_jax.construct.services.prompts import Prompts
 from ivr_jax.construct.services.service import Question, Service
 from ivr_jax.construct.services.transport import Picture
 from ivr_jax.trajectory import Reflection, Sample
@@ -14,8 +14,8 @@ from ivr_jax.trajectory import Reflection, Sample
 class ServiceGenerator:
     """See `Generator`.  `generate` raises `ServiceFailed` when the service gives no usable image."""
 
-    def __init__(self, service: Service):
-        self.service = service
+    def __init__(self, service: Service, prompts: Prompts | None = None):
+        self.service, self._prompts = service, prompts or Prompts()
 
     async def generate(
         self,
@@ -26,7 +26,7 @@ class ServiceGenerator:
         attempt: int = 0,
     ) -> Pixels:
         """See `Generator.generate`."""
-        text = prompts.render(
+        text = self._prompts.render(
             "draw",
             instruction=instruction,
             analysis=reflection.failure_analysis if reflection else "",
