@@ -25,6 +25,7 @@ from ivr_jax.construct.services.replies import Unusable
 from ivr_jax.construct.services.transport import (
     Picture,
     PictureEncoder,
+    connection_limits,
     decode_base64,
     field,
     outcome_of_status,
@@ -51,8 +52,7 @@ class GatewayTransport:
     def __init__(self, config: ServiceConfig, app: str, secret: str, clock: Callable[[], float] = time.time):
         self._config, self._app, self._secret, self._clock = config, app, secret, clock
         self._secrets, self._pictures = Secrets([secret, app]), PictureEncoder(config.image_side)
-        limits = httpx2.Limits(max_connections=config.in_flight, max_keepalive_connections=config.in_flight)
-        self._client = httpx2.AsyncClient(timeout=config.timeout, limits=limits)
+        self._client = httpx2.AsyncClient(timeout=config.timeout, limits=connection_limits(config.in_flight))
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         content: list[dict[str, Any]] = []

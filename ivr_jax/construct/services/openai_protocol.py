@@ -20,6 +20,7 @@ from ivr_jax.construct.services.replies import Unusable
 from ivr_jax.construct.services.transport import (
     Picture,
     PictureEncoder,
+    connection_limits,
     decode_base64,
     field,
     outcome_of_status,
@@ -40,7 +41,7 @@ class OpenAITransport:
 
     def __init__(self, config: ServiceConfig, key: str):
         self._config, self._secrets, self._pictures = config, Secrets([key]), PictureEncoder(config.image_side)
-        limits = httpx2.Limits(max_connections=config.in_flight, max_keepalive_connections=config.in_flight)
+        limits = connection_limits(config.in_flight)
         self._client = openai.AsyncOpenAI(
             api_key=key or _NO_KEY,
             base_url=config.base_url,

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import httpx2
 from PIL import Image
 
 from ivr_jax.construct.interfaces import Pixels
@@ -32,6 +33,7 @@ _RETRIED = frozenset((408, 409, 425, 429))
 _REFUSED = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such address or model"}
 _MOVED = frozenset((301, 302, 303, 307, 308))  # not followed: the new address is for the user to trust
 _EXCERPT = 200
+_IDLE = 4.0  # seconds a connection is kept unused: uvicorn, and with it vLLM, closes them after 5
 _MOST_TOKENS = 10**12
 _MANY_PIXELS = 1 << 15  # from which a picture is encoded in a thread
 
@@ -158,6 +160,11 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(0.0, seconds), 1e9) if seconds == seconds else None
+
+
+def connection_limits(in_flight: int) -> httpx2.Limits:
+    """A connection for every call at a time, kept while it is used."""
+    return httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight, keepalive_expiry=_IDLE)
 
 
 def field(value: Any, *steps: str | int) -> Any:
