@@ -142,11 +142,12 @@ def _deliver(config: Any, workdir: Path, journal: Journal, found: Pass) -> dict[
     """Writes the folders and the dataset; returns the counts that go into the provenance."""
     counts: dict[str, Any] = {
         "requests": found.seen,
-        "kept": dict(sorted(collections.Counter(kind for _, _, kind in found.chosen).items())),
+        "passed at": dict(sorted(found.stages.items())),
         "yield": dict(sorted(found.modes.items())),
         "drops": dict(sorted(found.drops.items())),
         "pending": len(found.pending),
         "quarantined": len(found.quarantined),
+        "kept": dict(sorted(collections.Counter(kind for _, _, kind in found.chosen).items())),
     }
     if config.folders:
         write_folders(workdir / "folders", journal, found)

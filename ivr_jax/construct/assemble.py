@@ -78,7 +78,11 @@ def write_gallery(page: Path, dataset: TrajectoryDataset) -> Path:
         for mode, items in shelves.items()
         if items
     ]
-    notes = [f"{counts['requests']} samples: {counts['yield']} constructed, {counts['drops']} dropped."]
+    told = []
+    for title, key in (("Passed at", "passed at"), ("Dropped", "drops")):
+        named = [f"{name.replace('_', ' ')} {number}" for name, number in counts[key].items()]
+        told.append(f"{title}: {', '.join(named) or 'none'}.")
+    notes = [f"{counts['requests']} samples.", *told]
     return write_report(page, "Constructed trajectories", [], {}, gallery, [], notes)[0]
 
 

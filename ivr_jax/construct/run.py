@@ -77,6 +77,7 @@ class Status:
       key, request: which sample.
       state: how far it has come.
       mode: of its trajectory, when constructed.
+      stage: what made it pass, when constructed: "first image", "reflection 1", ..., "steps".
       first_failed: whether its first image failed.
       reason: why it was dropped, is pending, or was quarantined; "" when constructed.
       recorded: whether that was known before this run.
@@ -89,6 +90,7 @@ class Status:
     first_failed: bool = False
     reason: str = ""
     recorded: bool = False
+    stage: str = ""
 
 
 class Construction:
@@ -162,7 +164,8 @@ def status_of(entry: Entry, record: Mapping[str, Any]) -> Status:
     causes = [drawing["cause"] for drawing in record["history"][1:]]
     steps = any("instruction" in cause for cause in causes)
     mode = Mode.MULTI_STEP if steps else Mode.REFLECTION if causes else Mode.DIRECT
-    return Status(entry.key, entry.request, State.CONSTRUCTED, mode, not first.passed)
+    stage = "steps" if steps else f"reflection {len(causes)}" if causes else "first image"
+    return Status(entry.key, entry.request, State.CONSTRUCTED, mode, not first.passed, stage=stage)
 
 
 def outcome_to_json(outcome: Outcome) -> dict[str, Any]:
@@ -259,7 +262,7 @@ class Pass:
     Attributes:
       chosen: (key, request, kind) of the trajectories to keep, in order.
       finished: (key, request) of every sample with an outcome, in order.
-      modes, drops: counts of finished samples.
+      modes, drops, stages: counts of finished samples; `stages` by what made them pass.
       pending, quarantined: key -> reason.
       recorded: how many samples were finished before.
       full: whether the quotas were filled.
@@ -269,6 +272,7 @@ class Pass:
     finished: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     modes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     drops: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    stages: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     pending: dict[str, str] = dataclasses.field(default_factory=dict)
     quarantined: dict[str, str] = dataclasses.field(default_factory=dict)
     recorded: int = 0
@@ -284,6 +288,7 @@ class Pass:
             self.finished.append((status.key, status.request))
             counts = self.drops if status.mode is None else self.modes
             counts[status.reason or status.mode.value] += 1
+            self.stages.update([status.stage] if status.stage else [])
             self.recorded += status.recorded
             kind = quotas.choose(status)
             if kind is not None:
