@@ -9,6 +9,7 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR := runs/demo
+JOBS := 1
 PIP_FLAGS :=
 PYTEST_FLAGS := -n 2 --dist worksteal
 
@@ -21,15 +22,18 @@ ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test lint clean
+.PHONY: help demo reproduce install test lint clean
 
 help:  ## this list
-	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
+	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) JOBS=$(JOBS) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed  ## install, then train, evaluate and report the micro model; again: resumes
 	$(BIN)/python -m ivr_jax.demo --workdir=$(WORKDIR)
+
+reproduce: $(VENV)/.installed  ## the paper's ablation in miniature, hours on a CPU (JOBS=2: two arms at a time); again: resumes
+	$(BIN)/python -m ivr_jax.reproduce --config=micro_reproduce --workdir=runs/reproduce --jobs=$(JOBS)
 
 install: $(VENV)/.installed  ## only make the environment
 

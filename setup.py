@@ -62,6 +62,7 @@ COMMANDS = {
     "ivr-evaluate": "ivr_jax.evaluate",
     "ivr-convert": "ivr_jax.convert",
     "ivr-demo": "ivr_jax.demo",
+    "ivr-reproduce": "ivr_jax.reproduce",
     "ivr-report": "ivr_jax.report",
     "ivr-export": "ivr_jax.export",
     "ivr-review": "ivr_jax.review",

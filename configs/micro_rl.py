@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
             "absent": 1.0,
             "bonus_weight": 1.0,
             "epsilon": 0.05,
+            "bonus_floor": 0.0,  # least outcome reward that the bonus is paid for
             "divide_by_std": True,
             "std_floor": 1e-6,
             "min_valid": 2,

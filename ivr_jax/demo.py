@@ -12,31 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import shlex
-import subprocess
-import sys
-import time
 
 from absl import flags
 from rich.console import Console
 
 from ivr_jax import cli
-from ivr_jax.errors import UserError
 from ivr_jax.evaluation import metrics, tables
 from ivr_jax.evaluation.collect import ARMS, write_gates
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One command of the demo: what it does, the module to run and its arguments."""
-
-    title: str
-    module: str
-    arguments: tuple[str, ...]
-
-    @property
-    def command(self) -> str:
-        return shlex.join(("python", "-m", self.module, *self.arguments))
+from ivr_jax.steps import Step, configured, run_step
 
 
 def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None) -> list[Step]:
@@ -44,9 +27,9 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
     more = overrides or {}
 
     def step(title: str, module: str, config: str, name: str, **keys: object) -> Step:
-        settings = tuple(f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items())
-        workdir = f"--workdir={root / name}"
-        return Step(title, f"ivr_jax.{module}", (f"--config={config}", workdir, *settings, *more.get(name, ())))
+        settings = (f"{key.replace('__', '.')}={value}" for key, value in keys.items())
+        made = configured(title, module, config, root / name, *settings)
+        return dataclasses.replace(made, arguments=(*made.arguments, *more.get(name, ())))
 
     images, base, sft, rl = (root / name for name in ("image_tokenizer", "base", "sft", "rl"))
     first, later = root / "construct_base" / "dataset", root / "construct" / "dataset"
@@ -74,20 +57,6 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
     ]
     export = ("--from=orbax", str(rl), "--to=hf", str(root / "export"), "--overwrite")
     return [*steps, Step("Export for transformers", "ivr_jax.convert", export)]
-
-
-def run_step(step: Step, number: int, count: int, console: Console) -> float:
-    """Runs one command with its output shown; returns its seconds.  Raises UserError when it fails."""
-    console.rule(f"[bold]{number}/{count}  {step.title}")
-    console.print(f"$ {step.command}", style="dim", highlight=False, soft_wrap=True)
-    clock = time.perf_counter()
-    status = subprocess.run([sys.executable, "-m", step.module, *step.arguments], check=False).returncode
-    if status:
-        raise UserError(
-            f"step {number} ({step.title}) ended with status {status}.",
-            "Mend what it says above, then run the demo again.",
-        )
-    return time.perf_counter() - clock
 
 
 def main(call: cli.Call) -> None:

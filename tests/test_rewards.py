@@ -106,6 +106,16 @@ def test_the_bonus_of_several_groups_at_once_weight_and_epsilon():
     np.testing.assert_allclose(loose, [[0.5, 1]], atol=1e-6)
 
 
+def test_the_bonus_may_be_kept_for_flawless_images():
+    group = array([[1.0, 0.97, 0.98]]), array([[4, 1, 2]], np.int32), array([[1, 1, 1]], bool)
+    flawless = array([[1.0, 0.95, 0.99999999]])
+    found = complexity_bonus(*group, RewardOptions(bonus_floor=1.0), flawless)
+    np.testing.assert_allclose(found, [[0.5, 0, 1]], atol=1e-6)
+    nobody = complexity_bonus(*group, RewardOptions(bonus_floor=1.0), array([[0.9, 0.9, 0.9]]))
+    assert not np.asarray(nobody).any()
+    np.testing.assert_allclose(complexity_bonus(*group, PAPER, flawless), [[0.25, 1, 0.5]], atol=1e-6)
+
+
 # -- advantages -------------------------------------------------------------------------------------------------------
 
 

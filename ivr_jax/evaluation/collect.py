@@ -29,10 +29,11 @@ from ivr_jax.evaluation.gallery import Shelf, Shown, choose
 from ivr_jax.evaluation.metrics import EVALUATION_FILE, mode_of, read_evaluation
 from ivr_jax.evaluation.plots import Curve
 from ivr_jax.evaluation.report import Run
-from ivr_jax.evaluation.tables import Gate
+from ivr_jax.evaluation.tables import MAIN_ARMS, Gate
 
 STAGES: Mapping[str, str] = {"image_tokenizer": "Image tokenizer", "base": "Base", "sft": "SFT", "rl": "RL"}
-ARMS: Mapping[str, str] = {"eval_base": "Base", "eval_sft": "SFT", "eval_rl": "SFT + RL"}
+ARMS: Mapping[str, str] = dict(zip(("eval_base", "eval_sft", "eval_rl"), MAIN_ARMS, strict=True))
+HELD: Mapping[str, str] = {"eval_direct": "SFT held to direct", "eval_multi_step": "SFT held to multi-step"}
 METRICS_FILE, CONFIG_FILE, GATES_FILE, TAUGHT_FOLDER = "metrics.jsonl", "config.json", "gates.json", "taught"
 _PROMPTS_SHOWN, _TAUGHT_SHOWN = 12, 9
 
@@ -164,7 +165,7 @@ def _arms(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[Answer, ...], Mapping[str, np.ndarray]]]]:
     """Evaluations and answers by arm title."""
     known = {folder.name for folder in root.glob("eval_*") if folder.is_dir()}
-    further = {name: name.removeprefix("eval_").replace("_", " ") for name in sorted(known - set(ARMS))}
+    further = {name: HELD.get(name, name.removeprefix("eval_").replace("_", " ")) for name in sorted(known - set(ARMS))}
     evaluations, answered = {}, {}
     for name, arm in {**ARMS, **further}.items():
         folder = root / name

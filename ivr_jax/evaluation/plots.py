@@ -195,7 +195,7 @@ def curves_png(path: Path, title: str, curves: Sequence[Curve]) -> None:
         axes.plot(steps, values, color=ARM_COLOURS[2], alpha=0.3, linewidth=1, marker="o" if len(steps) == 1 else None)
         axes.plot(steps, smooth(values), color=ARM_COLOURS[2], linewidth=1.6)
         axes.set_title(_plain(curve.name), loc="left", fontsize=9, color=_INK)
-        _dress(axes)
+        dress(axes)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -233,11 +233,11 @@ def interval_png(path: Path, plot: IntervalPlot) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_title(_plain(plot.title), loc="left", fontsize=11, color=_INK)
     axes.legend(frameon=False, fontsize=8)
-    _dress(axes)
+    dress(axes)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _dress(axes) -> None:
+def dress(axes) -> None:
     """The house style: no box, a faint horizontal grid, small ticks."""
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

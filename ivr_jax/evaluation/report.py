@@ -29,6 +29,7 @@ from ivr_jax.evaluation.metrics import MODES
 from ivr_jax.evaluation.plots import Curve
 from ivr_jax.evaluation.tables import (
     BY_NAME,
+    MAIN_ARMS,
     MEASURES,
     Evaluations,
     Gate,
@@ -155,31 +156,33 @@ def _slug(text: str) -> str:
 
 
 def _tile(measure: Measure, evaluations: Evaluations) -> dict[str, Any]:
-    """A headline: the last arm's value, large, and every arm's below."""
-    estimates = [(arm, measure.of(result["overall"])) for arm, result in evaluations.items()]
+    """A headline: the value of the last main arm, large, and every other arm's below."""
+    values = {arm: format_value(measure, measure.of(result["overall"])) for arm, result in evaluations.items()}
+    told = ([arm for arm in values if arm in MAIN_ARMS] or list(values))[-1]
     return {
         "title": measure.title,
-        "value": format_value(measure, estimates[-1][1]),
-        "arm": estimates[-1][0],
-        "trail": [(arm, format_value(measure, e)) for arm, e in estimates[:-1]],
+        "value": values[told],
+        "arm": told,
+        "trail": [(arm, value) for arm, value in values.items() if arm != told],
     }
 
 
 def _rows(evaluations: Evaluations) -> list[dict[str, Any]]:
-    """The before/after table: each arm's estimate, and its change against the arm to its left."""
+    """The before/after table: each arm's estimate, and a main arm's change against the arm to its left."""
     summaries = [result["overall"] for result in evaluations.values()]
     rows = []
     for measure in MEASURES:
         estimates = [measure.of(summary) for summary in summaries]
         if any(estimate["n"] for estimate in estimates):
-            rows.append({"title": measure.title, "cells": _cells(measure, estimates)})
+            rows.append({"title": measure.title, "cells": _cells(measure, estimates, list(evaluations))})
     return rows
 
 
-def _cells(measure: Measure, estimates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    cells = []
+def _cells(measure: Measure, estimates: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
+    """An arm beside the main ones has no change: what stands to its left is not what it came from."""
+    cells, in_line = [], set(arms) & set(MAIN_ARMS) or set(arms)
     for index, estimate in enumerate(estimates):
-        change = compare(measure, estimate, estimates[index - 1]) if index else None
+        change = compare(measure, estimate, estimates[index - 1]) if index and arms[index] in in_line else None
         shown = change is not None and change["clear"]
         cells.append(
             {
@@ -211,7 +214,8 @@ def _groupings(evaluations: Evaluations) -> list[dict[str, Any]]:
         rows = []
         for group in groups:
             found = [result[key].get(group) for result in evaluations.values()]
-            cells = [_cells(measure, [measure.of(summary) for summary in found]) for measure in measures]
+            arms = list(evaluations)
+            cells = [_cells(measure, [measure.of(summary) for summary in found], arms) for measure in measures]
             most = max(summary["answers"] for summary in found if summary)
             rows.append({"group": group.replace("_", " "), "answers": most, "cells": cells})
         views.append({"title": title, "open": key == "by_edits", "measures": [m.title for m in measures], "rows": rows})

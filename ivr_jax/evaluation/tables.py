@@ -23,6 +23,9 @@ from ivr_jax.trajectory import AXES, Mode
 
 Evaluations = Mapping[str, Mapping[str, Any]]
 
+# The arms of the story, each better than the last, it is hoped; all others stand beside it.
+MAIN_ARMS = ("Base", "SFT", "SFT + RL")
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:

@@ -48,6 +48,8 @@ class RewardOptions:
       absent: see above; 1 says that nothing was said wrongly.
       bonus_weight: of the complexity bonus; 0 switches it off.
       epsilon: a member within epsilon of the group's best is competitive.
+      bonus_floor: a member below this outcome reward is never competitive; 0 is the paper's rule, 1 pays the bonus for
+        flawless images alone, so that giving up early on a prompt which nobody solves earns nothing.
       divide_by_std: divide advantages by the group's standard deviation.
       std_floor: added to that deviation.
       min_valid: a group with fewer present members is left out of the update.
@@ -65,16 +67,18 @@ class RewardOptions:
     absent: float = 1.0
     bonus_weight: float = 1.0
     epsilon: float = 0.05
+    bonus_floor: float = 0.0
     divide_by_std: bool = True
     std_floor: float = 1e-6
     min_valid: int = 2
 
     def __post_init__(self) -> None:
         weights = (self.outcome_weight, self.format_weight, self.step_weight, self.reflection_weight, self.bonus_weight)
-        if min(*weights, self.epsilon, self.std_floor) < 0 or self.outcome_weight <= 0 or self.min_valid < 2:
+        lowest = min(*weights, self.epsilon, self.bonus_floor, self.std_floor)
+        if lowest < 0 or self.outcome_weight <= 0 or self.min_valid < 2:
             raise UserError(
                 f"reward options {self} are out of range.",
-                "Weights, epsilon and std_floor must be >= 0, outcome_weight > 0 and min_valid >= 2.",
+                "Weights, epsilon, bonus_floor and std_floor must be >= 0, outcome_weight > 0 and min_valid >= 2.",
             )
         if len(self.axis_weights) != len(AXES) or min(self.axis_weights) < 0 or sum(self.axis_weights) <= 0:
             raise UserError(
@@ -178,12 +182,20 @@ def total(
     return (effective_weights(has_step, has_reflection, options) * jnp.stack(parts, -1)).sum(-1)
 
 
-def complexity_bonus(rewards: jax.Array, images: jax.Array, valid: jax.Array, options: RewardOptions) -> jax.Array:
+def complexity_bonus(
+    rewards: jax.Array,
+    images: jax.Array,
+    valid: jax.Array,
+    options: RewardOptions,
+    outcome_reward: jax.Array | None = None,
+) -> jax.Array:
     """The bonus alone, float [P, M], from R float [P, M], image counts int [P, M] and presence bool [P, M].
 
-    A member that drew no image is never competitive.
+    A member that drew no image is never competitive, nor is one whose R_o, float [P, M], is below `bonus_floor`.
     """
     counted = valid & (images > 0)
+    if options.bonus_floor and outcome_reward is not None:
+        counted &= outcome_reward >= options.bonus_floor - 1e-6  # R_o of a flawless image may round to just below 1
     best = jnp.max(jnp.where(counted, rewards, -jnp.inf), axis=1, keepdims=True)
     competitive = counted & (rewards >= best - options.epsilon)
     fewest = jnp.min(jnp.where(competitive, images, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
@@ -220,6 +232,6 @@ def score_groups(parts: Components, images: jax.Array, present: jax.Array, optio
     reward = total(
         outcome_reward, parts.format, parts.step, parts.has_step, options, parts.reflection, parts.has_reflection
     )
-    bonus = complexity_bonus(reward, images, present, options)
+    bonus = complexity_bonus(reward, images, present, options, outcome_reward)
     found, used = advantages(reward + bonus, present, options)
     return GroupScores(outcome_reward, jnp.where(present, reward, 0.0), bonus, found, used)

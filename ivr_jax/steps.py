@@ -1,0 +1,118 @@
+"""Steps: commands that a longer run consists of, each resumable by itself.
+
+`demo` runs its steps one after another with their output shown.  `reproduce` has a trunk and branches: what needs
+nothing of each other runs side by side, each branch writing to its own log.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from tqdm import tqdm
+
+from ivr_jax.errors import UserError
+
+CORES_VARIABLE = "NPROC"  # XLA makes its CPU thread pools this large
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One command: what it does, the module to run and its arguments."""
+
+    title: str
+    module: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(("python", "-m", self.module, *self.arguments))
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """Steps in order, which need no other branch; `name` is that of their log file."""
+
+    name: str
+    steps: tuple[Step, ...]
+
+
+def configured(title: str, module: str, config: str, workdir: pathlib.Path, *settings: str) -> Step:
+    """The step `python -m ivr_jax.MODULE --config=CONFIG --workdir=WORKDIR --config.KEY=VALUE ...`.
+
+    `settings` are texts `key=value`.
+    """
+    keys = tuple(f"--config.{setting}" for setting in settings)
+    return Step(title, f"ivr_jax.{module}", (f"--config={config}", f"--workdir={workdir}", *keys))
+
+
+def run_step(step: Step, number: int, count: int, console: Console) -> float:
+    """Runs one command with its output shown; returns its seconds.  Raises UserError when it fails."""
+    console.rule(f"[bold]{number}/{count}  {step.title}")
+    console.print(f"$ {step.command}", style="dim", highlight=False, soft_wrap=True)
+    clock = time.perf_counter()
+    status = subprocess.run([sys.executable, "-m", step.module, *step.arguments], check=False).returncode
+    if status:
+        raise UserError(
+            f"step {number} ({step.title}) ended with status {status}.",
+            "Mend what it says above, then give the same command again.",
+        )
+    return time.perf_counter() - clock
+
+
+def run_branches(branches: Sequence[Branch], jobs: int, logs: pathlib.Path, title: str) -> None:
+    """Runs `branches`, `jobs` at a time, each on its share of the cores.
+
+    Args:
+      branches: in the order in which they are begun.
+      jobs: how many run at once.
+      logs: folder for `<branch>.log`, each step's command and output; made when missing.
+      title: of the progress bar, which counts steps.
+
+    Raises:
+      UserError: a step failed.  No other step is begun then; those that run are waited for.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    cores = max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else os.cpu_count() // jobs)
+    environment = os.environ | {CORES_VARIABLE: str(cores)}
+    failed = threading.Event()
+
+    def run(branch: Branch) -> None:
+        with open(logs / f"{branch.name}.log", "a", encoding="utf-8") as log:
+            for step in branch.steps:
+                if failed.is_set():
+                    return
+                bar.set_postfix_str(f"{branch.name}: {step.title}")
+                print(f"$ {step.command}", file=log, flush=True)
+                command = [sys.executable, "-m", step.module, *step.arguments]
+                clock = time.perf_counter()
+                status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
+                print(f"[{step.title}: {time.perf_counter() - clock:.0f} s, status {status}]", file=log, flush=True)
+                if status:
+                    failed.set()
+                    raise UserError(
+                        f"{branch.name}: {step.title} ended with status {status}; {log.name} says why.",
+                        "Mend it, then give the same command again.",
+                    )
+                bar.update()
+
+    with (
+        tqdm(total=sum(len(branch.steps) for branch in branches), desc=title, unit="step") as bar,
+        concurrent.futures.ThreadPoolExecutor(jobs) as pool,
+    ):
+        running = [pool.submit(run, branch) for branch in branches]
+        try:
+            for future in concurrent.futures.as_completed(running):
+                future.result()
+        except BaseException:
+            failed.set()
+            raise
