@@ -1,4 +1,7 @@
-"""The program's commands as a user types them, run inside this process: what they print, and their exit status."""
+"""The program's commands as a user types them, run inside this process: what they print, and their exit status.
+
+Beside them: a script in a process of its own, which has several devices.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 from unittest import mock
 
 
@@ -54,3 +60,21 @@ def succeed(module: str, *arguments: object) -> str:
     done = run(module, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def on_devices(count: int, script: str, *arguments: object, **environment: str) -> list[str]:
+    """The lines that a Python script printed in a process with `count` CPU devices; asserts that it went well.
+
+    It may import the package and what lies beside the tests.  Its coverage is not measured: the code that such scripts
+    call is measured on one device, and following every line costs a fifth of their time.
+    """
+    here = Path(__file__).resolve().parent
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")} | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
+    }
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=variables | environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()

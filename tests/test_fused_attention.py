@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +53,6 @@ def test_splash_attention_equals_plain_attention_with_segments_and_grouped_heads
 SHARDED = """
 import functools, json, sys
 import jax, jax.numpy as jnp, numpy as np
-sys.path.insert(0, "tests")
 from test_fused_attention import packed
 from ivr_jax import sharding
 from ivr_jax.models import fused_attention, layers
@@ -74,12 +70,8 @@ for mesh in json.loads(sys.argv[1]):
 def test_splash_attention_on_a_mesh_equals_plain_attention():
     """Rows over fsdp, heads over tensor, and queries over sequence with all keys at hand."""
     meshes = [{"fsdp": 2, "tensor": 2}, {"tensor": 2, "sequence": 2}]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu",
-                   "JAX_NUMPY_RANK_PROMOTION": "allow"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SHARDED, json.dumps(meshes)], env=environment, capture_output=True,
-                          text=True, timeout=300, cwd=Path(__file__).parent.parent)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    errors = [float(line) for line in done.stdout.split()]
+    lines = commands.on_devices(4, SHARDED, json.dumps(meshes), JAX_NUMPY_RANK_PROMOTION="allow")
+    errors = [float(line) for line in lines]
     assert len(errors) == 2 and max(errors) < 2e-5
 
 

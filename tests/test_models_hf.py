@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,11 +99,8 @@ print(json.dumps({"equal": all(jax.tree.leaves(equal)), "up": list(up.sharding.s
 
 
 def test_import_onto_a_mesh_reads_each_device_its_part(exported):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-c", SHARDED_IMPORT, str(exported)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout)
+    (line,) = commands.on_devices(8, SHARDED_IMPORT, exported)
+    found = json.loads(line)
     assert found["equal"] and found["up"] == [None, "fsdp", "tensor"] and found["shard"] == [3, 2, 6]
     assert found["largest"] <= 24 * 4  # a part of one tensor: 24 rows of the embedding, or 6 × 2 of a layer's matrix
 

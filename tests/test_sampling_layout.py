@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import jax
 import pytest
 
@@ -63,14 +60,7 @@ print(json.dumps({
 
 
 def test_eight_devices_draw_what_one_draws_from_weights_that_were_resharded_in_place():
-    tests = Path(__file__).resolve().parent
-    environment = {
-        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-    }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(commands.on_devices(8, SCRIPT)[-1])
     assert found["tokens"] and found["error"] < 1e-4 and found["values"]
     assert found["specs"] == {"mlp": ["None", "fsdp", "tensor"], "embed": ["('tensor', 'fsdp')", "None"]}
     assert found["halved"] == ["bfloat16"] and found["tensor"] == 4 and found["shards"] == 4

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import subprocess
-import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,11 +98,7 @@ for sizes in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(MESHES)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=os.getcwd())
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return [json.loads(line) for line in commands.on_devices(8, SCRIPT, json.dumps(MESHES))]
 
 
 @pytest.mark.parametrize("index", range(len(MESHES)), ids=lambda i: "x".join(f"{k}{v}" for k, v in MESHES[i].items()))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+
+import commands
 
 SCRIPT = """
 import json, types
@@ -60,13 +58,5 @@ print(json.dumps({"loss": abs(loss / expected - 1), "ratio": deviation,
 
 
 def test_rollout_and_update_on_eight_devices_equal_one():
-    here = Path(__file__).parent
-    environment = {
-        **os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }  # fmt: skip
-    command = [sys.executable, "-c", SCRIPT]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(commands.on_devices(8, SCRIPT)[-1])
     assert found["loss"] < 1e-5 and found["gradients"] < 1e-5 and found["ratio"] < 1e-3, found
