@@ -273,10 +273,18 @@ def test_tables_are_not_written_over(tmp_path):
     assert "exists" in run("export", data, "--format=tfds", f"--out={tmp_path}").complaint
 
 
-def test_only_the_tfds_module_imports_tfds():
-    code = "import sys, ivr_jax.export, ivr_jax.train; print([m for m in sys.modules if m.startswith('tensorflow')])"
+def test_only_the_tfds_module_imports_tfds_and_nothing_imports_torch(tmp_path):
+    code = f"""
+import pathlib, sys
+import ivr_jax.export, ivr_jax.train
+from ivr_jax.training.metrics import MetricsLog
+log = MetricsLog(pathlib.Path({str(tmp_path)!r}), 0)
+log.write(1, {{"loss": 2.0}})
+log.close()
+print([name for name in sys.modules if name.startswith(("tensorflow", "torch"))])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "[]" and list((tmp_path / "tensorboard").iterdir())
 
 
 def test_tfrecord_tables_load_through_tfds_load(tmp_path):

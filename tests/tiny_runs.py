@@ -14,11 +14,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from answer_tokens import trajectory
+from checkpoints_fixture import random_tree
 
 from ivr_jax import cli, train
 from ivr_jax import system as systems
 from ivr_jax.data.store import TrajectoryWriter
 from ivr_jax.images import image_name
+from ivr_jax.models import image_tokenizer
+from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
+from ivr_jax.training import checkpoint
 from ivr_jax.trajectory import Reflection, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +30,11 @@ MODEL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 8,
 }  # fmt: skip
+
+IMAGES = ImageTokenizerConfig(
+    ch=4, out_ch=3, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1, attn_resolutions=(), in_channels=3, resolution=64,
+    z_channels=4, n_embed=8, embed_dim=4, norm_groups=1,
+)  # fmt: skip
 
 
 def flags_of(settings: dict) -> list[str]:
@@ -40,7 +49,7 @@ def trained(workdir: Path, config: str, settings: dict) -> list[str]:
 
 
 def prepare(folder: Path) -> Path:
-    """Fills a folder with a dataset of six trajectories and an image tokenizer that has seen one batch."""
+    """Fills a folder with a dataset of six trajectories and an image tokenizer of random weights."""
     rng = np.random.default_rng(0)
     kinds = [([], [True]), ([Reflection("bad", "better")], [False, True]), ([Step("go")], [False, True])] * 2
     with TrajectoryWriter(folder / "dataset") as writer:
@@ -52,11 +61,12 @@ def prepare(folder: Path) -> Path:
                 rounds.append(dataclasses.replace(round_, image=image_name(pixels)))
             sample = dataclasses.replace(answer.sample, key=f"sample {number}")
             writer.add(dataclasses.replace(answer, sample=sample, rounds=tuple(rounds)), images)
-    sizes = {"ch": 4, "ch_mult": (1, 1, 1, 1, 1), "z_channels": 4, "embed_dim": 4, "n_embed": 8}
-    small = {"steps": 1, "continuous_steps": 0, "batch": 2, "eval_images": 2, "codebook_images": 2}
-    small["optimizer.kind"] = "adamw"
-    settings = small | {f"model.{key}": value for key, value in sizes.items()}
-    trained(folder / "image_tokenizer", "micro_image_tokenizer", settings)
+    params = random_tree(image_tokenizer.param_shapes(IMAGES))
+    checkpointer = checkpoint.Checkpointer(folder / "image_tokenizer")
+    meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(IMAGES)}
+    checkpointer.save(0, {"params": params}, None, meta)
+    checkpointer.wait()
+    checkpointer.close()
     return folder
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from ivr_jax.errors import UserError
 
@@ -93,7 +93,7 @@ class MetricsLog:
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(kept))
             partial.replace(self._path)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        self._board = _scalar_writer(workdir / "tensorboard", first + 1)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Appends one line."""
@@ -109,3 +109,18 @@ class MetricsLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _scalar_writer(folder: pathlib.Path, purge_step: int) -> Any:
+    """A `tensorboardX.SummaryWriter`.
+
+    Where torch is installed tensorboardX imports it, which takes longer than all other imports together and is of no
+    use to scalars; so it does not find it here, unless somebody imported it already.
+    """
+    hidden = sys.modules.setdefault("torch", None) is None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=purge_step)
