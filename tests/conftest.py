@@ -29,8 +29,8 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
-# The longest first, all to one of two workers while the other takes the rest: what starts last ends soon, and a module's
-# fixtures are made once.
+# The longest first, all to one of two workers while the other takes the rest: what starts last ends soon, and the
+# fixtures of a module are made once.
 LONGEST = ["test_end_to_end", "test_training_processes", "test_training_resume", "test_generate", "test_sharding"]
 
 
