@@ -1,6 +1,6 @@
 """The program's commands as a user types them, run inside this process: what they print, and their exit status.
 
-Beside them: a script in a process of its own, which has several devices.
+Beside them what needs a process of its own: its environment, and a script on several devices.
 """
 
 from __future__ import annotations
@@ -62,19 +62,22 @@ def succeed(module: str, *arguments: object) -> str:
     return done.stdout
 
 
-def on_devices(count: int, script: str, *arguments: object, **environment: str) -> list[str]:
-    """The lines that a Python script printed in a process with `count` CPU devices; asserts that it went well.
+def environment(devices: int = 1, measured: bool = False) -> dict[str, str]:
+    """For a process that may import the package and what lies beside the tests, with so many CPU devices.
 
-    It may import the package and what lies beside the tests.  Its coverage is not measured: the code that such scripts
-    call is measured on one device, and following every line costs a fifth of their time.
+    Its coverage is not measured unless asked for: most of what such processes run is measured in this one, a killed
+    one has nothing to say, and to follow every line costs a quarter of their time.
     """
     here = Path(__file__).resolve().parent
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")} | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
-    }
+    kept = {name: text for name, text in os.environ.items() if measured or not name.startswith("COVERAGE_PROCESS")}
+    if devices > 1:
+        kept["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
+    return {**kept, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+
+
+def on_devices(count: int, script: str, *arguments: object, **variables: str) -> list[str]:
+    """The lines that a Python script printed in a process with `count` CPU devices; asserts that it went well."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=variables | environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment(count) | variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,9 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
-from tiny_runs import ROOT, assert_same_run, metrics, newest_checkpoint, prepare, sft_settings, trained
+from tiny_runs import assert_same_run, metrics, newest_checkpoint, prepare, sft_settings, trained
 
 from ivr_jax import distributed
 from ivr_jax.errors import UserError
@@ -26,10 +26,11 @@ def processes(argv: list[str], workdir: Path, count: int = 2) -> list[subprocess
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "ivr_jax.train", argv[1], f"--workdir={workdir}", *argv[3:],
                "--config.mesh.data=-1", f"--coordinator=localhost:{port}", f"--process_count={count}"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return [
-        subprocess.Popen([*command, f"--process_id={index}"], env=environment, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, f"--process_id={index}"], env=commands.environment(measured=index == 0),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
         for index in range(count)
     ]  # fmt: skip
 

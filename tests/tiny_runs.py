@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 from answer_tokens import trajectory
@@ -96,8 +96,7 @@ def disturbed(
     With `saving` it waits, from there, until the next save has begun and is not committed yet.
     """
     command = [sys.executable, "-m", "ivr_jax.train", argv[1], f"--workdir={workdir}", *argv[3:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=workdir.parent, env=environment, stdout=subprocess.PIPE,
+    process = subprocess.Popen(command, cwd=workdir.parent, env=commands.environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
     deadline = time.monotonic() + 300
 
