@@ -19,10 +19,14 @@ from ivr_jax.rewards.functions import RewardOptions, advantages
 from ivr_jax.training.losses import GrpoOptions, grpo_loss
 
 torch = pytest.importorskip("torch", reason="the independent reference is a test extra")
-trl = pytest.importorskip("trl.trainer.grpo_trainer", reason="the independent reference is a test extra")
 
 CLIP_LOW, CLIP_HIGH, KL, LONGEST = 0.15, 0.3, 0.04, 9
 LOSSES = {"sequence": "grpo", "token": "bnpo", "constant": "dr_grpo"}
+
+
+def trl() -> types.ModuleType:
+    """Imported by the tests that need it: it takes seconds, which whoever runs other tests need not wait for."""
+    return pytest.importorskip("trl.trainer.grpo_trainer", reason="the independent reference is a test extra")
 
 
 def numbers():
@@ -61,7 +65,7 @@ def theirs(normalisation: str):
         "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": torch.zeros(6, LONGEST).long(),
         "completion_mask": mask, "advantages": gains, "old_per_token_logps": old, "ref_per_token_logps": reference,
     }  # fmt: skip
-    loss = trl.GRPOTrainer._compute_loss(stand_in, None, inputs)
+    loss = trl().GRPOTrainer._compute_loss(stand_in, None, inputs)
     loss.backward()
     return loss.item(), new.grad.numpy(), metrics["train"]
 
@@ -90,13 +94,13 @@ def their_advantages(rewards: np.ndarray, scale: str) -> np.ndarray:
 
     NaN is a reward that is missing.
     """
-    source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
+    source = inspect.getsource(trl().GRPOTrainer._generate_and_score_completions)
     start = source.index("        unscorable_mask = torch.isnan")
     end = source.index("advantages = torch.nan_to_num(advantages, nan=0.0)")
     trainer = types.SimpleNamespace(
         multi_objective_aggregation="sum_then_normalize", reward_weights=torch.ones(1), scale_rewards=scale
     )
-    names = {"torch": torch, "nanstd": trl.nanstd, "self": trainer, "device": "cpu",
+    names = {"torch": torch, "nanstd": trl().nanstd, "self": trainer, "device": "cpu",
              "num_generations": rewards.shape[1], "rewards_per_func": torch.tensor(rewards).reshape(-1, 1)}  # fmt: skip
     exec(textwrap.dedent(source[start:end]), names)
     return torch.nan_to_num(names["advantages"], nan=0.0).numpy().reshape(rewards.shape)
