@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from construct_worker import contents
 from test_store import build
-from tiny_runs import ROOT, prepare, sft_settings, trained
+from tiny_runs import prepare, sft_settings, trained
 
 from ivr_jax.data import examples
 from ivr_jax.data.store import TrajectoryDataset
@@ -55,10 +54,11 @@ def test_two_processes_of_two_devices_write_what_fine_tuning_takes_for_its_own(t
         sys.executable, "-m", "ivr_jax.tokenise", runs / "dataset", f"--image_tokenizer={runs / 'image_tokenizer'}",
         f"--out={runs / 'sft' / 'examples'}", f"--coordinator=localhost:{port}", "--process_count=2",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     started = [
-        subprocess.Popen([*command, f"--process_id={index}"], env=environment, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, f"--process_id={index}"], env=commands.environment(2, measured=index == 0),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
         for index in range(2)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=300)[0] for process in started]
