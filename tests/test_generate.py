@@ -280,7 +280,9 @@ def test_a_killed_run_goes_on_where_it_was(emu, tmp_path):
         sys.executable, "-m", "ivr_jax.generate", f"--checkpoint={emu.backbone}", f"--text_tokenizer={emu.text}",
         f"--image_tokenizer={emu.images}", f"--prompts={file}", f"--out={out}", "--text_cap=4", "--answer_length=160",
     ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=commands.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     deadline = time.monotonic() + 300
     while not list(out.glob("*/answer.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
