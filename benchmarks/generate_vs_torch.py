@@ -52,9 +52,9 @@ class Ours:
         lengths = np.array([len(prompt)], np.int32), np.array([len(free)], np.int32)
         keys = jax.random.split(jax.random.key(seed), 1)
         options = SamplingOptions(guidance=GUIDANCE)
-        drawn = sample(self.config, self.params, self.grammar, prompt[None], lengths[0], (SIDE, SIDE), keys,
+        drawn, _ = sample(self.config, self.params, self.grammar, prompt[None], lengths[0], (SIDE, SIDE), keys,
                        self.length, options, unconditional=((free[None], lengths[1]),))  # fmt: skip
-        return int(np.asarray(drawn.lengths)[0])
+        return int(drawn.lengths[0])
 
 
 class Torch:

@@ -9,18 +9,19 @@ config.json (the decoder, as transformers loads it), or with safetensors or mode
 time; a model need not fit. Files of a text tokenizer go along, optimiser state never does.
 
 The new folder appears when it is complete and a certificate holds, which is printed: tensors, bytes, dtypes, SHA-256 of
-every tensor on both sides and, for a decoder and where PyTorch is installed, the largest difference of logits between
-this program and transformers.
+every tensor on both sides (no value of which may be NaN or infinite) and, for a decoder and where PyTorch is installed,
+the largest difference of logits between this program and transformers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from ivr_jax import cli
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, hf, image_tokenizer, parity
-from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.models.backbone_config import MODEL_TYPES, BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
+from ivr_jax.models.lazy import Index, LazyArray
 from ivr_jax.models.safetensors_io import digest, row_blocks
 from ivr_jax.protocol.emu_text import RANKS_FILE, VISION_FILE
 from ivr_jax.training import checkpoint, store
@@ -76,7 +79,12 @@ def read_orbax(path: Path) -> Model:
         raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}.",
                         "Name a backbone's or an image tokenizer's.")
     make, module = classes[meta["kind"]]
-    config = make(**{key: tuple(value) if isinstance(value, list) else value for key, value in meta["model"].items()})
+    try:
+        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in meta["model"].items()}
+        config = make(**sizes)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"the checkpoint {str(path)!r} does not say what its model is ({error}).",
+                        "It is damaged, or of another version of the program; use another step.") from None
     params = store.open_params(path, module.param_shapes(config))
     workdir = checkpoint.resolve(path).absolute().parent.parent
     recorded = Path(meta.get("text_tokenizer", ""))  # a folder's full name, or one that is built in
@@ -92,7 +100,8 @@ def read_hf(path: Path, param_dtype: str, vocab_multiple: int = 1) -> Model:
     `vocab_multiple` is the decoder's (see `BackboneConfig`).
     """
     fields = hf.read_mapping(path, ("config.yaml", "config.json"))
-    if (path / "config.yaml").is_file() or "model_type" not in fields and ImageTokenizerConfig.describes(fields):
+    decodes = str(fields.get("model_type")).lower() in MODEL_TYPES
+    if (path / "config.yaml").is_file() or not decodes and ImageTokenizerConfig.describes(fields):
         image_config, params = hf.open_image_tokenizer(path, param_dtype=param_dtype)
         return Model(IMAGE_TOKENIZER, image_config, params, _extra(path))
     config, params = hf.open_backbone(path, param_dtype=param_dtype, vocab_multiple=vocab_multiple)
@@ -144,36 +153,72 @@ def _copy(files: Sequence[Path], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
+def _bar(what: str, size: int) -> tqdm:
+    return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False)
+
+
+@contextlib.contextmanager
+def shown(model: Model) -> Iterator[Model]:
+    """The same model, and a progress bar of the bytes of its parameters that are read."""
+
+    def one(array: LazyArray) -> LazyArray:
+        def read(index: Index) -> np.ndarray:
+            part = array.read(index)
+            bar.update(part.nbytes)
+            return part
+
+        return LazyArray(array.shape, array.dtype, read)
+
+    with _bar("convert", sum(array.nbytes for array in jax.tree.leaves(model.params))) as bar:
+        yield dataclasses.replace(model, params=jax.tree.map(one, model.params))
+
+
 def certificate(model: Model, folder: Path) -> dict[str, Any]:
     """Compares `model` with the weights in `folder`, reading a part of a tensor at a time on both sides.
 
     Returns:
       tensors, bytes and dtypes of the files; `equal`, how many tensors have the same SHA-256 on both sides (our
-      parameters brought to the files' dtype); `digest`, over all of the files' tensors; `logits`, the largest
-      difference of logits on a fixed prompt against transformers, and `scale`, the largest logit (a decoder's in
-      safetensors; None without PyTorch).
+      parameters brought to the files' dtype); `unfit`, names of the files' tensors with values that are NaN or
+      infinite; `digest`, over all of the files' tensors; `logits`, the largest difference of logits on a fixed prompt
+      against transformers, and `scale`, the largest logit (a decoder's in safetensors, if every value is finite; None
+      without PyTorch).
     """
     stored = hf.open_weights(folder)
-    digests, equal = {}, 0
-    for name, slot in sorted(model.slots.items(), key=lambda item: item[1].path):
-        theirs = stored[name]
-        planned = hf.planned_tensors({name: slot}, model.params, theirs.dtype.name)[0]
-        blocks = row_blocks(slot.shape, theirs.dtype.itemsize)
-        rest = tuple(slice(0, size) for size in slot.shape[1:])
-        digests[name] = digest(theirs.read((slice(*bounds), *rest)) for bounds in blocks)
-        equal += digest(planned.parts()) == digests[name]
-    total = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
     size = sum(tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values())
-    dtypes = sorted({tensor.dtype.name for tensor in stored.values()})
-    logits, scale = None, None
-    if isinstance(model.config, BackboneConfig):
-        tokens = parity.prompt(model.config)
-        theirs = parity.transformers_logits(model.config, folder, tokens)
-        if theirs is not None:
-            scale = float(np.abs(theirs).max())
-            logits = float(np.abs(parity.logits(model.config, model.params, tokens) - theirs).max())
-    return {"tensors": len(stored), "bytes": size, "dtypes": dtypes, "equal": equal, "digest": total,
-            "logits": logits, "scale": scale}
+    digests, equal, unfit = {}, 0, set()
+    with _bar("verify", size) as bar:
+
+        def checked(name: str, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+            for part in parts:
+                if not np.isfinite(part).all():
+                    unfit.add(name)
+                bar.update(part.nbytes)
+                yield part
+
+        for name, slot in sorted(model.slots.items(), key=lambda item: item[1].path):
+            theirs = stored[name]
+            planned = hf.planned_tensors({name: slot}, model.params, theirs.dtype.name)[0]
+            blocks = row_blocks(slot.shape, theirs.dtype.itemsize)
+            rest = tuple(slice(0, size) for size in slot.shape[1:])
+            digests[name] = digest(checked(name, (theirs.read((slice(*bounds), *rest)) for bounds in blocks)))
+            equal += digest(planned.parts()) == digests[name]
+    total = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    logits, scale = (None, None) if unfit else _compared_logits(model, folder)
+    return {"tensors": len(stored), "bytes": size, "dtypes": sorted({x.dtype.name for x in stored.values()}),
+            "equal": equal, "unfit": sorted(unfit), "digest": total, "logits": logits, "scale": scale}
+
+
+def _compared_logits(model: Model, folder: Path) -> tuple[float | None, float | None]:
+    if not isinstance(model.config, BackboneConfig):
+        return None, None
+    tokens = parity.prompt(model.config)
+    total = 2 * model.config.num_hidden_layers + 1  # theirs counts the last norm
+    with tqdm(total=total, desc="compare logits", unit="layer", leave=False) as bar:
+        theirs = parity.transformers_logits(model.config, folder, tokens, bar.update)
+        if theirs is None:
+            return None, None
+        ours = parity.logits(model.config, model.params, tokens, bar.update)
+    return float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
 
 
 def _extra(path: Path) -> dict[str, Any]:
@@ -203,26 +248,47 @@ def main(call: cli.Call) -> None:
         raise UserError("which way to convert is not clear.",
                         "Write --from=orbax DIR --to=hf DIR, or --from=hf DIR --to=orbax DIR.")
     source, target = Path(paths[0]).expanduser(), Path(paths[1]).expanduser()
+    if source.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{target} holds what is to be converted, and would be replaced.", "Name another folder.")
+    exported = source_form == "orbax"
+    read = read_orbax(source) if exported else read_hf(source, call.flags.param_dtype, call.flags.vocab_multiple)
     with hf.new_directory(target, call.flags.overwrite) as folder:
-        if source_form == "orbax":
-            model = read_orbax(source)
-            write_hf(model, folder, call.flags.model_type, call.flags.dtype)
-            found = certificate(model, folder)
-        else:
-            write_orbax(read_hf(source, call.flags.param_dtype, call.flags.vocab_multiple), folder, target)
-            model = read_orbax(folder)
-            found = certificate(model, source)
-        report(found, model, target, exported=source_form == "orbax")
+        with shown(read) as model:
+            if exported:
+                write_hf(model, folder, call.flags.model_type, call.flags.dtype)
+            else:
+                write_orbax(model, folder, target)
+        model = read if exported else read_orbax(folder)
+        report(certificate(model, folder if exported else source), model, target, exported)
+
+
+def check(found: Mapping[str, Any], target: Path, exact: bool, exported: bool) -> None:
+    """Raises UserError when a certificate does not hold.
+
+    It does not when a value is NaN or infinite, or when tensors or logits differ although nothing was rounded
+    (`exact`): the logits by more than a thousandth of the largest.
+    """
+    if unfit := found["unfit"]:
+        more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
+        raise UserError(f"tensor {unfit[0]}{more} {'would hold' if exported else 'holds'} NaN or infinite values.",
+                        "Take another step of the run, or a wider --dtype." if exported
+                        else "Download or export the checkpoint again.")
+    if found["equal"] != found["tensors"] and (exported or exact):
+        raise UserError(f"{found['tensors'] - found['equal']} tensors of {target} differ from their source.",
+                        "Nothing was written; convert again.")
+    if found["logits"] is not None and exact and not found["logits"] <= 1e-3 * max(1.0, found["scale"]):
+        raise UserError(f"the logits of {target} differ from transformers' by {found['logits']:.2g}, the largest is "
+                        f"{found['scale']:.3g}.", "Nothing was written; check that the config belongs to the weights.")
 
 
 def report(found: Mapping[str, Any], model: Model, target: Path, exported: bool) -> None:
-    """Prints the certificate. Raises UserError when tensors differ although nothing was rounded on import."""
-    held, theirs = jax.tree.leaves(model.params)[0].dtype.name, found["dtypes"]
-    kept = all(jnp.promote_types(name, held) == jnp.dtype(held) for name in theirs)
+    """Prints the certificate; raises UserError instead when it does not hold (see `check`)."""
+    held, files = jax.tree.leaves(model.params)[0].dtype.name, found["dtypes"]
+    check(found, target, _is_exact(files, held, exported), exported)
     count = sum(int(np.prod(slot.shape)) for slot in model.slots.values())
     print(f"{target}: {model.kind}, {count:,} parameters")
     print(f"  tensors      {found['tensors']}, {found['bytes']:,} bytes in the files")
-    print(f"  dtypes       {dtypes_in_words(theirs, held, exported)}")
+    print(f"  dtypes       {dtypes_in_words(files, held, exported)}")
     print(f"  bit-equal    {found['equal']} of {found['tensors']} tensors (SHA-256 of each, in the files' dtype)")
     print(f"  SHA-256      {found['digest']} over all tensors")
     if model.kind == BACKBONE:
@@ -236,19 +302,19 @@ def report(found: Mapping[str, Any], model: Model, target: Path, exported: bool)
         if unknown and not exported:
             print("  vocabulary   the weights do not say what their token ids mean: generating and training need "
                   f"{' and '.join(f'--{name}=FOLDER' for name in unknown)}")
-    if found["equal"] != found["tensors"] and (exported or kept):
-        raise UserError(f"{found['tensors'] - found['equal']} tensors of {target} differ from their source.",
-                        "Nothing was written; convert again.")
+
+
+def _is_exact(files: Sequence[str], held: str, exported: bool) -> bool:
+    """Whether every value survives the step from parameters of dtype `held` to `files` (or, on import, back)."""
+    steps = ((held, name) if exported else (name, held) for name in files)
+    return all(jnp.promote_types(before, after) == jnp.dtype(after) for before, after in steps)
 
 
 def dtypes_in_words(files: Sequence[str], held: str, exported: bool) -> str:
     """What the step between the files' dtypes and the parameters' means for the values."""
-    names = " and ".join(files)
+    names, exact = " and ".join(files), _is_exact(files, held, exported)
     if list(files) == [held]:
         return f"{held} in the files and here"
-    narrow, wide = (held, files) if exported else (files, [held])
-    narrow = [narrow] if isinstance(narrow, str) else narrow
-    exact = all(jnp.promote_types(a, b) == jnp.dtype(b) for a in narrow for b in wide)
     if exported:
         effect = "each value exactly the parameter's" if exact else "each value rounded from the parameter's"
         return f"{names} files of {held} parameters: {effect}"

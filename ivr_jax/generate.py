@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -30,7 +32,7 @@ from ivr_jax.sampling import requests as requests_lib
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.requests import Prepared, Request
 from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
-from ivr_jax.sampling.sampler import EngineOptions
+from ivr_jax.sampling.sampler import EngineOptions, Usage
 from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, TASKS, Mode
 
 MODES = tuple(mode.value for mode in Mode)
@@ -90,8 +92,13 @@ class Answering:
     length: int
     about: dict[str, Any]
 
-    def answer(self, request: Request) -> tuple[Answer | Spoken, int]:
-        """The answer and its number of tokens.  Raises UserError when it does not come to an end."""
+    def answer(
+        self, request: Request, watch: Callable[[Usage], None] | None = None
+    ) -> tuple[Answer | Spoken, int]:
+        """The answer and its number of tokens.  Raises UserError when it does not come to an end.
+
+        `watch`: called with what it has cost so far while it is drawn.
+        """
         prepared = requests_lib.prepare(request, self.system, self.area)
         rollout = roll_out(
             self.system,
@@ -103,8 +110,14 @@ class Answering:
             self.sampling,
             size=prepared.size,
             engine=EngineOptions(growth=1),  # one answer: one program to compile
+            watch=watch,
         )
         tokens = int(rollout.samples.lengths[0])
+        if not np.isfinite(rollout.samples.log_probs).all():
+            raise UserError(
+                "the model's scores are not numbers: its weights hold NaN or infinity.",
+                "Use another step of the run, or convert the weights again.",
+            )
         if self.grammar.options.modes == (INTERLEAVED,):
             return self._spoken(prepared, rollout), tokens
         if rollout.answers[0] is None:
@@ -159,8 +172,8 @@ def main(call: cli.Call) -> None:
     check_writable(out)
     answering = load(wanted)
     clock = time.perf_counter()
-    with tqdm(total=1, desc="draw", unit="answer", leave=False):
-        answer, tokens = answering.answer(request)
+    with tqdm(desc="draw", unit=" tokens", leave=False) as bar:  # how many it will be, nobody knows
+        answer, tokens = answering.answer(request, lambda usage: bar.update(usage.tokens - bar.n))
     seconds = time.perf_counter() - clock
     images = write_answer(out, answer, answering.about_request(request))
     report(answer, images)
@@ -191,16 +204,21 @@ def answer_all(wanted: flags.FlagValues, out: Path) -> None:
     for request in todo:  # a bad image is said before anything is drawn
         requests_lib.prepare(request, answering.system, answering.area)
     failed, total, clock = [], 0, time.perf_counter()
-    bar = tqdm(todo, desc="answer", unit="answer", initial=len(requests) - len(todo), total=len(requests))
-    for request in bar:
-        try:
-            answer, tokens = answering.answer(request)
-        except UserError as error:
-            failed.append(f"{request.key}: {error.what}")
-            continue
-        write_answer(out / request.key, answer, answering.about_request(request))
-        total += tokens
-        bar.set_postfix_str(f"{total / (time.perf_counter() - clock):.0f} tokens/s")
+
+    def show(usage: Usage) -> None:
+        rate = (total + usage.tokens) / (time.perf_counter() - clock)
+        bar.set_postfix_str(f"{usage.tokens} tokens of the next, {rate:.0f} tokens/s")
+
+    with tqdm(desc="answer", unit="answer", initial=len(requests) - len(todo), total=len(requests)) as bar:
+        for request in todo:
+            try:
+                answer, tokens = answering.answer(request, show)
+            except UserError as error:
+                failed.append(f"{request.key}: {error.what}")
+                continue
+            write_answer(out / request.key, answer, answering.about_request(request))
+            total += tokens
+            bar.update()
     seconds = time.perf_counter() - clock
     there, made = len(requests) - len(todo), len(todo) - len(failed)
     print(f"{out}: {there} answers were there, {made} made, {speed(total, seconds)}")

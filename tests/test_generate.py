@@ -5,8 +5,11 @@ The models know nothing; what is checked is what is asked of them, drawn, writte
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,12 +26,14 @@ import pytest
 from emu_tokenizer import write_folder
 from PIL import Image
 
+from ivr_jax import generate
 from ivr_jax import system as systems
 from ivr_jax.images import load_image
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.protocol import codec
+from ivr_jax.sampling import sampler
 from ivr_jax.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,6 +148,27 @@ def test_output_size(emu, tmp_path, ratio, count, size):
     free = requests.prepare(requests.Request("k", "x", (str(photo),) * 2), system, area=160 * 160)
     assert free.size == (-1, -1)
     assert requests.prepare(requests.Request("k", "x", (), "", "free"), system).size == (-1, -1)
+
+
+def test_a_bar_moves_with_the_tokens(emu, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampler, "WATCHED", 8)
+    monkeypatch.setattr(generate, "tqdm", functools.partial(generate.tqdm, mininterval=0))
+    shown = ask(emu, tmp_path / "out", "--prompt=A cat.", "--seed=3").stderr
+    counts = [int(n) for n in re.findall(r"draw: (\d+) tokens \[", shown)]
+    assert len(counts) > 3 and counts == sorted(counts) and counts[-1] > 30, shown
+    assert all(b - a <= 2 * 8 for a, b in itertools.pairwise(counts))  # a window holds two tokens
+    file = write_lines(tmp_path, LINES[:1])
+    assert re.search(r"\d+ tokens of the next, \d+ tokens/s", ask(emu, tmp_path / "all", f"--prompts={file}").stderr)
+
+
+def test_weights_that_are_no_numbers_are_said(emu, tmp_path):
+    meta = checkpoint.read_meta(emu.backbone)
+    config = BackboneConfig(**meta["model"])
+    params = backbone.init_params(config, jax.random.key(1))
+    params["final_norm"] *= np.nan
+    broken = save(tmp_path / "broken", systems.BACKBONE, config, params)
+    done = ask(emu, tmp_path / "out", "--prompt=A cat.", f"--checkpoint={broken}")
+    assert "its weights hold NaN or infinity" in done.complaint and not (tmp_path / "out").exists()
 
 
 def test_a_trajectory_may_be_asked_of_it_too(emu, tmp_path):

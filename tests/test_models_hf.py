@@ -260,6 +260,10 @@ def test_model_ckpt_is_read_without_running_code(tmp_path):
     with pytest.raises(UserError, match="model.ckpt is no plain PyTorch checkpoint"):
         hf.import_image_tokenizer(tmp_path / "out")
     assert not (tmp_path / "boom").exists()
+    torch.save({**state, "x": Bomb()}, pickled, _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="model.ckpt is no plain PyTorch checkpoint"):
+        hf.import_image_tokenizer(tmp_path / "out")
+    assert not (tmp_path / "boom").exists()
     pickled.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="model.ckpt"):
         hf.import_image_tokenizer(tmp_path / "out")

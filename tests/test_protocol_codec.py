@@ -115,6 +115,8 @@ BROKEN = {
     "no star": ([*BLOCK[:2], *BLOCK[3:]], "at token 1: the size is not height*width"),
     "two stars": ([*BLOCK[:3], BLOCK[2], *BLOCK[3:]], "at token 1: the size is not height*width"),
     "a size of zero": ([BLOCK[0], 48, *BLOCK[2:]], "at token 1: the size is not height*width"),
+    "a size that begins with zero": ([BLOCK[0], 48, *BLOCK[1:]], "at token 1: the size is not height*width"),
+    "a special token in the size": ([*BLOCK[:2], BLOCK[0], *BLOCK[2:]], "at token 2: a special token stands in the"),
     "a size in words": ([BLOCK[0], *b"two", *BLOCK[2:]], "at token 1: the size is not height*width"),
     "another size": ([BLOCK[0], 51, *BLOCK[2:]], "at token 12: 3*3 cells need 17 tokens that end in EOI, not 13"),
     "cut short": (BLOCK[:-3], "at token 9: 2*3 cells need 13 tokens that end in EOI, not 10"),

@@ -1,4 +1,4 @@
-"""The rollout layout on eight devices: every weight cut, the same answers, and no way through the host."""
+"""The rollout layout on eight devices: weights and cache cut, the same guided answers, no way through the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.sampling.layout import RolloutLayout, rollout_mesh
 
-# Prints what the layout does to the weights of a tiny model, and whether eight devices draw what one draws.
+# Prints what the layout does to the weights of a tiny model, whether eight devices draw with guidance what one draws,
+# and how the cache lies when they are done.
 SCRIPT = """
 import dataclasses, json
 import jax, numpy as np
@@ -21,6 +22,8 @@ from tiny_model import CONFIG, TOKENIZER, noisy_params, prompts_of, requests
 from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.sampling import segment
+from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.sampler import EngineOptions, pad_prompts, sample
 
@@ -28,11 +31,22 @@ config = dataclasses.replace(CONFIG, vocab_multiple=8)
 plain = noisy_params(config)
 grammar = Grammar(TOKENIZER, GrammarOptions(modes=("direct",), text_cap=2))
 prompts = pad_prompts(prompts_of(*requests(4)), TOKENIZER.vocab.pad, 32)
+free = pad_prompts(prompts_of(*requests(4), unconditional=True), TOKENIZER.vocab.pad, 32)
 keys = jax.random.split(jax.random.key(0), 16)
 engine = EngineOptions(slots=8, growth=1, shrink=False)
 
+run, caches = segment.run, []
+
+def watched(*args, **how):
+    found = run(*args, **how)
+    caches.append([str(axes) for axes in getattr(found[0].cache.k.sharding, "spec", ())])
+    return found
+
+segment.run = watched
+
 def answers(config, params):
-    return sample(config, params, grammar, *prompts, (2, 2), keys, 48, group=4, engine=engine)[0]
+    return sample(config, params, grammar, *prompts, (2, 2), keys, 48, SamplingOptions(guidance=2.0), 4, (free,),
+                  engine)[0]
 
 expected = answers(config, jax.device_put(plain, jax.devices()[0]))
 mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
@@ -51,7 +65,7 @@ print(json.dumps({
     "values": all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), weights, plain))),
     "specs": {k: [str(x) for x in layers.sharding.spec] for k, layers in
               {"mlp": weights["layers"]["mlp"]["gate"], "embed": weights["embed"]}.items()},
-    "halved": sorted({str(x.dtype) for x in jax.tree.leaves(halved)}),
+    "cache": caches[-1], "halved": sorted({str(x.dtype) for x in jax.tree.leaves(halved)}),
     "tensor": half.mesh.shape["tensor"],
     "shards": len({str(s.index) for s in halved["layers"]["mlp"]["gate"].addressable_shards}),
     "programs": layout._move._cache_size(),
@@ -63,6 +77,7 @@ def test_eight_devices_draw_what_one_draws_from_weights_that_were_resharded_in_p
     found = json.loads(commands.on_devices(8, SCRIPT)[-1])
     assert found["tokens"] and found["error"] < 1e-4 and found["values"]
     assert found["specs"] == {"mlp": ["None", "fsdp", "tensor"], "embed": ["('tensor', 'fsdp')", "None"]}
+    assert found["cache"][1] == "('data', 'fsdp')" and found["cache"][3] == "tensor"  # after the loop, as before it
     assert found["halved"] == ["bfloat16"] and found["tensor"] == 4 and found["shards"] == 4
     assert found["programs"] == 1
 

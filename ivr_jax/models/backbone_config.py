@@ -16,6 +16,7 @@ _SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 _REFUSED = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+MOST, MOST_LAYERS = 2**31 - 1, 10_000  # so that a damaged file is an error, not a program without an end
 _OTHER_FILE = "Take the config.json that belongs to the weights."
 
 
@@ -61,8 +62,9 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         for name in (*_SIZES, "vocab_multiple", "unroll"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise _bad(name, value, "a positive whole number")
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise _bad(name, value, f"a positive whole number, {most} at most")
         if self.num_attention_heads % self.num_key_value_heads:
             raise _bad("num_attention_heads", self.num_attention_heads,
                        f"a multiple of num_key_value_heads = {self.num_key_value_heads}")
@@ -111,14 +113,18 @@ class BackboneConfig:
         if missing:
             raise UserError(f"config.json has no {', '.join(missing)}.", _OTHER_FILE)
         rope = fields.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            raise _bad("rope_parameters", rope, "a mapping, or null")
+        tied = fields.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise _bad("tie_word_embeddings", tied, "true or false")
         theta = fields.get("rope_theta", rope.get("rope_theta"))
         if theta is None:
             raise UserError("config.json has no rope_theta.", _OTHER_FILE)
         scaling = fields.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
         return cls(
-            **{name: fields[name] for name in _SIZES}, rms_norm_eps=float(fields["rms_norm_eps"]),
-            rope_theta=float(theta), rope_scaling=scaling or None,
-            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)), **options,
+            **{name: fields[name] for name in _SIZES}, rms_norm_eps=_real("rms_norm_eps", fields["rms_norm_eps"]),
+            rope_theta=_real("rope_theta", theta), rope_scaling=scaling or None, tie_word_embeddings=tied, **options,
         )  # fmt: skip
 
     def to_hf(self, model_type: str = "qwen3") -> dict[str, Any]:
@@ -142,7 +148,13 @@ def _bad(name: str, value: Any, wanted: str) -> UserError:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _real(name: str, value: Any) -> float:
+    if not _is_number(value):
+        raise _bad(name, value, "a number")
+    return float(value)
 
 
 def _rope_scaling(value: Any, head_dim: int) -> tuple[str, float] | None:

@@ -12,6 +12,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -192,17 +193,18 @@ def open_weights(directory: Path) -> Mapping[str, Any]:
 def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     """A temporary sibling that takes the name `directory` when the block succeeds, and vanishes when it fails.
 
-    What a killed process left of its own try at the same directory is removed as well.
+    What a killed process left of its own try at the same directory is removed as well, and what it had moved away to
+    make room for that is moved back.
     """
-    final = Path(directory)
+    final = Path(os.path.abspath(directory))
+    with contextlib.suppress(OSError):
+        _clean_up(final)
     if final.exists() and not final.is_dir():
         raise UserError(f"{final} is a file.", "Name a folder that does not exist yet.")
     if not overwrite and final.is_dir() and any(final.iterdir()):
         raise UserError(f"{final} exists and is not empty.", "Name another folder, or remove this one first.")
     partial, old = (final.with_name(f".{final.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
-    for stale in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
-        if not _runs(stale.name.rpartition("-")[2]):
-            shutil.rmtree(stale, ignore_errors=True)
+    missing = [folder for folder in final.parents if not folder.exists()]
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -214,6 +216,21 @@ def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterato
         raise UserError(f"cannot write {final}: {error.strerror or error}.", "Mend permissions or space.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # in use, or never made
+                folder.rmdir()
+
+
+def _clean_up(final: Path) -> None:
+    name = re.compile(rf"\.{re.escape(final.name)}\.(old|partial)-(\d+)")
+    for stale in sorted(final.parent.glob(f".{glob.escape(final.name)}.*")):  # "old" before "partial"
+        found = name.fullmatch(stale.name)
+        if found is None or _runs(found[2]):
+            continue
+        if found[1] == "old" and not final.exists():
+            stale.rename(final)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _runs(process: str) -> bool:
@@ -239,7 +256,8 @@ def planned_tensors(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype:
             index = tuple(theirs[axis] for axis in slot.order)  # the vocabulary's padding stays outside
             ours = leaf[index] if slot.layer is None else leaf[(slice(slot.layer, slot.layer + 1), *index)]
             ours = np.asarray(ours if slot.layer is None else ours[0])
-            return ours.transpose(np.argsort(slot.order)).astype(target, copy=False)
+            with np.errstate(over="ignore"):  # what a narrow dtype cannot hold becomes infinite
+                return ours.transpose(np.argsort(slot.order)).astype(target, copy=False)
 
         return fetch
 
@@ -354,7 +372,7 @@ def read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
         raise UserError(f"{directory} has no {' or '.join(names)}.", "Name a folder that holds a complete checkpoint.")
     try:
         value = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (ValueError, yaml.YAMLError, OSError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError, OSError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}).", "Get the file again.") from None
     if not isinstance(value, Mapping):
         raise UserError(f"{path} holds no mapping.", "Get the file again.")

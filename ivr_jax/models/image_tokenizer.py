@@ -31,6 +31,7 @@ from ivr_jax.models.image_layers import Conv, Downsample, GroupNorm, ResBlock, S
 Params = dict[str, Any]
 CODEBOOK_CHUNK = 8192  # codes scored at a time by `encode`, fewer for many cells
 SCORES_AT_A_TIME = 1 << 27  # entries of the [cells, codes] table that are held (training recomputes them backwards)
+_MOST = 64  # levels, and blocks of a level: a damaged file is an error, not a program without an end
 _DDCONFIG = ("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "resolution", "z_channels",
              "double_z", "dropout")  # fmt: skip
 
@@ -66,19 +67,26 @@ class ImageTokenizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("ch_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+            value = getattr(self, name) or ()
+            _check(isinstance(value, (list, tuple)) and len(value) <= _MOST, name, value,
+                   f"a list of whole numbers, {_MOST} at most")
+            object.__setattr__(self, name, tuple(value))
         sizes = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels", "n_embed", "embed_dim",
                  "norm_groups")  # fmt: skip
         for name in sizes:
             _check(_is_size(getattr(self, name)), name, getattr(self, name), "a positive whole number")
+        _check(self.num_res_blocks <= _MOST, "num_res_blocks", self.num_res_blocks, f"{_MOST} at most")
         sound = bool(self.ch_mult) and all(map(_is_size, self.ch_mult))
         _check(sound, "ch_mult", self.ch_mult, "positive whole numbers")
         _check(all(map(_is_size, self.attn_resolutions)), "attn_resolutions", self.attn_resolutions, "whole numbers")
         for width in (self.ch, *(self.ch * multiple for multiple in self.ch_mult)):
             divides = width % self.norm_groups == 0
             _check(divides, "norm_groups", self.norm_groups, f"a divisor of every width, here {width}")
-        _check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        _check(self.entropy_temperature > 0, "entropy_temperature", self.entropy_temperature, "positive")
+        _check(isinstance(self.double_z, bool), "double_z", self.double_z, "true or false")
+        _check(_is_real(self.dropout) and self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        _check(_is_real(self.beta), "beta", self.beta, "a number of at least 0")
+        sound = _is_real(self.entropy_temperature) and self.entropy_temperature > 0
+        _check(sound, "entropy_temperature", self.entropy_temperature, "positive")
 
     @property
     def factor(self) -> int:
@@ -283,7 +291,11 @@ def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
 
 
 def _check(condition: bool, name: str, value: Any, wanted: str) -> None:

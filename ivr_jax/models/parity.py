@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,13 @@ def prompt(config: BackboneConfig) -> np.ndarray:
     return (7919 * np.arange(1, PROMPT_LENGTH + 1) % config.vocab_size).astype(np.int32)
 
 
-def logits(config: BackboneConfig, params: Mapping[str, Any], tokens: np.ndarray) -> np.ndarray:
-    """Ours: int32 [T] → float32 [T, V].  `params` is a tree of arrays or LazyArrays, read a layer at a time."""
+def logits(
+    config: BackboneConfig, params: Mapping[str, Any], tokens: np.ndarray, update: Callable[[], Any] = lambda: None
+) -> np.ndarray:
+    """Ours: int32 [T] → float32 [T, V].
+
+    `params` is a tree of arrays or LazyArrays, read a layer at a time; `update` is called after each.
+    """
     config = dataclasses.replace(config, dtype="float32")
     positions = np.arange(len(tokens), dtype=np.int32)[None]
     x = jnp.asarray(np.concatenate([params["embed"][token : token + 1] for token in tokens]), jnp.float32)[None]
@@ -37,6 +42,7 @@ def logits(config: BackboneConfig, params: Mapping[str, Any], tokens: np.ndarray
         stacked = params["layers"]
         one = jax.tree.map(lambda leaf, layer=layer: np.asarray(leaf[layer : layer + 1])[0], stacked)
         x = backbone.apply_layer(config, one, x, positions)
+        update()
     hidden = layers.rms_norm(x, jnp.asarray(params["final_norm"][:]), config.rms_norm_eps)[0]
     tied, found = config.tie_word_embeddings, []
     for bounds in row_blocks((config.vocab_size, config.hidden_size), 4):
@@ -46,11 +52,13 @@ def logits(config: BackboneConfig, params: Mapping[str, Any], tokens: np.ndarray
     return np.concatenate(found, axis=1)
 
 
-def transformers_logits(config: BackboneConfig, folder: Path, tokens: np.ndarray) -> np.ndarray | None:
+def transformers_logits(
+    config: BackboneConfig, folder: Path, tokens: np.ndarray, update: Callable[[], Any] = lambda: None
+) -> np.ndarray | None:
     """Theirs, Qwen3 on the weights in `folder`: float32 [T, V], or None where PyTorch is missing.
 
-    The model is built without memory; each of its layers is given its tensors when it runs, and loses them after. The
-    embedding is looked up, and the output matrix applied, in parts.
+    The model is built without memory; each of its layers is given its tensors when it runs, and loses them after
+    (`update` is called). The embedding is looked up, and the output matrix applied, in parts.
     """
     try:
         import torch
@@ -73,6 +81,7 @@ def transformers_logits(config: BackboneConfig, folder: Path, tokens: np.ndarray
 
     def empty(module: Any, inputs: Any, output: Any) -> None:
         module.to("meta")
+        update()
 
     weighted = {f"model.layers.{i}": module for i, module in enumerate(model.layers)} | {"model.norm": model.norm}
     for prefix, module in weighted.items():

@@ -129,7 +129,7 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
             entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
             tensors = [_stored(path, name, entry, 8 + length, size) for name, entry in entries]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has a broken header ({error}).", _AGAIN) from None
     return {tensor.name: tensor for tensor in tensors}
 
@@ -166,7 +166,7 @@ def _open_indexed(directory: Path) -> dict[str, StoredTensor]:
         weight_map = dict(json.loads(index.read_text())["weight_map"])
         shards = sorted(set(weight_map.values()))
         inside = all(Path(shard).name == shard for shard in shards)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is not a checkpoint index ({error}).", _AGAIN) from None
     if not inside:
         raise UserError(f"{index} names files outside its own folder.", _AGAIN)

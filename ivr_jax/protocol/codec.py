@@ -18,6 +18,7 @@ evaluation alone) carries loss on E1 only, and not on EOS.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -114,8 +115,11 @@ def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int], offset: int = 
     start = np.flatnonzero(tokens == vocab.img)
     if len(start) != 1:
         raise bad(len(tokens), f"{len(start)} IMG tokens, not one")
-    size = tokenizer.decode([t for t in tokens[1 : start[0]] if t < vocab.text_size]).split("*")
-    if len(size) != 2 or not all(s.isascii() and s.isdigit() and 0 < int(s) < 10_000 for s in size):
+    foreign = np.flatnonzero(tokens[1 : start[0]] >= vocab.text_size)
+    if len(foreign):
+        raise bad(1 + int(foreign[0]), "a special token stands in the size")
+    size = tokenizer.decode(tokens[1 : start[0]]).split("*")
+    if len(size) != 2 or not all(re.fullmatch("[1-9][0-9]{0,3}", side) for side in size):
         raise bad(1, "the size is not height*width in latent cells")
     rows, columns = map(int, size)
     first = int(start[0]) + 1

@@ -81,6 +81,7 @@ def roll_out(
     engine: EngineOptions | None = None,
     progress: Callable[[int], None] | None = None,
     layout: RolloutLayout | None = None,
+    watch: Callable[[Usage], None] | None = None,
 ) -> Rollout:
     """Draws and parses `group` answers to each sample.
 
@@ -88,7 +89,8 @@ def roll_out(
       images: pixels of each sample's sources, by name; sides must be multiples of the tokenizer's factor.
       size: latent rows and columns of every drawn image, or `grammar.FREE`; by default those of the first source, or
         of the image tokenizer's training resolution without one.  All samples of a call must agree.
-      engine: how they are drawn; progress: called with the number of answers that have just ended.
+      engine: how they are drawn; progress: called with the number of answers that have just ended; watch: with what
+        it has cost so far, now and then (`sampler.sample`).
       layout: where and in which dtype they are drawn; by default where the system's parameters are.
     """
     options = options or SamplingOptions()
@@ -107,7 +109,7 @@ def roll_out(
     with jax.set_mesh(layout.mesh) if layout else contextlib.nullcontext():
         drawn, usage = sample(
             config, params, grammar, prompts, lengths, size, keys, answer_length, options, group, unconditional,
-            engine, progress,
+            engine, progress, watch,
         )  # fmt: skip
     answers, errors = _parse(system, grammar, samples, images, drawn, group)
     return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional), usage)

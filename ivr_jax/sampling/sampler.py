@@ -28,6 +28,7 @@ from ivr_jax.sampling.chain import SamplingOptions
 
 SMALLEST = 8  # slots are moved together down to this many
 ROUND = 32  # cache widths are multiples of this
+WATCHED = 64  # model calls between two reports to who watches
 
 
 class Samples(NamedTuple):
@@ -132,6 +133,7 @@ def sample(
     unconditional: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     engine: EngineOptions | None = None,
     progress: Callable[[int], None] | None = None,
+    watch: Callable[[Usage], None] | None = None,
 ) -> tuple[Samples, Usage]:
     """Draws `group` answers to each prompt.
 
@@ -143,6 +145,7 @@ def sample(
         stops before them.
       unconditional: (prompts [P, T'], lengths [P]) of each of guidance's unconditional passes (`options.passes`).
       progress: called with the number of answers that have just ended.
+      watch: called with what it has cost so far, every `WATCHED` model calls at least.
 
     Returns:
       Samples as numpy arrays, and what they cost.
@@ -160,7 +163,7 @@ def sample(
         raise ValueError(f"guidance needs {options.passes} sets of unconditional prompts, not {len(unconditional)}")
     contexts = [(prompts, prompt_lengths), *unconditional]
     run = _Run(config, params, grammar, contexts, size, keys, answer_length, options, group, engine)
-    return run.finish(progress or (lambda ended: None))
+    return run.finish(progress or (lambda ended: None), watch)
 
 
 class _Run:
@@ -213,9 +216,11 @@ class _Run:
 
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def finish(self, progress: Callable[[int], None]) -> tuple[Samples, Usage]:
+    def finish(
+        self, progress: Callable[[int], None], watch: Callable[[Usage], None] | None
+    ) -> tuple[Samples, Usage]:
         """Runs until every answer has ended."""
-        count = len(self.keys)
+        count, calls = len(self.keys), None if watch is None else np.int32(WATCHED)
         slots = device.empty(
             self.config, self.keys[0], self.opened, batch=self.batch, contexts=len(self.prompts),
             slots=self._wide(0, self.prompts.shape[2]), length=self.length, window=self.engine.window, pad=self.pad,
@@ -225,10 +230,12 @@ class _Run:
             slots = self._fill(slots)
             slots = self._resize(slots)
             slots, work = segment.run(
-                self.params, self.rules, slots, self._until(), config=self.config, options=self.options,
+                self.params, self.rules, slots, self._until(), calls, config=self.config, options=self.options,
                 length=self.length, visual_start=self.grammar.tokenizer.vocab.visual_start,
             )  # fmt: skip
             self.usage.add(work, self.batch)
+            if watch is not None:
+                watch(self.usage)
             progress(self._take_out(slots))
         initial = GrammarState(*(np.repeat(x, count) for x in self.initial))
         rows, nodes = map(np.asarray, device.replay(self.grammar.tables, initial, self.tokens))

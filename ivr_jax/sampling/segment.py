@@ -23,20 +23,25 @@ def run(
     rules: Rules,
     slots: Slots,
     until: jax.Array,
+    calls: jax.Array | None = None,
     *,
     config: backbone.BackboneConfig,
     options: SamplingOptions,
     length: int,
     visual_start: int,
 ) -> tuple[Slots, Work]:
-    """Calls the model until no more than `until` answers are in progress, or one of them needs a wider cache."""
+    """Calls the model until no more than `until` answers are in progress, or one of them needs a wider cache.
+
+    `calls` int32 []: or until this many calls, so that the host can say how far it is; None: no bound.
+    """
     rules = jax.tree.map(jnp.asarray, rules)
     width, wide = slots.window.shape[1], slots.cache.k.shape[2]
     parts = parts_of(config, params, rules.tables, visual_start)
 
     def going(carry: tuple[Slots, Work]) -> jax.Array:
-        now = carry[0]
-        return ((~now.ended).sum() > until) & (reach(now) <= wide)
+        now, work = carry
+        more = ((~now.ended).sum() > until) & (reach(now) <= wide)
+        return more if calls is None else more & (work.calls < calls)
 
     def call(carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
         now, work = carry

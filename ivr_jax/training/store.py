@@ -7,9 +7,11 @@ own, filled chunk by chunk.  `open_params` gives the arrays of any checkpoint as
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,12 @@ from ivr_jax.training import checkpoint
 
 
 def write(workdir: str | os.PathLike[str], params: Any, meta: Mapping[str, Any]) -> None:
-    """A workdir with one checkpoint, step 0, of a tree of LazyArrays; a chunk of one array is in memory at a time."""
+    """A workdir with one checkpoint, step 0, of a tree of LazyArrays; a chunk of one array is in memory at a time.
+
+    Raises OSError when it cannot be written.
+    """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of the features that this store does without
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of features that this store does without, and logs what it raises
     try:
         registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _ChunkWriter()))
         handlers = {
@@ -53,12 +58,16 @@ class _ChunkWriter(ocp.type_handlers.TypeHandler):
     async def serialize(self, values: Sequence[LazyArray], infos: Sequence[Any], args: Any = None) -> list:
         for array, info in zip(values, infos, strict=True):
             chunk = part_shape(array.shape, array.dtype.itemsize)
-            store = await ts.open(
-                {"driver": "zarr", "kvstore": _files(info.path), "store_data_equal_to_fill_value": True},
-                create=True, dtype=array.dtype.name, shape=array.shape, chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
-            )  # fmt: skip
+            with _writing():
+                store = await ts.open(
+                    {"driver": "zarr", "kvstore": _files(info.path), "store_data_equal_to_fill_value": True},
+                    create=True, dtype=array.dtype.name, shape=array.shape,
+                    chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
+                )  # fmt: skip
             for index in parts(array.shape, chunk):
-                await store[index].write(array[index])
+                part = array[index]
+                with _writing():
+                    await store[index].write(part)
         return []
 
     async def metadata(self, infos: Sequence[Any]) -> Any:
@@ -135,6 +144,18 @@ def _adapted(kernel: LazyArray, pair: Mapping[str, LazyArray], scale: np.ndarray
         return (kernel[index].astype(np.float32) + product).astype(kernel.dtype)
 
     return read
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """TensorStore raises ValueError where a disk is full."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _files(folder: os.PathLike[str]) -> dict[str, str]:
