@@ -10,7 +10,7 @@ from PIL import Image
 
 from ivr_jax import images
 from ivr_jax.errors import UserError
-from ivr_jax.images import image_name, load_image, save_png
+from ivr_jax.images import fit, fitted_size, image_name, load_image, save_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
 
@@ -131,3 +131,28 @@ def test_huge_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     save_png(tmp_path / "large.png", np.zeros((40, 40, 3), np.uint8))
     with pytest.raises(UserError, match="megapixels"):
         load_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "expected"),
+    [  # by hand: h = floor(sqrt(area / (width / height))), w = floor(h * width / height), then to the nearest 16
+        (37, 37, 512, (512, 512)),
+        (1080, 1920, 512, (384, 688)),  # 384, 682
+        (300, 400, 720, (624, 832)),  # 623, 830
+        (1920, 1080, 1024, (1360, 768)),  # 1365, 767
+        (720, 720, 720, (720, 720)),
+        (5000, 1, 512, (36208, 16)),  # 36203, 7
+        (1, 5000, 512, (16, 35008)),  # 7, 35000
+    ],
+)
+def test_an_image_keeps_its_shape_at_about_the_wanted_area(height, width, side, expected):
+    assert fitted_size(height, width, side**2, 16) == expected
+
+
+def test_resizing_is_bicubic_and_a_fitting_image_stays(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8)
+    fitted = fit(pixels, 64 * 64, 16)
+    assert fitted.shape == (48, 80, 3)
+    wanted = Image.fromarray(pixels).resize((80, 48), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(fitted, np.array(wanted))
+    assert fit(fitted, 64 * 64, 16) is fitted
