@@ -33,7 +33,7 @@ def write(workdir: str | os.PathLike[str], params: Any, meta: Mapping[str, Any])
     Raises OSError when it cannot be written.
     """
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # Orbax warns of features that this store does without, and logs what it raises
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of features that are not used here, and logs what it raises
     try:
         registry = ocp.type_handlers.create_type_handler_registry((LazyArray, _ChunkWriter()))
         handlers = {
