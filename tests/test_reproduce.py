@@ -149,17 +149,17 @@ def test_the_page_the_figures_and_the_plots(tmp_path, capsys):
                    mix_direct_only=evaluation(1.0, 0.5))  # fmt: skip
     folder = tmp_path / "arms" / "full" / "0"
     folder.mkdir(parents=True)
-    lines = [{"step": i, "images": 2 - i / 10, "pass_given_wrong": 0.3} for i in range(1, 6)]
+    lines = [{"step": i, "images": 2 - i / 10, "outcome": 0.9} for i in range(1, 6)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = reproduction.gather(tmp_path, CONFIG)
     reproduction.write(tmp_path, found)
     page = (tmp_path / "reproduction.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "0.64" in page and "not met" in page
+    assert page.count("data:image/png;base64,") == 6 and "0.64" in page and "not met" in page
     record = json.loads((tmp_path / "reproduction.json").read_text())
     assert record["arms"]["full"]["t1"][0]["images"]["value"] == 1.3 and record["mixes"]["direct_only"]["t1"]
     assert {path.name for path in (tmp_path / "reproduction_plots").iterdir()} == {
         "images_by_edits.png", "exact_by_edits.png", "pareto.png", "images_over_training.png",
-        "pass_given_wrong_over_training.png",
+        "outcome_over_training.png", "calibration.png",
     }  # fmt: skip
     reproduction.print_tables(found, Console(width=200))
     assert "SFT + RL, full" in capsys.readouterr().out

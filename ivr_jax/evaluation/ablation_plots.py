@@ -57,6 +57,7 @@ def draw(
         axes.legend(frameon=False, fontsize=8)
         dress(axes)
     _pareto(plot("pareto", "Exact match against images, temperature 1"), arms)
+    _calibration(plot("calibration", "Share of its images that an arm passes, temperature 1"), arms)
     for metric, by_arm in curves.items():
         if by_arm:
             axes = plot(f"{metric}_over_training", f"{curve_titles[metric]} over RL, one line a seed")
@@ -95,4 +96,17 @@ def _pareto(axes: Axes, arms: Mapping[str, Arm]) -> None:
     axes.set_xlabel("images per answer", fontsize=9)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.margins(x=0.18, y=0.12)
+    dress(axes)
+
+
+def _calibration(axes: Axes, arms: Mapping[str, Arm]) -> None:
+    """Two bars an arm: how often it passes an image that is right, and one that is wrong."""
+    for shift, figure, colour in ((0.2, "pass_given_right", "#4f8a5b"), (-0.2, "pass_given_wrong", "#b3543f")):
+        values = [arm.mean(figure) or 0.0 for arm in arms.values()]
+        axes.barh(np.arange(len(arms)) + shift, values, 0.36, color=colour, label=figure[11:])
+    axes.set_yticks(range(len(arms)), [arm.title for arm in arms.values()], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     dress(axes)

@@ -71,7 +71,7 @@ PAPER_SCORES = {
 SUITES = ("geneval", "kris", "omnicontext")
 _FIGURES = ("images", "exact", "first_exact", "outcome", "pass_given_right", "pass_given_wrong", "direct",
             "reflection", "multi_step")  # fmt: skip
-_CURVES = {"images": "Images per answer", "pass_given_wrong": "P(passes its final image | wrong)"}
+_CURVES = {"images": "Images per answer", "outcome": "Outcome reward"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,32 +231,39 @@ def _share_at_most(name: str, threshold: float, measured: float | None) -> Gate:
 
 def main_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The headline table as text: columns and rows, one an arm, with the paper's ratio of images beside ours."""
-    columns = ("", "images, T 1", "× SFT", "paper", "by edits", "exact, T 1", "by edits", "images, T 0", "exact, T 0",
-               "R_o", "passes | right, wrong", "direct / reflection / multi-step")  # fmt: skip
+    columns = ("", "images, T 1", "× SFT", "paper", "by edits", "exact, T 1", "by edits", "images, T 0", "exact, T 0")
     rows = []
     for name, arm in found.arms.items():
-        ratio = _ratio(arm, found.arms["sft"], 1)
         paper = f"{PAPER_IMAGES[name] / PAPER_IMAGES['sft']:.2f}" if name in PAPER_IMAGES else ""
         rows.append((
             arm.title,
             _with_seeds(arm, "images", 1, "{:.2f}"),
-            f"{ratio:.2f}" if ratio else "",
+            _number(_ratio(arm, found.arms["sft"], 1), "{:.2f}"),
             paper,
             _by_group(arm, "images_by_edits", "{:.1f}"),
             _with_seeds(arm, "exact", 1, "{:.1%}"),
             _by_group(arm, "exact_by_edits", "{:.0%}"),
             _with_seeds(arm, "images", 0, "{:.2f}"),
             _with_seeds(arm, "exact", 0, "{:.1%}"),
-            _number(arm.mean("outcome"), "{:.3f}"),
-            ", ".join(_number(arm.mean(f"pass_given_{truth}"), "{:.2f}") for truth in ("right", "wrong")),
-            " / ".join(_number(arm.mean(mode), "{:.0%}") for mode in ("direct", "reflection", "multi_step")),
         ))  # fmt: skip
+    return columns, rows
+
+
+def conduct_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """How each arm answers, and whether it knows when it is right."""
+    columns = ("", "R_o", "own first image exact", "P(passes | right)", "P(passes | wrong)", "direct", "reflection",
+               "multi-step")  # fmt: skip
+    shares = ("first_exact", "pass_given_right", "pass_given_wrong", "direct", "reflection", "multi_step")
+    rows = [
+        (arm.title, _number(arm.mean("outcome"), "{:.3f}"), *(_number(arm.mean(name), "{:.1%}") for name in shares))
+        for arm in found.arms.values()
+    ]
     return columns, rows
 
 
 def score_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Benchmarks beside the paper's: exact match on our splits, and what the paper reports for its own."""
-    columns = ("", *(f"{suite}-like, exact" for suite in SUITES), "images", "paper: GenEval", "KRIS", "OmniContext")
+    columns = ("exact on ours", *SUITES, "images", "paper: GenEval", "KRIS", "OmniContext")
     rows = []
     for name, arm in {**found.arms, **found.mixes}.items():
         if name in PAPER_SCORES:
@@ -299,17 +306,25 @@ def _by_group(arm: Arm, figure: str, form: str) -> str:
 
 
 def print_tables(found: Reproduction, console: Console) -> None:
-    """All tables on the terminal."""
-    for columns, rows in (main_rows(found), score_rows(found), mix_rows(found)):
-        output = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-        for row in rows:
-            output.add_row(*map(Text, row))
-        if rows:
-            console.print(output)
+    """All tables on the terminal; of the headline table the columns that fit into 80 characters."""
+    columns, rows = main_rows(found)
+    brief = [columns.index(name) for name in ("", "images, T 1", "× SFT", "exact, T 1", "exact, T 0")]
+    rows = [[row[index].partition(" (")[0] for index in brief] for row in rows]
+    _print("Arms", [columns[index] for index in brief], rows, console)
+    _print("Benchmarks, and the paper's", *score_rows(found), console)
+    _print("Mode mix, fine-tuning alone", *mix_rows(found), console)
     tables.print_gates(found.gates, console)
-    tables.print_gates(found.claims, console)
+    tables.print_gates(found.claims, console, "The claim")
     if found.missing:
         console.print(f"Not evaluated yet: {', '.join(found.missing)}", soft_wrap=True)
+
+
+def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    if rows:
+        output = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in rows:
+            output.add_row(*map(Text, row))
+        console.print(output)
 
 
 def write(root: Path, found: Reproduction) -> None:
@@ -342,6 +357,8 @@ def _page(root: Path, found: Reproduction, plots: Sequence[tuple[str, Path]]) ->
         tables=[
             ("Arms", "Mean over seeds, each seed in brackets. Images and exact match on held-out prompts; “paper” is "
              "the same ratio in the paper's table 2.", *main_rows(found)),
+            ("Conduct", "Temperature 1, means over seeds. The model's own verdict on each of its images against the "
+             "analyzer's, and the way it chose.", *conduct_rows(found)),
             ("Beside the paper's benchmarks", "Our splits copy the manner of the paper's benchmarks, not their "
              "content: compare orders, not values.", *score_rows(found)),
             ("Mode mix, fine-tuning alone", "Temperature 1, one seed, 95% intervals.", *mix_rows(found)),

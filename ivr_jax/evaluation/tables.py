@@ -241,11 +241,11 @@ def _lead(result: Mapping[str, Any] | None, reference: Mapping[str, Any] | None)
     return None if ours is None or theirs is None else ours - theirs
 
 
-def print_gates(gates: Sequence[Gate], console: Console | None = None) -> None:
+def print_gates(gates: Sequence[Gate], console: Console | None = None, title: str = "Entry gate") -> None:
     """Prints the gates to the terminal, met or not."""
     output = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("Entry gate", "Threshold", "Measured", ""):
-        output.add_column(title)
+    for column in (title, "Threshold", "Measured", ""):
+        output.add_column(column)
     marks = {True: ("met", "green"), False: ("not met", "red"), None: ("not measured", "dim")}
     for gate in gates:
         output.add_row(Text(gate.name), gate.threshold, gate.measured or "\u2013", Text(*marks[gate.met]))
