@@ -2,6 +2,7 @@
 
     python benchmarks/mesh_sweep.py
 
+Every data x fsdp x tensor x sequence of eight devices, and those with tensor shards once more with gathered kernels.
 Prints for each mesh the relative errors of loss, gradients and decoded hidden states, and into how many shards the
 largest parameter and its moment are cut.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,10 +23,12 @@ sys.path.append(str(ROOT / "tests"))
 import test_sharding  # noqa: E402
 
 AXES = ("data", "fsdp", "tensor", "sequence")
+SIZES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
 MESHES = [
-    dict(zip(AXES, sizes, strict=True))
-    for sizes in itertools.product((1, 2, 4, 8), repeat=4)
-    if sizes[0] * sizes[1] * sizes[2] * sizes[3] == 8
+    {**dict(zip(AXES, sizes, strict=True)), **({"gather": True} if gather else {})}
+    for gather in (False, True)
+    for sizes in SIZES
+    if not gather or sizes[2] > 1
 ]
 
 
@@ -34,7 +38,7 @@ def main() -> None:
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for mesh, line in zip(MESHES, process.stdout, strict=False):
             found = json.loads(line)
-            shape = " x ".join(str(mesh[axis]) for axis in AXES)
+            shape = " x ".join(str(mesh[axis]) for axis in AXES) + (" gathered" if "gather" in mesh else "")
             print(f"{shape}: loss {found['loss']:.1e}, gradients {found['gradients']:.1e}, "
                   f"decoded {found['decoded']:.1e}, shards {found['shards']}", flush=True)  # fmt: skip
     if process.returncode:

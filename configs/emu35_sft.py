@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
             "dtype": "bfloat16",
             "param_dtype": "float32",
             "remat": "full",
+            "gather_tensor": False,
             "attention": "auto",
             "vocab_multiple": 2048,  # a shard of the vocabulary is whole tiles on 128 chips
         }

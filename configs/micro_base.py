@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
             "rope_theta": 1e4,
             "max_position_embeddings": 512,
             "remat": "dots",
+            "gather_tensor": False,
             "dropout": 0.0,
             "attention_dropout": 0.0,
         }

@@ -9,6 +9,9 @@ them:
     sequence  tokens of one row (long rollouts)
 
 The same path runs on one CPU device with a mesh of 1×1×1×1.
+
+Training may use the tensor shards in a second way (`gathered`): each takes rows of the batch of its own, like an fsdp
+shard, and kernels are gathered along both of their axes for use.  The vocabulary is cut either way.
 """
 
 from __future__ import annotations
@@ -88,8 +91,11 @@ def local_mesh() -> Mesh:
     return make_mesh({"fsdp": -1}, jax.local_devices())
 
 
-def partition(axes: Axes) -> PartitionSpec:
+def partition(axes: Axes, gathered: bool = False) -> PartitionSpec:
     """The partition of an array with these logical axes (None: an axis that is never split).
+
+    Args:
+      gathered: of an activation in layers that gather their kernels: "tensor" cuts the batch, and nothing else.
 
     Raises:
       ValueError: a logical axis that the table does not know, or two axes of one array on the same mesh axis.
@@ -100,6 +106,8 @@ def partition(axes: Axes) -> PartitionSpec:
         if axis is not None and axis not in RULES:
             raise ValueError(f"logical axis {axis!r} is not in the sharding table")
         rule = RULES[axis] if axis is not None else None
+        if gathered:
+            rule = (*RULES["batch"], "tensor") if axis == "batch" else _without(rule, {"tensor"})
         names = (rule,) if isinstance(rule, str) else rule or ()
         if clash := used & set(names):
             raise ValueError(f"logical axes {tuple(axes)} put two axes of one array on mesh axis {min(clash)!r}")
@@ -185,11 +193,12 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(mesh: Mesh, rows: int, name: str) -> None:
-    """Raises UserError unless `rows` rows divide evenly over the mesh."""
-    shards = _shards(mesh, RULES["batch"])
+def check_batch(mesh: Mesh, rows: int, name: str, gathered: bool = False) -> None:
+    """Raises UserError unless `rows` rows divide evenly over the mesh; `gathered`: see `partition`."""
+    shards = _shards(mesh, partition(("batch",), gathered)[0])
     if rows % shards:
-        raise UserError(f"{name} is {rows}, which does not divide over {shards} shards (mesh data x fsdp).",
+        over = "data x fsdp x tensor, because of model.gather_tensor" if gathered else "data x fsdp"
+        raise UserError(f"{name} is {rows}, which does not divide over {shards} shards (mesh {over}).",
                         _advice("batch", rows, shards))
 
 
@@ -214,23 +223,24 @@ def global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int) -> dict
     return {name: one(name, np.asarray(x)) for name, x in batch.items()}
 
 
-def constrain(x: jax.Array, axes: Axes) -> jax.Array:
-    """Pin an activation inside a jitted function to the mesh in force (`jax.set_mesh`); without one, do nothing."""
-    return _pin(x, partition(axes))
+def constrain(x: jax.Array, axes: Axes, gathered: bool = False) -> jax.Array:
+    """Pin an activation inside a jitted function to the mesh in force (`jax.set_mesh`); without one, do nothing.
+
+    `gathered`: see `partition`.
+    """
+    return _pin(x, partition(axes, gathered))
 
 
-def gather(x: jax.Array, axes: Axes) -> jax.Array:
-    """`constrain`, with what "fsdp" splits made whole: a parameter as a layer uses it."""
-
-    def whole(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-        return tuple(name for name in ((part,) if isinstance(part, str) else part or ()) if name != "fsdp")
-
-    return _pin(_pin(x, partition(axes)), PartitionSpec(*map(whole, partition(axes))))
+def gather(x: jax.Array, axes: Axes, gathered: bool = False) -> jax.Array:
+    """`constrain`, with what "fsdp" (and `gathered`: "tensor") splits made whole: a parameter as a layer uses it."""
+    names = {"fsdp", "tensor"} if gathered else {"fsdp"}
+    parts = partition(axes)
+    return _pin(_pin(x, parts), PartitionSpec(*(_without(part, names) for part in parts)))
 
 
-def spec(shape: Sequence[int], axes: Axes) -> PartitionSpec:
+def spec(shape: Sequence[int], axes: Axes, gathered: bool = False) -> PartitionSpec:
     """The partition of an activation of this shape on the mesh in force; an axis that does not divide stays whole."""
-    return _dividing(shape, partition(axes))
+    return _dividing(shape, partition(axes, gathered))
 
 
 def _dividing(shape: Sequence[int], parts: PartitionSpec) -> PartitionSpec:
@@ -245,6 +255,11 @@ def _pin(x: jax.Array, parts: PartitionSpec) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, _dividing(x.shape, parts))
+
+
+def _without(part: str | tuple[str, ...] | None, names: set[str]) -> tuple[str, ...] | None:
+    """A rule without some mesh axes."""
+    return tuple(name for name in ((part,) if isinstance(part, str) else part or ()) if name not in names) or None
 
 
 def _words(path: Any) -> tuple[str, ...]:

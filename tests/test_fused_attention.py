@@ -59,8 +59,9 @@ from ivr_jax.models import fused_attention, layers
 from ivr_jax.models.backbone import _packed_mask
 q, k, v, segments = packed(batch=2)
 expected = layers.attention(q, k, v, _packed_mask(segments.shape, segments))
-splash = jax.jit(functools.partial(fused_attention.splash_attention, interpret=True))
 for mesh in json.loads(sys.argv[1]):
+    gathered = mesh.pop("gathered", False)
+    splash = jax.jit(functools.partial(fused_attention.splash_attention, gathered=gathered, interpret=True))
     with jax.set_mesh(sharding.make_mesh(mesh)):
         found = splash(q, k, v, segments)
     print(float(jnp.abs(jax.device_get(found) - expected).max()))
@@ -68,11 +69,12 @@ for mesh in json.loads(sys.argv[1]):
 
 
 def test_splash_attention_on_a_mesh_equals_plain_attention():
-    """Rows over fsdp, heads over tensor, and queries over sequence with all keys at hand."""
+    """Rows over fsdp, heads (or rows as well) over tensor, and queries over sequence with all keys at hand."""
     meshes = [{"fsdp": 2, "tensor": 2}, {"tensor": 2, "sequence": 2}]
+    meshes += [{"tensor": 2, "sequence": 2, "gathered": True}]
     lines = commands.on_devices(4, SHARDED, json.dumps(meshes), JAX_NUMPY_RANK_PROMOTION="allow")
     errors = [float(line) for line in lines]
-    assert len(errors) == 2 and max(errors) < 2e-5
+    assert len(errors) == 3 and max(errors) < 2e-5
 
 
 @pytest.mark.parametrize(

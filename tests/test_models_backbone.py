@@ -122,7 +122,7 @@ def test_gradients_equal_torch(tmp_path):
         assert error < 1e-3, f"{name}: {error}"
 
 
-@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("dots", 2)])
+@pytest.mark.parametrize(("remat", "unroll"), [("full", 1), ("dots", 2), ("output+qkv+gate", 1)])
 def test_recomputation_does_not_change_gradients(remat, unroll):
     params = noisy_params(TINY)
     tokens, positions = tokens_and_positions(TINY, 1, 6)

@@ -21,24 +21,26 @@ from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.training.optimizer import make_optimizer
 
-MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2, "sequence": 2}]
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2, "sequence": 2},
+          {"data": 2, "fsdp": 2, "tensor": 2, "gather": True}]  # gather: config.model.gather_tensor
 EMU35 = BackboneConfig(
     vocab_size=282926, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
     num_key_value_heads=8, head_dim=128, vocab_multiple=512,
 )  # fmt: skip
 
 # For each mesh: one training step of fine-tuning on padded, packed rows in two micro-batches, and one decoding step.
+# The devices recompute everything and add gradients in place, the one that they are compared with does neither.
 # Prints the relative errors against one device of the loss, the gradients (the optimiser keeps them as its state) and
 # the decoded hidden states; how many shards the largest parameter and its moment have; and on how many devices the
 # state that was saved on the mesh came back bit for bit.
 SCRIPT = """
-import functools, json, sys, tempfile
+import dataclasses, functools, json, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np, optax
 from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.training import sft, state
 from ivr_jax.training.checkpoint import Checkpointer
-config = backbone.BackboneConfig(41, 32, 64, 2, 4, 2, 16, vocab_multiple=16, remat="full")
+plain = config = backbone.BackboneConfig(41, 32, 64, 2, 4, 2, 16, vocab_multiple=16)
 rng, rows = np.random.default_rng(0), 16
 positions = np.broadcast_to(np.arange(64, dtype=np.int32) % 40, (rows, 64))
 segments = np.where(np.arange(64) < 40, 1, 2 * (np.arange(rows)[:, None] % 3 > 0)).astype(np.int32)
@@ -53,7 +55,8 @@ def decode(params, tokens):
     cache = backbone.init_cache(config, rows, 64)
     return backbone.apply(config, params, tokens[:, :1], jnp.zeros((rows, 1), jnp.int32), cache=cache)[0]
 
-def run(mesh):
+def run(mesh, **changes):
+    config = dataclasses.replace(plain, **changes)
     with jax.set_mesh(mesh):
         first, placed = state.place(mesh, axes, init, optimizer)
         given = sharding.global_batch(mesh, batch, rows)
@@ -86,7 +89,8 @@ def shards(x):
 
 alone, expected, expected_loss = run(sharding.make_mesh({}, jax.devices()[:1]))
 for sizes in json.loads(sys.argv[1]):
-    after, decoded, loss = run(sharding.make_mesh(sizes))
+    gather = sizes.pop("gather", False)
+    after, decoded, loss = run(sharding.make_mesh(sizes), remat="full", gather_tensor=gather)
     gradients, theirs = after.opt_state[0].trace, alone.opt_state[0].trace
     worst = max(jax.tree.leaves(jax.tree.map(error, gradients, theirs)))
     print(json.dumps({

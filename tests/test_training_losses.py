@@ -155,17 +155,19 @@ def test_a_first_token_of_an_example_is_never_predicted_from_the_one_before():
     assert sums["loss"][1] == 23 + len(second[0]) - 1
 
 
-def test_accumulated_gradients_equal_those_of_the_whole_batch():
+@pytest.mark.parametrize("remat", ["none", "full"])  # with "full" gradients are added in place, layer by layer
+def test_accumulated_gradients_equal_those_of_the_whole_batch(remat):
     """Micro-batches have different numbers of targets, so a mean of means would be wrong."""
+    config = dataclasses.replace(CONFIG, remat=remat)
     parts = examples()
     batch = stack([row_of([p], 64) for p in (*parts, parts[1])])
     optimizer, start = optax.sgd(0.1), TOKENIZER.vocab.visual_start
 
-    def after(count):
+    def after(config, count):
         params = jax.tree.map(jnp.copy, PARAMS)
-        return make_step(CONFIG, optimizer, 64, count, start)(TrainState(params, optimizer.init(params)), batch)
+        return make_step(config, optimizer, 64, count, start)(TrainState(params, optimizer.init(params)), batch)
 
-    (whole, whole_metrics), (split, metrics) = after(1), after(2)
+    (whole, whole_metrics), (split, metrics) = after(CONFIG, 1), after(config, 2)
     assert_same_tree(split.params, whole.params, 2e-6)
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), whole.params, PARAMS)
     assert max(jax.tree.leaves(moved)) > 1e-3

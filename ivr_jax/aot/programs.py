@@ -35,7 +35,7 @@ class Program:
     """One jitted function, ready to be traced under its mesh.
 
     Attributes:
-      trace: traces it; call it under `jax.set_mesh(mesh)`.
+      mesh: what it runs on; trace: traces it, under that mesh.
       model: the decoder; param_shapes: shapes of one chip's shards of its parameters.
       resident: bytes a chip of what lies in HBM while it runs, by kind, argument of the program or not.
       model_flops: operations the mathematics needs in one call, all chips together, nothing computed twice.
@@ -43,6 +43,7 @@ class Program:
     """
 
     name: str
+    mesh: Mesh
     trace: Callable[[], Any]
     model: BackboneConfig
     param_shapes: tuple[tuple[int, ...], ...]
@@ -71,10 +72,10 @@ def vocabulary_of(config: Any) -> vocabulary.Vocabulary:
 
 
 class Placed:
-    """Shapes and places of what the programs of one config take, on one mesh."""
+    """Shapes and places of what the programs of one config take, on one mesh; `model` is the config's by default."""
 
-    def __init__(self, config: Any, mesh: Mesh):
-        self.config, self.mesh, self.model = config, mesh, model_of(config)
+    def __init__(self, config: Any, mesh: Mesh, model: BackboneConfig | None = None):
+        self.config, self.mesh, self.model = config, mesh, model or model_of(config)
         self.vocabulary = vocabulary_of(config)
         self.params = sharding.like(mesh, backbone.param_axes(self.model), backbone.param_shapes(self.model))
 
@@ -85,7 +86,7 @@ class Placed:
         self, name: str, trace: Callable[[], Any], resident: Mapping[str, int], flops: float, tokens: int
     ) -> Program:
         shapes = tuple(x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(self.params))
-        return Program(name, trace, self.model, shapes, resident, flops, tokens)
+        return Program(name, self.mesh, trace, self.model, shapes, resident, flops, tokens)
 
     def state(self, optimizer: optax.GradientTransformation) -> TrainState:
         """The training state, adapters included when the config has some, each array where `training.state` puts it."""
@@ -121,7 +122,8 @@ def sft_step(placed: Placed) -> Program:
     if rows % config.accumulation:
         raise UserError(f"a batch of {rows} does not divide into {config.accumulation} parts.",
                         "Make config.batch a multiple of config.accumulation.")
-    sharding.check_batch(placed.mesh, rows // config.accumulation, "config.batch / config.accumulation")
+    part = rows // config.accumulation
+    sharding.check_batch(placed.mesh, part, "config.batch / config.accumulation", model.gather_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = placed.state(optimizer)
     lies = jax.tree.map(lambda x: x.sharding, state), sharding.whole(placed.mesh)

@@ -26,7 +26,7 @@ def policy_gradient(placed: Placed) -> Program:
     Beside the arguments the reference policy, the moments and the sum of earlier minibatches' gradients stay in memory.
     """
     config, model = placed.config, placed.model
-    sharding.check_batch(placed.mesh, config.minibatch, "config.minibatch")
+    sharding.check_batch(placed.mesh, config.minibatch, "config.minibatch", model.gather_tensor)
     options = grpo.Options(
         sampling=as_dataclass(SamplingOptions, config.sampling), engine=as_dataclass(EngineOptions, config.engine),
         grammar=as_dataclass(GrammarOptions, config.grammar), reward=as_dataclass(RewardOptions, config.reward),

@@ -1,4 +1,7 @@
-"""The rollout engine's programs: prefill of prompts, and one model call of a segment (`sampling.segment.run`)."""
+"""The rollout engine's programs: prefill of prompts, and one model call of a segment (`sampling.segment.run`).
+
+Both run in the rollout layout of the weights (`sampling.layout`), on the mesh and in the dtype of `config.rollout`.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,23 @@ from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions, GrammarState
 from ivr_jax.sampling import segment, slots
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.training.throughput import train_flops
 
 PROMPT = 2048  # tokens of a prompt with one source image and its instruction, rounded up
 
 
+def _rolling_out(placed: Placed) -> Placed:
+    """The same chips and model as rollouts use them."""
+    rollout = placed.config.rollout
+    layout = RolloutLayout(placed.model, placed.mesh, rollout.tensor, rollout.dtype or None)
+    return Placed(placed.config, layout.mesh, layout.config)
+
+
 def prefill(placed: Placed) -> Program:
     """`slots.prefill` of one prompt for each batch shard, `PROMPT` tokens each."""
+    placed = _rolling_out(placed)
     rows = placed.mesh.shape["data"] * placed.mesh.shape["fsdp"]
     length = min(PROMPT, placed.model.max_position_embeddings // 2)
     prompts = placed.array((rows, length), jnp.int32, ("batch", "length"))
@@ -38,6 +50,7 @@ def decode(placed: Placed) -> Program:
 
     The loop's length is not known before it runs, so operations and time are those of one call.
     """
+    placed = _rolling_out(placed)
     config, model = placed.config, placed.model
     engine = as_dataclass(EngineOptions, config.engine)
     options, wide = as_dataclass(SamplingOptions, config.sampling), max(config.buckets)

@@ -28,9 +28,8 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
 
     described = topologies.get_topology_desc(job["topology"], platform="tpu")
     config = ConfigDict(job["config"])
-    mesh = sharding.make_mesh(dict(config.mesh), described.devices)
-    program = programs(config, mesh)[job["program"]]()
-    clock = time.perf_counter()
+    program = programs(config, sharding.make_mesh(dict(config.mesh), described.devices))[job["program"]]()
+    mesh, clock = program.mesh, time.perf_counter()
     with jax.set_mesh(mesh):
         traced = program.trace()
         lowered = traced.lower(lowering_platforms=("tpu",))

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ivr_jax import sharding
-from ivr_jax.models import fused_attention, layers, lora
+from ivr_jax.models import fused_attention, gradient_sums, layers, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 
 Params = dict[str, Any]
@@ -36,6 +37,16 @@ class KVCache(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+class Around(NamedTuple):
+    """What all layers share: rotary tables, the attention function (a pytree, masks and segments are its leaves), the
+    rows [B, 1] and slots [B, T] of the cache that are written (or None), and the key of dropout (or None)."""
+
+    tables: tuple[jax.Array, jax.Array]
+    attend: jax.tree_util.Partial
+    write: tuple[jax.Array, jax.Array] | None
+    dropout_key: jax.Array | None
 
 
 CACHE_AXES = KVCache(*(("layers", "batch", "slots", "kv_heads", "head_dim"),) * 2)
@@ -58,21 +69,26 @@ class Attention(nnx.Module):
         self.q_norm = new((count, dim), ("layers", "head_dim"), ones)
         self.k_norm = new((count, dim), ("layers", "head_dim"), ones)
 
-    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, gathered: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] → q [B, T, H, h] and k, v [B, T, K, h]; q and k normalised, then rotated."""
         config, (batch, length, _) = self.config, x.shape
         shape = (batch, length, -1, config.head_dim)
         heads = (self.q, "q_heads"), (self.k, "kv_heads"), (self.v, "kv_heads")
-        q, k, v = (layers.project(x, kernel[...], ("embed", axis)).reshape(shape) for kernel, axis in heads)
+        q, k, v = (
+            checkpoint_name(layers.project(x, kernel[...], ("embed", axis), None, gathered), "qkv").reshape(shape)
+            for kernel, axis in heads
+        )
         q = layers.rotate(layers.rms_norm(q, self.q_norm[...], config.rms_norm_eps), cos, sin)
         k = layers.rotate(layers.rms_norm(k, self.k_norm[...], config.rms_norm_eps), cos, sin)
-        return tuple(sharding.constrain(x, ("batch", "length", axis, "head_dim"))
+        return tuple(sharding.constrain(x, ("batch", "length", axis, "head_dim"), gathered)
                      for x, (_, axis) in zip((q, k, v), heads, strict=True))
 
-    def output(self, mixed: jax.Array) -> jax.Array:
+    def output(self, mixed: jax.Array, gathered: bool) -> jax.Array:
         """mixed [B, T, H, h] → [B, T, D]."""
-        mixed = sharding.constrain(mixed.reshape(*mixed.shape[:2], -1), ("batch", "length", "q_heads"))
-        return layers.project(mixed, self.o[...], ("q_rows", "width"))
+        mixed = sharding.constrain(mixed.reshape(*mixed.shape[:2], -1), ("batch", "length", "q_heads"), gathered)
+        return layers.project(mixed, self.o[...], ("q_rows", "width"), None, gathered)
 
 
 class Mlp(nnx.Module):
@@ -86,10 +102,13 @@ class Mlp(nnx.Module):
         self.up = new((count, width, inner), ("layers", "embed", "mlp"), into)
         self.down = new((count, inner, width), ("layers", "mlp_rows", "width"), back)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (sharding.constrain(layers.project(x, kernel[...], ("embed", "mlp")), ("batch", "length", "mlp"))
-                    for kernel in (self.gate, self.up))
-        return layers.project(jax.nn.silu(gate) * up, self.down[...], ("mlp_rows", "width"))
+    def __call__(self, x: jax.Array, gathered: bool) -> jax.Array:
+        def inner(kernel: jax.Array, name: str) -> jax.Array:
+            made = layers.project(x, kernel, ("embed", "mlp"), None, gathered)
+            return checkpoint_name(sharding.constrain(made, ("batch", "length", "mlp"), gathered), name)
+
+        gate, up = inner(self.gate[...], "gate"), inner(self.up[...], "up")
+        return layers.project(jax.nn.silu(gate) * up, self.down[...], ("mlp_rows", "width"), None, gathered)
 
 
 class Layers(nnx.Module):
@@ -107,12 +126,14 @@ class Layers(nnx.Module):
     def __call__(self, x, tables, attend, keys, cache, write) -> tuple[jax.Array, KVCache | None]:
         """One layer. `cache` is all layers' (or None); `write` = (layer, rows [B, 1], slots [B, T]).
 
-        On a mesh the residual x is split by tokens over the tensor shards, and gathered for each half of the layer.
+        On a mesh the residual x is split by tokens over the tensor shards, and gathered for each half of the layer;
+        with `config.gather_tensor` it is split by rows, and stays so.
         """
         config, (drop_mix, drop_attention, drop_mlp) = self.config, keys
+        gathered = config.gather_tensor and cache is None
         whole, residual = ("batch", "length", "width"), ("batch", "residual", "width")
         normed = layers.rms_norm(x, self.attention_norm[...], config.rms_norm_eps)
-        q, k, v = self.attention.project(sharding.constrain(normed, whole), *tables)
+        q, k, v = self.attention.project(sharding.constrain(normed, whole, gathered), *tables, gathered)
         if cache is not None:
             # Slots outside the cache (padding) are dropped. Carrying the whole cache lets XLA update it in place.
             cache = KVCache(*(stored.at[write].set(new.astype(stored.dtype), mode="drop")
@@ -120,10 +141,12 @@ class Layers(nnx.Module):
             k, v = (stored[write[0]].astype(q.dtype) for stored in cache)
         if config.remat == "none" and cache is None:
             attend = jax.checkpoint(attend)  # weights [B, H, T, S] are dearer to store than to compute again
-        mixed = sharding.constrain(self.attention.output(attend(q, k, v, key=drop_attention)), residual)
+        mixed = self.attention.output(attend(q, k, v, key=drop_attention), gathered)
+        mixed = checkpoint_name(sharding.constrain(mixed, residual, gathered), "output")
         x = x + layers.drop(mixed, config.dropout, drop_mix)
         normed = layers.rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-        inner = sharding.constrain(self.mlp(sharding.constrain(normed, whole)), residual)
+        inner = self.mlp(sharding.constrain(normed, whole, gathered), gathered)
+        inner = sharding.constrain(inner, residual, gathered)
         return x + layers.drop(inner, config.dropout, drop_mlp), cache
 
 
@@ -148,10 +171,12 @@ class Backbone(nnx.Module):
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
         adapters: Params | None = None,
+        sums: Params | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm; see `apply`."""
         config = self.config
-        x = layers.look_up(self.embed[...], tokens, config.dtype)
+        gathered = config.gather_tensor and cache is None
+        x = layers.look_up(self.embed[...], tokens, config.dtype, gathered)
         tables = layers.rotary_tables(
             positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
         )
@@ -160,36 +185,55 @@ class Backbone(nnx.Module):
         if cache is None:
             kernel = fused_attention.choose(config, tokens.shape[1], dropout)
             mask, write = _packed_mask(tokens.shape, segment_ids) if kernel == "plain" else None, None
-            attend = functools.partial(attend, mask=mask, causal=True, segment_ids=segment_ids, kernel=kernel)
+            attend = functools.partial(attend, causal=True, kernel=kernel, gathered=gathered)
+            attend = jax.tree_util.Partial(attend, mask=mask, segment_ids=segment_ids)
         elif segment_ids is not None:
             raise ValueError("packed rows and a cache do not go together: segment_ids must be None with a cache")
         else:
             slots = cache.k.shape[2]
-            attend = functools.partial(attend, mask=jnp.arange(slots)[None, None, :] <= positions[:, :, None])
+            seen = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
+            attend = jax.tree_util.Partial(attend, mask=seen)
             # A negative index would count from the end, so padding is sent past it.
             write = jnp.arange(tokens.shape[0])[:, None], jnp.where(positions < 0, slots, positions)
-        x, cache = self._scan(x, tables, attend, cache, write, dropout_key, adapters or {})
+        around = Around(tables, attend, write, dropout_key)
+        if sums is None:
+            x, cache = self._scan(x, around, cache, adapters or {})
+        else:
+            x = self._scan_adding(x, around, sums)
         return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
 
-    def _scan(self, x, tables, attend, cache, write, dropout_key, adapters) -> tuple[jax.Array, KVCache | None]:
+    def _one_layer(self, graph, around: Around, number, params, x, cache) -> tuple[jax.Array, KVCache | None]:
+        gathered, key = self.config.gather_tensor and cache is None, around.dropout_key
+        x = sharding.constrain(x, ("batch", "residual", "width"), gathered)
+        keys = (None,) * 3 if key is None else jax.random.split(jax.random.fold_in(key, number), 3)
+        place = None if around.write is None else (number, *around.write)
+        return nnx.merge(graph, params)(x, around.tables, around.attend, keys, cache, place)
+
+    def _scan(self, x, around: Around, cache, adapters) -> tuple[jax.Array, KVCache | None]:
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(carry, inputs):
-            x, cache = sharding.constrain(carry[0], ("batch", "residual", "width")), carry[1]
-            layer, params, adapters = inputs
-            keys = (None,) * 3 if dropout_key is None else jax.random.split(jax.random.fold_in(dropout_key, layer), 3)
-            place = None if write is None else (layer, *write)
+            number, params, adapters = inputs
             params = lora.adapted(params, adapters) if adapters else params
-            return nnx.merge(graph, params)(x, tables, attend, keys, cache, place), None
+            return self._one_layer(graph, around, number, params, *carry), None
 
         if self.config.remat != "none":
-            policies, kept = jax.checkpoint_policies, None
+            policies = jax.checkpoint_policies
+            kept = policies.save_only_these_names(*self.config.kept)
             if self.config.remat == "dots":
                 attended = policies.save_only_these_names(fused_attention.SAVED)
                 kept = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attended)
             one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
         inputs = jnp.arange(self.config.num_hidden_layers), nnx.to_pure_dict(stacked), adapters
         return jax.lax.scan(one_layer, (x, cache), inputs, unroll=self.config.unroll)[0]
+
+    def _scan_adding(self, x, around: Around, sums) -> jax.Array:
+        graph, stacked = nnx.split(self.layers)
+
+        def one_layer(around, number, params, x):
+            return self._one_layer(graph, around, number, params, x, None)[0]
+
+        return gradient_sums.scan(one_layer, x, nnx.to_pure_dict(stacked), sums, around)
 
     def lm_head_kernel(self) -> jax.Array:
         """[D, padded V] in the parameter's dtype; columns from `vocab_size` on are padding."""
@@ -250,6 +294,7 @@ def apply(
     cache: KVCache | None = None,
     *,
     dropout_key: jax.Array | None = None,
+    sums: Params | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Run the decoder.
 
@@ -263,11 +308,14 @@ def apply(
         padding. None: plain causal attention.
       cache: keys and values so far; a query at position p sees the slots 0 … p.
       dropout_key: turns on the configured dropout.
+      sums: a tree like `params["layers"]`: the gradient with respect to it is `sums` plus the gradient of the layers'
+        parameters, and that of the parameters themselves is lost (`gradient_sums.scan`). No cache, no adapters, and
+        everything is recomputed.
 
     Returns:
       hidden [B, T, D] after the final norm, in the compute dtype, and the cache with these tokens added (or None).
     """
-    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params))
+    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params), sums)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -10,6 +10,7 @@ from ivr_jax.errors import UserError
 
 MODEL_TYPES = {"emu3": ("Emu3", "Emu3ForCausalLM"), "qwen3": ("qwen3", "Qwen3ForCausalLM")}
 REMAT = ("none", "full", "dots")
+KEPT = ("attention", "output", "qkv", "gate", "up")  # what "full" may keep all the same, by its checkpoint name
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -29,11 +30,14 @@ class BackboneConfig:
       dropout: rate on the output of attention and MLP; attention_dropout: rate on attention weights. Both act only
         when a dropout key is given to the forward pass.
       dtype: of activations and matrix products; param_dtype: of the stored parameters.
-      remat: what the backward pass recomputes in a layer: "none", "full" (all) or "dots" (all but matrix
-        products and the results of fused attention).
+      remat: what the backward pass recomputes in a layer: "none", "full" (all), "dots" (all but matrix products and the
+        results of fused attention), or all but the named ones of `KEPT`, joined by "+", as "attention+output".
       attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
         not fit), "plain", "splash" or "cudnn".
       unroll: layers that the scan writes out at a time; a small model on a CPU gains from all of them.
+      gather_tensor: in training the tensor shards take rows of the batch of their own and gather the kernels of the
+        layers, instead of cutting heads and mlp (`sharding.partition`): less to wait for when there is a row for each
+        chip.
       vocab_multiple: embedding and output rows are padded inside to a multiple of this, so that they divide over a
         mesh; logits and exports never show the padding.
     """
@@ -57,6 +61,7 @@ class BackboneConfig:
     remat: str = "none"
     attention: str = "auto"
     unroll: int = 1
+    gather_tensor: bool = False
     vocab_multiple: int = 1
 
     def __post_init__(self) -> None:
@@ -79,8 +84,8 @@ class BackboneConfig:
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
                 raise _bad(name, getattr(self, name), "float32, bfloat16, float16 or float64")
-        if self.remat not in REMAT:
-            raise _bad("remat", self.remat, f"one of {', '.join(REMAT)}")
+        if self.remat not in REMAT and not set(self.kept) <= set(KEPT):
+            raise _bad("remat", self.remat, f"one of {', '.join(REMAT)}, or some of {', '.join(KEPT)} joined by +")
         if self.attention not in ATTENTION:
             raise _bad("attention", self.attention, f"one of {', '.join(ATTENTION)}")
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling, self.head_dim))
@@ -89,6 +94,11 @@ class BackboneConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding inside the program."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What `remat` names of `KEPT`."""
+        return () if self.remat in REMAT else tuple(str(self.remat).split("+"))
 
     @property
     def scaling(self) -> dict[str, Any] | None:

@@ -50,17 +50,24 @@ def choose(config: Any, length: int, dropout: float = 0.0) -> str:
 
 
 def splash_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    gathered: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """Pallas splash attention, each device on its own rows, heads and (over "sequence") queries.
 
-    `interpret` runs the kernel's program on any platform, slowly.
+    `gathered`: on a mesh heads are whole and rows cut further, see `sharding.partition`.  `interpret` runs the kernel's
+    program on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone
 
     length, heads, dim = q.shape[1:]
     mesh = jax.sharding.get_abstract_mesh()
-    tensor, queries = (1, 1) if mesh.empty else (mesh.shape["tensor"], mesh.shape["sequence"])
+    tensor = 1 if mesh.empty or gathered else mesh.shape["tensor"]
+    queries = 1 if mesh.empty else mesh.shape["sequence"]
     if heads % tensor or k.shape[2] % tensor:
         raise UserError(f"{k.shape[2]} kv heads do not divide over {tensor} tensor shards.",
                         f"Lower mesh.tensor to a divisor of {k.shape[2]}.")
@@ -78,9 +85,10 @@ def splash_attention(
 
     if mesh.empty:
         return run(kernel, q, k, v, segments, segments)
-    rows = sharding.RULES["batch"]
-    own, everyone = PartitionSpec(rows, "sequence", "tensor", None), PartitionSpec(rows, None, "tensor", None)
-    lies = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec("tensor", "sequence")))
+    own = sharding.partition(("batch", "length", "q_heads", "head_dim"), gathered)
+    rows, _, across, _ = own
+    everyone = PartitionSpec(rows, None, across, None)
+    lies = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(across, "sequence")))
     specs = (lies, own, everyone, everyone, PartitionSpec(rows, "sequence"), PartitionSpec(rows, None))
     mapped = jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)
     return mapped(kernel, q, k, v, segments, segments)
@@ -104,8 +112,13 @@ def _splash_kernel(heads: int, length: int, head_shards: int, query_shards: int,
     )  # fmt: skip
 
 
-def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """cuDNN's flash attention; packed rows need a mask of one bit a pair of tokens, bool [B, 1, T, T]."""
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, gathered: bool = False
+) -> jax.Array:
+    """cuDNN's flash attention; packed rows need a mask of one bit a pair of tokens, bool [B, 1, T, T].
+
+    XLA cuts it as its operands lie, `gathered` or not.
+    """
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 

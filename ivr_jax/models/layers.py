@@ -37,68 +37,74 @@ def fan_in_normal(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initial
     return jax.nn.initializers.normal(gain / math.sqrt(fan_in))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: str | None = None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def project(
+    x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: str | None = None, gathered: bool = False
+) -> jax.Array:
     """x [..., in] times kernel [in, out] → [..., out], in the dtype of `x` (or `dtype`); `axes`: the kernel's.
 
-    On a mesh the kernel is gathered in the dtype of `x`, and its gradient goes straight back to where the kernel lies
-    (a reduce-scatter).  The gradient is written out as one contraction over all leading axes; the one that JAX derives
-    makes XLA transpose the large operand in memory first, a quarter of a small model's training step on a CPU.
+    On a mesh the kernel is gathered in the dtype of `x` (whole when `gathered`, see `sharding.partition`), and its
+    gradient goes straight back to where the kernel lies (a reduce-scatter).  The gradient is written out as one
+    contraction over all leading axes; the one that JAX derives makes XLA transpose the large operand in memory first, a
+    quarter of a small model's training step on a CPU.
     """
-    kernel = sharding.gather(kernel.astype(x.dtype), axes)
+    kernel = sharding.gather(kernel.astype(x.dtype), axes, gathered)
     return jnp.matmul(x, kernel, preferred_element_type=jnp.dtype(dtype or x.dtype))
 
 
-def _project_forward(x, kernel, axes, dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, kernel, axes, dtype), (x, kernel)
+def _project_forward(x, kernel, axes, dtype, gathered) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, kernel, axes, dtype, gathered), (x, kernel)
 
 
-def _project_backward(axes, dtype, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _project_backward(
+    axes, dtype, gathered, saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     g = g.astype(x.dtype)
-    whole = sharding.gather(kernel.astype(g.dtype), axes)
+    whole = sharding.gather(kernel.astype(g.dtype), axes, gathered)
     back = jax.lax.dot_general(g, whole, (((g.ndim - 1,), (1,)), ((), ())))
-    return back, _kernel_gradient(x, g, axes).astype(kernel.dtype)
+    return back, _kernel_gradient(x, g, axes, gathered).astype(kernel.dtype)
 
 
-def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str]) -> jax.Array:
+def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str], gathered: bool) -> jax.Array:
     """x [..., in] and g [..., out] → [in, out], each device's share added up where the kernel's shard lies.
 
     The collectives are written out: left to itself the partitioner gathers x whole for kernels split by rows.
     """
     leading = tuple(range(x.ndim - 1))
     mesh, lies = jax.sharding.get_abstract_mesh(), sharding.spec((x.shape[-1], g.shape[-1]), axes)
-    rows = sharding.spec(x.shape[:-1], ("batch", "length")) if x.ndim == 3 else (None,)
+    rows = sharding.spec(x.shape[:-1], ("batch", "length"), gathered) if x.ndim == 3 else (None,)
     if mesh.empty or mesh.size == 1 or rows[0] is None or lies != sharding.partition(axes):
         return sharding.constrain(jax.lax.dot_general(x, g, ((leading, leading), ((), ()))), axes)
-    scattered = next(i for i, part in enumerate(lies) if "fsdp" in (part or ()))
+    shards = [(part,) if isinstance(part, str) else part or () for part in lies]
 
     def local(x: jax.Array, g: jax.Array) -> jax.Array:
         share = jax.lax.dot_general(x, g, ((leading, leading), ((), ())))
-        share = jax.lax.psum_scatter(share, "fsdp", scatter_dimension=scattered, tiled=True)
+        for axis, names in enumerate(shards):
+            if over := tuple(name for name in names if gathered or name == "fsdp"):
+                share = jax.lax.psum_scatter(share, over, scatter_dimension=axis, tiled=True)
         others = [axis for axis in ("data", "sequence") if mesh.shape[axis] > 1 and (axis == "data" or rows[1])]
         return jax.lax.psum(share, others) if others else share
 
-    def split(part: str | tuple[str, ...] | None) -> str | None:
-        return "tensor" if "tensor" in (part or ()) else None
-
-    specs = tuple(PartitionSpec(*rows, split(part)) for part in lies)
+    specs = tuple(PartitionSpec(*rows, "tensor" if "tensor" in names and not gathered else None) for names in shards)
     return jax.shard_map(local, in_specs=specs, out_specs=lies, check_vma=False)(x, g)
 
 
 project.defvjp(_project_forward, _project_backward)
 
 
-def look_up(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
+def look_up(table: jax.Array, tokens: jax.Array, dtype: str, gathered: bool = False) -> jax.Array:
     """Rows `tokens` int [B, T] of `table` [V, D], axes ("vocab_rows", "width") → [B, T, D] in `dtype`.
 
-    On a mesh each tensor shard looks up the ids that it holds; the sum over the shards is scattered over the tokens.
+    On a mesh each tensor shard looks up the ids that it holds; the sum over the shards is scattered over the tokens,
+    or over the rows of the batch when `gathered` (see `sharding.partition`).
     """
     mesh, where = jax.sharding.get_abstract_mesh(), sharding.spec(tokens.shape, ("batch", "length"))
     if mesh.empty or mesh.size == 1 or where[0] is None or table.shape[0] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
         return _rows(table.astype(dtype), tokens)
-    split = where[1] is not None
-    scatter = split and tokens.shape[1] // mesh.shape["sequence"] % mesh.shape["tensor"] == 0
+    split, tensor = where[1] is not None, mesh.shape["tensor"]
+    own_rows = gathered and tokens.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"]) % tensor == 0
+    own_tokens = not own_rows and split and tokens.shape[1] // mesh.shape["sequence"] % tensor == 0
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
         whole = jax.lax.all_gather(table, "fsdp", axis=0, tiled=True)
@@ -106,11 +112,12 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
         here = tokens - jax.lax.axis_index("tensor") * whole.shape[0]
         mine = (here >= 0) & (here < whole.shape[0])
         found = jnp.where(mine[..., None], _rows(whole, jnp.where(mine, here, 0)), 0)
-        if scatter:
-            return jax.lax.psum_scatter(found, "tensor", scatter_dimension=1, tiled=True)
+        if own_rows or own_tokens:
+            return jax.lax.psum_scatter(found, "tensor", scatter_dimension=0 if own_rows else 1, tiled=True)
         return jax.lax.psum(found, "tensor")
 
-    out = PartitionSpec(where[0], ("sequence", "tensor") if scatter else where[1], None)
+    rows = (*where[0], "tensor") if own_rows else where[0]
+    out = PartitionSpec(rows, ("sequence", "tensor") if own_tokens else where[1], None)
     specs = (sharding.partition(("vocab_rows", "width")), where)
     return jax.shard_map(local, in_specs=specs, out_specs=out)(table.astype(dtype), tokens)
 
@@ -179,6 +186,7 @@ def attention(
     causal: bool = False,
     segment_ids: jax.Array | None = None,
     kernel: str = "plain",
+    gathered: bool = False,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -191,6 +199,7 @@ def attention(
       causal: promises that T = S and that the mask hides every later key, so that blocks of them can be left out.
       segment_ids: int [B, T] for a fused kernel: a token sees its own segment only; None: all of the row is one.
       kernel: what `fused_attention.choose` said: "plain", "splash" (TPU) or "cudnn" (GPU).
+      gathered: how rows and heads lie on a mesh, see `sharding.partition`.
       dropout, key: rate and key for dropping attention weights; no key, no dropout.
 
     Returns:
@@ -198,7 +207,7 @@ def attention(
     """
     length = q.shape[1]
     if kernel != "plain":
-        return fused_attention.KERNELS[kernel](q, k, v, segment_ids)
+        return fused_attention.KERNELS[kernel](q, k, v, segment_ids, gathered)
     if length == 1:
         return _attend_once(q, k, v, mask)
     if not causal or length % CAUSAL_BLOCKS or length < 16 * CAUSAL_BLOCKS:

@@ -373,6 +373,7 @@ class Trainer:
             others=tuple(others),
             kept=jnp.roll(batch["kept"], -1, 1) if "kept" in batch else None,
             vocab_size=config.vocab_size,
+            gathered=config.gather_tensor,
         )
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
 

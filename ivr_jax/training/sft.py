@@ -27,6 +27,7 @@ from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.protocol.codec import PARTS
 from ivr_jax.protocol.text import TextTokenizer
+from ivr_jax.training.accumulation import total_gradient
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import token_statistics
 from ivr_jax.training.optimizer import make_optimizer
@@ -35,7 +36,7 @@ from ivr_jax.training.throughput import train_flops
 
 DROPOUT = 1  # folded into a step's key for its dropout
 # of config.model, these hold for a model from `init` as well
-COMPUTED = ("dtype", "param_dtype", "remat", "unroll", "dropout", "attention_dropout")
+COMPUTED = ("dtype", "param_dtype", "remat", "unroll", "gather_tensor", "dropout", "attention_dropout")
 
 
 def selective_loss(
@@ -45,6 +46,7 @@ def selective_loss(
     chunk: int,
     visual_start: int,
     dropout_key: jax.Array | None = None,
+    sums: Any = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Sum of the negative log-likelihoods of the selected tokens, and metrics: (sum, denominator) pairs, of text and
     image tokens and of every kind of segment apart, and `attended`, the keys that all tokens see together.
@@ -54,14 +56,18 @@ def selective_loss(
         `pipeline.packed_examples` yields.
       visual_start: first visual id, to tell image tokens from text tokens in the metrics.
       dropout_key: turns on the configured dropout.
+      sums: what the gradients of the layers are added to, see `backbone.apply`.
     """
     tokens, segments = batch["tokens"], batch["segment_ids"]
-    hidden, _ = backbone.apply(config, params, tokens, batch["positions"], segments, dropout_key=dropout_key)
+    positions = batch["positions"]
+    hidden, _ = backbone.apply(config, params, tokens, positions, segments, dropout_key=dropout_key, sums=sums)
     targets = jnp.roll(tokens, -1, axis=1)
     same = (segments == jnp.roll(segments, -1, axis=1)) & (segments > 0)
     mask = (same & (jnp.roll(batch["loss"], -1, axis=1) > 0)).at[:, -1].set(False).astype(jnp.float32)
     head = backbone.lm_head(config, params)
-    statistics = token_statistics(hidden, head, targets, chunk, vocab_size=config.vocab_size)
+    statistics = token_statistics(
+        hidden, head, targets, chunk, vocab_size=config.vocab_size, gathered=config.gather_tensor
+    )
     loss = -statistics.log_probs * mask
     image = mask * (targets >= visual_start)
     text = mask - image
@@ -98,10 +104,6 @@ def make_step(
     """
     drops = config.dropout > 0 or config.attention_dropout > 0
 
-    def loss(trained: Any, frozen: Any, part: Any) -> tuple[jax.Array, dict[str, Any]]:
-        rows, key = part
-        return selective_loss(config, lora.join(trained, frozen), rows, chunk, visual_start, key)
-
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
     def step(state: TrainState, batch: dict[str, jax.Array], number: int = 0) -> tuple[TrainState, dict[str, Any]]:
         step_key = jax.random.fold_in(jax.random.key(seed), number)
@@ -109,15 +111,12 @@ def make_step(
         parts = jax.tree.map(functools.partial(micro_batches, accumulation), batch), keys
         trained, frozen = lora.split(state.params)
 
-        def gradient(part: Any) -> tuple[Any, dict[str, Any]]:
-            gradients, sums = jax.grad(loss, has_aux=True)(trained, frozen, part)
-            return jax.tree.map(lambda g: g.astype(gradient_dtype), gradients), sums
+        def loss(trained: Any, part: Any, layer_sums: Any) -> tuple[jax.Array, dict[str, Any]]:
+            rows, key = part
+            return selective_loss(config, lora.join(trained, frozen), rows, chunk, visual_start, key, layer_sums)
 
-        def one(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(part)), None
-
-        first = jax.eval_shape(lambda: gradient(jax.tree.map(lambda x: x[0], parts)))
-        (gradients, sums), _ = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, first), parts)
+        in_place = config.remat == "full" and not frozen
+        gradients, sums = total_gradient(loss, trained, parts, gradient_dtype, in_place)
         state, norm = updated(state, gradients, sums["loss"][1], optimizer)
         tokens, attended = sums["row_fill"][0], sums.pop("attended")
         work = {"work_tokens": tokens, "work_flops": train_flops(config, tokens, attended)}
@@ -135,7 +134,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
             f"a batch of {config.batch} does not divide into {config.accumulation} parts.",
             "Make config.batch a multiple of config.accumulation.",
         )
-    sharding.check_batch(mesh, config.batch // config.accumulation, "config.batch / config.accumulation")
+    part = config.batch // config.accumulation
+    sharding.check_batch(mesh, part, "config.batch / config.accumulation", config.model.gather_tensor)
     codec = systems.load_image_codec(config.image_tokenizer)
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
     options = as_dataclass(lora.LoraOptions, config.lora)
