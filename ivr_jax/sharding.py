@@ -231,11 +231,10 @@ def constrain(x: jax.Array, axes: Axes, gathered: bool = False) -> jax.Array:
     return _pin(x, partition(axes, gathered))
 
 
-def gather(x: jax.Array, axes: Axes, gathered: bool = False) -> jax.Array:
-    """`constrain`, with what "fsdp" (and `gathered`: "tensor") splits made whole: a parameter as a layer uses it."""
-    names = {"fsdp", "tensor"} if gathered else {"fsdp"}
+def gather(x: jax.Array, axes: Axes) -> jax.Array:
+    """`constrain`, with what "fsdp" splits made whole: a parameter as a layer uses it."""
     parts = partition(axes)
-    return _pin(_pin(x, parts), PartitionSpec(*(_without(part, names) for part in parts)))
+    return _pin(_pin(x, parts), PartitionSpec(*(_without(part, {"fsdp"}) for part in parts)))
 
 
 def spec(shape: Sequence[int], axes: Axes, gathered: bool = False) -> PartitionSpec:

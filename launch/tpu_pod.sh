@@ -87,8 +87,11 @@ start() {
   ((${#command[@]})) || fail "say what to run after --, as: -- ivr_jax.train --config=configs/emu35_sft.py."
   local on=(--worker=all "${where[@]}") archive="${TMPDIR:-/tmp}/$name.tar.gz" words prepare start
   words="$(printf '%q ' "${command[@]}")"
-  prepare="set -e; mkdir -p ivr_jax; tar -xzf ivr_jax.tar.gz -C ivr_jax; cd ivr_jax; python3 -m venv .venv"
-  prepare+="; .venv/bin/pip install --quiet '.[tpu]'; sudo mkdir -p $(printf %q "$folder")"
+  prepare="set -e; mkdir -p ivr_jax; tar -xzf ivr_jax.tar.gz -C ivr_jax; cd ivr_jax"
+  # Hosts' images bring an older Python; Ubuntu has the package.
+  prepare+="; command -v python3.11 > /dev/null || { sudo apt-get -q update; sudo apt-get -qy install python3.11-venv; }"
+  prepare+="; python3.11 -m venv .venv"
+  prepare+="; .venv/bin/pip install --quiet --constraint launch/constraints.txt '.[tpu]'; sudo mkdir -p $(printf %q "$folder")"
   prepare+="; mountpoint -q $(printf %q "$folder") || sudo gcsfuse -o allow_other --implicit-dirs"
   prepare+=" $(printf %q "$bucket") $(printf %q "$folder")"
   start="cd ivr_jax; export LIBTPU_INIT_ARGS='$(libtpu_flags "$accelerator")'"

@@ -136,6 +136,19 @@ def test_the_schedule_is_played_with_its_loops_and_waits():
     assert found.exposed == pytest.approx(12 * (scattered / wire + max(0, gathered / wire - 1500 / chip.clock)))
 
 
+def test_an_update_in_place_costs_what_it_writes_and_one_pass_is_one_of_the_loop():
+    update = """
+  %new = f32[2,128]{1,0} get-tuple-element(%arg), index=2
+  %scatter = f32[64,8,128]{2,1,0} fusion(%stored, %new), kind=kCustom, calls=%s, """
+    alias = 'backend_config={"aliasing_operands":{"lists":[{"indices":["0","2"]}]}}'
+    body = MODULE.replace("  ROOT %tuple = (s32", f"{update}{alias}\n  ROOT %tuple = (s32")
+    topology = parse_topology("v5e:2x4")
+    before, after = (roofline.estimate(hlo.read(text), topology, one_pass=True) for text in (MODULE, body))
+    assert after.hbm_bytes - before.hbm_bytes == 2 * 2 * 128 * 4
+    assert 12 * before.seconds + 3000 / topology.chip.clock == pytest.approx(
+        roofline.estimate(hlo.read(MODULE), topology).seconds)  # fmt: skip
+
+
 def test_an_error_of_the_compiler_becomes_advice():
     message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
                "Used 120.31G of 95.74G hbm. Exceeds hbm capacity by 24.57G.")  # fmt: skip
@@ -205,6 +218,37 @@ def compile_micro(tmp_path, *argv: str) -> tuple[subprocess.CompletedProcess[str
     environment = {**os.environ, "TPU_LIBRARY_PATH": compiler()}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     return done, json.loads(answer.read_text()) if answer.exists() else []
+
+
+def test_a_compiler_that_aborts_ends_in_one_line_with_advice(tmp_path, monkeypatch, capsys):
+    """Another program stands in for the interpreter that compiles: it says what the compiler says, and aborts."""
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho 'F1123 11:52:44.03 27360 fusion_util.cc:5409] Check failed: no window' >&2\n"
+                     "kill -ABRT $$\n")  # fmt: skip
+    dying.chmod(0o755)
+    library = tmp_path / "libtpu.so"
+    library.touch()
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(library))
+    monkeypatch.setattr(jobs.sys, "executable", str(dying))
+    argv = ["compile", "--config=micro_sft", "--topology=v5e:2x2,v5e:4x4"]
+    call = cli.parse(argv, config=True, workdir=False, add_flags=compile.add_flags)
+    assert compile.main(call) == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if "does not work:" in line]
+    assert len(said) == 2  # the second topology was tried all the same
+    assert said[0].startswith("does not work: the compiler ended with status -6: fusion_util.cc:5409] Check failed: no")
+    assert "lower config.mesh.fsdp" in said[0]
+
+
+@needs_compiler
+def test_what_does_not_fit_or_divide_ends_in_one_line_with_advice(tmp_path):
+    """All logits of 32,768 tokens and 282,926 ids at once; then rows that do not divide over the mesh."""
+    large = ("--config.text_tokenizer=emu", "--config.data.length=4096", "--config.chunk=1000000")
+    done, (plan, other) = compile_micro(tmp_path, "--config=emu35_sft", "--topology=v5e:2x2,v5e:4x8", *SMALL, *large)
+    assert done.returncode == 1 and not done.stderr
+    said = [line for line in done.stdout.splitlines() if "does not work:" in line]
+    assert len(said) == 2 and "GiB a chip, there are 15.75" in said[0] and "config.chunk=500000" in said[0]
+    assert plan["prediction"] is None and plan["advice"] in said[0]
+    assert "8, which does not divide over 16 shards" in other["error"] and "multiple of 16" in said[1]
 
 
 @needs_compiler

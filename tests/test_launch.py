@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from ivr_jax import cli
 from ivr_jax.aot import jobs
@@ -154,5 +157,19 @@ def test_shellcheck_finds_nothing():
 def test_the_container_installs_what_setup_py_says():
     text = (ROOT / "launch" / "Containerfile").read_text()
     copied = {word for line in text.splitlines() if line.startswith("COPY") for word in line.split()[1:-1]}
-    assert all((ROOT / name).exists() for name in copied) and "setup.py" in copied
-    assert re.findall(r"pip install (\S+)", text) == ['".[${EXTRA}]"']
+    assert all((ROOT / name).exists() for name in copied) and {"setup.py", "launch/constraints.txt"} <= copied
+    assert re.findall(r"pip install (.*?) &&", text) == ['--constraint constraints.txt ".[${EXTRA}]"']
+
+
+def test_rented_machines_get_the_versions_that_were_tested():
+    """Every requirement of setup.py has a version, and it is one that setup.py allows."""
+    lines = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(name): Version(version) for name, _, version in
+              (line.partition("==") for line in lines if not line.startswith("#"))}  # fmt: skip
+    asked = re.search(r"^REQUIREMENTS = \[\n(.*?)^\]", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
+    wanted = [Requirement(text) for text in re.findall(r'^    "(.*?)"', asked.group(1), re.MULTILINE)]
+    assert len(wanted) > 20
+    for requirement in wanted:
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    _, _, prepared, _ = printed("tpu_pod.sh", "run", *SLICE, "--bucket=b", *RUN)
+    assert any("--constraint launch/constraints.txt" in word for word in prepared)

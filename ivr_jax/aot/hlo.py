@@ -12,6 +12,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(\S+) = (.*?)(?<![\w%.\-])([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ALIASED = re.compile(r'"aliasing_operands":\{"lists":\[\{"indices":\["(\d+)"')
 _UNKNOWN = 1 << 60  # what the compiler writes where it has no estimate
 
 
@@ -44,6 +45,12 @@ class Instruction:
         """The compiler's estimate, or None."""
         found = _CYCLES.search(self.rest)
         return int(found.group(1)) if found and int(found.group(1)) < _UNKNOWN else None
+
+    @property
+    def in_place(self) -> int | None:
+        """Which operand the result is written into, where the compiler says so."""
+        found = _ALIASED.search(self.rest)
+        return int(found.group(1)) if found else None
 
     def called(self, role: str) -> str | None:
         """Name of the computation in `role`= (calls, body, condition, to_apply, …; several with | between)."""

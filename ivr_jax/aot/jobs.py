@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,8 +72,9 @@ def compile_program(config: Mapping[str, Any], topology: Topology, program: str,
       config: a config as nested plain values.
       keep: a folder for the compiler's text files; without one they are removed.
 
-    Raises:
-      UserError: the config and topology do not go together (a mesh that does not divide, …).
+    Returns:
+      The outcome, with `error` and `advice` where there is no plan: the config and topology do not go together (a mesh
+      that does not divide, …), the program does not fit, or the compiler ended its process.
     """
     with tempfile.TemporaryDirectory(prefix="ivr_jax_aot_") as scratch:
         folder = Path(keep or scratch) / f"{topology}-{program}".replace(":", "-")
@@ -87,20 +89,27 @@ def compile_program(config: Mapping[str, Any], topology: Topology, program: str,
             return _aborted(program, topology, config, done)
         result = json.loads(answer.read_text())
         if "what" in result:
-            raise UserError(f"{program} on {topology}: {result['what']}", result["remedy"])
+            return _nothing(program, topology, config, result["what"], result["remedy"])
         return _read(program, topology, config, result, folder / "hlo")
 
 
 def _aborted(program: str, topology: Topology, config: Mapping, done: subprocess.CompletedProcess[str]) -> Outcome:
     """The compiler ended its process: its last words, and what usually helps."""
-    lines = [line for line in done.stderr.splitlines() if re.search("Check fail|F0|FATAL|Error|error", line)]
-    words = (lines or done.stderr.splitlines() or ["no message"])[-1].strip()[:300]
-    return Outcome(
-        program, str(topology), config.get("mesh", {}), None, None, 0.0, 0.0, 0, 0.0,
-        f"the compiler ended with status {done.returncode}: {words}",
-        "Some shardings cannot be laid out (a width that is cut below a tile of 8×128): lower mesh.fsdp, raise "
-        "mesh.tensor.",
+    if done.returncode == -signal.SIGKILL:
+        what = "the compiler was killed, as a system does that runs out of memory"
+        return _nothing(program, topology, config, what, "One full-size compilation takes 3 GiB; stop other programs.")
+    lines = [line for line in done.stderr.splitlines() if re.search("Check fail|FATAL|Error|error", line)]
+    words = re.sub(r"^F\d{4} \S+\s+\d+ ", "", (lines or done.stderr.splitlines() or ["no message"])[-1].strip())
+    return _nothing(
+        program, topology, config, f"the compiler ended with status {done.returncode}: {words[:300]}",
+        "It cannot lay out every sharding (a width cut below a tile of 8×128, say): lower config.mesh.fsdp and raise "
+        "config.mesh.tensor, or turn config.model.gather_tensor over.",
     )  # fmt: skip
+
+
+def _nothing(program: str, topology: Topology, config: Mapping, error: str, advice: str) -> Outcome:
+    mesh = config.get("mesh", {})
+    return Outcome(program, str(topology), mesh, None, None, 0.0, 0.0, 0, 0.0, error.rstrip("."), advice)
 
 
 def _read(program: str, topology: Topology, config: Mapping, result: dict[str, Any], dump: Path) -> Outcome:
@@ -125,7 +134,7 @@ def _read(program: str, topology: Topology, config: Mapping, result: dict[str, A
     schedule = _largest(dump, "after_codegen.txt")
     if schedule is None:
         raise UserError(f"the compiler wrote no schedule to {dump}.", "Use the libtpu that belongs to this jax.")
-    estimate = roofline.estimate(hlo.read(schedule.read_text()), topology)
+    estimate = roofline.estimate(hlo.read(schedule.read_text()), topology, result["one_pass"])
     return Outcome(program, str(topology), result["mesh"], estimate=estimate, **known)
 
 

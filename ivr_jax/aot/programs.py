@@ -40,6 +40,7 @@ class Program:
       resident: bytes a chip of what lies in HBM while it runs, by kind, argument of the program or not.
       model_flops: operations the mathematics needs in one call, all chips together, nothing computed twice.
       tokens: tokens that one call works on.
+      one_pass: a call is one pass through the program's loop, of which nobody knows how often it runs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Program:
     resident: Mapping[str, int]
     model_flops: float
     tokens: int
+    one_pass: bool = False
 
 
 def bytes_a_chip(tree: Any) -> int:

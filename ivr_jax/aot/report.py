@@ -27,7 +27,8 @@ def show(console: Console, topology: Topology, outcome: Outcome) -> None:
     if outcome.plan is not None:
         console.print(_memory_table(outcome))
     if outcome.error:
-        console.print(f"[bold red]does not work:[/] {escape(outcome.error)}. {escape(outcome.advice)}", highlight=False)
+        said = f"[bold red]does not work:[/] {escape(outcome.error)}. {escape(outcome.advice)}"
+        console.print(said, highlight=False, soft_wrap=True)
     elif outcome.estimate is not None:
         console.print(_time_table(topology, outcome))
 

@@ -120,7 +120,13 @@ class Player:
         return products * math.prod(shape) * shape[-2] / (EFFICIENCY * self._topology.chip.flops)
 
     def _hbm_bytes(self, instruction: Instruction, types: dict[str, tuple[Array, ...]], trips: int) -> float:
-        """Operands and results in HBM; of an array stacked over the loop's passes, one pass's share."""
+        """Operands and results in HBM; of an array stacked over the loop's passes, one pass's share.
+
+        A scatter (a fusion without cycles, done in place) reads its updates and writes as much.
+        """
+        if instruction.opcode == "fusion" and instruction.cycles is None and instruction.in_place is not None:
+            updates = [types.get(name, ()) for i, name in enumerate(instruction.operands) if i != instruction.in_place]
+            return 2 * sum(array.size for arrays in updates for array in arrays if not array.near)
         arrays = [*instruction.arrays, *(array for name in instruction.operands for array in types.get(name, ()))]
         stacked = trips if trips > 1 else 0
         return sum(array.size / (trips if array.shape[:1] == (stacked,) else 1) for array in arrays if not array.near)
@@ -165,9 +171,11 @@ class Player:
         return size / (chip.link * min(chip.links, 2 * max(1, dimensions)))
 
 
-def estimate(module: Module, topology: Topology) -> Estimate:
-    """The whole program on one chip of `topology`."""
-    return Player(module, topology).play(module.entry)
+def estimate(module: Module, topology: Topology, one_pass: bool = False) -> Estimate:
+    """The whole program on one chip of `topology`; with `one_pass` one pass through its first loop alone."""
+    player = Player(module, topology)
+    loop = next((i for i in module.computations[module.entry] if i.opcode == "while"), None) if one_pass else None
+    return player.play(loop.called("body") if loop else module.entry)
 
 
 def group_size(attributes: str, chips: int) -> int:

@@ -5,6 +5,8 @@ Both run in the rollout layout of the weights (`sampling.layout`), on the mesh a
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -48,7 +50,7 @@ def prefill(placed: Placed) -> Program:
 def decode(placed: Placed) -> Program:
     """`segment.run`: one call of the model for every slot, with caches of the largest bucket's width.
 
-    The loop's length is not known before it runs, so operations and time are those of one call.
+    The loop's length is not known before it runs, so operations and time are those of one pass.
     """
     placed = _rolling_out(placed)
     config, model = placed.config, placed.model
@@ -80,4 +82,4 @@ def decode(placed: Placed) -> Program:
 
     resident = {"parameters": bytes_a_chip(placed.params), "cache": bytes_a_chip(cache)}
     flops = train_flops(model, engine.slots, engine.slots * wide) / 3
-    return placed.program("decode", trace, resident, flops, engine.slots)
+    return dataclasses.replace(placed.program("decode", trace, resident, flops, engine.slots), one_pass=True)

@@ -37,7 +37,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "mesh": dict(mesh.shape), "model": dataclasses.asdict(program.model), "layers": program.model.num_hidden_layers,
         "resident": dict(program.resident), "param_shapes": program.param_shapes,
         "flops": flops.count(traced.jaxpr, mesh.size), "model_flops": program.model_flops, "tokens": program.tokens,
-        "trace_seconds": time.perf_counter() - clock,
+        "one_pass": program.one_pass, "trace_seconds": time.perf_counter() - clock,
     }  # fmt: skip
     clock = time.perf_counter()
     try:

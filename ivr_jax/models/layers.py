@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,10 @@ def project(
     contraction over all leading axes; the one that JAX derives makes XLA transpose the large operand in memory first, a
     quarter of a small model's training step on a CPU.
     """
-    kernel = sharding.gather(kernel.astype(x.dtype), axes, gathered)
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.dtype(dtype or x.dtype))
+    kernel, wanted = kernel.astype(x.dtype), jnp.dtype(dtype or x.dtype)
+    if (own := _own_rows(x, kernel, axes, gathered)) is not None:
+        return own.product(x, kernel, wanted, transposed=False)
+    return jnp.matmul(x, sharding.gather(kernel, axes), preferred_element_type=wanted)
 
 
 def _project_forward(x, kernel, axes, dtype, gathered) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -61,32 +63,83 @@ def _project_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     g = g.astype(x.dtype)
-    whole = sharding.gather(kernel.astype(g.dtype), axes, gathered)
+    if (own := _own_rows(x, kernel, axes, gathered)) is not None:
+        back = own.product(g, kernel.astype(g.dtype), g.dtype, transposed=True)
+        return back, own.gradient(x, g).astype(kernel.dtype)
+    whole = sharding.gather(kernel.astype(g.dtype), axes)
     back = jax.lax.dot_general(g, whole, (((g.ndim - 1,), (1,)), ((), ())))
-    return back, _kernel_gradient(x, g, axes, gathered).astype(kernel.dtype)
+    return back, _kernel_gradient(x, g, axes).astype(kernel.dtype)
 
 
-def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str], gathered: bool) -> jax.Array:
+class _OwnRows(NamedTuple):
+    """Products of devices that each hold rows of their own and gather the kernel: all its collectives are written out.
+
+    Rows and tokens become one axis first: XLA:TPU cannot fuse the products of a batch of one row.
+    `rows`: partition of [B, T]; `shards`: mesh axes that cut each axis of the kernel.
+    """
+
+    rows: PartitionSpec
+    shards: tuple[tuple[str, ...], ...]
+
+    def product(self, x: jax.Array, kernel: jax.Array, dtype: Any, transposed: bool) -> jax.Array:
+        """x [B, T, in] times the kernel [in, out], or [B, T, out] times its transpose."""
+
+        def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            for axis, names in enumerate(self.shards):
+                kernel = jax.lax.all_gather(kernel, names, axis=axis, tiled=True) if names else kernel
+            flat, contracted = x.reshape(-1, x.shape[-1]), int(transposed)
+            made = jax.lax.dot_general(flat, kernel, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
+            return made.reshape(*x.shape[:-1], -1)
+
+        specs = PartitionSpec(*self.rows, None), PartitionSpec(*self.shards)
+        return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(x, kernel)
+
+    def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """x [B, T, in] and g [B, T, out] → [in, out], added up over all devices where the kernel's shards lie."""
+        others = tuple(name for part in self.rows for name in part or () if name not in ("fsdp", "tensor"))
+
+        def local(x: jax.Array, g: jax.Array) -> jax.Array:
+            x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+            share = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+            for axis, names in enumerate(self.shards):
+                share = jax.lax.psum_scatter(share, names, scatter_dimension=axis, tiled=True) if names else share
+            return jax.lax.psum(share, others)
+
+        given, lies = PartitionSpec(*self.rows, None), PartitionSpec(*self.shards)
+        return jax.shard_map(local, in_specs=(given, given), out_specs=lies, check_vma=False)(x, g)
+
+
+def _own_rows(x: jax.Array, kernel: jax.Array, axes: tuple[str, str], gathered: bool) -> _OwnRows | None:
+    """How `gathered` products lie on the mesh in force; None where there is no mesh, or shapes do not divide."""
+    mesh, lies = jax.sharding.get_abstract_mesh(), sharding.spec(kernel.shape, axes)
+    if not gathered or mesh.empty or mesh.size == 1 or x.ndim != 3:
+        return None
+    rows = sharding.spec(x.shape[:-1], ("batch", "length"), gathered)
+    if None in rows or lies != sharding.partition(axes):
+        return None
+    shards = tuple((part,) if isinstance(part, str) else tuple(part or ()) for part in lies)
+    return _OwnRows(PartitionSpec(*((p,) if isinstance(p, str) else p for p in rows)), shards)
+
+
+def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str]) -> jax.Array:
     """x [..., in] and g [..., out] → [in, out], each device's share added up where the kernel's shard lies.
 
     The collectives are written out: left to itself the partitioner gathers x whole for kernels split by rows.
     """
     leading = tuple(range(x.ndim - 1))
     mesh, lies = jax.sharding.get_abstract_mesh(), sharding.spec((x.shape[-1], g.shape[-1]), axes)
-    rows = sharding.spec(x.shape[:-1], ("batch", "length"), gathered) if x.ndim == 3 else (None,)
+    rows = sharding.spec(x.shape[:-1], ("batch", "length")) if x.ndim == 3 else (None,)
     if mesh.empty or mesh.size == 1 or rows[0] is None or lies != sharding.partition(axes):
         return sharding.constrain(jax.lax.dot_general(x, g, ((leading, leading), ((), ()))), axes)
-    shards = [(part,) if isinstance(part, str) else part or () for part in lies]
+    scattered = next(i for i, part in enumerate(lies) if "fsdp" in (part or ()))
 
     def local(x: jax.Array, g: jax.Array) -> jax.Array:
         share = jax.lax.dot_general(x, g, ((leading, leading), ((), ())))
-        for axis, names in enumerate(shards):
-            if over := tuple(name for name in names if gathered or name == "fsdp"):
-                share = jax.lax.psum_scatter(share, over, scatter_dimension=axis, tiled=True)
+        share = jax.lax.psum_scatter(share, "fsdp", scatter_dimension=scattered, tiled=True)
         others = [axis for axis in ("data", "sequence") if mesh.shape[axis] > 1 and (axis == "data" or rows[1])]
         return jax.lax.psum(share, others) if others else share
 
-    specs = tuple(PartitionSpec(*rows, "tensor" if "tensor" in names and not gathered else None) for names in shards)
+    specs = tuple(PartitionSpec(*rows, "tensor" if "tensor" in (part or ()) else None) for part in lies)
     return jax.shard_map(local, in_specs=specs, out_specs=lies, check_vma=False)(x, g)
 
 
