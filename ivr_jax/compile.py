@@ -3,6 +3,7 @@
     python -m ivr_jax.compile --config=configs/emu35_sft.py --topology=v5p:4x4x8
     python -m ivr_jax.compile --config=configs/emu35_rl.py --model=emu35_sft --topology=v5p:4x4x8,v6e:8x16
     python -m ivr_jax.compile --config=configs/micro_sft.py --topology=v5e:2x2 --config.mesh.fsdp=-1 --json=plan.json
+    python -m ivr_jax.compile --config=configs/emu35_sft.py --topology=v5p:4x4x8 --against=chunk=1048576
 
 The programs are those that training and sampling run: an sft config has `sft`, an rl config `grpo` (the gradient of
 one minibatch), `prefill` and `decode` (one call of the model for every slot of the engine).  The compiler is the real
@@ -13,6 +14,7 @@ not fit, and the last lines say what to change.
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -35,15 +37,22 @@ def main(call: cli.Call) -> int:
         raise UserError("no topology was named.", "Add --topology=v5p:4x4x8, or several with commas between.")
     names = _programs(config, call.flags.program)
     _add_model(config, call.flags.model)
+    configs = _against(config, call.flags.against)
     compiler_library()
     outcomes: list[tuple[Topology, jobs.Outcome]] = []
     keep = None if call.flags.keep is None else Path(call.flags.keep)
     for topology in topologies:
         for name in names:
-            with console.status(f"compiling {name} for {topology} ({topology.count} chips) …"):
-                outcome = jobs.compile_program(config.to_dict(), topology, name, keep)
-            report.show(console, topology, outcome)
-            outcomes.append((topology, outcome))
+            made = []
+            for number, changed in enumerate(configs.values()):
+                with console.status(f"compiling {name} for {topology} ({topology.count} chips) …"):
+                    folder = keep and (keep / str(number) if number else keep)
+                    outcome = jobs.compile_program(changed.to_dict(), topology, name, folder)
+                report.show(console, topology, outcome)
+                made.append((topology, outcome))
+            if len(made) > 1:
+                report.side_by_side(console, list(configs), [outcome for _, outcome in made])
+            outcomes += made
     if call.flags.json is not None:
         Path(call.flags.json).write_text(json.dumps([report.to_json(t, o) for t, o in outcomes], indent=2) + "\n")
     report.summarise(console, outcomes)
@@ -63,6 +72,25 @@ def _programs(config: ConfigDict, wanted: list[str]) -> list[str]:
     return wanted or list(known)
 
 
+def _against(config: ConfigDict, changes: list[str]) -> dict[str, ConfigDict]:
+    """The config, and a copy with each of the changes "key=value", by what they are called in a table."""
+    made = {"as configured": config}
+    for change in changes:
+        key, _, text = change.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        copy = ConfigDict(config.to_dict()).lock()
+        try:
+            copy.update_from_flattened_dict({key: value})
+        except (KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"--against={change} changes nothing of this config.",
+                            "Write KEY=VALUE, as --against=chunk=1048576.") from error
+        made[change] = copy
+    return made
+
+
 def _add_model(config: ConfigDict, name: str | None) -> None:
     """An rl config names no sizes, because a run takes them from its checkpoint; here another config lends them."""
     if name is None:
@@ -78,6 +106,7 @@ def _add_model(config: ConfigDict, name: str | None) -> None:
 def add_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list("topology", [], "KIND:SIZES of TPU slices, with commas between", flag_values=values)
     flags.DEFINE_list("program", [], "only these programs of the config", flag_values=values)
+    flags.DEFINE_multi_string("against", [], "KEY=VALUE of the config: that as well, side by side", flag_values=values)
     flags.DEFINE_string("model", None, "an sft config that lends its model section", flag_values=values)
     flags.DEFINE_string("json", None, "also write everything to this file", flag_values=values)
     flags.DEFINE_string("keep", None, "folder for what the compiler writes (text of its programs)", flag_values=values)

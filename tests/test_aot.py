@@ -185,6 +185,7 @@ def test_topologies_are_read():
         (["--config=micro_sft", "--topology=v5p:4x4"], "3 dimensions"),
         (["--config=micro_sft", "--topology=v5e:2x2", "--program=decode"], "no program 'decode'"),
         (["--config=micro_image_tokenizer", "--topology=v5e:2x2"], "no programs for a pod"),
+        (["--config=micro_sft", "--topology=v5e:2x2", "--against=chonk=4"], "chonk=4 changes nothing"),
     ],
 )
 def test_a_wrong_request_is_one_line(argv, message):
@@ -214,6 +215,7 @@ SMALL = (
 
 def compile_micro(tmp_path, *argv: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
     answer = tmp_path / "plan.json"
+    answer.unlink(missing_ok=True)
     command = [sys.executable, "-m", "ivr_jax.compile", *argv, f"--json={answer}"]
     environment = {**os.environ, "TPU_LIBRARY_PATH": compiler()}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -253,10 +255,12 @@ def test_what_does_not_fit_or_divide_ends_in_one_line_with_advice(tmp_path):
 
 @needs_compiler
 def test_a_micro_run_compiles_for_a_tpu(tmp_path):
-    done, (plan,) = compile_micro(tmp_path, "--config=emu35_sft", "--topology=v5e:2x2", *SMALL)
+    large = ("--config.text_tokenizer=emu", "--against=chunk=100000")
+    done, (plan, plain) = compile_micro(tmp_path, "--config=emu35_sft", "--topology=v5e:2x2", *SMALL, *large)
     assert done.returncode == 0, done.stderr
+    assert "side by side" in done.stdout and plain["memory_bytes_a_chip"]["all"] > plan["memory_bytes_a_chip"]["all"]
     held = plan["memory_bytes_a_chip"]
     assert held["moments"] == pytest.approx(2 * held["parameters"], rel=0.01) and held["temporaries"] > 0
-    assert held["all"] == sum(size for kind, size in held.items() if kind != "all") < 1 * GIB
+    assert held["all"] == sum(size for kind, size in held.items() if kind != "all") < 4 * GIB
     assert 0 < plan["prediction"]["mfu"] < 1 and plan["flops"] > plan["model_flops"] > 0
     assert "predicted MFU" in done.stdout and "buffer assignment" in done.stdout

@@ -140,7 +140,9 @@ def _read(program: str, topology: Topology, config: Mapping, result: dict[str, A
 
 def _kinds(result: dict[str, Any], heap: Path) -> dict[str, int]:
     size, buffers = memory.read_heap(heap.read_text())
-    kinds = memory.divide_heap(size, buffers, [tuple(shape) for shape in result["param_shapes"]], result["layers"])
+    kinds = {"temporaries": size}
+    if "moments" in result["resident"]:  # a program that differentiates
+        kinds = memory.divide_heap(size, buffers, [tuple(shape) for shape in result["param_shapes"]], result["layers"])
     extra = {}
     if "memory" in result:
         found = result["memory"]

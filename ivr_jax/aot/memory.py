@@ -108,11 +108,14 @@ def advice(kinds: Mapping[str, int], config: Mapping, mesh: Mapping[str, int], m
     tips = []
     static = sum(kinds.get(kind, 0) for kind in ("parameters", "moments", "reference", "gradients"))
     moving = sum(kinds.get(kind, 0) for kind in ("activations", "temporaries"))
-    batch_shards = mesh["data"] * mesh["fsdp"]
+    gathered = model.get("gather_tensor", False)
+    batch_shards = mesh["data"] * mesh["fsdp"] * (mesh["tensor"] if gathered else 1)
     accumulation, batch = config.get("accumulation", 1), config.get("batch", 0)
     if moving >= static or not kinds:
         if model.get("remat", "full") != "full":
             tips.append("config.model.remat=full")
+        if gathered and batch // accumulation <= batch_shards:
+            tips.append("config.model.gather_tensor=False with more accumulation")
         if batch and batch // accumulation > batch_shards:
             tips.append(f"config.accumulation={batch // batch_shards} (one row a device at a time)")
         tensor = mesh["tensor"] * 2

@@ -45,6 +45,20 @@ def _memory_table(outcome: Outcome) -> Table:
     return table
 
 
+def side_by_side(console: Console, names: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    """Memory and time of one program under several configs."""
+    table = Table(title="side by side, GiB a chip", title_justify="left")
+    table.add_column("what")
+    for name in names:
+        table.add_column(name, justify="right")
+    plans = [outcome.plan.kinds if outcome.plan else {} for outcome in outcomes]
+    for kind in dict.fromkeys(kind for plan in plans for kind in plan):
+        table.add_row(MEANING.get(kind, kind), *(gib(plan[kind]) if kind in plan else "" for plan in plans))
+    table.add_row("all", *(gib(o.plan.total) if o.plan else "?" for o in outcomes), style="bold")
+    table.add_row("predicted time", *(_s(o.estimate.seconds) if o.estimate else "does not work" for o in outcomes))
+    console.print(table)
+
+
 def _time_table(topology: Topology, outcome: Outcome) -> Table:
     chip, found = topology.chip, outcome.estimate
     table = Table(title="time of one call (a prediction from the schedule; no TPU was asked)", title_justify="left")
