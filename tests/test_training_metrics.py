@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ivr_jax.data import examples, pipeline
 from ivr_jax.errors import UserError
 from ivr_jax.models.backbone_config import BackboneConfig
-from ivr_jax.training.metrics import NonFinite, Pending, ZeroGradient, check
+from ivr_jax.training.metrics import MetricsLog, NonFinite, Pending, ZeroGradient, check
 from ivr_jax.training.optimizer import make_optimizer, stored_in
 from ivr_jax.training.throughput import Profile, Throughput, peak_flops, train_flops
 
@@ -141,3 +141,12 @@ def test_streams_share_the_examples_out(token_examples):
     assert sorted(counts) == list(range(40)) and max(counts.values()) - min(counts.values()) <= 4
     with pytest.raises(UserError, match="divisor"):
         pipeline.packed_examples(token_examples, {"direct": 1.0}, 4, 640, 3, streams=3)
+
+
+def test_one_process_of_several_writes_what_a_run_says(tmp_path):
+    for write, folder in ((True, tmp_path / "first"), (False, tmp_path / "second")):
+        folder.mkdir()
+        log = MetricsLog(folder, 0, write)
+        log.write(1, {"loss": 2.0})
+        log.close()
+        assert bool(list(folder.iterdir())) == write
