@@ -99,6 +99,9 @@ def _aborted(program: str, topology: Topology, config: Mapping, done: subprocess
         what = "the compiler was killed, as a system does that runs out of memory"
         return _nothing(program, topology, config, what, "One full-size compilation takes 3 GiB; stop other programs.")
     lines = [line for line in done.stderr.splitlines() if re.search("Check fail|FATAL|Error|error", line)]
+    if done.returncode == 1:  # an exception of Python, before the compiler
+        what = f"the program could not be made: {lines[-1].strip()[:300] if lines else 'no message'}"
+        return _nothing(program, topology, config, what, "This is a fault of the program, not of the config.")
     words = re.sub(r"^F\d{4} \S+\s+\d+ ", "", (lines or done.stderr.splitlines() or ["no message"])[-1].strip())
     return _nothing(
         program, topology, config, f"the compiler ended with status {done.returncode}: {words[:300]}",

@@ -75,10 +75,10 @@ class _OwnRows(NamedTuple):
     """Products of devices that each hold rows of their own and gather the kernel: all its collectives are written out.
 
     Rows and tokens become one axis first: XLA:TPU cannot fuse the products of a batch of one row.
-    `rows`: partition of [B, T]; `shards`: mesh axes that cut each axis of the kernel.
+    `rows`: mesh axes that cut B and T; `shards`: those that cut each axis of the kernel.
     """
 
-    rows: PartitionSpec
+    rows: tuple[tuple[str, ...], ...]
     shards: tuple[tuple[str, ...], ...]
 
     def product(self, x: jax.Array, kernel: jax.Array, dtype: Any, transposed: bool) -> jax.Array:
@@ -96,7 +96,7 @@ class _OwnRows(NamedTuple):
 
     def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
         """x [B, T, in] and g [B, T, out] → [in, out], added up over all devices where the kernel's shards lie."""
-        others = tuple(name for part in self.rows for name in part or () if name not in ("fsdp", "tensor"))
+        others = tuple(name for names in self.rows for name in names if name not in ("fsdp", "tensor"))
 
         def local(x: jax.Array, g: jax.Array) -> jax.Array:
             x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
@@ -117,8 +117,8 @@ def _own_rows(x: jax.Array, kernel: jax.Array, axes: tuple[str, str], gathered: 
     rows = sharding.spec(x.shape[:-1], ("batch", "length"), gathered)
     if None in rows or lies != sharding.partition(axes):
         return None
-    shards = tuple((part,) if isinstance(part, str) else tuple(part or ()) for part in lies)
-    return _OwnRows(PartitionSpec(*((p,) if isinstance(p, str) else p for p in rows)), shards)
+    rows, shards = (tuple((p,) if isinstance(p, str) else tuple(p or ()) for p in parts) for parts in (rows, lies))
+    return _OwnRows(rows, shards)
 
 
 def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str]) -> jax.Array:
