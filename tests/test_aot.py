@@ -153,6 +153,8 @@ def test_an_error_of_the_compiler_becomes_advice():
     message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
                "Used 120.31G of 95.74G hbm. Exceeds hbm capacity by 24.57G.")  # fmt: skip
     assert memory.exceeded(message) == (120.31 * GIB, 95.74 * GIB)
+    message = "required for HLO temporaries (98.59G) exceeds available HBM (95.73G). HLO module: jit_step."
+    assert memory.exceeded(message) == (98.59 * GIB, 95.73 * GIB)
     assert memory.exceeded("something else") is None
     config = {"batch": 128, "accumulation": 1, "chunk": 65536, "optimizer": {}}
     mesh = {"data": 1, "fsdp": 8, "tensor": 4, "sequence": 1}

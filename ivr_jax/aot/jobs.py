@@ -133,6 +133,8 @@ def _read(program: str, topology: Topology, config: Mapping, result: dict[str, A
         else:
             error = f"needs {memory.gib(plan.total)} GiB a chip with what lies beside it"
         advice = memory.advice(plan.kinds if plan else {}, config, result["mesh"], result["model"])
+        if "error" in result and wanted is None:
+            advice = "This is a fault of the compiler: try another config.mesh, or turn model.gather_tensor over."
         return Outcome(program, str(topology), result["mesh"], estimate=None, error=error, advice=advice, **known)
     schedule = _largest(dump, "after_codegen.txt")
     if schedule is None:

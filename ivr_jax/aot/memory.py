@@ -11,7 +11,8 @@ from ivr_jax.aot.topologies import GIB
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(.*)$")
 _VALUE = re.compile(r"^ value: <\d+ (\S+) @\d+> \(size=(\d+),offset=(\d+)\): (\S+)")
 _SHAPE = re.compile(r"^([a-z]+\d*)\[([\d,]*)\]")
-_EXCEEDED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_EXCEEDED = re.compile(r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()"
+                       r"([\d.]+)([KMGT])")  # fmt: skip
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -33,20 +33,26 @@ def scan(layer: Callable[..., jax.Array], x: jax.Array, params: Any, sums: Any, 
 
 def _forward(layer, x, params, sums, around):
     def one(x, inputs):
-        return layer(around, *inputs, x), x
+        return layer(around, *_sliced(inputs), x), x
 
     numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
     after, kept = jax.lax.scan(one, x, (numbers, params))
     return after, (kept, numbers, params, sums, around)
 
 
+def _sliced(inputs: Any) -> Any:
+    """One layer's part, which stays one: XLA would cast all layers' parameters before the loop, and keep that."""
+    return jax.lax.optimization_barrier(inputs)
+
+
 def _backward(layer, saved, g):
     kept, numbers, params, sums, around = saved
 
     def one(carry, inputs):
-        (g, sums), (number, own, x) = carry, inputs
+        (g, sums), (number, own), x = carry, _sliced(inputs[:2]), inputs[2]
         _, pull = jax.vjp(functools.partial(layer, around, number), own, x)
         gradient, g = pull(g)
+        gradient = jax.lax.optimization_barrier(gradient)  # XLA fails where it tries to move sums out of the loop
 
         def add(total: jax.Array, new: jax.Array) -> jax.Array:
             return total.at[number].set((total[number].astype(new.dtype) + new).astype(total.dtype))

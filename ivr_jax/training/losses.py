@@ -88,6 +88,14 @@ def token_statistics(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :length], statistics)
 
 
+def following(x: jax.Array) -> jax.Array:
+    """What stands at the next token: x [B, T] moved by one (the last one gets the first).
+
+    It is kept apart from what follows: XLA:TPU aborts where it fuses this into the sums of a batch of one row.
+    """
+    return jax.lax.optimization_barrier(jnp.roll(x, -1, axis=1))
+
+
 @jax.custom_vjp
 def _settled(head: jax.Array) -> jax.Array:
     """The identity; the gradient is brought to the shards of `head` before anything that follows.

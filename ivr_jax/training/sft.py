@@ -29,7 +29,7 @@ from ivr_jax.protocol.codec import PARTS
 from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.training.accumulation import total_gradient
 from ivr_jax.training.loop import Stage
-from ivr_jax.training.losses import token_statistics
+from ivr_jax.training.losses import following, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.state import TrainState, micro_batches, place, updated
 from ivr_jax.training.throughput import train_flops
@@ -61,9 +61,9 @@ def selective_loss(
     tokens, segments = batch["tokens"], batch["segment_ids"]
     positions = batch["positions"]
     hidden, _ = backbone.apply(config, params, tokens, positions, segments, dropout_key=dropout_key, sums=sums)
-    targets = jnp.roll(tokens, -1, axis=1)
-    same = (segments == jnp.roll(segments, -1, axis=1)) & (segments > 0)
-    mask = (same & (jnp.roll(batch["loss"], -1, axis=1) > 0)).at[:, -1].set(False).astype(jnp.float32)
+    targets, parts = following(tokens), following(batch["loss"])
+    same = (segments == following(segments)) & (segments > 0)
+    mask = (same & (parts > 0)).at[:, -1].set(False).astype(jnp.float32)
     head = backbone.lm_head(config, params)
     statistics = token_statistics(
         hidden, head, targets, chunk, vocab_size=config.vocab_size, gathered=config.gather_tensor
@@ -71,7 +71,6 @@ def selective_loss(
     loss = -statistics.log_probs * mask
     image = mask * (targets >= visual_start)
     text = mask - image
-    parts = jnp.roll(batch["loss"], -1, axis=1)
     of_part = {name: mask * (parts == number) for number, name in enumerate(PARTS, start=1)}
     sums = {
         "loss": (loss.sum(), mask.sum()),
