@@ -108,7 +108,10 @@ class Mlp(nnx.Module):
             return checkpoint_name(sharding.constrain(made, ("batch", "length", "mlp"), gathered), name)
 
         gate, up = inner(self.gate[...], "gate"), inner(self.up[...], "up")
-        return layers.project(jax.nn.silu(gate) * up, self.down[...], ("mlp_rows", "width"), None, gathered)
+        product = jax.nn.silu(gate) * up
+        if gathered:  # XLA:TPU would make it once for each block of the matrix product
+            product = jax.lax.optimization_barrier(product)
+        return layers.project(product, self.down[...], ("mlp_rows", "width"), None, gathered)
 
 
 class Layers(nnx.Module):

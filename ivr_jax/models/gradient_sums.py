@@ -33,34 +33,38 @@ def scan(layer: Callable[..., jax.Array], x: jax.Array, params: Any, sums: Any, 
 
 def _forward(layer, x, params, sums, around):
     def one(x, inputs):
-        return layer(around, *_sliced(inputs), x), x
+        return layer(around, *inputs, x), x
 
     numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
     after, kept = jax.lax.scan(one, x, (numbers, params))
     return after, (kept, numbers, params, sums, around)
 
 
-def _sliced(inputs: Any) -> Any:
-    """One layer's part, which stays one: XLA would cast all layers' parameters before the loop, and keep that."""
-    return jax.lax.optimization_barrier(inputs)
-
-
 def _backward(layer, saved, g):
     kept, numbers, params, sums, around = saved
+    totals, tree = jax.tree.flatten(sums)
+    small = [total.ndim < 3 for total in totals]  # XLA:TPU fails on in-place sums of what all devices add up: vectors
+
+    def add(total: jax.Array, new: jax.Array) -> jax.Array:
+        return (total.astype(new.dtype) + new).astype(total.dtype)
 
     def one(carry, inputs):
-        (g, sums), (number, own), x = carry, _sliced(inputs[:2]), inputs[2]
+        (g, large), (number, own, x) = carry, inputs
         _, pull = jax.vjp(functools.partial(layer, around, number), own, x)
         gradient, g = pull(g)
-        gradient = jax.lax.optimization_barrier(gradient)  # XLA fails where it tries to move sums out of the loop
+        vectors, matrices = _sorted(tree.flatten_up_to(gradient), small)
+        large = [total.at[number].set(add(total[number], new)) for total, new in zip(large, matrices, strict=True)]
+        return (g, large), vectors
 
-        def add(total: jax.Array, new: jax.Array) -> jax.Array:
-            return total.at[number].set((total[number].astype(new.dtype) + new).astype(total.dtype))
+    few, large = _sorted(totals, small)
+    (g, large), vectors = jax.lax.scan(one, (g, large), (numbers, params, kept), reverse=True)
+    few, large = iter(map(add, few, vectors)), iter(large)
+    return g, None, tree.unflatten([next(few if is_small else large) for is_small in small]), None
 
-        return (g, jax.tree.map(add, sums, gradient)), None
 
-    (g, sums), _ = jax.lax.scan(one, (g, sums), (numbers, params, kept), reverse=True)
-    return g, None, sums, None
+def _sorted(leaves: list[Any], small: list[bool]) -> tuple[list[Any], list[Any]]:
+    return tuple([leaf for leaf, is_small in zip(leaves, small, strict=True) if is_small == wanted]
+                 for wanted in (True, False))  # fmt: skip
 
 
 scan.defvjp(_forward, _backward)
