@@ -80,10 +80,13 @@ class Attention(nnx.Module):
             checkpoint_name(layers.project(x, kernel[...], ("embed", axis), None, gathered), "qkv").reshape(shape)
             for kernel, axis in heads
         )
-        q = layers.rotate(layers.rms_norm(q, self.q_norm[...], config.rms_norm_eps), cos, sin)
-        k = layers.rotate(layers.rms_norm(k, self.k_norm[...], config.rms_norm_eps), cos, sin)
-        return tuple(sharding.constrain(x, ("batch", "length", axis, "head_dim"), gathered)
-                     for x, (_, axis) in zip((q, k, v), heads, strict=True))
+        # XLA:TPU aborts where it fuses these with each other and the reshapes of a batch of one row.
+        apart = jax.lax.optimization_barrier if gathered else lambda x: x
+        q, k, v = apart((q, k, v))
+        q = layers.rotate(apart(layers.rms_norm(q, self.q_norm[...], config.rms_norm_eps)), cos, sin)
+        k = layers.rotate(apart(layers.rms_norm(k, self.k_norm[...], config.rms_norm_eps)), cos, sin)
+        return apart(tuple(sharding.constrain(x, ("batch", "length", axis, "head_dim"), gathered)
+                           for x, (_, axis) in zip((q, k, v), heads, strict=True)))  # fmt: skip
 
     def output(self, mixed: jax.Array, gathered: bool) -> jax.Array:
         """mixed [B, T, H, h] → [B, T, D]."""
