@@ -6,7 +6,6 @@
 # The sparse cores of v5p and v6e move weights and gradients while the matrix units work; v5e and v4 have none for it.
 libtpu_flags() {
   local flags="--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 --xla_enable_async_all_gather=true"
-  flags+=" --xla_tpu_licm_size_inflation_ratio=0.1"
   local offload="--xla_tpu_enable_sparse_core_collective_offload"
   case "$1" in
     v5p* | v6e*)

@@ -18,12 +18,8 @@ from ivr_jax.aot.topologies import Topology, compiler_environment
 from ivr_jax.errors import UserError
 
 # On v5p and v6e the sparse cores move weights and gradients while the matrix units work.  Without the first option the
-# partitioner turns a weight gradient into a loop of small products, each of them padded.  The last one keeps the casts
-# of parameters inside the loop over layers: before it they would make a copy of all of them.
-COMMON = {
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000", "xla_enable_async_all_gather": "true",
-    "xla_tpu_licm_size_inflation_ratio": "0.1",
-}  # fmt: skip
+# partitioner turns a weight gradient into a loop of small products, each of them padded.
+COMMON = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000", "xla_enable_async_all_gather": "true"}
 SPARSE_CORES = {
     f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true"
     for kind in ("all_gather", "2d_all_gather", "reduce_scatter", "all_reduce")

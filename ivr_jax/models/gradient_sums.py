@@ -33,11 +33,21 @@ def scan(layer: Callable[..., jax.Array], x: jax.Array, params: Any, sums: Any, 
 
 def _forward(layer, x, params, sums, around):
     def one(x, inputs):
-        return layer(around, *inputs, x), x
+        number, own = inputs
+        return layer(around, number, _inside(number, own), x), x
 
     numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
     after, kept = jax.lax.scan(one, x, (numbers, params))
     return after, (kept, numbers, params, sums, around)
+
+
+def _inside(number: jax.Array, own: Any) -> Any:
+    """One layer's parameters, plus a zero that only the loop knows: what is done with them stays inside the loop.
+
+    XLA would cast the parameters of all layers to the dtype of computation before the loop, and keep that copy.
+    """
+    nothing = jnp.minimum(number, 0)
+    return jax.tree.map(lambda p: p + nothing.astype(p.dtype), own)
 
 
 def _backward(layer, saved, g):
@@ -50,7 +60,7 @@ def _backward(layer, saved, g):
 
     def one(carry, inputs):
         (g, large), (number, own, x) = carry, inputs
-        _, pull = jax.vjp(functools.partial(layer, around, number), own, x)
+        _, pull = jax.vjp(functools.partial(layer, around, number), _inside(number, own), x)
         gradient, g = pull(g)
         vectors, matrices = _sorted(tree.flatten_up_to(gradient), small)
         large = [total.at[number].set(add(total[number], new)) for total, new in zip(large, matrices, strict=True)]
