@@ -26,7 +26,7 @@ STAGES = {
 }
 MAY_CHANGE = (
     "log_every", "checkpoint_every", "keep", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
-    "judge.deadline",
+    "judge.deadline", "accumulation", "chunk", "model.remat", "model.gather_tensor",
     *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
 COUNTS = (
