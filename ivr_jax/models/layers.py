@@ -72,6 +72,31 @@ def _project_backward(
     return back, _kernel_gradient(x, g, axes).astype(kernel.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def project_gathered(
+    x: jax.Array, kernel: jax.Array, whole: jax.Array, axes: tuple[str, str], dtype: str
+) -> jax.Array:
+    """`project` in a loop, with `whole`, the kernel as `sharding.gather` made it before the loop in the dtype of `x`.
+
+    The gradient is that of `kernel`, in its own dtype, and `whole` gets none.
+    """
+    return jnp.matmul(x, whole, preferred_element_type=jnp.dtype(dtype))
+
+
+def _project_gathered_forward(x, kernel, whole, axes, dtype) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return project_gathered(x, kernel, whole, axes, dtype), (x, kernel, whole)
+
+
+def _project_gathered_backward(axes, dtype, saved, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, kernel, whole = saved
+    g = g.astype(x.dtype)
+    back = jax.lax.dot_general(g, whole, (((g.ndim - 1,), (1,)), ((), ())))
+    return back, _kernel_gradient(x, g, axes).astype(kernel.dtype), None
+
+
+project_gathered.defvjp(_project_gathered_forward, _project_gathered_backward)
+
+
 class _OwnRows(NamedTuple):
     """Products of devices that each hold rows of their own and gather the kernel: all its collectives are written out.
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.models.layers import project
+from ivr_jax.models.layers import project_gathered
 from ivr_jax.protocol.grammar import ILLEGAL, Tables
 from ivr_jax.sampling.chain import MASKED, SamplingOptions, log_probabilities
 
@@ -54,7 +54,8 @@ def token_statistics(
     count = min(length, -(-batch * length // chunk))
     size = -(-length // count)
     columns = jnp.arange(head.shape[1], dtype=jnp.int32)[None, None]
-    head = _settled(head)
+    head, head_axes = _settled(head), ("embed", "vocab")
+    whole = sharding.gather(jax.lax.stop_gradient(head).astype(hidden.dtype), head_axes)  # once, not for every chunk
     padding = head.shape[1] - (vocab_size or head.shape[1])
     if tables is not None and padding:
         tables = tables._replace(class_of=jnp.pad(jnp.asarray(tables.class_of), (0, padding), constant_values=ILLEGAL))
@@ -68,7 +69,8 @@ def token_statistics(
         return sharding.constrain(jnp.moveaxis(x.reshape(batch, size, count, *x.shape[2:]), 2, 0), axes, gathered)
 
     def logits_of(h: jax.Array) -> jax.Array:
-        logits = sharding.constrain(project(h, head, ("embed", "vocab"), "float32"), ("batch", "length", "vocab"))
+        logits = project_gathered(h, head, whole, head_axes, "float32")
+        logits = sharding.constrain(logits, ("batch", "length", "vocab"))
         return jnp.where(columns < vocab_size, logits, MASKED) if padding else logits
 
     @jax.checkpoint
