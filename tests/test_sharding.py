@@ -199,6 +199,14 @@ def test_a_batch_must_divide_over_the_mesh():
     sharding.check_batch(mesh, 16, "config.batch")
     with pytest.raises(UserError, match="config.batch is 12.*8 shards"):
         sharding.check_batch(mesh, 12, "config.batch")
+    with pytest.raises(UserError, match="minibatch is 4.*8 shards.*gather_tensor"):
+        sharding.check_batch(AbstractMesh((1, 4, 2, 1), sharding.MESH_AXES), 4, "minibatch", gathered=True)
+
+
+def test_gathered_layers_cut_rows_alone():
+    axes = ("batch", "residual", "q_heads")
+    assert sharding.partition(axes[:2]) == PartitionSpec(("data", "fsdp"), ("sequence", "tensor"))
+    assert sharding.partition(axes, gathered=True) == PartitionSpec(("data", "fsdp", "tensor"), ("sequence",), None)
 
 
 def test_a_batch_is_cut_along_rows_and_tokens():
