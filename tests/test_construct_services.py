@@ -19,12 +19,13 @@ from openai_service import Behaviour, OpenAIService, serving
 
 from ivr_jax.construct.interfaces import Attempt, RootCause, ServiceDown, ServiceFailed
 from ivr_jax.construct.journal import Journal
+from ivr_jax.construct.services import transport
 from ivr_jax.construct.services.build import analyzer_from_configs, generator_from_config
 from ivr_jax.construct.services.caller import Breaker, Caller, Fault, Reply
 from ivr_jax.construct.services.config import ServiceConfig
 from ivr_jax.construct.services.prompts import FOLDER, Prompts
 from ivr_jax.construct.services.replies import Unusable, as_choice, as_texts, read_object
-from ivr_jax.construct.services.transport import retry_after
+from ivr_jax.construct.services.transport import Picture, PictureEncoder, retry_after
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
 from ivr_jax.trajectory import AXES, Sample
@@ -148,6 +149,31 @@ def test_images_are_generated_edited_and_combined(service):
         drawn = asyncio.run(draw(sources))
         assert np.array_equal(drawn, openai_service.draw("Make it grey [direct].", sources))
     assert [files for _, files in service.log.bodies] == [0, 1, 2]
+
+
+def test_a_picture_is_encoded_once_and_few_are_remembered(monkeypatch):
+    made = []
+    monkeypatch.setattr(transport, "encode", lambda pixels, side: made.append(int(pixels[0, 0, 0])) or bytes(300))
+
+    async def run():
+        encoder = PictureEncoder(512, room=1000, most=2)
+        pictures = [Picture("Source", np.full((size, size, 3), i, np.uint8)) for i, size in enumerate((8, 300, 8, 8))]
+        for i in (0, 1):
+            await asyncio.gather(*(encoder.uri(Picture("Result", pictures[i].pixels)) for _ in range(4)))
+        assert made == [0, 1]
+        assert await encoder.png(pictures[0]) == bytes(300) and made == [0, 1]
+        for i in (2, 0, 3):  # the second was used longest ago, then the third
+            await encoder.uri(pictures[i])
+        await encoder.uri(pictures[0])
+        assert made == [0, 1, 2, 3]
+        await encoder.uri(pictures[1])
+        assert made == [0, 1, 2, 3, 1]
+        wide = PictureEncoder(512, room=500)  # 400 characters each: one has room
+        for i in (0, 0, 2, 0):
+            await wide.uri(pictures[i])
+        assert made[5:] == [0, 2, 0]
+
+    asyncio.run(run())
 
 
 def test_the_gateway_signs_every_call(service):

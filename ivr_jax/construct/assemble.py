@@ -80,7 +80,7 @@ def write_gallery(page: Path, dataset: TrajectoryDataset) -> Path:
     ]
     told = []
     for title, key in (("Passed at", "passed at"), ("Dropped", "drops")):
-        named = [f"{name.replace('_', ' ')} {number}" for name, number in counts[key].items()]
+        named = [f"{name.replace('_', ' ')} {number}" for name, number in counts.get(key, {}).items()]
         told.append(f"{title}: {', '.join(named) or 'none'}.")
     notes = [f"{counts['requests']} samples.", *told]
     return write_report(page, "Constructed trajectories", [], {}, gallery, [], notes)[0]

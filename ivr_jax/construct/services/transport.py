@@ -56,11 +56,12 @@ class PictureEncoder:
 
     Args:
       longest_side: pixels a side, at most.
-      kept: bytes of encoded pictures that are remembered, those used last.
+      room: bytes of encoded pictures that are remembered, those used last.
+      most: how many are remembered, however small.
     """
 
-    def __init__(self, longest_side: int, kept: int = 64 << 20):
-        self._longest_side, self._room = longest_side, kept
+    def __init__(self, longest_side: int, room: int = 64 << 20, most: int = 1024):
+        self._longest_side, self._room, self._most = longest_side, room, most
         self._kept: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
@@ -77,7 +78,7 @@ class PictureEncoder:
                 text = await asyncio.to_thread(self._encoded, picture)
             self._kept[picture.name] = text
             self._room -= len(text)
-            while self._room < 0:
+            while self._room < 0 or len(self._kept) > self._most:
                 self._room += len(self._kept.popitem(last=False)[1])
             return text
 
