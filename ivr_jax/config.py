@@ -162,8 +162,13 @@ def save_config(workdir: Path, config: ConfigDict) -> None:
                             "Use numbers, texts, true/false and tuples of them.") from None
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     scratch = workdir / f"{CONFIG_FILE}.{os.getpid()}.tmp"
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, workdir / CONFIG_FILE)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, workdir / CONFIG_FILE)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"{workdir / CONFIG_FILE} cannot be written: {error.strerror}.",
+                        "Make room, or use another --workdir.") from error
 
 
 def saved_config(workdir: Path) -> dict[str, Any] | None:
