@@ -302,6 +302,7 @@ def test_no_other_page_can_decide(server: Server, headers, status):
      ({"position": True, "verdict": "accept", "comment": "", "request": "12345678"}, 404),
      ({"position": 9, "verdict": "accept", "comment": "", "request": "12345678"}, 404),
      ({"position": 0, "verdict": 1, "comment": "", "request": "12345678"}, 400),
+     (b'{"position": 0, "verdict": "accept", "comment": "\\ud800", "request": "12345678"}', 400),
      ({"position": 0, "verdict": "maybe", "comment": "", "request": "12345678"}, 409),
      ({"position": 0, "verdict": "accept", "comment": "x" * 2001, "request": "12345678"}, 409)],
     ids=lambda value: str(value)[:40],
@@ -310,6 +311,12 @@ def test_faulty_decisions_are_refused(server: Server, body, status):
     found, _, answer = server.request("POST", f"/{server.tokens['Ben']}/decide", body)
     assert found == status and json.loads(answer)["error"]
     assert server.request("GET", f"/{server.tokens['Ben']}/decide")[0] in (404, 405)
+
+
+@pytest.mark.parametrize("number", [None, "1", True, -1, 1.5, 1 << 63, 10**30])
+def test_undoing_needs_the_number_of_a_decision(server: Server, number):
+    status, _, answer = server.request("POST", f"/{server.tokens['Ben']}/undo", {"number": number})
+    assert status == 400 and json.loads(answer)["error"]
 
 
 def test_every_answer_carries_the_safety_headers_and_no_cookie(server: Server):

@@ -103,6 +103,7 @@ def write_summary(path: Path, found: Pass, journal: Journal, services: Sequence[
         scratch.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
+        scratch.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}.", "Make room, and run again.") from error
     return summary
 

@@ -371,7 +371,10 @@ def _locked_directory(path: Path) -> int:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    try:
+        path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.", "Make room on the disk, and run again.") from error
 
 
 def _read_json(path: Path) -> Any:

@@ -102,6 +102,8 @@ class Review:
         fields = [body.get("verdict"), body.get("comment"), body.get("request")]
         if not all(isinstance(field, str) for field in fields) or not 8 <= len(fields[2]) <= 100:
             raise HTTPException(400, "A decision needs position, verdict, comment and request.")
+        if any("\ud800" <= character <= "\udfff" for field in fields for character in field):
+            raise HTTPException(400, "A text holds half a character.")
         verdict, comment, request = fields
         with self._reading:
             key = self.dataset[position].sample.key
@@ -110,7 +112,7 @@ class Review:
 
     def undo(self, reviewer: str, body: Mapping[str, Any]) -> dict[str, Any]:
         number = body.get("number")
-        if isinstance(number, bool) or not isinstance(number, int):
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 63:
             raise HTTPException(400, "Undoing needs the number of a decision.")
         undone = self.decisions.undo(reviewer, number)
         return {
