@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivr_jax.errors import UserError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # Pillow's EPS runs a program
 MAX_MEGAPIXELS = 64
 MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height when it is fitted
 
@@ -36,7 +37,8 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     Conversions: the EXIF rotation is applied; transparency is composited on white; 16-bit grey keeps its 8 high bits;
     CMYK, grey and palette images become RGB; of an animation the first frame counts.  Raises UserError for a file
-    that is missing, is no image, is truncated, holds more than 64 megapixels, or more than 32,768 pixels a side.
+    that is missing, is no image of one of `FORMATS`, is truncated, holds more than 64 megapixels, or more than 32,768
+    pixels a side.
     """
     return _read(Path(path), str(path))
 
@@ -48,7 +50,7 @@ def decode_image(data: bytes, what: str) -> np.ndarray:
 
 def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             megapixels = image.width * image.height / 1e6
             if megapixels > MAX_MEGAPIXELS:
                 raise UserError(f"{what} holds {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.",

@@ -156,3 +156,18 @@ def test_resizing_is_bicubic_and_a_fitting_image_stays(tmp_path):
     wanted = Image.fromarray(pixels).resize((80, 48), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(fitted, np.array(wanted))
     assert fit(fitted, 64 * 64, 16) is fitted
+
+
+def test_a_program_for_a_printer_is_no_image_and_is_not_run(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "picture.eps")
+    (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
+    with pytest.raises(UserError, match="not an image file"):
+        load_image(tmp_path / "picture.png")
+
+
+def test_a_line_that_would_grow_when_it_is_fitted_is_refused(tmp_path):
+    Image.new("RGB", (1, 32_768)).save(tmp_path / "line.png")
+    assert load_image(tmp_path / "line.png").shape == (32_768, 1, 3)
+    Image.new("RGB", (32_769, 1)).save(tmp_path / "line.png")
+    with pytest.raises(UserError, match="32769 pixels a side"):
+        load_image(tmp_path / "line.png")
