@@ -6,6 +6,7 @@ equal images have one name and one file.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivr_jax.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # Pillow's EPS runs a program
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # Pillow runs programs for EPS
 MAX_MEGAPIXELS = 64
 MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height when it is fitted
 
@@ -50,7 +51,7 @@ def decode_image(data: bytes, what: str) -> np.ndarray:
 
 def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=_formats()) as image:
             megapixels = image.width * image.height / 1e6
             if megapixels > MAX_MEGAPIXELS:
                 raise UserError(f"{what} holds {megapixels:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.",
@@ -69,6 +70,13 @@ def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
     except (OSError, EOFError, SyntaxError, ValueError) as error:
         raise UserError(f"{what} cannot be read as an image ({error}).",
                         "The file is damaged, or may not be read: copy or make it again.") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
