@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivr_jax.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # Pillow runs programs for EPS
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # not EPS: Pillow runs it
 MAX_MEGAPIXELS = 64
 MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height when it is fitted
 
