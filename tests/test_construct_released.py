@@ -196,6 +196,8 @@ def test_the_final_path_of_several_references_may_be_a_list_as_the_released_scri
             lambda r: r["reflect"][0]["evaluation"].update(instruction_score=float("nan")),
             "instruction_score is nan",
         ),
+        ("cat_dusk", lambda r: r.update(edit_key={"a": float("nan")}), "edit_key holds NaN"),
+        ("cat_dusk", lambda r: r.update(edit_prompt="half \ud83d"), "half a character"),
         (
             "coffee_mirrored",
             lambda r: r["reflect"][0].pop("reflect_image_path"),

@@ -80,10 +80,13 @@ def checked_key(key: Any, where: str) -> str:
     return key
 
 
-def check_storable(value: Any, what: str) -> None:
-    """Raises UserError for what Python reads from JSON and nobody can write as such; `what` names it."""
+def check_storable(value: Any, what: str, any_number: bool = False) -> None:
+    """Raises UserError for what Python reads from JSON and nobody can write as such; `what` names it.
+
+    With `any_number` NaN and the infinities pass.
+    """
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=any_number).encode()
     except (ValueError, RecursionError):
         raise UserError(f"{what} holds NaN, an infinity, half a character, or too many levels.", "Mend it.") from None
 
@@ -126,6 +129,7 @@ def iter_released(
         try:
             result = load_result(file)
             trajectory = trajectory_from_result(result, f"{file}", rules)
+            check_storable(trajectory.sample.facts, f"{file}: edit_key")
             if strict:
                 _check_worth(trajectory, result, f"{file}")
             key = trajectory.sample.key
@@ -161,7 +165,7 @@ def load_result(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not readable JSON: {error}.", _MEND) from error
     if not isinstance(result, dict):
         raise UserError(f"{file} holds no JSON object.", _MEND)
-    check_storable(result, f"{file}")
+    check_storable(result, f"{file}: it", any_number=True)
     return result
 
 
