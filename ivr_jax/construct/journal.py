@@ -65,16 +65,23 @@ class Journal:
         except OSError as error:
             os.close(self._lock)
             raise UserError(f"{self.path} is in use by another process.", "Wait for it, or stop it.") from error
-        self._file = self.path / "journal.sqlite"
-        with self._guarded():
-            self._database = sqlite3.connect(self._file, isolation_level=None)
-            self._database.execute("pragma journal_mode=wal")
-            self._database.execute("pragma synchronous=normal")
-            version = self._database.execute("pragma user_version").fetchone()[0]
-            if version not in (0, _VERSION):
-                raise UserError(f"{self._file} has version {version}.", "Use the program that wrote it.")
-            self._database.executescript(_SCHEMA)
-            self._database.execute(f"pragma user_version={_VERSION}")
+        self._file, self._database = self.path / "journal.sqlite", None
+        try:
+            with self._guarded():
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        self._database = sqlite3.connect(self._file, isolation_level=None)
+        self._database.execute("pragma journal_mode=wal")
+        self._database.execute("pragma synchronous=normal")
+        version = self._database.execute("pragma user_version").fetchone()[0]
+        if version not in (0, _VERSION):
+            raise UserError(f"{self._file} has version {version}.", "Use the program that wrote it.")
+        self._database.executescript(_SCHEMA)
+        self._database.execute(f"pragma user_version={_VERSION}")
 
     # -- calls --
 
@@ -161,7 +168,8 @@ class Journal:
     def close(self) -> None:
         """Ends writing and frees the lock."""
         with contextlib.suppress(sqlite3.Error):
-            self._database.close()
+            if self._database is not None:
+                self._database.close()
         os.close(self._lock)
 
     def __enter__(self) -> Journal:
