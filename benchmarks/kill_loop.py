@@ -2,9 +2,10 @@
 
     python benchmarks/kill_loop.py --kills=20 --seed=0
 
-Runs the tiny SFT and RL of the tests.  Every kill is a SIGKILL at a random moment after a checkpoint was committed,
-every third one while a checkpoint is being written.  Prints after which step each run was killed; ends with an error
-unless metrics and parameters are equal bit for bit.
+Runs the tiny SFT and RL of the tests, RL also with rollouts drawn ahead.  Every kill is a SIGKILL: every third one
+while a checkpoint is being written, every third at any moment of a process's first seconds (start, restoring,
+compilation), the others at a random moment of the steps after a committed checkpoint.  Prints after which step each run
+was killed; ends with an error unless metrics and parameters are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder 
 
 import tiny_runs  # noqa: E402
 
+STARTING = 12.0  # seconds from the start of a process to its first step, about
+
 
 def survive(argv: list[str], workdir: Path, straight: Path, last: int, kills: int, rng: random.Random) -> list[int]:
     """Kills the command `kills` times, lets it finish, compares; returns the steps that it was killed after."""
     killed = []
     for number in range(kills):
         newest = tiny_runs.newest_checkpoint(workdir)
-        after = rng.randint(min(newest, last - 1), last - 1)
-        status, output = tiny_runs.disturbed(argv, workdir, signal.SIGKILL, after, saving=number % 3 == 2)
+        ahead = max(1, 2 * (last - 1 - newest) // (kills - number))  # so that kills are spread over the whole run
+        after = min(newest + rng.randint(0, ahead), last - 1)
+        delay = 0.0 if number % 3 == 2 else rng.uniform(0, 0.5)
+        if number % 3 == 1:
+            after, delay = newest, rng.uniform(0, STARTING)
+        status, output = tiny_runs.disturbed(argv, workdir, signal.SIGKILL, after, number % 3 == 2, delay)
         if status == 0:  # it had finished before the signal came
             break
         if status != -signal.SIGKILL:
             raise SystemExit(f"the run ended by itself:\n{output}")
         killed.append(tiny_runs.newest_checkpoint(workdir))
+        print(f"{workdir.name}: killed after step {killed[-1]} of {last}", flush=True)
     status, output = tiny_runs.disturbed(argv, workdir, signal.SIGCONT, after=1 << 30)
     if status:
         raise SystemExit(f"the run did not finish:\n{output}")
@@ -51,9 +59,11 @@ def main() -> None:
         settings = tiny_runs.sft_settings(runs) | {"steps": 60, "checkpoint_every": 2}
         argv = tiny_runs.trained(runs / "sft", "micro_base", settings)
         print("sft killed after", survive(argv, runs / "sft killed", runs / "sft", 60, wanted.kills, rng), "equal")
-        settings = tiny_runs.rl_settings(runs / "sft") | {"steps": 16, "checkpoint_every": 1}
-        argv = tiny_runs.trained(runs / "rl", "micro_rl", settings)
-        print("rl killed after", survive(argv, runs / "rl killed", runs / "rl", 16, wanted.kills // 2, rng), "equal")
+        for name, ahead in (("rl", False), ("rl ahead", True)):
+            settings = tiny_runs.rl_settings(runs / "sft") | {"steps": 16, "checkpoint_every": 1, "overlap": ahead}
+            argv = tiny_runs.trained(runs / name, "micro_rl", settings)
+            killed = survive(argv, runs / f"{name} killed", runs / name, 16, wanted.kills, rng)
+            print(f"{name} killed after", killed, "equal")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def main(_: list[str]) -> None:
     images = (reference.tokens == grammar.tokenizer.vocab.boi).sum(1)
     print(f"{count} answers of {images.min()} to {images.max()} images, {np.mean(reference.lengths):.0f} tokens on "
           f"average, {reference.lengths.max()} at most; images: {np.bincount(images).tolist()}")  # fmt: skip
-    print(f"{'arm':<44} first CPU s   CPU s  wall s  ratio  calls  in use  calls/image token  same tokens")
+    print(f"{'arm':<44} first CPU s   CPU s  wall s  ratio  calls  in use  queued  calls/image token  same tokens")
     print(f"{'lock-step, one token a call':<44} {first:>11.1f} {base:>7.2f} {wall:>7.2f}   1.00")
     together = count
     arms = {
@@ -112,6 +112,8 @@ def main(_: list[str]) -> None:
         "  + cache that grows, slots that move together": EngineOptions(together, window=2),
         "refilled slots, one token a call": EngineOptions(FLAGS.slots, window=1),
         "refilled slots": EngineOptions(FLAGS.slots, window=2),
+        "refilled slots, by 1/16": EngineOptions(FLAGS.slots, window=2, refill=1 / 16),
+        "refilled slots, by 1/32": EngineOptions(FLAGS.slots, window=2, refill=1 / 32),
         "together, speculation, window 4": EngineOptions(together, window=4, speculate=True),
         "together, speculation, window 8": EngineOptions(together, window=8, speculate=True),
     }
@@ -125,10 +127,11 @@ def main(_: list[str]) -> None:
 
 def row(name: str, first: float, cpu: float, wall: float, base: float, usage: Usage, same: float) -> str:
     """One line of the table."""
+    queued = f"{usage.queued_in_use / usage.queued_slot_calls:.0%}" if usage.queued_slot_calls else ""
     per_image = usage.image_calls / max(usage.image_tokens, 1)
     return (
         f"{name:<44} {first:>11.1f} {cpu:>7.2f} {wall:>7.2f} {base / cpu:>6.2f} {usage.calls:>6} "
-        f"{usage.utilisation:>6.0%} {per_image:>18.2f} {same:>12.0%}"
+        f"{usage.utilisation:>6.0%} {queued:>7} {per_image:>18.2f} {same:>12.0%}"
     )
 
 

@@ -4,7 +4,7 @@ Paper: learning rate 1e-6 cosine after 10% warm-up, KL coefficient 0.01 to the S
 complexity bonus.  The paper does not say how many prompts make a step; 64 here, so 512 answers and 782 steps.
 Cost: an answer is 1 to 6 images of 1,055 tokens and their texts; memory and estimated times: docs/pods-compile.md.
 The prompts are a trajectory dataset's samples; set `judge.outcome` and `judge.reasoning` to a vision-language service.
-Untested, and not complete: rl runs as one process, so it cannot use a slice of several hosts yet.
+Each host draws and judges the answers to its part of the prompts, with the weights cut over its own chips.  Untested.
 Command: python -m ivr_jax.train --config=configs/emu35_rl.py --workdir=runs/emu35/rl --config.init=runs/emu35/sft \
     --config.prompts.source=runs/emu35/prompts/dataset
 Plan:    python -m ivr_jax.compile --config=configs/emu35_rl.py --model=emu35_sft --topology=v5p:4x4x8
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.group = 8
     config.answer_length = 7168
     config.minibatch = 64
-    config.buckets = (2048, 4096, 8192)
+    config.buckets = (2048, 4096, 9216)  # the longest answer, and a prompt with one source image
     config.chunk = 65_536
     config.checkpoint_every = 20
     config.keep = 2

@@ -37,6 +37,9 @@ def get_config() -> ConfigDict:
     config.engine = ConfigDict(  # how answers are drawn; changes none of them (docs/rollout.md)
         {"slots": 64, "refill": 0.125, "window": 2, "growth": 1.5, "shrink": True, "speculate": False}
     )
+    # weights that answers are drawn with: dtype "" as in training, or bfloat16; tensor shards, 0: as in training
+    config.rollout = ConfigDict({"dtype": "", "tensor": 0})
+    config.lora = ConfigDict({"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o")})  # rank 0: learn everything
     config.grammar = ConfigDict(
         {
             "modes": ("direct", "reflection", "multi_step"),
@@ -68,7 +71,14 @@ def get_config() -> ConfigDict:
         }
     )
     config.grpo = ConfigDict(
-        {"clip_low": 0.2, "clip_high": 0.2, "kl": 0.01, "normalisation": "sequence", "constant": 256}
+        {
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "kl": 0.01,
+            "normalisation": "sequence",  # of the objective: "sequence", "token" or "constant" (docs/rl.md)
+            "constant": 256,
+            "sampler_cap": 2.0,  # only where rollouts are drawn in another precision
+        }
     )
     config.judge = ConfigDict(
         {

@@ -9,6 +9,7 @@ all write to one work directory.  Everything here works, and costs nothing, in a
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -76,17 +77,43 @@ def barrier(name: str) -> None:
 
 def union(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of all processes' JSON mappings together; of equal keys the lowest process's value."""
-    if jax.process_count() == 1:
-        return dict(values)
-    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: len(text)] = text
-    gathered = multihost_utils.process_allgather(padded)
     found: dict[str, Any] = {}
-    for row, size in zip(gathered, sizes, strict=True):
-        found = {**json.loads(bytes(row[:size])), **found}
+    for theirs in gather(values):
+        found = {**theirs, **found}
     return found
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's JSON value, in their order."""
+    return [json.loads(data) for data in _gather_bytes(json.dumps(value).encode())]
+
+
+def gather_arrays(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    """Every process's numpy arrays by name, of whatever shapes, in the order of the processes."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return [dict(np.load(io.BytesIO(data), allow_pickle=False)) for data in _gather_bytes(file.getvalue())]
+
+
+def _gather_bytes(data: bytes) -> list[bytes]:
+    if jax.process_count() == 1:
+        return [data]
+    mine = np.frombuffer(data, np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(mine)] = mine
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def share(count: int, name: str) -> range:
+    """Which of `count` things this process does; every process does as many.  `name` is what an error calls them."""
+    processes = jax.process_count()
+    if count % processes:
+        raise UserError(f"{name} is {count}, which does not divide over {processes} processes.",
+                        f"Use a multiple of {processes}.")
+    each = count // processes
+    return range(jax.process_index() * each, (jax.process_index() + 1) * each)
 
 
 def fetch(tree: Any) -> Any:

@@ -79,10 +79,17 @@ def test_slots_are_kept_busy_and_forced_tokens_cost_no_call():
     (_, one), (_, ahead) = drawn(*ONE_BY_ONE.items()), drawn(*AHEAD.items())
     lock_step = plain().lengths.sum() / (len(KEYS) * plain().lengths.max())
     assert one.utilisation > max(0.88, lock_step + 0.1)  # 4 answers a slot: the last ones leave some empty
+    assert one.queued_in_use == one.queued_slot_calls > 0  # while answers wait no slot is empty
+    assert one.metrics()["slot_utilisation_queued"] == (one.queued_in_use, one.queued_slot_calls)
     assert one.in_use == one.tokens  # one call a token
     forced = slots.rules_of(GRAMMAR).forced
     choices = sum((forced[plain().rows[row, :length]] < 0).sum() for row, length in enumerate(plain().lengths))
     assert ahead.in_use == choices  # one call a token that the model chooses
+
+
+def test_a_prompt_is_read_once_for_all_answers_to_it():
+    for how in (ONE_BY_ONE, AHEAD, MOVING):
+        assert drawn(*how.items())[1].prompts == len(SOURCES) == len(KEYS) / GROUP
 
 
 def test_forced_ids_are_those_that_the_grammar_leaves_alone():

@@ -13,7 +13,7 @@ from pathlib import Path
 import commands
 import numpy as np
 import pytest
-from tiny_runs import assert_same_run, metrics, newest_checkpoint, prepare, sft_settings, trained
+from tiny_runs import assert_same_run, metrics, newest_checkpoint, prepare, rl_settings, sft_settings, trained
 
 from ivr_jax import distributed
 from ivr_jax.errors import UserError
@@ -82,6 +82,27 @@ def test_two_processes_compute_what_one_does_and_one_that_is_killed_costs_nothin
     assert_same_run(runs / "killed", runs / "both")
     saved = json.loads((runs / "killed" / "config.json").read_text())
     assert saved["mesh"]["data"] == -1
+
+
+def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
+    """Each draws the answers to its own prompt, on its own device; rewards and losses are of all of them."""
+    changes = {"steps": 2, "log_every": 1, "group": 4, "minibatch": 4, "gallery.every": 2, "overlap": True}
+    argv = trained(runs / "rl alone", "micro_rl", rl_settings(runs / "alone") | changes)
+    outputs = finish(processes(argv, runs / "rl both"))
+    theirs, ours = metrics(runs / "rl alone"), metrics(runs / "rl both")
+    assert [row["step"] for row in ours] == [1, 2], outputs
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row.keys() == expected.keys()
+        same = ("reward", "outcome", "format", "bonus", "images", "judge_calls", "answer_tokens", "missing")
+        assert {name: row[name] for name in same} == {name: expected[name] for name in same}  # the same answers
+        for name in expected:
+            if name not in ("slot_utilisation", "tokens_per_call", "calls_per_image_token", "ratio_deviation"):
+                np.testing.assert_allclose(row[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    assert (runs / "rl both" / "gallery" / "step_000002.html").exists()
+    wrong = processes([*argv, "--config.prompts_per_step=3", "--config.group=4"], runs / "rl wrong")
+    for process in wrong:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 2 and "which does not divide over 2 processes" in output, output
 
 
 def flags_of(**given) -> object:

@@ -136,3 +136,46 @@ def test_rl_needs_a_trained_backbone(runs, tmp_path, capsys):
     assert "cannot learn at temperature 0" in greedy
     photographs = complaint(capsys, [*argv, "--config.init=anything", f"--config.prompts.source={runs / 'dataset'}"])
     assert "is not of the micro-world, so its exact analyzer cannot judge answers. Name a service" in photographs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group": 1}, "config.group is 1: answers are compared within their group, of at least reward.min_valid = 2"),
+        ({"reward.min_valid": 9}, "of at least reward.min_valid = 9. Raise config.group"),
+        ({"splits": 9}, "the groups of 8 prompts cannot be dealt into so many parts. Lower config.splits"),
+        ({"prompts_per_step": 0}, "prompts_per_step"),
+        ({"prompts.size": 0}, "there is no prompt to answer"),
+        ({"prompts.source": "nowhere"}, "nowhere holds no dataset"),
+        ({"buckets": ()}, "config.buckets .* are no lengths"),
+        ({"judge.outcome.kind": "openai", "judge.outcome.model": "m", "judge.outcome.base_url": "http://127.0.0.1:9/v1",
+          "judge.outcome.key_variable": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+        ({"judge.outcome.kind": "oracle"}, "judge.outcome.kind is 'oracle'. Use world, openai or gateway"),
+        ({"judge.concurrency": 0}, "0 calls at a time .* judge.concurrency"),
+        ({"judge.check_every": -1}, "judge.check_every"),
+        ({"reward.scale": "tenth"}, "reward.scale is 'tenth', which is unknown. Use one of fifth, unit"),
+        ({"reward.axis_weights": (1.0, 1.0)}, "reward.axis_weights .* one weight >= 0 for each of"),
+        ({"reward.preset": "paper"}, "has no key `reward.preset`"),
+        ({"grpo.normalisation": "mean"}, "normalisation is sequence, token or constant"),
+        ({"grammar.modes": ("thought",)}, "grammar modes .*thought.* are not among"),
+        ({"sampling.image_top_p": 0.0}, "top_p"),
+        ({"engine.refill": 0.0}, "engine options .* are out of range"),
+        ({"lora.rank": 2, "lora.targets": ("embed",)}, "lora.targets .* are not possible"),
+        ({"watch.most_missing": 2.0}, "watch options .* are out of range"),
+        ({"mesh.data": 3}, "mesh"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_a_mistake_in_an_rl_config_ends_in_one_line(sft, tmp_path, capsys, changes, message):
+    argv = ["train", f"--config={ROOT}/configs/micro_rl.py", f"--workdir={tmp_path}", f"--config.init={sft[0]}"]
+    assert re.search(message, complaint(capsys, [*argv, *flags_of(changes)]))
+    assert newest_checkpoint(tmp_path) == 0
+
+
+def test_answers_that_fit_no_context_or_no_bucket_end_in_one_line(sft, tmp_path, capsys):
+    """The tiny model's context is 512 tokens."""
+    argv = ["train", f"--config={ROOT}/configs/micro_rl.py", *flags_of(rl_settings(sft[0]))]
+    context = complaint(capsys, [*argv, f"--workdir={tmp_path / 'a'}", "--config.answer_length=480"])
+    assert re.search("an answer of 480 tokens do not fit a context of 512. Shorten the prompt or lower", context)
+    bucket = complaint(capsys, [*argv, f"--workdir={tmp_path / 'b'}", "--config.buckets=(128,)"])
+    assert re.search(r"may take \d+ tokens; the largest bucket is 128. Add a larger bucket", bucket)

@@ -20,7 +20,7 @@ from ivr_jax.training.losses import GrpoOptions, grpo_loss
 
 torch = pytest.importorskip("torch", reason="the independent reference is a test extra")
 
-CLIP_LOW, CLIP_HIGH, KL, LONGEST = 0.15, 0.3, 0.04, 9
+CLIP_LOW, CLIP_HIGH, KL, LONGEST, CAP = 0.15, 0.3, 0.04, 9, 1.1
 LOSSES = {"sequence": "grpo", "token": "bnpo", "constant": "dr_grpo"}
 
 
@@ -46,7 +46,13 @@ class Accelerator:
     reduce = staticmethod(lambda x, reduction: x)
 
 
-def theirs(normalisation: str):
+def sampler_numbers() -> np.ndarray:
+    """What a sampler of lower precision noted; some tokens weigh more than CAP."""
+    _, old, _, _, mask = numbers()
+    return (old + np.random.default_rng(5).normal(0, 0.2, old.shape) * mask).astype(np.float32)
+
+
+def theirs(normalisation: str, corrected: bool = False):
     """Loss of `GRPOTrainer._compute_loss`, its gradient by the log-probabilities, and the metrics that it logged."""
     new, old, reference, gains, mask = (torch.tensor(x) for x in numbers())
     new.requires_grad_(True)
@@ -55,7 +61,7 @@ def theirs(normalisation: str):
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, torch.zeros_like(new), None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level="token", beta=KL, loss_type=LOSSES[normalisation], epsilon_low=CLIP_LOW,
-        epsilon_high=CLIP_HIGH, use_vllm=False, vllm_importance_sampling_correction=False,
+        epsilon_high=CLIP_HIGH, use_vllm=corrected, vllm_importance_sampling_correction=corrected,
         max_completion_length=LONGEST, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
         _metrics=metrics, accelerator=Accelerator(), model=types.SimpleNamespace(training=True),
         args=types.SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
@@ -65,22 +71,26 @@ def theirs(normalisation: str):
         "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": torch.zeros(6, LONGEST).long(),
         "completion_mask": mask, "advantages": gains, "old_per_token_logps": old, "ref_per_token_logps": reference,
     }  # fmt: skip
+    if corrected:  # as `_generate_and_score_completions` makes it in the mode "token_truncate"
+        inputs["importance_sampling_ratio"] = torch.exp((old - torch.tensor(sampler_numbers())) * mask).clamp(max=CAP)
     loss = trl().GRPOTrainer._compute_loss(stand_in, None, inputs)
     loss.backward()
     return loss.item(), new.grad.numpy(), metrics["train"]
 
 
+@pytest.mark.parametrize("corrected", [False, True], ids=["", "sampler of lower precision"])
 @pytest.mark.parametrize("normalisation", LOSSES)
-def test_loss_gradient_kl_and_clip_fraction_are_trls(normalisation):
-    options = GrpoOptions(CLIP_LOW, CLIP_HIGH, KL, normalisation, LONGEST)
+def test_loss_gradient_kl_and_clip_fraction_are_trls(normalisation, corrected):
+    options = GrpoOptions(CLIP_LOW, CLIP_HIGH, KL, normalisation, LONGEST, CAP)
     new, old, reference, gains, mask = numbers()
+    sampler = sampler_numbers() if corrected else None
 
     def ours(new):
-        total, denominator, sums = grpo_loss(new, old, reference, gains, mask, options)
+        total, denominator, sums = grpo_loss(new, old, reference, gains, mask, options, sampler)
         return total / denominator, sums
 
     (loss, sums), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(new)
-    expected, expected_gradient, metrics = theirs(normalisation)
+    expected, expected_gradient, metrics = theirs(normalisation, corrected)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
     np.testing.assert_allclose(sums["kl"] / sums["tokens"], metrics["kl"][0], atol=1e-5)

@@ -89,11 +89,11 @@ def rl_settings(sft_run: Path) -> dict:
 
 
 def disturbed(
-    argv: list[str], workdir: Path, sign: signal.Signals, after: int, saving: bool = False
+    argv: list[str], workdir: Path, sign: signal.Signals, after: int, saving: bool = False, delay: float = 0.0
 ) -> tuple[int, str]:
     """Starts the command for `workdir`, sends `sign` once it has saved step `after` or later: (status, output).
 
-    With `saving` it waits, from there, until the next save has begun and is not committed yet.
+    With `saving` it waits, from there, until the next save has begun and is not committed yet; then `delay` seconds.
     """
     command = [sys.executable, "-m", "ivr_jax.train", argv[1], f"--workdir={workdir}", *argv[3:]]
     process = subprocess.Popen(command, cwd=workdir.parent, env=commands.environment(), stdout=subprocess.PIPE,
@@ -106,6 +106,7 @@ def disturbed(
 
     while early() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001 if saving else 0.005)
+    time.sleep(delay)
     process.send_signal(sign)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output

@@ -9,6 +9,7 @@ from ivr_jax import sharding
 from ivr_jax.aot.programs import Placed, Program, bytes_a_chip
 from ivr_jax.aot.spelling import Spelling
 from ivr_jax.config import as_dataclass
+from ivr_jax.models import lora
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.sampling.chain import SamplingOptions
@@ -23,7 +24,8 @@ from ivr_jax.training.throughput import train_flops
 def policy_gradient(placed: Placed) -> Program:
     """What `training.grpo.Trainer` differentiates: the objective of one minibatch of answers, in the largest bucket.
 
-    Beside the arguments the reference policy, the moments and the sum of earlier minibatches' gradients stay in memory.
+    Beside the arguments the reference policy (the policy without its adapters, where it has some), the moments and the
+    sum of earlier minibatches' gradients stay in memory.
     """
     config, model = placed.config, placed.model
     sharding.check_batch(placed.mesh, config.minibatch, "config.minibatch", model.gather_tensor)
@@ -40,16 +42,18 @@ def policy_gradient(placed: Placed) -> Program:
     trainer = grpo.Trainer(system, None, options, optimizer, placed.mesh, lies)
     rows, length = config.minibatch, max(config.buckets)
     kinds = {"tokens": jnp.int32, "rows": jnp.int32, "old": jnp.float32, "mask": jnp.float32, "reference": jnp.float32}
+    if not trainer.layout.exact:
+        kinds["sampler"] = jnp.float32
     batch = {name: placed.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
     batch["advantages"] = placed.array((rows,), jnp.float32, ("batch",))
-    whole = sharding.whole(placed.mesh)
-    tables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), trainer.grammar.tables)
-    held = bytes_a_chip(placed.params)
-    resident = {"parameters": held, "reference": held, "moments": bytes_a_chip(state.opt_state),
-                "gradient sum": held, "batch": bytes_a_chip(batch)}  # fmt: skip
+    trained, frozen = lora.split(state.params)
+    resident = {
+        "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(placed.params),
+        "moments": bytes_a_chip(state.opt_state), "gradient sum": bytes_a_chip(trained), "batch": bytes_a_chip(batch),
+    }  # fmt: skip
     flops = train_flops(model, rows * length, rows * length * length / 2)
 
     def trace() -> jax.stages.Traced:
-        return trainer._gradient.trace(placed.params, tables, batch)
+        return trainer._gradient.trace(trained, frozen, batch)
 
     return placed.program("grpo", trace, resident, flops, rows * length)

@@ -61,8 +61,11 @@ class Panel:
     """
 
     def __init__(self, analyzers: Mapping[str, Analyzer], concurrency: int = 64, deadline: float = 0.0):
-        if set(analyzers) != set(PARTS) or concurrency < 1 or deadline < 0:
+        if set(analyzers) != set(PARTS):
             raise UserError("the judge is not fully described.", f"Name analyzers for {', '.join(PARTS)}.")
+        if concurrency < 1 or deadline < 0:
+            raise UserError(f"a judge with {concurrency} calls at a time and a deadline of {deadline} s cannot work.",
+                            "Set judge.concurrency to 1 or more, judge.deadline to 0 (none) or more seconds.")
         self._analyzers, self._deadline = dict(analyzers), deadline
         self._slots = asyncio.Semaphore(concurrency)
         self.usage = Usage()

@@ -1,4 +1,4 @@
-"""The rollout layout of the weights: the same arrays, cut for drawing answers instead of for learning.
+"""The rollout layout of the weights: the same numbers, cut for drawing answers instead of for learning.
 
 Learning cuts parameters along the model width ("fsdp") and gathers them layer by layer, once for a large batch.
 Drawing reads every weight for every token, so there nothing must be gathered: heads, mlp width and vocabulary are cut
@@ -10,31 +10,44 @@ moves the weights from device to device; the host never sees them.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, lora
 
 
-def rollout_mesh(mesh: Mesh, tensor: int = 0) -> Mesh:
-    """The devices of `mesh`, in its order, as "data" x "tensor".
-
-    Args:
-      tensor: shards of every weight; 0 takes those of a weight in training, fsdp x tensor.
-    """
+def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
+    """The devices of `mesh`, in its order, as "data" x "tensor", with `tensor` shards of every weight."""
     count = mesh.devices.size
-    tensor = tensor or mesh.shape["fsdp"] * mesh.shape["tensor"]
     if tensor < 1 or count % tensor:
         raise UserError(
             f"{count} devices do not divide into groups of {tensor}, the tensor shards of rollouts.",
             "Set the tensor shards of rollouts to a divisor of the number of devices.",
         )
     return Mesh(mesh.devices.reshape(count // tensor, 1, tensor, 1), sharding.MESH_AXES)
+
+
+def own_part(mesh: Mesh) -> Mesh:
+    """The part of a rollout mesh that this process draws its own answers on: the copies that lie on its devices.
+
+    Raises UserError when a copy of the weights lies on devices of several processes.
+    """
+    process = jax.process_index()
+    mine = np.array([[device.process_index == process for device in row.flat] for row in mesh.devices])
+    if (mine.any(1) != mine.all(1)).any() or not mine.any():
+        raise UserError(
+            f"a copy of the rollout's weights, {mesh.shape['tensor']} shards, would lie on several processes.",
+            "Set config.rollout.tensor to the devices of one process or fewer, and order config.mesh so that data and "
+            "fsdp count processes.",
+        )
+    return Mesh(mesh.devices[mine.all(1)], sharding.MESH_AXES)
 
 
 class RolloutLayout:
@@ -45,22 +58,49 @@ class RolloutLayout:
         with jax.set_mesh(layout.mesh):
             sample(layout.config, weights, ...)
 
+    Adapters (LoRA) are merged into the kernels on the way.  With several processes each one gets weights on its own
+    devices, and draws answers without waiting for the others.
+
     Attributes:
       mesh: of rollouts; config: the backbone's, with the rollout's dtype for weights and activations.
     """
 
     def __init__(self, config: backbone.BackboneConfig, mesh: Mesh, tensor: int = 0, dtype: str | None = None):
-        """`mesh`: that of training; `tensor`: see `rollout_mesh`; `dtype`: None keeps that of training."""
-        self.mesh = rollout_mesh(mesh, tensor)
+        """`mesh`: that of training; `dtype`: None keeps that of training.
+
+        `tensor`: shards of every weight; 0 cuts them as training does (fsdp x tensor), as far as key and value heads
+        and the devices of one process divide.
+        """
+        shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        each = mesh.devices.size // jax.process_count()
+        tensor = tensor or math.gcd(shards, each, config.num_key_value_heads)
+        everywhere = rollout_mesh(mesh, tensor)
+        self.mesh = own_part(everywhere) if jax.process_count() > 1 else everywhere
         self.config = config if dtype is None else dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-        shapes = backbone.param_shapes(self.config)
-        self.shardings = sharding.shardings(self.mesh, backbone.param_axes(config), shapes)
-        self._same = mesh.devices.size == 1 and self.config == config
-        self._move = jax.jit(self._cast, out_shardings=self.shardings)
+        shapes, axes = backbone.param_shapes(self.config), backbone.param_axes(config)
+        self.shardings = sharding.shardings(self.mesh, axes, shapes)
+        self._trained, self._one = config, mesh.devices.size == 1
+        self._move = jax.jit(self._cast, out_shardings=sharding.shardings(everywhere, axes, shapes))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the sampler's log-probabilities are the trainer's to about 1e-5.
+
+        They are when everything is float32.  In bfloat16 one token at a time and all tokens together round otherwise.
+        """
+        return self.config == self._trained and self.config.dtype == self.config.param_dtype == "float32"
 
     def __call__(self, params: Any) -> Any:
         """The weights in rollout layout; on one device and in the same dtype, `params` themselves."""
-        return params if self._same else self._move(params)
+        if self._one and self.config == self._trained and lora.ADAPTERS not in params:
+            return params
+        moved = self._move(params)
+        return moved if jax.process_count() == 1 else jax.tree.map(_own, moved, self.shardings)
 
     def _cast(self, params: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.dtype(self.config.param_dtype)), params)
+        return jax.tree.map(lambda x: x.astype(jnp.dtype(self.config.param_dtype)), lora.merge(params))
+
+
+def _own(x: jax.Array, placed: NamedSharding) -> jax.Array:
+    """This process's copy of an array of which every process has one."""
+    return jax.make_array_from_single_device_arrays(x.shape, placed, [part.data for part in x.addressable_shards])

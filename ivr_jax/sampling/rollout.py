@@ -82,6 +82,7 @@ def roll_out(
     progress: Callable[[int], None] | None = None,
     layout: RolloutLayout | None = None,
     watch: Callable[[Usage], None] | None = None,
+    first: int = 0,
 ) -> Rollout:
     """Draws and parses `group` answers to each sample.
 
@@ -92,7 +93,10 @@ def roll_out(
       engine: how they are drawn; progress: called with the number of answers that have just ended; watch: with what
         it has cost so far, now and then (`sampler.sample`).
       layout: where and in which dtype they are drawn; by default where the system's parameters are.
+      first: number of the first sample among those that `key` is for, of which these may be a part.
     """
+    if layout is not None:
+        system = dataclasses.replace(system, config=layout.config, params=layout(system.params))
     options = options or SamplingOptions()
     tokenizer = system.tokenizer
     per_sample = _source_codes(system, samples, images)
@@ -104,12 +108,14 @@ def roll_out(
         pad_prompts([codec.encode_unconditional_prompt(tokenizer, s, c, references) for s, c in pairs], pad)
         for references in (True, False)[: options.passes]
     ]
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples) * group))
-    config, params = (layout.config, layout(system.params)) if layout else (system.config, system.params)
+    noise, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # a key lies on the mesh that made it
     with jax.set_mesh(layout.mesh) if layout else contextlib.nullcontext():
+        key = jax.random.wrap_key_data(noise, impl=kind)
+        numbers = first * group + np.arange(len(samples) * group)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         drawn, usage = sample(
-            config, params, grammar, prompts, lengths, size, keys, answer_length, options, group, unconditional,
-            engine, progress, watch,
+            system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group,
+            unconditional, engine, progress, watch,
         )  # fmt: skip
     answers, errors = _parse(system, grammar, samples, images, drawn, group)
     return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional), usage)

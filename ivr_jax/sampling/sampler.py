@@ -27,6 +27,7 @@ from ivr_jax.sampling import slots as device
 from ivr_jax.sampling.chain import SamplingOptions
 
 SMALLEST = 8  # slots are moved together down to this many
+WAVE = 8  # prompts are read for this part of the slots at a time, or more
 ROUND = 32  # cache widths are multiples of this
 WATCHED = 64  # model calls between two reports to who watches
 
@@ -57,7 +58,7 @@ class EngineOptions:
 
     Attributes:
       slots: answers in progress at a time.
-      refill: the share of slots that must be free before they are filled again; each time costs a small prefill.
+      refill: the share of slots that must be free before they are filled again.
       window: most tokens a slot feeds in one model call: one drawn token and the forced ones after it.
       growth: factor by which the cache widens when an answer outgrows it; 1 gives it its full width from the start.
       shrink: move answers together into half the slots once no more than half are in use and none wait.
@@ -84,6 +85,8 @@ class Usage:
 
     Attributes:
       calls: model calls; slot_calls: slots in these calls, in use or not; in_use: those in use.
+      queued_slot_calls, queued_in_use: the same of the calls made while answers waited for a slot.
+      prompts: prompts that were read, once for all answers to them.
       tokens: answer tokens that came of them; opening tokens, which the prefill reads, are not among them.
       image_calls, image_tokens, drafted, accepted: see `slots.Work`.
     """
@@ -91,6 +94,9 @@ class Usage:
     calls: int = 0
     slot_calls: int = 0
     in_use: int = 0
+    queued_slot_calls: int = 0
+    queued_in_use: int = 0
+    prompts: int = 0
     tokens: int = 0
     image_calls: int = 0
     image_tokens: int = 0
@@ -102,16 +108,20 @@ class Usage:
         """Share of the slots of all calls that held an answer in progress."""
         return self.in_use / max(self.slot_calls, 1)
 
-    def add(self, work: device.Work, slots: int) -> None:
-        """Adds a segment of `slots` slots."""
+    def add(self, work: device.Work, slots: int, queued: bool) -> None:
+        """Adds a segment of `slots` slots; `queued`: answers waited for one of them."""
         for name, count in zip(work._fields, work, strict=True):
             setattr(self, name, getattr(self, name) + int(count))
         self.slot_calls += int(work.calls) * slots
+        if queued:
+            self.queued_slot_calls += int(work.calls) * slots
+            self.queued_in_use += int(work.in_use)
 
     def metrics(self) -> dict[str, tuple[float, float]]:
         """What a training log shows, as (sum, denominator); what did not happen is left out."""
         found = {
             "slot_utilisation": (float(self.in_use), float(self.slot_calls)),
+            "slot_utilisation_queued": (float(self.queued_in_use), float(self.queued_slot_calls)),
             "tokens_per_call": (float(self.tokens), float(self.calls)),
             "calls_per_image_token": (float(self.image_calls), float(self.image_tokens)),
             "draft_acceptance": (float(self.accepted), float(self.drafted)),
@@ -183,7 +193,8 @@ class _Run:
         self.most = self.prompts.shape[2] + answer_length - len(self.opening) + engine.window
         together = count <= self.batch  # all fit: one prefill; else as many as a refill takes
         self.quantum = self.batch if together else max(1, int(self.batch * engine.refill))
-        self.wave_size = min(contexts[0][0].shape[0], -(-self.quantum // group))
+        wave = max(self.quantum, self.batch // WAVE)  # fewer prompts at a time would keep the device idle
+        self.wave_size = min(contexts[0][0].shape[0], -(-wave // group))
         self.usage, self.next = Usage(), 0
         self.wave: tuple[int, Any] | None = None
         self.held = np.full(self.batch, -1)  # the answer in each slot
@@ -233,7 +244,7 @@ class _Run:
                 self.params, self.rules, slots, self._until(), calls, config=self.config, options=self.options,
                 length=self.length, visual_start=self.grammar.tokenizer.vocab.visual_start,
             )  # fmt: skip
-            self.usage.add(work, self.batch)
+            self.usage.add(work, self.batch, self.next < count)
             if watch is not None:
                 watch(self.usage)
             progress(self._take_out(slots))
@@ -286,6 +297,7 @@ class _Run:
             chosen = np.minimum(np.arange(first, first + self.wave_size), self.prompts.shape[1] - 1)
             rows = self.prompts[:, chosen].reshape(-1, self.prompts.shape[2])
             self.wave = first, device.prefill(self.config, self.params, rows)
+            self.usage.prompts += len(np.unique(chosen))
         return self.wave[0]
 
     def _arrivals(self, answers: np.ndarray, used: np.ndarray, first: int) -> device.Arrivals:

@@ -64,12 +64,16 @@ class Checkpointer:
         )
         self._manager.save(step, args=args)
 
+    def latest(self) -> int | None:
+        """The newest committed step."""
+        return self._manager.latest_step()
+
     def restore(self, like: Any) -> Restored | None:
         """The newest committed step, placed like `like` (arrays or ShapeDtypeStructs), or None.
 
         The mesh and the number of devices may be others than those that it was saved on.
         """
-        step = self._manager.latest_step()
+        step = self.latest()
         if step is None:
             return None
         wanted = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))

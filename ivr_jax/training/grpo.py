@@ -9,10 +9,16 @@ What the paper leaves open, and what is done here (all in the config):
 One sampling contract: the policy *is* the sampled distribution.  Policy, sampler and reference are all compared under
 the sampler's grammar mask and options (`chain.log_probabilities`): guidance runs its second pass, and top-k and top-p
 keep the ids that they kept when the answer was drawn.  So the importance ratio before the first update is 1, and the
-run checks that.
+run checks that.  Where answers are drawn in another precision than they are learnt from (`rollout.dtype`, or a model in
+bfloat16), the ratio is taken against the log-probabilities that the policy of then gives in training; how far the
+sampler was from them is measured, bounded, and weighed (`grpo.sampler_cap`).
 
 With `overlap`, the next rollout is drawn while the judge still looks at the last one.  It then comes from the policy of
 one update earlier; the ratio is taken against the log-probabilities stored with it, which is what makes that sound.
+
+With adapters (LoRA) the reference is the policy with its adapters left out: both share every other parameter.
+
+With several processes each draws and judges answers to its own prompts; all of them learn from all answers.
 """
 
 from __future__ import annotations
@@ -30,29 +36,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ivr_jax import sharding
+from ivr_jax import distributed, sharding
 from ivr_jax import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.evaluation.gallery import Shelf, Shown
 from ivr_jax.evaluation.report import write_report
-from ivr_jax.models import backbone
-from ivr_jax.protocol.grammar import Grammar, GrammarOptions, Tables
+from ivr_jax.models import backbone, lora
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.panel import Judge, Verdicts
 from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.sampling.sampler import EngineOptions
 from ivr_jax.training.loop import Stage
-from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
+from ivr_jax.training.losses import GrpoOptions
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, Tasks, prompt_source
 from ivr_jax.training.referee import make_judge
+from ivr_jax.training.replay import Replay, answer_batch, bucket_of
 from ivr_jax.training.scoring import Scored, score, shown_answers, summary
 from ivr_jax.training.state import TrainState, place, updated
+from ivr_jax.training.together import whole_rollout, whole_verdicts
 from ivr_jax.training.watch import Watch, WatchOptions
 
 RATIO_TOLERANCE = 1e-3
+SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +101,20 @@ class Options:
     def __post_init__(self) -> None:
         if 0 in (self.sampling.temperature, self.sampling.image_temperature):
             raise UserError("rl cannot learn at temperature 0: nothing is left to chance.", "Give a temperature > 0.")
+        if self.group < self.reward.min_valid:
+            raise UserError(
+                f"config.group is {self.group}: answers are compared within their group, of at least "
+                f"reward.min_valid = {self.reward.min_valid}.",
+                "Raise config.group.",
+            )
+        if not self.buckets or min(self.buckets) < 1:
+            raise UserError(f"config.buckets {self.buckets} are no lengths.", "Give at least one length in tokens.")
+        if min(self.check_every, self.gallery_every) < 0 or self.gallery_answers < 1:
+            raise UserError("judge.check_every and gallery.every are >= 0, gallery.answers >= 1.", "Change them.")
 
 
 class AheadState(NamedTuple):
-    """A `TrainState` with the parameters before the last update, which drew the rollout that is learnt from next."""
+    """A `TrainState` with what was learnt (`lora.split`) before the last update, which drew the next rollout."""
 
     params: Any
     opt_state: Any
@@ -127,42 +147,56 @@ class Trainer:
         watch: Watch | None = None,
         gallery: pathlib.Path | None = None,
         steps: int | None = None,
+        layout: RolloutLayout | None = None,
     ):
-        """`mesh` and `placed` (shardings of the state): where training goes on, one device by default."""
+        """`mesh` and `placed` (shardings of the state): where training goes on, one device by default; `layout`: where
+        answers are drawn, by default on the same devices in the same precision."""
         self.system, self.judge, self.options, self.optimizer = system, judge, options, optimizer
         self.watch = watch or Watch(WatchOptions(), options.grammar.modes)
         self.gallery, self.steps = gallery, steps
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
         self.strict = Grammar(system.tokenizer, dataclasses.replace(options.grammar, follow_verdict=True))
-        self.reference = system.params
+        self.reference = system.params  # None with adapters: then it is the policy without them
         self._pending: Pending | None = None
         self.mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
-        whole, gradients = sharding.whole(self.mesh), placed and placed.params
-        self._statistics = jax.jit(self._statistics_of)
-        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True), out_shardings=(whole, gradients))
+        self._layout = layout
+        whole, trained = sharding.whole(self.mesh), placed and placed._replace(params=lora.split(placed.params)[0])
+        replay = Replay(system.config, self.grammar, options.sampling, options.grpo, options.chunk)
+        self._statistics = jax.jit(replay.statistics)
+        gradients = (whole, trained and trained.params)
+        self._gradient = jax.jit(jax.value_and_grad(replay.loss, has_aux=True), out_shardings=gradients)
         apply = functools.partial(updated, optimizer=optimizer)
         donated = () if options.overlap else (0,)  # the parameters stay, to tell a resumed run what drew the rollout
-        self._apply = jax.jit(apply, donate_argnums=donated, out_shardings=(placed, whole))
+        self._apply = jax.jit(apply, donate_argnums=donated, out_shardings=(trained, whole))
+
+    @property
+    def layout(self) -> RolloutLayout:
+        """Where and in which precision answers are drawn."""
+        if self._layout is None:
+            self._layout = RolloutLayout(self.system.config, self.mesh)
+        return self._layout
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def step(self, state: Any, tasks: Tasks, step: int, key: jax.Array) -> tuple[Any, dict[str, Any]]:
         """Rolls out, judges and updates; returns the metrics of the step.  `overlap` makes the state an AheadState."""
+        drew = state.params
         if self.options.overlap:
-            pending, mine, began = self._drawn_ahead(state, tasks, step, key)
+            drew = lora.join(state.previous, lora.split(state.params)[1])
+            pending, mine, began = self._drawn_ahead(state.params, drew, tasks, step, key)
         else:
-            pending = self.draw(state.params, tasks.now, step, key)
+            pending = self.draw(drew, tasks.now, step, key)
             mine, began = True, time.perf_counter()
-        verdicts = pending.verdicts.result()
+        verdicts = whole_verdicts(pending.verdicts.result())
         waited = time.perf_counter() - began
         scored = score(pending.rollout, verdicts.judged, self.options.group, self.options.reward)
         gone = int(scored.present.size - scored.present.sum())
         self.watch.count_missing(gone, scored.present.size, verdicts.usage.reasons)
         clock = time.perf_counter()
         learner = TrainState(state.params, state.opt_state)
-        previous = state.params
-        learner, learned = self.learn(learner, pending.rollout, scored, step, check_ratio=mine)
+        previous = lora.split(state.params)[0]
+        learner, learned = self.learn(learner, pending.rollout, scored, step, check_ratio=mine, drew=drew)
         metrics = {
             **summary(pending.rollout, scored),
             **pending.rollout.usage.metrics(),
@@ -175,21 +209,24 @@ class Trainer:
             "update_seconds": time.perf_counter() - clock,
         }
         metrics |= self.watch.observe(step + 1, metrics)
-        if self.gallery and self.options.gallery_every and (step + 1) % self.options.gallery_every == 0:
+        shows = self.gallery and self.options.gallery_every and (step + 1) % self.options.gallery_every == 0
+        if shows and distributed.is_primary():
             self._show(pending.rollout, [t.sample for t in tasks.now], scored, step + 1)
         state = AheadState(learner.params, learner.opt_state, previous) if self.options.overlap else learner
         return state, metrics
 
-    def _drawn_ahead(self, state: AheadState, tasks: Tasks, step: int, key: jax.Array) -> tuple[Pending, bool, float]:
+    def _drawn_ahead(
+        self, params: Any, drew: Any, tasks: Tasks, step: int, key: jax.Array
+    ) -> tuple[Pending, bool, float]:
         """This step's rollout, after the next one was drawn, whether it is on-policy, and when waiting began."""
         first = self._pending is None
-        pending = self.draw(state.previous, tasks.now, step, key) if first else self._pending
+        pending = self.draw(drew, tasks.now, step, key) if first else self._pending
         if first and step:  # off-policy already, so the update cannot check the ratio
-            self.check_replay(state.previous, pending.rollout)
+            self.check_replay(drew, pending.rollout)
         if self.steps is not None and step + 1 >= self.steps:
             self._pending = None
             return pending, step == 0, time.perf_counter()
-        ahead = self.roll(state.params, tasks.upcoming, step + 1, key)
+        ahead = self.roll(params, tasks.upcoming, step + 1, key)
         began = time.perf_counter()
         pending.verdicts.result()  # one submission at a time
         self._pending = self._submit(*ahead, step + 1)
@@ -208,7 +245,10 @@ class Trainer:
     def _submit(self, rollout: Rollout, seconds: float, step: int) -> Pending:
         every = self.options.check_every
         checked = bool(every) and (step + 1) % every == 0
-        return Pending(rollout, self.judge.submit(rollout.judgeable(), self.formats(rollout), checked), seconds)
+        own = distributed.share(len(rollout.answers), "the number of answers")
+        formats = self.formats(rollout)[own.start : own.stop]
+        answers = rollout.judgeable()[own.start : own.stop]
+        return Pending(rollout, self.judge.submit(answers, formats, checked), seconds)
 
     def formats(self, rollout: Rollout) -> np.ndarray:
         """R_f float32 [P * M]."""
@@ -217,28 +257,34 @@ class Trainer:
         return np.asarray(reward_functions.format_reward(self.strict.tables, start, rollout.samples.tokens))
 
     def rollout(self, params: Any, tasks: Sequence[Prompt], key: jax.Array) -> Rollout:
-        """`group` answers to each task by the policy `params`."""
-        system = dataclasses.replace(self.system, params=params)
-        options = self.options
-        return roll_out(
+        """`group` answers to each task by the policy `params`, drawn by the processes together."""
+        system, options = dataclasses.replace(self.system, params=params), self.options
+        own = distributed.share(len(tasks), "config.prompts_per_step")
+        rollout = roll_out(
             system,
             self.grammar,
-            [t.sample for t in tasks],
-            [t.images for t in tasks],
+            [t.sample for t in tasks[own.start : own.stop]],
+            [t.images for t in tasks[own.start : own.stop]],
             key,
             options.answer_length,
             options.sampling,
             options.group,
             engine=options.engine,
+            layout=self.layout,
+            first=own.start,
         )
+        rollout = whole_rollout(rollout, system.tokenizer.vocab.pad)
+        bucket_of(int(rollout.prompt_lengths.max()) + options.answer_length, options.buckets)  # whatever was answered
+        return rollout
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
     def learn(
-        self, state: TrainState, rollout: Rollout, scored: Scored, step: int, check_ratio: bool
+        self, state: TrainState, rollout: Rollout, scored: Scored, step: int, check_ratio: bool, drew: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """`updates` times `splits` optimiser steps on one rollout."""
-        parts = [self.prepare(rollout, scored, rows) for rows in self._split(scored, step)]
+        """`updates` times `splits` optimiser steps on one rollout, which `drew` (by default the state's) drew."""
+        drew = state.params if drew is None else drew
+        parts = [self.prepare(rollout, scored, rows, drew) for rows in self._split(scored, step)]
         found: list[dict[str, Any]] = []
         for update in range(self.options.updates):
             for part, batches in enumerate(parts):
@@ -254,17 +300,25 @@ class Trainer:
         rows = np.arange(scored.used.size).reshape(scored.used.shape)
         return [rows[part][scored.used[part]] for part in np.array_split(groups, self.options.splits)]
 
-    def prepare(self, rollout: Rollout, scored: Scored, rows: np.ndarray | None = None) -> list[dict[str, Any]]:
-        """Minibatches of similar length of the members that take part, with the reference's log-probabilities."""
+    def prepare(
+        self, rollout: Rollout, scored: Scored, rows: np.ndarray | None = None, drew: Any = None
+    ) -> list[dict[str, Any]]:
+        """Minibatches of similar length of the members that take part, with the reference's log-probabilities.
+
+        `drew`: the parameters that drew the rollout; needed with adapters, and where the layout is not exact.
+        """
         if self.options.sampling.truncates and rollout.samples.kept is None:
             raise UserError("top-k or top-p is on, but the rollout did not record which ids were kept.",
                             "Switch them off in config.sampling.")
         rows = np.flatnonzero(scored.used.reshape(-1)) if rows is None else rows
         rows = rows[np.argsort(rollout.total_lengths[rows], kind="stable")]
+        reference = lora.base(drew) if self.reference is None else self.reference
         batches = []
         for start in range(0, len(rows), self.options.minibatch):
             batch = self._batch(rollout, scored.advantages.reshape(-1), rows[start : start + self.options.minibatch])
-            batch["reference"] = self._statistics(self.reference, batch).log_probs
+            batch["reference"] = self._statistics(reference, batch).log_probs
+            if not self.layout.exact:
+                batch |= {"sampler": batch["old"], "old": self._statistics(drew, batch).log_probs}
             batches.append(batch)
         return batches
 
@@ -275,8 +329,9 @@ class Trainer:
         if not batches:
             return state, {"skipped_updates": 1.0}
         gradients, total, sums = None, None, None
+        trained, frozen = lora.split(state.params)
         for batch in batches:
-            (_, (parts, extra)), gradient = self._gradient(state.params, self.grammar.tables, batch)
+            (_, (parts, extra)), gradient = self._gradient(trained, frozen, batch)
             if gradients is None:
                 gradients, total, sums = gradient, parts, extra
             else:
@@ -287,11 +342,14 @@ class Trainer:
                     add(total, parts),
                     {**add(sums, extra), "ratio_deviation": deviation},
                 )
+        tokens = sums["tokens"]
         if check_ratio:
             _check_ratio(float(sums["ratio_deviation"]))
-        state, norm = self._apply(state, gradients, total[1])
-        tokens = sums["tokens"]
-        return state, {
+            if "sampler_kl" in sums:
+                _check_sampler(float(sums["sampler_kl"] / tokens))
+        after, norm = self._apply(TrainState(trained, state.opt_state), gradients, total[1])
+        found = {name: (sums[name], tokens) for name in ("sampler_kl",) if name in sums}
+        return TrainState(lora.join(after.params, frozen), after.opt_state), found | {
             "loss": total,
             "kl": (sums["kl"], tokens),
             "clip_fraction": (sums["clipped"], tokens),
@@ -308,97 +366,25 @@ class Trainer:
         """Raises RuntimeError when `params`, which drew the rollout, do not give its log-probabilities again."""
         rows = np.arange(min(self.options.minibatch, len(rollout.answers)))
         batch = self._batch(rollout, np.zeros(len(rollout.answers), np.float32), rows)
-        again = self._statistics(params, batch).log_probs
-        _check_ratio(float((jnp.abs(jnp.exp(again - batch["old"]) - 1) * batch["mask"]).max()))
-
-    # -- jitted parts -----------------------------------------------------------------------------------------------
+        away = (self._statistics(params, batch).log_probs - batch["old"]) * batch["mask"]
+        if self.layout.exact:
+            _check_ratio(float(jnp.abs(jnp.expm1(away)).max()))
+        else:
+            _check_sampler(float((jnp.expm1(away) - away).sum() / batch["mask"].sum()))
 
     def _batch(self, rollout: Rollout, advantages: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-        """Rows of a rollout as one padded batch: prompt and answer joined without a gap, in the smallest bucket."""
-        samples, passes = rollout.samples, rollout.unconditional
-        prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in passes)], axis=0)
-        longest = int((prompts[rows // rollout.group] + samples.lengths[rows]).max())
-        fits = [bucket for bucket in self.options.buckets if bucket >= longest]
-        if not fits:
-            raise UserError(
-                f"an answer and its prompt take {longest} tokens; the largest bucket is {max(self.options.buckets)}.",
-                "Add a larger bucket to config.buckets, or lower config.answer_length.",
-            )
-        size, length = self.options.minibatch, min(fits)
-        kinds = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32}
-        batch = {name: np.zeros((size, length), kind) for name, kind in kinds.items()}
-        batch["advantages"] = np.zeros(size, np.float32)
-        if passes:  # the same answer after each unconditional prompt, and how much earlier or later it begins there
-            batch["free_tokens"] = np.zeros((size, len(passes), length), np.int32)
-            batch["shifts"] = np.zeros((size, len(passes)), np.int32)
-        if samples.kept is not None:
-            batch["kept"] = np.zeros((size, length, samples.kept.shape[-1]), np.uint8)
-        for i, row in enumerate(rows):
-            prompt, answer = rollout.prompt(row), rollout.answer_tokens(row)
-            a, b = len(prompt), len(prompt) + len(answer)
-            batch["tokens"][i, :b] = np.concatenate([prompt, answer])
-            batch["rows"][i, a:b] = samples.rows[row, : b - a]
-            batch["old"][i, a:b] = samples.log_probs[row, : b - a]
-            batch["mask"][i, a:b] = 1.0
-            batch["advantages"][i] = advantages[row]
-            if samples.kept is not None:
-                batch["kept"][i, a:b] = samples.kept[row, : b - a]
-            for k, (free, lengths) in enumerate(passes):
-                f = int(lengths[row // rollout.group])
-                batch["free_tokens"][i, k, : f + len(answer)] = np.append(free[row // rollout.group, :f], answer)
-                batch["shifts"][i, k] = f - a
+        """`replay.answer_batch` on the mesh."""
+        size = self.options.minibatch
+        batch = answer_batch(rollout, advantages, rows, size, self.options.buckets)
         mine = sharding.local_rows(self.mesh, size)
         return sharding.global_batch(self.mesh, {name: x[mine] for name, x in batch.items()}, size)
-
-    def _statistics_of(self, params: Any, batch: dict[str, jax.Array]):
-        """Statistics of every token given the ones before it, [B, T]; position 0 means nothing."""
-        config, tokens = self.system.config, batch["tokens"]
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = backbone.apply(config, params, tokens, positions)
-        others = []
-        for k in range(batch["shifts"].shape[1] if "shifts" in batch else 0):
-            free, _ = backbone.apply(config, params, batch["free_tokens"][:, k], positions)
-            index = jnp.clip(positions + batch["shifts"][:, k, None], 0, tokens.shape[1] - 1)
-            others.append(jnp.take_along_axis(free, index[..., None], axis=1))
-        head = backbone.lm_head(config, params)
-        tables = Tables(*map(jnp.asarray, self.grammar.tables))
-        found = token_statistics(
-            hidden,
-            head,
-            jnp.roll(tokens, -1, 1),
-            self.options.chunk,
-            jnp.roll(batch["rows"], -1, 1),
-            tables,
-            self.options.sampling,
-            others=tuple(others),
-            kept=jnp.roll(batch["kept"], -1, 1) if "kept" in batch else None,
-            vocab_size=config.vocab_size,
-            gathered=config.gather_tensor,
-        )
-        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
-
-    def _loss(self, params: Any, tables: Tables, batch: dict[str, jax.Array]):
-        found = self._statistics_of(params, batch)
-        total, denominator, sums = grpo_loss(
-            found.log_probs, batch["old"], batch["reference"], batch["advantages"], batch["mask"], self.options.grpo
-        )
-        choices = batch["mask"] * (jnp.asarray(tables.legal).sum(1)[batch["rows"]] > 0)
-        image = choices * (batch["tokens"] >= self.system.tokenizer.vocab.visual_start)
-        text = choices - image
-        sums |= {
-            "image_entropy": (found.entropy * image).sum(),
-            "image_tokens": image.sum(),
-            "text_entropy": (found.entropy * text).sum(),
-            "text_tokens": text.sum(),
-        }
-        return total, ((total, denominator), sums)
 
     # -- for people -------------------------------------------------------------------------------------------------
 
     def _show(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
         """A page with whole groups of this step's answers, rewards and all."""
         count = max(1, self.options.gallery_answers // rollout.group) * rollout.group
-        rows = range(min(count, len(rollout.answers)))
+        rows = range(min(count, len(rollout.answers) // jax.process_count()))  # pixels are where they were drawn
         answers, images = shown_answers(rollout, samples, scored, rows)
         shown = tuple(Shown(f"member {row % rollout.group + 1}", answers[row], images) for row in rows)
         intro = "Groups of answers that one update compared: rewards as judged, the bonus, and the advantage."
@@ -411,6 +397,14 @@ def _check_ratio(deviation: float) -> None:
         raise RuntimeError(
             f"importance ratio deviates from 1 by {deviation:.2e} before the first update: "
             "the trainer does not replay the sampler's distribution"
+        )
+
+
+def _check_sampler(divergence: float) -> None:
+    if not divergence <= SAMPLER_TOLERANCE:
+        raise RuntimeError(
+            f"sampler and trainer are {divergence:.2e} nats a token apart before the first update, more than rounding "
+            "explains: the trainer does not replay the sampler's distribution"
         )
 
 
@@ -444,8 +438,10 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an rl config."""
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
-    if jax.process_count() > 1:
-        raise UserError("rl runs as one process.", "Start one process that sees all devices of its machine.")
+    distributed.share(config.prompts_per_step, "config.prompts_per_step")
+    if config.splits > config.prompts_per_step:
+        raise UserError(f"config.splits is {config.splits}: the groups of {config.prompts_per_step} prompts cannot be "
+                        "dealt into so many parts.", "Lower config.splits.")
     sharding.check_batch(mesh, config.minibatch, "config.minibatch")
     sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
     sampling = as_dataclass(SamplingOptions, config.sampling)
@@ -467,20 +463,27 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         config.gallery.every,
         config.gallery.answers,
     )
+    adapters = as_dataclass(lora.LoraOptions, config.lora)
     source = prompt_source(config.prompts, config.prompts.seed)
     judge = make_judge(config.judge, options.reward, source, workdir)
     system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.steps * config.updates * config.splits)
     watch = Watch(as_dataclass(WatchOptions, config.watch), options.grammar.modes)
-    params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
-    state, (placed, _) = place(mesh, backbone.param_axes(system.config), params, optimizer)
-    trainer = Trainer(system, judge, options, optimizer, mesh, placed, watch, workdir / "gallery", config.steps)
+    axes, meta = backbone.param_axes(system.config), {**system.meta, "run": config.to_dict()}
+    if adapters.rank:
+        params, axes = lora.add(system.params, adapters, jax.random.key(config.seed)), lora.axes(axes, adapters)
+        system, meta = dataclasses.replace(system, params=None), {**meta, "lora": dataclasses.asdict(adapters)}
+    else:
+        params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
+    state, (placed, _) = place(mesh, axes, params, optimizer)
+    layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
+    gallery = workdir / "gallery"
+    trainer = Trainer(system, judge, options, optimizer, mesh, placed, watch, gallery, config.steps, layout)
     key = jax.random.key(config.seed)
     size_of = functools.partial(_latent_size, system.codec.config)
     batches = SameSize(source, config.prompts_per_step, config.seed, size_of)
-    meta = {**system.meta, "run": config.to_dict()}
     return Stage(
-        AheadState(*state, jax.tree.map(jnp.copy, state.params)) if options.overlap else state,
+        AheadState(*state, jax.tree.map(jnp.copy, lora.split(state.params)[0])) if options.overlap else state,
         PromptIterator(batches, watch, options.overlap),
         lambda state, tasks, step: trainer.step(state, tasks, step, key),
         meta,

@@ -91,7 +91,12 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
     profile = Profile(workdir, plan.profile if primary else None)
     checkpointer = Checkpointer(workdir, plan.keep, plan.staging_gib)
     state, first = stage.state, 0
-    restored = checkpointer.restore(jax.tree.map(_like, state))
+    like = jax.tree.map(_like, state)
+    if checkpointer.latest() is not None:
+        for leaf in jax.tree.leaves(state):  # there is no room for both
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
+    restored = checkpointer.restore(like)
     if restored is not None:
         state, first = restored.state, restored.step
         stage.data.set_state(restored.data["iterator"])

@@ -129,6 +129,8 @@ class GrpoOptions:
       normalisation: "sequence" averages each answer over its tokens, then over answers; "token" averages over all
         tokens of the update; "constant" divides each answer's sum by `constant`, then averages over answers.
       constant: see above, in tokens.
+      sampler_cap: where answers were drawn in another precision than they are learnt from, a token's gain counts as
+        often as the policy of then is likelier to say it than the sampler was, at most this often; 0: always once.
     """
 
     clip_low: float = 0.2
@@ -136,11 +138,12 @@ class GrpoOptions:
     kl: float = 0.01
     normalisation: str = "sequence"
     constant: int = 256
+    sampler_cap: float = 2.0
 
     def __post_init__(self) -> None:
         if (
             self.normalisation not in ("sequence", "token", "constant")
-            or min(self.clip_low, self.clip_high, self.kl) < 0
+            or min(self.clip_low, self.clip_high, self.kl, self.sampler_cap) < 0
             or self.constant < 1
         ):
             raise UserError(
@@ -156,19 +159,26 @@ def grpo_loss(
     advantages: jax.Array,
     mask: jax.Array,
     options: GrpoOptions,
+    sampler_log_probs: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """(sum, denominator, metric sums) of the clipped objective with a k3 KL term.
 
     Args:
-      log_probs, old_log_probs, reference_log_probs: float [B, T] of the sampled tokens under the policy, the sampler
-        and the reference.
+      log_probs, old_log_probs, reference_log_probs: float [B, T] of the sampled tokens under the policy, the policy
+        that drew them, and the reference.
       advantages: float [B].
       mask: float [B, T], 1 on the answer tokens of members that take part; all-zero rows do not count.
+      sampler_log_probs: float [B, T], what the sampler itself noted, where its precision was another one.
     """
     log_ratio = (log_probs - old_log_probs) * mask
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
     gain = jnp.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+    sums = {}
+    if sampler_log_probs is not None:
+        mismatch = (old_log_probs - sampler_log_probs) * mask
+        sums["sampler_kl"] = (jnp.exp(mismatch) - 1 - mismatch).sum()
+        gain = gain * (jnp.minimum(jnp.exp(mismatch), options.sampler_cap) if options.sampler_cap else 1.0)
     difference = (reference_log_probs - log_probs) * mask
     kl = jnp.exp(difference) - difference - 1
     per_token = (options.kl * kl - gain) * mask
@@ -183,7 +193,7 @@ def grpo_loss(
     is_clipped = ((ratio < 1 - options.clip_low) & (advantages[:, None] < 0)) | (
         (ratio > 1 + options.clip_high) & (advantages[:, None] > 0)
     )
-    sums = {
+    sums |= {
         "kl": (kl * mask).sum(),
         "clipped": (is_clipped * mask).sum(),
         "tokens": tokens.sum(),

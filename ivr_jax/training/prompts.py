@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from ivr_jax.construct.interfaces import Images
 from ivr_jax.data import pipeline
 from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Sample
 from ivr_jax.world.sampler import sample_task
 
@@ -39,11 +40,18 @@ class Memory(Protocol):
 
 
 def prompt_source(config: Any, seed: int) -> pipeline.Indexed:
-    """Prompts: tasks of the micro-world (`source` "world"), or the samples of a trajectory dataset."""
+    """Prompts: tasks of the micro-world (`source` "world"), or the samples of a trajectory dataset.
+
+    Raises UserError when there is none.
+    """
     if config.source == WORLD:
-        return pipeline.Indexed(functools.partial(_world_prompt, config.level, seed), config.size)
-    dataset = TrajectoryDataset(config.source)
-    return pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
+        found = pipeline.Indexed(functools.partial(_world_prompt, config.level, seed), config.size)
+    else:
+        dataset = TrajectoryDataset(config.source)
+        found = pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
+    if len(found) < 1:
+        raise UserError("there is no prompt to answer.", "Set config.prompts.size, or name a dataset with some.")
+    return found
 
 
 def _world_prompt(level: int, seed: int, index: int) -> Prompt:

@@ -7,6 +7,8 @@ import functools
 import pathlib
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from ivr_jax.construct.interfaces import Analyzer
 from ivr_jax.data.pipeline import Indexed
 from ivr_jax.errors import UserError
@@ -71,7 +73,8 @@ def make_judge(config: Any, options: RewardOptions, prompts: Indexed, workdir: p
     Raises:
       UserError: a setting is wrong, a key is not set, or the micro-world's analyzer is asked to judge other prompts.
     """
-    ledger, fresh = Ledger(workdir / FOLDER), Ledger()
+    index = jax.process_index()  # a journal belongs to one process
+    ledger, fresh = Ledger(workdir / (f"{FOLDER}-{index}" if index else FOLDER)), Ledger()
     named = {part: part if config[part].kind else "outcome" for part in PARTS}
     made = {name: make_analyzer(config, name, prompts, ledger) for name in set(named.values())}
     check = None
