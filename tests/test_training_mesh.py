@@ -37,9 +37,18 @@ def made(sizes, devices):
 class Watched(RolloutLayout):
     # What the rollouts are drawn with; the guard raises if anything on the way is fetched by the host or comes from it.
     def __call__(self, params):
-        with jax.transfer_guard("disallow"):
+        with jax.transfer_guard("disallow_explicit"):
             self.made = super().__call__(params)
         return self.made
+
+def through_the_host(params, layout):
+    # What the guard is there to catch.
+    try:
+        with jax.transfer_guard("disallow_explicit"):
+            jax.device_put(jax.tree.map(np.asarray, params), layout.shardings)
+    except Exception as error:
+        return "isallowed" in str(error)
+    return False
 
 def rolled(mesh, first, trainer):
     with jax.set_mesh(mesh):
@@ -73,6 +82,7 @@ drawn_with = layout.made["layers"]["mlp"]["gate"]
 print(json.dumps({"loss": abs(loss / expected - 1), "ratio": deviation,
                   "gradients": max(jax.tree.leaves(jax.tree.map(error, ours, theirs))),
                   "mesh": dict(layout.mesh.shape), "spec": [str(x) for x in drawn_with.sharding.spec],
+                  "guarded": through_the_host(learner.reference, layout),
                   "programs": layout._move._cache_size(),
                   "reference": cuts(learner.reference), "moments": moments}))
 """
@@ -83,4 +93,5 @@ def test_rollout_and_update_on_eight_devices_equal_one():
     assert found["loss"] < 1e-5 and found["gradients"] < 1e-5 and found["ratio"] < 1e-4, found
     assert found["mesh"] == {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1}, found  # two key heads: two shards
     assert found["spec"] == ["None", "fsdp", "tensor"] and found["programs"] == 1, found
+    assert found["guarded"], found
     assert found["reference"] == found["moments"] == [4], found  # fsdp x tensor

@@ -86,9 +86,11 @@ class RolloutLayout:
     def exact(self) -> bool:
         """Whether the sampler's log-probabilities are the trainer's to about 1e-5.
 
-        They are when everything is float32.  In bfloat16 one token at a time and all tokens together round otherwise.
+        They are when everything is float32, products included.  With less, as accelerators do by default, one token at
+        a time and all tokens together round otherwise.
         """
-        return self.config == self._trained and self.config.dtype == self.config.param_dtype == "float32"
+        whole = jax.default_backend() == "cpu" or jax.config.jax_default_matmul_precision in ("highest", "float32")
+        return whole and self.config == self._trained and self.config.dtype == self.config.param_dtype == "float32"
 
     def __call__(self, params: Any) -> Any:
         """The weights in rollout layout; on one device and in the same dtype, `params` themselves."""
