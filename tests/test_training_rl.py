@@ -58,7 +58,7 @@ class LocalJudge:
 def trainer() -> grpo.Trainer:
     grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
     options = grpo.Options(
-        SamplingOptions(), EngineOptions(), grammar, RewardOptions(), GrpoOptions(), GROUP, 72, 8, (160,), 1, 64,
+        SamplingOptions(), EngineOptions(), grammar, RewardOptions(), GrpoOptions(), GROUP, 72, 8, (128,), 1, 64,
         overlap=True,
     )
     return grpo.Trainer(system(PARAMS), Judge(same(LocalJudge())), options, optax.sgd(0.05))

@@ -110,7 +110,11 @@ class Options:
         if not self.buckets or min(self.buckets) < 1:
             raise UserError(f"config.buckets {self.buckets} are no lengths.", "Give at least one length in tokens.")
         if min(self.check_every, self.gallery_every) < 0 or self.gallery_answers < 1:
-            raise UserError("judge.check_every and gallery.every are >= 0, gallery.answers >= 1.", "Change them.")
+            raise UserError(
+                f"judge.check_every {self.check_every}, gallery.every {self.gallery_every} or gallery.answers "
+                f"{self.gallery_answers} is out of range.",
+                "Steps are >= 0 (0: never), answers >= 1.",
+            )
 
 
 class AheadState(NamedTuple):
