@@ -49,7 +49,7 @@ def prompt_source(config: Any, seed: int) -> pipeline.Indexed:
     else:
         dataset = TrajectoryDataset(config.source)
         found = pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
-    if len(found) < 1:
+    if found.size < 1:
         raise UserError("there is no prompt to answer.", "Set config.prompts.size, or name a dataset with some.")
     return found
 
