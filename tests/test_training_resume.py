@@ -174,9 +174,9 @@ def test_a_mistake_in_an_rl_config_ends_in_one_line(sft, tmp_path, capsys, chang
 
 def test_answers_that_fit_no_context_or_no_bucket_end_in_one_line(sft, tmp_path, capsys):
     """The tiny model's context is 512 tokens."""
-    argv = ["train", f"--config={ROOT}/configs/micro_rl.py", f"--workdir={tmp_path}"]
+    argv = ["train", f"--config={ROOT}/configs/micro_rl.py"]
     settings = rl_settings(sft[0])
-    context = complaint(capsys, [*argv, *flags_of(settings | {"answer_length": 480})])
+    context = complaint(capsys, [*argv, f"--workdir={tmp_path / 'a'}", *flags_of(settings | {"answer_length": 480})])
     assert re.search("an answer of 480 tokens do not fit a context of 512. Shorten the prompt or lower", context)
-    bucket = complaint(capsys, [*argv, *flags_of(settings | {"buckets": (128,)})])
+    bucket = complaint(capsys, [*argv, f"--workdir={tmp_path / 'b'}", *flags_of(settings | {"buckets": (128,)})])
     assert re.search(r"may take \d+ tokens; the largest bucket is 128. Add a larger bucket", bucket)
