@@ -234,13 +234,11 @@ def test_a_compiler_that_aborts_ends_in_one_line_with_advice(tmp_path, monkeypat
     library.touch()
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(library))
     monkeypatch.setattr(jobs.sys, "executable", str(dying))
-    argv = ["compile", "--config=micro_sft", "--topology=v5e:2x2,v5e:4x4", "--against=batch=32"]
+    argv = ["compile", "--config=micro_sft", "--topology=v5e:2x2,v5e:4x4"]
     call = cli.parse(argv, config=True, workdir=False, add_flags=compile.add_flags)
     assert compile.main(call) == 1
-    printed = capsys.readouterr().out
-    said = [line for line in printed.splitlines() if "does not work:" in line]
-    assert len(said) == 4  # the changed config and the second topology were tried all the same
-    assert printed.count("side by side") == 2 and "batch=32" in printed
+    said = [line for line in capsys.readouterr().out.splitlines() if "does not work:" in line]
+    assert len(said) == 2  # the second topology was tried all the same
     assert said[0].startswith("does not work: the compiler ended with status -6: fusion_util.cc:5409] Check failed: no")
     assert "lower config.mesh.fsdp" in said[0]
 
