@@ -17,8 +17,8 @@ What a user may rely on, whatever the command:
     --workdir=runs/name               made when missing, and checked for writing before anything is computed.
     --help                            the command's own docstring; with --config, also that file's keys.
 
-Bad input ends in one line, `error: what. remedy`, on stderr and status 2; Ctrl-C in status 130.  Any other exception is
-a bug of ours and keeps its traceback.
+Bad input and a full disk end in one line, `error: what. remedy`, on stderr and status 2; Ctrl-C in status 130.  Any
+other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
-from ivr_jax.config import config_names, describe_config, flatten, load_config, with_article
+from ivr_jax.config import check_numbers, config_names, describe_config, flatten, load_config, with_article
 from ivr_jax.errors import UserError
 
 CACHE_VARIABLE = "IVR_JAX_CACHE"
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
+_DISK_FULL = re.compile("No space left on device|Disk quota exceeded")  # whatever a library wraps these words in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,12 @@ def run(
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if _DISK_FULL.search(str(error)) is None:
+            raise
+        print("error: the disk is full. Make room and give the same command again; what was complete before is kept.",
+              file=sys.stderr)
+        sys.exit(2)
     raise AssertionError("absl's app.run always exits")
 
 
@@ -129,6 +136,7 @@ def parse(
         original = settings.copy_and_resolve_references()
         _parse_flags(argv, values, settings)
         _check_tuples(values, original, settings)
+        check_numbers(settings)
     else:
         _parse_flags(argv, values, settings)
     folder = None

@@ -7,17 +7,20 @@ of its folder, so one config can start from a neighbour: `from . import micro_ba
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +99,21 @@ def as_dataclass(kind: type, section: Mapping[str, Any] | ConfigDict) -> Any:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
 
 
-def check_positive(config: ConfigDict, names: Iterable[str]) -> None:
-    """Raises UserError for a key among `names` that `config` has, and that is below 1."""
+def check_least(config: ConfigDict, names: Iterable[str], least: int = 1) -> None:
+    """Raises UserError for a key among `names` that `config` has, and that is below `least`."""
     for name in names:
-        if name in config and config[name] < 1:
-            raise UserError(f"`{name}` is {config[name]}.", "Give a whole number of at least 1.")
+        if name in config and config[name] < least:
+            raise UserError(f"`{name}` is {config[name]}.", f"Give a whole number of at least {least}.")
+
+
+def check_numbers(config: ConfigDict) -> None:
+    """Raises UserError for a number that no config can mean: NaN, infinity, a seed out of range."""
+    for key, value in flatten(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"`{key}` is {number}.", "Give a finite number.")
+        if key.split(".")[-1] == "seed" and isinstance(value, int) and not 0 <= value < 2**32:
+            raise UserError(f"`{key}` is {value}.", "Use a seed from 0 to 4294967295.")
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -212,6 +225,37 @@ def check_same_config(saved: Mapping[str, Any], config: ConfigDict, ignore: Iter
     more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise UserError(f"the work directory belongs to a run with another configuration: {'; '.join(shown)}{more}.",
                     "Use another --workdir, or the configuration that the run was started with.")
+
+
+@contextlib.contextmanager
+def only_writer(workdir: Path, wanted: bool = True) -> Iterator[None]:
+    """Holds a work directory for one run: two that write the same files would spoil both.
+
+    The lock is the system's own, on the folder, and gone with the process, however that ends.  A file system without
+    locks gives none.
+
+    Args:
+      workdir: an existing folder.
+      wanted: False for the second and further processes of one run.
+
+    Raises:
+      UserError: another process has it.
+    """
+    if not wanted:
+        yield
+        return
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing to {workdir}.",
+                            "Wait for it, stop it, or use another --workdir.") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def claim_workdir(

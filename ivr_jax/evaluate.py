@@ -10,18 +10,27 @@ evaluation of the same checkpoint and config is left as it is.
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 from ivr_jax import cli
 from ivr_jax import system as systems
-from ivr_jax.config import check_positive, claim_workdir
+from ivr_jax.config import check_least, claim_workdir, only_writer
 from ivr_jax.evaluation import benchmark, metrics, probes, tables
 from ivr_jax.evaluation.answers import write_answers
 from ivr_jax.training import checkpoint
 
 
 def main(call: cli.Call) -> None:
-    config, workdir = call.config, call.workdir
-    check_positive(config, ("batch", "answer_length", "most_edits"))
+    check_least(call.config, ("batch", "answer_length", "most_edits"))
+    check_least(call.config, ("prompts", "each_split", "probe_prompts"), 0)
+    with only_writer(call.workdir):
+        result = finished_or_made(call.config, call.workdir)
+    tables.print_table({call.workdir.name: result})
+
+
+def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
+    """The evaluation that stands in `workdir`, if it is this one; else it is made and written there."""
     about = {"checkpoint": str(checkpoint.resolve(config.checkpoint)), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():
@@ -29,8 +38,7 @@ def main(call: cli.Call) -> None:
         result = metrics.read_evaluation(workdir)
         if result["about"] == about:
             print(f"evaluate: {workdir} is complete")
-            tables.print_table({workdir.name: result})
-            return
+            return result
     claim_workdir(workdir, config, resuming=False)
     system = systems.load(config.checkpoint, config.image_tokenizer or None)
     answers, images = benchmark.run(system, config)
@@ -41,7 +49,7 @@ def main(call: cli.Call) -> None:
         )
     write_answers(workdir, answers, images)
     metrics.write_evaluation(workdir, result)
-    tables.print_table({workdir.name: result})
+    return result
 
 
 def entry() -> None:

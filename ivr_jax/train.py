@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 from ivr_jax import cli, distributed, sharding
-from ivr_jax.config import check_positive, claim_workdir
+from ivr_jax.config import check_least, claim_workdir, only_writer
 from ivr_jax.construct.services.config import CHANGEABLE
 from ivr_jax.errors import UserError
 from ivr_jax.training import checkpoint, loop
@@ -33,6 +33,7 @@ COUNTS = (
     "steps", "batch", "accumulation", "chunk", "log_every", "checkpoint_every", "codebook_images", "eval_images",
     "prompts_per_step", "group", "answer_length", "minibatch", "updates", "splits",
 )  # fmt: skip
+NOT_NEGATIVE = ("keep", "staging_gib", "continuous_steps")
 
 
 def add_flags(values: flags.FlagValues) -> None:
@@ -45,12 +46,14 @@ def main(call: cli.Call) -> None:
     config, workdir = call.config, call.workdir
     if config.stage not in STAGES:
         raise UserError(f"unknown stage {config.stage!r}.", f"Use one of {', '.join(STAGES)}.")
-    check_positive(config, COUNTS)
+    check_least(config, COUNTS)
+    check_least(config, NOT_NEGATIVE, 0)
     distributed.start(call.flags)
     mesh = sharding.mesh_of(config.mesh)
-    resuming = (workdir / checkpoint.FOLDER).exists()
-    claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=distributed.is_primary())
-    with jax.set_mesh(mesh):
+    primary = distributed.is_primary()
+    with only_writer(workdir, wanted=primary), jax.set_mesh(mesh):
+        resuming = (workdir / checkpoint.FOLDER).exists()
+        claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=primary)
         stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh)
         names = ("steps", "log_every", "checkpoint_every", "keep", "staging_gib")
         peak = call.flags.peak_tflops and call.flags.peak_tflops * 1e12

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_dict
 def get_config(word="plain"):
     return ConfigDict({
         "steps": 100, "name": word, "remat": True, "shape": (1, 2), "start": config_dict.placeholder(str),
-        "untyped": None, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.95)},
+        "untyped": None, "optimizer": {"lr": 1e-3, "betas": (0.9, 0.95)}, "data": {"seed": 0},
     })
 '''
 
@@ -44,13 +44,14 @@ from ivr_jax.errors import UserError
 
 
 def add_flags(values):
-    flags.DEFINE_string("end", "well", "how to end: well, badly, bug, or interrupted", flag_values=values)
+    flags.DEFINE_string("end", "well", "how to end: well, badly, full, bug, or interrupted", flag_values=values)
 
 
 def main(call):
     logging.info("for information only")
     logging.warning("worth a warning")
-    ends = {"badly": UserError("the well is\\ndry.", "Dig."), "bug": RuntimeError("ours")}
+    ends = {"badly": UserError("the well is\\ndry.", "Dig."), "bug": RuntimeError("ours"),
+            "full": ValueError("RESOURCE_EXHAUSTED: writing a/b: No space left on device")}
     if call.flags.end == "interrupted":
         raise KeyboardInterrupt
     if call.flags.end in ends:
@@ -148,6 +149,17 @@ def test_a_wrong_type_is_an_error_that_names_the_right_one(tiny, flag, says):
 
 
 # Flags
+
+
+@pytest.mark.parametrize(("flag", "says"), [
+    ("--config.optimizer.lr=nan", "`optimizer.lr` is nan. Give a finite number."),
+    ("--config.optimizer.lr=-inf", "`optimizer.lr` is -inf."),
+    ("--config.optimizer.betas=(0.9,1e999)", "`optimizer.betas` is inf."),
+    ("--config.data.seed=-1", "`data.seed` is -1. Use a seed from 0 to 4294967295."),
+    ("--config.data.seed=4294967296", "`data.seed` is 4294967296."),
+])
+def test_a_number_that_no_config_can_mean_is_an_error(tiny, flag, says):
+    assert says in complaint(flag)
 
 
 def test_a_mistyped_flag_is_an_error_that_names_the_likely_one(tiny):
@@ -310,6 +322,17 @@ def test_a_work_directory_without_permission_is_an_error(tmp_path):
         os.seteuid(was)
 
 
+def test_a_work_directory_has_one_writer_until_its_process_ends(tmp_path):
+    with config.only_writer(tmp_path):
+        with pytest.raises(UserError, match="another process is writing to .* Wait for it, stop it, or use another"):
+            with config.only_writer(tmp_path):
+                pass
+        with config.only_writer(tmp_path, wanted=False):  # a further process of the same run
+            pass
+    with config.only_writer(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
 # The config of a run
 
 
@@ -402,6 +425,7 @@ def run_in_process(tiny: Path, capsys, *argv: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(("argv", "line"), [
     (["--config=tiny_config.py", "--workdir=run", "--end=badly"], "error: the well is dry. Dig."),
+    (["--config=tiny_config.py", "--workdir=run", "--end=full"], "error: the disk is full. Make room and give"),
     (["--config=tiny_config.py", "--workdir=tiny.py"], "error: the work directory 'tiny.py' is a file. Name a folder"),
     (["--config=nowhere.py", "--workdir=run"], "error: there is no config file 'nowhere.py'."),
     (["--config=tiny_config.py", "--workdir=run", "--config.x=1"], "error: tiny_config.py has no key `x`."),

@@ -97,6 +97,27 @@ def test_moments_that_would_stand_still_are_refused():
         make_optimizer(config, 10)
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("peak", -1e-3), ("final", -1.0), ("weight_decay", -0.1), ("warmup", 1.5), ("warmup", -0.1), ("b1", 1.0),
+    ("b2", -0.5), ("clip_norm", 0.0), ("eps", 0.0),
+])
+def test_an_optimiser_setting_out_of_range_is_refused(name, value):
+    config = ConfigDict({"kind": "adamw", "peak": 1e-3, "final": 1e-4, "warmup": 0.1, "b1": 0.9, "b2": 0.95,
+                         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "moment_dtype": "float32"})  # fmt: skip
+    make_optimizer(config, 10)
+    config[name] = value
+    with pytest.raises(UserError, match=f"optimizer.{name} is {value}. Give a number"):
+        make_optimizer(config, 10)
+
+
+def test_a_damaged_line_of_the_log_is_named_and_the_log_left_as_it_is(tmp_path):
+    before = '{"step": 1, "loss": 2.0}\n\0\0\0\n{"step": 3, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(before)
+    with pytest.raises(UserError, match="metrics.jsonl, line 2 is not a metrics record. Remove the line."):
+        MetricsLog(tmp_path, 3)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
 @pytest.fixture
 def token_examples(tmp_path):
     """40 examples of 5 to 30 tokens; every token is the example's number."""

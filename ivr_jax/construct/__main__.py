@@ -30,7 +30,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ivr_jax import cli
-from ivr_jax.config import check_positive, claim_workdir, saved_config
+from ivr_jax.config import check_least, claim_workdir, saved_config
 from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
 from ivr_jax.construct.crew import ROLES, Crew, hire, rules_from_config, service_sections
 from ivr_jax.construct.inputs import source
@@ -100,7 +100,8 @@ def progress_text(found: Pass) -> str:
 def main(call: cli.Call) -> int | None:
     config, workdir = call.config, call.workdir
     target = workdir / "dataset"
-    check_positive(config, ("batch", "concurrency", "image_area", "image_multiple", "passes"))
+    check_least(config, ("batch", "concurrency", "image_area", "image_multiple", "passes"))
+    check_least(config.quotas, config.quotas, 0)
     service_sections(config)  # before the config is saved: what is refused may hold a key
     config.shard = call.flags.shard or config.shard
     if Shard.parse(config.shard).count > 1 and (config.released or call.flags.merge):

@@ -177,6 +177,8 @@ def _codes(
 
 
 def read_manifest(folder: str | os.PathLike) -> dict | None:
-    """The manifest of a finished examples folder, or None."""
-    path = pathlib.Path(folder) / MANIFEST
-    return json.loads(path.read_text()) if path.exists() else None
+    """The manifest of a finished examples folder; None when there is none, or a damaged one."""
+    try:
+        return json.loads((pathlib.Path(folder) / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        return None

@@ -89,11 +89,17 @@ class MetricsLog:
             return
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= first]
+            kept = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= first]
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(kept))
             partial.replace(self._path)
         self._board = _scalar_writer(workdir / "tensorboard", first + 1)
+
+    def _step_of(self, line: str, number: int) -> int:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._path}, line {number} is not a metrics record.", "Remove the line.") from error
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Appends one line."""

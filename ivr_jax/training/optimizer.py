@@ -28,6 +28,7 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     With `moment_dtype` "bfloat16" the moments take half the memory; they are rounded after every step, so `b2` may not
     be so large that its changes vanish.
     """
+    _check_ranges(config)
     rate = schedule(config, steps)
     if config.kind == "adamw":
         core = optax.adamw(
@@ -53,6 +54,19 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
                             "changes them by less than their last digit.", "Use at most 0.99, or float32 moments.")
         core = stored_in(core, jnp.bfloat16)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
+
+
+def _check_ranges(config: Any) -> None:
+    ranges = {"peak": "at least 0", "final": "at least 0", "weight_decay": "at least 0", "warmup": "from 0 to 1"}
+    for name, wanted in ranges.items():
+        if config[name] < 0 or name == "warmup" and config[name] > 1:
+            raise UserError(f"optimizer.{name} is {config[name]}.", f"Give a number {wanted}.")
+    for name in ("b1", "b2"):
+        if not 0 <= config[name] < 1:
+            raise UserError(f"optimizer.{name} is {config[name]}.", "Give a number of at least 0 and below 1.")
+    for name in ("clip_norm", "eps"):
+        if config[name] <= 0:
+            raise UserError(f"optimizer.{name} is {config[name]}.", "Give a number above 0.")
 
 
 def stored_in(core: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
