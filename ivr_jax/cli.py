@@ -140,7 +140,7 @@ def parse(
     else:
         _parse_flags(argv, values, settings)
     folder = None
-    if values.workdir is not None:
+    if values.workdir:  # an empty name, of an unset variable, would be the current folder
         folder = prepare_workdir(values.workdir)
     elif workdir:
         raise UserError("no work directory was named.", "Add --workdir=runs/NAME; it is made when it does not exist.")

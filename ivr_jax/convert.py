@@ -244,7 +244,7 @@ def add_flags(values: flags.FlagValues) -> None:
 def main(call: cli.Call) -> None:
     source_form, target_form = call.flags["from"].value, call.flags["to"].value
     paths = call.flags.from_path, call.flags.to_path
-    if None in paths or {source_form, target_form} != set(FORMS):
+    if not all(paths) or {source_form, target_form} != set(FORMS):
         raise UserError("which way to convert is not clear.",
                         "Write --from=orbax DIR --to=hf DIR, or --from=hf DIR --to=orbax DIR.")
     source, target = Path(paths[0]).expanduser(), Path(paths[1]).expanduser()

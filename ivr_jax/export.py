@@ -125,10 +125,10 @@ def add_flags(values: flags.FlagValues) -> None:
 
 
 def main(call: cli.Call) -> None:
-    if call.flags.source is None or call.flags.format is None:
+    if not call.flags.source or call.flags.format is None:
         raise UserError("what to export is not clear.", "Write: DATASET --format=NAME --out=PATH; see --help.")
     out = call.flags.out
-    print(export(Path(call.flags.source).expanduser(), call.flags.format, out and Path(out).expanduser(), call.flags))
+    print(export(Path(call.flags.source).expanduser(), call.flags.format, Path(out).expanduser() if out else None, call.flags))
 
 
 def with_named_source(argv: Sequence[str], switches: Sequence[str]) -> list[str]:

@@ -154,7 +154,7 @@ def load(wanted: flags.FlagValues) -> Answering:
 def main(call: cli.Call) -> None:
     wanted = call.flags
     for name in ("checkpoint", "out"):
-        if getattr(wanted, name) is None:
+        if not getattr(wanted, name):
             raise UserError(f"--{name} is missing.", "See --help.")
     if (wanted.prompt is None) == (wanted.prompts is None):
         raise UserError("--prompt is missing." if wanted.prompt is None else "both --prompt and --prompts were given.",

@@ -41,11 +41,13 @@ def add_flags(values: flags.FlagValues) -> None:
 def main(call: cli.Call) -> None:
     given = call.flags
     for name in ("source", "image_tokenizer", "out"):
-        if getattr(given, name) is None:
+        if not getattr(given, name):
             raise UserError(f"no --{name} was named.",
                             "Write: DATASET --image_tokenizer=WORKDIR --out=SFT_WORKDIR/examples.")
     distributed.start(given)
     dataset, out = TrajectoryDataset(Path(given.source).expanduser()), Path(given.out).expanduser()
+    if examples.read_manifest(out) is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and holds no token examples.", "Name a new folder: SFT_WORKDIR/examples.")
     codec = systems.load_image_codec(Path(given.image_tokenizer).expanduser())
     tokenizer = systems.text_tokenizer(given.text_tokenizer, codec.config.n_embed)
     part, parts = jax.process_index(), jax.process_count()

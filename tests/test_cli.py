@@ -181,9 +181,10 @@ def test_a_command_with_a_config_asks_for_one_and_only_one(tiny):
     assert "given 2 times" in complaint("--config=other.py")
 
 
-def test_a_command_that_writes_asks_for_a_work_directory(tiny):
+@pytest.mark.parametrize("argv", [[], ["--workdir="]], ids=["none", "of an unset variable"])
+def test_a_command_that_writes_asks_for_a_work_directory(tiny, argv):
     with pytest.raises(UserError, match="no work directory was named. Add --workdir="):
-        cli.parse(["tiny", "--config=tiny_config.py"], config=True)
+        cli.parse(["tiny", "--config=tiny_config.py", *argv], config=True)
 
 
 def test_two_commands_may_use_the_same_flag_name_for_their_own_ends():

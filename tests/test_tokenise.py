@@ -77,3 +77,13 @@ def test_what_is_missing_is_said(tmp_path):
     assert "holds no dataset" in commands.run(
         "tokenise", tmp_path / "no", f"--image_tokenizer={tmp_path}", f"--out={tmp_path / 'out'}"
     ).complaint
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "config.json").write_text("{}")
+    said = commands.run(
+        "tokenise", build(tmp_path / "data", 2), f"--image_tokenizer={tmp_path}", f"--out={tmp_path / 'sft'}"
+    ).complaint
+    assert "sft exists and holds no token examples. Name a new folder: SFT_WORKDIR/examples." in said
+    assert (tmp_path / "sft" / "config.json").read_text() == "{}"

@@ -180,5 +180,5 @@ def read_manifest(folder: str | os.PathLike) -> dict | None:
     """The manifest of a finished examples folder; None when there is none, or a damaged one."""
     try:
         return json.loads((pathlib.Path(folder) / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
