@@ -127,8 +127,8 @@ def add_flags(values: flags.FlagValues) -> None:
 def main(call: cli.Call) -> None:
     if not call.flags.source or call.flags.format is None:
         raise UserError("what to export is not clear.", "Write: DATASET --format=NAME --out=PATH; see --help.")
-    out = call.flags.out
-    print(export(Path(call.flags.source).expanduser(), call.flags.format, Path(out).expanduser() if out else None, call.flags))
+    out = Path(call.flags.out).expanduser() if call.flags.out else None
+    print(export(Path(call.flags.source).expanduser(), call.flags.format, out, call.flags))
 
 
 def with_named_source(argv: Sequence[str], switches: Sequence[str]) -> list[str]:

@@ -227,6 +227,8 @@ def export_dataset(
 def _write_lines(target: Path, records: Iterable[Record], before: Callable[[], object] | None = None) -> int:
     """Writes one JSON a line under a temporary name, calls `before`, renames; returns the number of lines."""
     written = 0
+    if target.is_dir():
+        raise UserError(f"{target} is a folder.", "Name a file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
