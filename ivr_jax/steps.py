@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -35,7 +36,15 @@ class Step:
 
     @property
     def command(self) -> str:
-        return shlex.join(("python", "-m", self.module, *self.arguments))
+        return shlex.join((_python(), "-m", self.module, *self.arguments))
+
+
+def _python() -> str:
+    """What a user types for this interpreter: "python" where the shell finds it under that name, else its path."""
+    here, found = pathlib.Path(sys.executable), shutil.which("python")
+    if found and pathlib.Path(found).absolute().parent == here.parent:
+        return "python"
+    return str(here.relative_to(pathlib.Path.cwd()) if here.is_relative_to(pathlib.Path.cwd()) else here)
 
 
 @dataclasses.dataclass(frozen=True)
