@@ -127,7 +127,7 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 def _trajectory_page(path: Path, answer: Answer) -> None:
     trajectory = answer.trajectory
-    segments = tuple(dataclasses.replace(s, loss=True) for s in shown_segments(trajectory, answer.segments))
+    segments = tuple(dataclasses.replace(s, loss=False) for s in shown_segments(trajectory, answer.segments))
     shown = ShownAnswer(trajectory.sample, trajectory, "", trajectory.images, segments=segments, mode=trajectory.mode)
     shelf = Shelf("Answer", "As it unfolded.", (Shown("answer", shown, answer.images),))
     write_report(path, trajectory.sample.prompt, (), {}, (shelf,), (), ())
