@@ -82,7 +82,7 @@ def run_demo(root: Path) -> str:
     small = functools.partial(demo.plan, overrides=OVERRIDES)
     with (
         mock.patch.object(demo, "plan", small),
-        mock.patch.object(demo, "subprocess", types.SimpleNamespace(run=in_this_process)),
+        mock.patch.object(steps, "subprocess", types.SimpleNamespace(run=in_this_process)),
     ):
         done = commands.run("demo", f"--workdir={root}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
