@@ -23,7 +23,7 @@ import photographs
 import pytest
 from PIL import Image
 
-from ivr_jax import demo
+from ivr_jax import demo, steps
 from ivr_jax import system as systems
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.images import load_image
