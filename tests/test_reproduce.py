@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,20 @@ FINE, BROKEN = Step("think", "timeit", ("-n1", "pass")), Step("fail", "json.tool
 def test_branches_run_and_leave_their_logs(tmp_path, jobs):
     run_branches([Branch("a", (FINE, FINE)), Branch("b", (FINE,))], jobs, tmp_path / "logs", "test")
     log = (tmp_path / "logs" / "a.log").read_text()
-    assert log.count("$ python -m timeit -n1 pass") == 2 and log.count("best of") == 2 and "status 0" in log
+    assert log.count(f"$ {FINE.command}\n") == 2 and log.count("best of") == 2 and "status 0" in log
     assert (tmp_path / "logs" / "b.log").read_text().count("status 0") == 1
+
+
+@pytest.mark.parametrize(("on_path", "typed"), [(True, "python"), (False, "env/bin/python3")])
+def test_a_command_names_the_interpreter_as_the_reader_would_type_it(tmp_path, monkeypatch, on_path, typed):
+    folder = tmp_path / "env" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "python3"):
+        (folder / name).symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(folder / "python3"))
+    monkeypatch.setenv("PATH", str(folder) if on_path else str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert FINE.command == f"{typed} -m timeit -n1 pass"
 
 
 def test_a_failure_names_its_log_and_nothing_is_begun_after_it(tmp_path):
