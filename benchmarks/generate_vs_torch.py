@@ -8,7 +8,8 @@
 Ours batches the conditional and the unconditional pass; PyTorch runs transformers' Qwen3ForCausalLM twice a token, each
 pass with a cache of its own, as the released Emu3.5 code does. Both are float32, draw one image of 16 × 16 cells after
 a prompt of 64 tokens, and sample from the guided scores of the visual ids. The two take turns; the first turn of each,
-in which programs are compiled, is left out.
+in which programs are compiled, is left out. Beside the tokens a second of wall time stand those a second of CPU time
+(all threads), which other programs on the machine hardly change: with --cores=1 what an idle core would give.
 """
 
 from __future__ import annotations
@@ -91,12 +92,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--unroll", type=int, default=1, help="layers that ours writes out at a time")
     parser.add_argument("--cores", type=int, default=0, help="use only this many cores; 0: all")
     options = parser.parse_args()
     if options.cores:  # before either library has started its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.cores :])
     tokenizer = PhraseTokenizer(PHRASES, CODES)
-    config = BackboneConfig(vocab_size=tokenizer.vocab.size, max_position_embeddings=1024, **SIZES[options.size])
+    config = BackboneConfig(vocab_size=tokenizer.vocab.size, max_position_embeddings=1024, unroll=options.unroll,
+                            **SIZES[options.size])  # fmt: skip
     rng = np.random.default_rng(0)
     shapes = backbone.param_shapes(config)
     params = jax.tree.map(lambda leaf: 0.02 * rng.standard_normal(leaf.shape, np.float32), shapes)
@@ -104,20 +107,30 @@ def main() -> None:
     ours = Ours(config, params, tokenizer)
     theirs = Torch(config, params, tokenizer.vocab.visual_start, ours.length)
     print(f"{options.size}: {count / 1e6:.0f} M parameters, {ours.length} tokens an image", flush=True)
-    speeds: dict[str, list[float]] = {"ours": [], "torch": []}
+    clocks = {"wall": time.perf_counter, "CPU": time.process_time}
+    speeds: dict[str, dict[str, list[float]]] = {clock: {"ours": [], "torch": []} for clock in clocks}
     for turn in range(options.turns + 1):
         prompt, free = (rng.integers(0, tokenizer.vocab.text_size, n).astype(np.int32) for n in (PROMPT, FREE_PROMPT))
         for name, model in (("ours", ours), ("torch", theirs)):
-            start = time.perf_counter()
+            starts = {clock: read() for clock, read in clocks.items()}
             tokens = model.draw(prompt, free, turn)
-            seconds = time.perf_counter() - start
+            seconds = {clock: read() - starts[clock] for clock, read in clocks.items()}
             if turn:
-                speeds[name].append(tokens / seconds)
+                for clock in clocks:
+                    speeds[clock][name].append(tokens / seconds[clock])
             else:
-                print(f"  {name:<6} first turn {seconds:.1f} s", flush=True)
-    for name, found in speeds.items():
-        print(f"  {name:<6} {statistics.median(found):7.1f} tokens/s, {min(found):.1f} to {max(found):.1f}")
-    ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
+                print(f"  {name:<6} first turn {seconds['wall']:.1f} s", flush=True)
+    print(f"  load average {os.getloadavg()[0]:.1f}, {len(os.sched_getaffinity(0))} cores")
+    for clock, found in speeds.items():
+        report(clock, found)
+
+
+def report(clock: str, found: dict[str, list[float]]) -> None:
+    """Prints median and range of both, and of the ratios of turns that lay side by side."""
+    for name, rates in found.items():
+        middle = statistics.median(rates)
+        print(f"  {name:<6} {middle:7.1f} tokens/s of {clock} time, {min(rates):.1f} to {max(rates):.1f}")
+    ratios = [a / b for a, b in zip(*found.values(), strict=True)]
     print(f"  ratio  {statistics.median(ratios):7.2f}, {min(ratios):.2f} to {max(ratios):.2f} in {len(ratios)} turns")
 
 
