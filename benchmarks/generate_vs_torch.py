@@ -1,7 +1,7 @@
 """Tokens a second of drawing an image with classifier-free guidance: ours against PyTorch, same weights and CPU.
 
     python benchmarks/generate_vs_torch.py                   a decoder of 33 M parameters
-    python benchmarks/generate_vs_torch.py --size=large      265 M
+    python benchmarks/generate_vs_torch.py --size=large      261 M; --size=micro: that of the demo, 2.1 M
     python benchmarks/generate_vs_torch.py --cores=1         each on one core: where other jobs run beside, threads that
                                                              wait for one another would be measured instead
 
@@ -34,6 +34,8 @@ from ivr_jax.world.language import PHRASES
 
 CODES, SIDE, PROMPT, FREE_PROMPT, GUIDANCE = 8192, 16, 64, 24, 3.0
 SIZES = {
+    "micro": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 32},
     "small": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
               "num_key_value_heads": 2, "head_dim": 64},
     "large": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
@@ -92,13 +94,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--unroll", type=int, default=1, help="layers that ours writes out at a time")
     parser.add_argument("--cores", type=int, default=0, help="use only this many cores; 0: all")
     options = parser.parse_args()
     if options.cores:  # before either library has started its threads
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.cores :])
     tokenizer = PhraseTokenizer(PHRASES, CODES)
-    config = BackboneConfig(vocab_size=tokenizer.vocab.size, max_position_embeddings=1024, unroll=options.unroll,
+    config = BackboneConfig(vocab_size=tokenizer.vocab.size, max_position_embeddings=1024,
                             **SIZES[options.size])  # fmt: skip
     rng = np.random.default_rng(0)
     shapes = backbone.param_shapes(config)

@@ -57,7 +57,7 @@ def main(call: cli.Call) -> None:
     examples.write_part(dataset, tokenizer, codec.encode, out, given.length or _ANY_LENGTH, part, parts)
     distributed.barrier("parts")
     if distributed.is_primary():
-        fingerprint = f"parts-{tokenizer.fingerprint}-{systems.fingerprint(codec.params)}-{dataset.fingerprint}"
+        fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
         manifest = examples.join_parts(out, fingerprint, parts)
         print(f"tokenise: {out}: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
     distributed.barrier("joined")

@@ -45,6 +45,11 @@ def unpack_example(record: bytes) -> dict[str, np.ndarray]:
     }
 
 
+def source_fingerprint(dataset: TrajectoryDataset, tokenizer: TextTokenizer, image_tokenizer: str) -> str:
+    """What token examples were made of; `image_tokenizer`: the fingerprint of its parameters."""
+    return f"parts-{tokenizer.fingerprint}-{image_tokenizer}-{dataset.fingerprint}"
+
+
 def make_examples(
     dataset: TrajectoryDataset,
     tokenizer: TextTokenizer,

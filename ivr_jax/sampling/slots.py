@@ -207,11 +207,15 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
     )
 
 
-@functools.partial(jax.jit, static_argnames=("slots_wide",), donate_argnames=("slots",))
 def widen(slots: Slots, *, slots_wide: int) -> Slots:
     """The same slots with `slots_wide` cache slots each."""
-    more = ((0, 0), (0, 0), (0, slots_wide - slots.cache.k.shape[2]), (0, 0), (0, 0))
-    return slots._replace(cache=_placed(backbone.KVCache(*(jnp.pad(x, more) for x in slots.cache))))
+    return slots._replace(cache=_widened(slots.cache, slots_wide=slots_wide))
+
+
+@functools.partial(jax.jit, static_argnames=("slots_wide",))
+def _widened(cache: backbone.KVCache, *, slots_wide: int) -> backbone.KVCache:
+    more = ((0, 0), (0, 0), (0, slots_wide - cache.k.shape[2]), (0, 0), (0, 0))
+    return _placed(backbone.KVCache(*(jnp.pad(x, more) for x in cache)))
 
 
 @jax.jit

@@ -155,12 +155,9 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     axes = backbone.param_axes(model)
     if options.rank:
         params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)
-    fingerprint = (
-        f"parts-{tokenizer.fingerprint}-{systems.fingerprint(codec.params)}-{TrajectoryDataset(config.data.path).fingerprint}"
-    )
     folder = workdir / "examples"
     if distributed.is_primary():
-        _prepare(config, workdir, tokenizer, codec, min(config.data.length, model.max_position_embeddings), fingerprint)
+        _prepare(config, workdir, tokenizer, codec, min(config.data.length, model.max_position_embeddings))
     distributed.barrier("token examples")
     manifest = examples.read_manifest(folder)
     _say(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
@@ -192,10 +189,11 @@ def _say(text: str) -> None:
 
 
 def _prepare(
-    config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int, fingerprint: str
+    config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
 ) -> None:
     """Token examples and the report's taught samples, made once."""
     dataset, folder = TrajectoryDataset(config.data.path), workdir / "examples"
+    fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
     manifest = examples.read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != fingerprint:
         examples.make_examples(dataset, tokenizer, codec.encode, folder, longest, fingerprint)
