@@ -102,7 +102,7 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
         else:
             written, problems = export_success(source, out, form, options)
     for problem in problems:
-        print(f"left out: {problem.path}: {problem}")
+        print(f"left out: {problem}")
     return f"{out}: {written} samples" + (f", {len(problems)} left out" if problems else "")
 
 

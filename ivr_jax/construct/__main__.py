@@ -1,4 +1,4 @@
-"""Construct a dataset of trajectories: direct answers, reflections and multi-step answers, by the paper's escalation.
+r"""Construct a dataset of trajectories: direct answers, reflections and multi-step answers, by the paper's escalation.
 
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/demo/construct \
         --config.baseline=runs/demo/base
@@ -185,9 +185,9 @@ def import_released(config: Any, target: Any) -> dict[str, Any]:
     """A folder in the released layout as a dataset, its images resized to about `config.image_area` pixels each."""
     imported = left_out = 0
     with TrajectoryWriter(target, {"released": str(config.released)}) as writer:
-        for found in iter_released(config.released):
+        for found in iter_released(config.released, image_root=config.image_root or None):
             if isinstance(found, Problem):
-                print(f"left out: {found.path}: {found}")
+                print(f"left out: {found}")
                 left_out += 1
             else:
                 writer.add(*resized(*found, config.image_area, config.image_multiple))
