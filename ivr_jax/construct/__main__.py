@@ -107,7 +107,7 @@ def main(call: cli.Call) -> int | None:
     if Shard.parse(config.shard).count > 1 and (config.released or call.flags.merge):
         raise UserError("a shard is a part of a construction.", "Leave out --shard to merge or to import.")
     complete = (target / "dataset.json").exists()
-    begun = complete or ((workdir / "journal").exists() and saved_config(workdir) is not None)
+    begun = complete or (saved_config(workdir) is not None and Journal.begun(workdir / "journal"))
     claim_workdir(workdir, config, resuming=begun, ignore=_ANY_TIME if complete else (*_ANY_TIME, *_UNTIL_DONE))
     if complete:
         print(f"construct: {target} is complete, {len(TrajectoryDataset(target))} trajectories")
