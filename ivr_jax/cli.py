@@ -17,8 +17,8 @@ What a user may rely on, whatever the command:
     --workdir=runs/name               made when missing, and checked for writing before anything is computed.
     --help                            the command's own docstring; with --config, also that file's keys.
 
-Bad input, a config of another command and a full disk end in one line, `error: what. remedy`, on stderr and status 2;
-Ctrl-C in status 130.  Any other exception is a bug of ours and keeps its traceback.
+Bad input, a config of another command, full memory and a full disk end in one line, `error: what. remedy`, on stderr
+and status 2; Ctrl-C in status 130.  Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from ivr_jax.errors import UserError
 
 CACHE_VARIABLE = "IVR_JAX_CACHE"
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
+_MEMORY_FULL = re.compile("RESOURCE_EXHAUSTED|Out of memory|Unable to allocate")  # of XLA and of numpy
 _DISK_FULL = re.compile("No space left on device|Disk quota exceeded")  # whatever a library wraps these words in
 
 
@@ -106,11 +107,15 @@ def run(
             print(f"error: {spec} has no key `{key}`, which this command reads. Name a config that was made for this "
                   "command, or add the key to the file.", file=sys.stderr)
             sys.exit(2)
-        if _DISK_FULL.search(str(error)) is None:
-            raise
-        print("error: the disk is full. Make room and give the same command again; what was complete before is kept.",
-              file=sys.stderr)
-        sys.exit(2)
+        if _DISK_FULL.search(str(error)):
+            print("error: the disk is full. Make room and give the same command again; what was complete before is "
+                  "kept.", file=sys.stderr)
+            sys.exit(2)
+        if _MEMORY_FULL.search(str(error)) and "--verbose" not in (sys.argv if argv is None else argv):
+            print(f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller batch, length or model; "
+                  "config.accumulation trains a batch in parts. --verbose shows where it happened.", file=sys.stderr)
+            sys.exit(2)
+        raise
     raise AssertionError("absl's app.run always exits")
 
 

@@ -45,13 +45,14 @@ from ivr_jax.errors import UserError
 
 
 def add_flags(values):
-    flags.DEFINE_string("end", "well", "how to end: well, badly, full, lost, bug, or interrupted", flag_values=values)
+    flags.DEFINE_string("end", "well", "well, badly, full, large, lost, bug, or interrupted", flag_values=values)
 
 
 def main(call):
     logging.info("for information only")
     logging.warning("worth a warning")
     ends = {"badly": UserError("the well is\\ndry.", "Dig."), "bug": RuntimeError("ours"),
+            "large": RuntimeError("INTERNAL: Out of memory allocating 40 bytes.\\nA table of buffers"),
             "full": ValueError("RESOURCE_EXHAUSTED: writing a/b: No space left on device")}
     if call.flags.end == "interrupted":
         raise KeyboardInterrupt
@@ -453,6 +454,7 @@ def run_in_process(tiny: Path, capsys, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize(("argv", "line"), [
     (["--config=tiny_config.py", "--workdir=run", "--end=badly"], "error: the well is dry. Dig."),
     (["--config=tiny_config.py", "--workdir=run", "--end=full"], "error: the disk is full. Make room and give"),
+    (["--config=tiny_config.py", "--workdir=run", "--end=large"], "error: out of memory (INTERNAL: Out of memory"),
     (["--config=tiny_config.py", "--workdir=run", "--end=lost"], "error: tiny_config.py has no key `decay`, which"),
     (["--config=tiny_config.py", "--workdir=tiny.py"], "error: the work directory 'tiny.py' is a file. Name a folder"),
     (["--config=nowhere.py", "--workdir=run"], "error: there is no config file 'nowhere.py'."),
