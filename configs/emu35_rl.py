@@ -1,4 +1,4 @@
-"""RL of the fine-tuned Emu3.5 (34.1 B) as in the paper: GRPO, groups of 8, temperature 1, one epoch of 50,000 prompts.
+r"""RL of the fine-tuned Emu3.5 (34.1 B) as in the paper: GRPO, groups of 8, temperature 1, one epoch of 50,000 prompts.
 
 Paper: learning rate 1e-6 cosine after 10% warm-up, KL coefficient 0.01 to the SFT model, the paper's reward and
 complexity bonus.  The paper does not say how many prompts make a step; 64 here, so 512 answers and 782 steps.

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of Emu3.5 (34.1 B) as in the paper: 512×512 images, batch 128, one epoch of 50,000 samples.
+r"""Supervised fine-tuning of Emu3.5 (34.1 B) as in the paper: 512×512 images, batch 128, one epoch of 50,000 samples.
 
 Paper: AdamW in bfloat16, cosine 1e-5 → 1e-6 after 10% warm-up. 50,000 samples packed into rows of 8,192 tokens
 (a 512×512 image takes 1,055) are 390 steps if a row holds one sample; set `steps` to one epoch of the data at hand.

@@ -1,4 +1,4 @@
-"""`emu35_sft` as planned for 128 chips of v5p: a row of the batch on each, and hardly anything computed twice.
+r"""`emu35_sft` as planned for 128 chips of v5p: a row of the batch on each, and hardly anything computed twice.
 
 Paper: as emu35_sft; mesh and memory alone differ, so a run may change between the two at any checkpoint.
 Cost: 0.23 EFLOP a step; memory and estimated time stand in docs/pods-compile.md.

@@ -1,4 +1,4 @@
-"""Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw directly and to evaluate.
+r"""Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw directly and to evaluate.
 
 12,000 exact drawings (loss on G1 E1) and 1,000 failed drawings (loss on E1 alone).  Meant to stop while it is good at
 one edit and poor at four, so that reflection and multi-step have something to add.  Small batches: at equal tokens

@@ -1,4 +1,4 @@
-"""Fine-tuning data of the micro-world: the paper's escalation, first images by the base model itself.
+r"""Fine-tuning data of the micro-world: the paper's escalation, first images by the base model itself.
 
 The paper's mix is 10,000 direct : 20,000 reflection : 20,000 multi-step.  At this size critiques are rarely right and
 so many failures teach the model to fail its good images, so the mix here is 2:1:2 (`configs/construct_micro.py` builds
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.seed = 2
     config.released = ""  # a folder in the released layout to import instead
     config.samples = ""  # a JSON list of samples to construct instead of the micro-world's tasks; all that succeed stay
-    config.image_root = ""  # where its relative image paths start; its own folder when empty
+    config.image_root = ""  # where relative image paths of either start; the folder that they stand in when empty
     config.image_area = 4096  # imported and listed images are resized to about this many pixels ...
     config.image_multiple = 16  # ... with sides that are multiples of the image tokenizer's factor
     config.baseline = ""  # workdir of the model that draws G1; the generator draws it when empty

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts of the micro-world: the training mixture by number of edits, and twelve splits in the
+r"""Evaluation on held-out prompts of the micro-world: the training mixture by number of edits, and twelve splits in the
 manner of GenEval, KRIS-Bench and OmniContext.
 
 The word after the colon holds the answers to one mode: `:base` and `:direct` to direct answers, `:multi_step` to steps

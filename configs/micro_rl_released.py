@@ -1,4 +1,4 @@
-"""RL of the micro-world's fine-tuned model with the reward of the authors' public code instead of the paper's.
+r"""RL of the micro-world's fine-tuned model with the reward of the authors' public code instead of the paper's.
 
 No complexity bonus; scores count (s - 1) / 4, axes are weighted, steps are judged by their images and reflections are
 a component of their own (`ivr_jax.rewards.functions.RELEASED`).  Everything else as in micro_rl.  Untested at length.

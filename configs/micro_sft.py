@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of the micro-world's base model on direct, reflection and multi-step trajectories (2:1:2).
+r"""Supervised fine-tuning of the micro-world's base model on direct, reflection and multi-step trajectories (2:1:2).
 
 Paper: 1:2:2, next-token loss on the selected tokens, one epoch, cosine schedule with 10% warm-up.  Here: several
 epochs over a few thousand trajectories.

@@ -1,4 +1,4 @@
-"""Trajectories from your own images and prompts: judged by a vision-language model, drawn by an image service.
+r"""Trajectories from your own images and prompts: judged by a vision-language model, drawn by an image service.
 
 Command: OPENAI_API_KEY=... python -m ivr_jax.construct --config=configs/photographs_construct.py \
     --workdir=runs/mine/construct --config.samples=samples.json

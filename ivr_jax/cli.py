@@ -17,8 +17,8 @@ What a user may rely on, whatever the command:
     --workdir=runs/name               made when missing, and checked for writing before anything is computed.
     --help                            the command's own docstring; with --config, also that file's keys.
 
-Bad input and a full disk end in one line, `error: what. remedy`, on stderr and status 2; Ctrl-C in status 130.  Any
-other exception is a bug of ours and keeps its traceback.
+Bad input, a config of another command, full memory and a full disk end in one line, `error: what. remedy`, on stderr
+and status 2; Ctrl-C in status 130.  Any other exception is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import config_dict
 from ml_collections.config_flags import config_path
 
 from ivr_jax.config import check_numbers, config_names, describe_config, flatten, load_config, with_article
@@ -42,6 +44,7 @@ from ivr_jax.errors import UserError
 
 CACHE_VARIABLE = "IVR_JAX_CACHE"
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
+_MEMORY_FULL = re.compile("RESOURCE_EXHAUSTED|Out of memory|Unable to allocate")  # of XLA and of numpy
 _DISK_FULL = re.compile("No space left on device|Disk quota exceeded")  # whatever a library wraps these words in
 
 
@@ -98,11 +101,21 @@ def run(
         print("interrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if _DISK_FULL.search(str(error)) is None:
-            raise
-        print("error: the disk is full. Make room and give the same command again; what was complete before is kept.",
-              file=sys.stderr)
-        sys.exit(2)
+        key = _missing_key(error)
+        if config and key is not None:
+            spec, _ = _take_config_flag(sys.argv if argv is None else argv)
+            print(f"error: {spec} has no key `{key}`, which this command reads. Name a config that was made for this "
+                  "command, or add the key to the file.", file=sys.stderr)
+            sys.exit(2)
+        if _DISK_FULL.search(str(error)):
+            print("error: the disk is full. Make room and give the same command again; what was complete before is "
+                  "kept.", file=sys.stderr)
+            sys.exit(2)
+        if _MEMORY_FULL.search(str(error)) and "--verbose" not in (sys.argv if argv is None else argv):
+            print(f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller batch, length or model; "
+                  "config.accumulation trains a batch in parts. --verbose shows where it happened.", file=sys.stderr)
+            sys.exit(2)
+        raise
     raise AssertionError("absl's app.run always exits")
 
 
@@ -127,7 +140,7 @@ def parse(
         spec, argv = _take_config_flag(argv)
     settings = None if spec is None else load_config(spec)
     if _wants_help(argv):
-        print(_help_text(doc, values, config, spec, settings))
+        print(_help_text(doc, values, spec, settings, config=config, workdir=workdir))
         raise SystemExit(0)
     if config and (spec is None or settings is None):
         raise UserError("no configuration was named.", f"Add --config=NAME; installed: {_installed()}.")
@@ -263,6 +276,16 @@ def _check_tuples(values: flags.FlagValues, original: ConfigDict, settings: Conf
             raise UserError(what, f"It is {before!r} in the config file.")
 
 
+def _missing_key(error: Exception) -> str | None:
+    """The key that a ConfigDict was asked for and does not have, when that is what went wrong."""
+    if not isinstance(error, (AttributeError, KeyError)):
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_code.co_filename != config_dict.__file__:
+        return None
+    return frame.f_locals.get("attribute", frame.f_locals.get("key"))
+
+
 def _installed() -> str:
     return ", ".join(config_names()) or "none"
 
@@ -279,7 +302,7 @@ def _wants_help(argv: Sequence[str]) -> bool:
 
 
 def _help_text(
-    doc: str, values: flags.FlagValues, config: bool, spec: str | None, settings: ConfigDict | None
+    doc: str, values: flags.FlagValues, spec: str | None, settings: ConfigDict | None, *, config: bool, workdir: bool
 ) -> str:
     lines = [doc.strip(), "", "Flags:"] if doc else ["Flags:"]
     rows = []
@@ -288,10 +311,11 @@ def _help_text(
         rows.append(("--config.KEY=VALUE", "overrides one key; --config=NAME --help lists the keys"))
     for name in sorted(values, key=lambda n: (n in ("verbose", "help"), n)):
         flag = values[name]
-        if name != flag.name:  # a short name of a flag that is listed already
+        if name != flag.name or (name == "workdir" and not workdir):  # a short name of a listed flag; of no use here
             continue
-        default = "" if flag.default in (None, False) else f" (default: {flag.default})"
-        rows.append((f"--{name}" if flag.boolean else f"--{name}=…", f"{flag.help}{default}"))
+        meaning = flag.help.partition(";\n")[0]  # after it absl says that the flag may be repeated
+        default = "" if flag.default in (None, False, "", []) else f" (default: {flag.default})"
+        rows.append((f"--{name}" if flag.boolean else f"--{name}=…", f"{meaning}{default}"))
     lines += _table(rows)
     if spec is not None and settings is not None:
         lines += ["", f"{spec}:", "", describe_config(spec) or "(no description)", "", "Keys:"]
@@ -307,25 +331,26 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
 # Work directory
 
 
-def prepare_workdir(path: str | os.PathLike[str]) -> Path:
+def prepare_workdir(path: str | os.PathLike[str], flag: str = "workdir") -> Path:
     """Makes the folder when it is missing, and proves that a file can be written in it.
 
-    Raises UserError when it cannot.
+    Raises UserError when it cannot; it names the flag that gave the folder.
     """
+    what = "work directory" if flag == "workdir" else f"folder of --{flag}"
     if "://" in str(path):
-        raise UserError(f"the work directory {str(path)!r} is not a folder of this machine.",
+        raise UserError(f"the {what} {str(path)!r} is not a folder of this machine.",
                         "Mount the bucket, and name the folder where it is mounted.")
     folder = Path(path).expanduser()
-    remedy = "Name a folder that you may write to with --workdir=…."
+    remedy = f"Name a folder that you may write to with --{flag}=…."
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError:
-        raise UserError(f"the work directory {str(folder)!r} is a file.", remedy) from None
+        raise UserError(f"the {what} {str(folder)!r} is a file.", remedy) from None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot write to the work directory {str(folder)!r}: {reason}.", remedy) from error
+        raise UserError(f"cannot write to the {what} {str(folder)!r}: {reason}.", remedy) from error
     return folder
 
 

@@ -38,9 +38,10 @@ def main(call: cli.Call) -> int:
     names = _programs(config, call.flags.program)
     _add_model(config, call.flags.model)
     configs = _against(config, call.flags.against)
+    keep = None if call.flags.keep is None else cli.prepare_workdir(call.flags.keep, "keep")
+    plan = None if call.flags.json is None else _writable(Path(call.flags.json).expanduser())
     compiler_library()
     outcomes: list[tuple[Topology, jobs.Outcome]] = []
-    keep = None if call.flags.keep is None else Path(call.flags.keep)
     for topology in topologies:
         for name in names:
             made = []
@@ -53,10 +54,18 @@ def main(call: cli.Call) -> int:
             if len(made) > 1:
                 report.side_by_side(console, list(configs), [outcome for _, outcome in made])
             outcomes += made
-    if call.flags.json is not None:
-        Path(call.flags.json).write_text(json.dumps([report.to_json(t, o) for t, o in outcomes], indent=2) + "\n")
+    if plan is not None:
+        plan.write_text(json.dumps([report.to_json(t, o) for t, o in outcomes], indent=2) + "\n")
     report.summarise(console, outcomes)
     return 0 if all(outcome.ok for _, outcome in outcomes) else 1
+
+
+def _writable(file: Path) -> Path:
+    """`file`, when it can be written: said before minutes of compiling, not after."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder.", "Name a file, as --json=plan.json.")
+    cli.prepare_workdir(file.parent, "json")
+    return file
 
 
 def _programs(config: ConfigDict, wanted: list[str]) -> list[str]:

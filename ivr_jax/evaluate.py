@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on held-out prompts of the micro-world: scores, images an answer, modes, calibration.
+r"""Evaluate a checkpoint on held-out prompts of the micro-world: scores, images an answer, modes, calibration.
 
     python -m ivr_jax.evaluate --config=configs/micro_evaluate.py --workdir=runs/demo/eval_sft \
         --config.checkpoint=runs/demo/sft

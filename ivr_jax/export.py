@@ -85,7 +85,7 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
     if form == "tfds":
         from ivr_jax.data.tfds_builder import write_tfds  # slow to import, and nothing else needs it
 
-        return f"{write_tfds(source, out, values.tfds_files)}"
+        return f"{write_tfds(source, cli.prepare_workdir(out, 'out'), values.tfds_files)}"
     problems: list[Problem] = []
     if form == "released":
         written, problems = write_released(TrajectoryDataset(source), out)
@@ -102,7 +102,7 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
         else:
             written, problems = export_success(source, out, form, options)
     for problem in problems:
-        print(f"left out: {problem.path}: {problem}")
+        print(f"left out: {problem}")
     return f"{out}: {written} samples" + (f", {len(problems)} left out" if problems else "")
 
 

@@ -63,20 +63,20 @@ def add_flags(values: flags.FlagValues) -> None:
          requests_lib.AUTO)  # fmt: skip
     number("image_area", 0, "pixels of an image, about; 0: the image tokenizer's resolution, squared")
     text("text_tokenizer", "folder of the text tokenizer, if it was moved or the checkpoint imported")
-    text("image_tokenizer", "workdir of the image tokenizer, likewise")
+    text("image_tokenizer", "workdir of the image tokenizer, if it was moved or the checkpoint imported")
     flags.DEFINE_multi_enum(
         "mode", [], [*MODES, INTERLEAVED], "modes the answer may use; by default all of a model that was trained on "
         "trajectories, else interleaved: texts and images in any order", flag_values=values,
     )  # fmt: skip
     real("temperature", 1.0, "0 takes the likeliest token")
-    real("image_temperature", None, "of image tokens; --temperature when not given")
+    real("image_temperature", None, "--temperature of image tokens; the same when not given")
     real("cfg", 1.0, "classifier-free guidance on image tokens; 1 is off")
     real("image_cfg", None, "guidance by the references (the three-way form)")
     number("text_top_k", 0, "keep the k likeliest tokens; 0 keeps all")
     real("text_top_p", 1.0, "keep the likeliest tokens that hold this much probability")
-    number("image_top_k", 0, "the same of image tokens")
-    real("image_top_p", 1.0, "the same of image tokens")
-    number("seed", 0, "of the draw")
+    number("image_top_k", 0, "--text_top_k of image tokens")
+    real("image_top_p", 1.0, "--text_top_p of image tokens")
+    number("seed", 0, "of the draw; the same seed gives the same answer")
     number("answer_length", 0, "most answer tokens; 0: five images' worth, 384 at least, as far as the context goes")
     number("text_cap", 0, "most tokens of one free text; 0: 64 with the micro tokenizer, else 512")
 

@@ -48,16 +48,16 @@ def main(call: cli.Call) -> None:
         raise UserError(f"unknown stage {config.stage!r}.", f"Use one of {', '.join(STAGES)}.")
     check_least(config, COUNTS)
     check_least(config, NOT_NEGATIVE, 0)
+    names = ("steps", "log_every", "checkpoint_every", "keep", "staging_gib")
+    peak = call.flags.peak_tflops and call.flags.peak_tflops * 1e12
+    plan = loop.Plan(**{name: config[name] for name in names}, profile=call.flags.profile, peak=peak)
     distributed.start(call.flags)
     mesh = sharding.mesh_of(config.mesh)
     primary = distributed.is_primary()
     with only_writer(workdir, wanted=primary), jax.set_mesh(mesh):
-        resuming = (workdir / checkpoint.FOLDER).exists()
+        resuming = checkpoint.has_any(workdir)
         claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=primary)
         stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh)
-        names = ("steps", "log_every", "checkpoint_every", "keep", "staging_gib")
-        peak = call.flags.peak_tflops and call.flags.peak_tflops * 1e12
-        plan = loop.Plan(**{name: config[name] for name in names}, profile=call.flags.profile, peak=peak)
         loop.run(stage, workdir, plan, workdir.name)
 
 

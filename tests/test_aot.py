@@ -188,6 +188,9 @@ def test_topologies_are_read():
         (["--config=micro_sft", "--topology=v5e:2x2", "--program=decode"], "no program 'decode'"),
         (["--config=micro_image_tokenizer", "--topology=v5e:2x2"], "no programs for a pod"),
         (["--config=micro_sft", "--topology=v5e:2x2", "--against=chonk=4"], "chonk=4 changes nothing"),
+        (["--config=micro_sft", "--topology=v5e:2x2", "--json=/dev/null/plan.json"], "folder of --json '/dev/null' is"),
+        (["--config=micro_sft", "--topology=v5e:2x2", "--json=/"], "/ is a folder. Name a file"),
+        (["--config=micro_sft", "--topology=v5e:2x2", "--keep=/dev/null"], "folder of --keep '/dev/null' is a file"),
     ],
 )
 def test_a_wrong_request_is_one_line(argv, message):

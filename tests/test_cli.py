@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -44,18 +45,21 @@ from ivr_jax.errors import UserError
 
 
 def add_flags(values):
-    flags.DEFINE_string("end", "well", "how to end: well, badly, full, bug, or interrupted", flag_values=values)
+    flags.DEFINE_string("end", "well", "well, badly, full, large, lost, bug, or interrupted", flag_values=values)
 
 
 def main(call):
     logging.info("for information only")
     logging.warning("worth a warning")
     ends = {"badly": UserError("the well is\\ndry.", "Dig."), "bug": RuntimeError("ours"),
+            "large": RuntimeError("INTERNAL: Out of memory allocating 40 bytes.\\nA table of buffers"),
             "full": ValueError("RESOURCE_EXHAUSTED: writing a/b: No space left on device")}
     if call.flags.end == "interrupted":
         raise KeyboardInterrupt
     if call.flags.end in ends:
         raise ends[call.flags.end]
+    if call.flags.end == "lost":
+        print(call.config.optimizer.decay)
     (call.workdir / "out.txt").write_text(str(call.config.steps + 1))
 
 
@@ -213,6 +217,29 @@ def test_help_shows_the_commands_own_words_and_the_keys_of_a_config(tiny):
     assert "--pdb" not in plain.stdout, "absl's own flags would bury the command's"
     described = start(tiny, "--config=tiny_config.py", "-h").stdout
     assert "A tiny experiment." in described and "--config.optimizer.lr" in described and "0.001" in described
+
+
+def help_of(capsys, *, workdir: bool) -> str:
+    """The flags that --help lists for a command with a flag that may be repeated."""
+    def add_images(values):
+        flags.DEFINE_multi_string("image", [], "a reference", flag_values=values)
+
+    with pytest.raises(SystemExit):
+        cli.parse(["c", "--help"], config=False, workdir=workdir, add_flags=add_images)
+    return capsys.readouterr().out
+
+
+def test_help_is_one_line_a_flag_and_leaves_out_a_work_directory_that_is_of_no_use(capsys):
+    text = help_of(capsys, workdir=False)
+    assert text.splitlines()[1].split() == ["--image=…", "a", "reference"] and "--workdir" not in text
+    assert "--workdir=…" in help_of(capsys, workdir=True)
+
+
+def test_commands_in_help_keep_the_backslashes_that_break_their_lines():
+    for file in (*(ROOT / "configs").glob("*.py"), *(ROOT / "ivr_jax").rglob("*.py")):
+        source = file.read_text(encoding="utf-8")
+        doc = ast.get_docstring(ast.parse(source)) or ""
+        assert len(doc.splitlines()) >= len(source.partition('"""')[2].partition('"""')[0].strip().splitlines()), file
 
 
 # Config files
@@ -427,6 +454,8 @@ def run_in_process(tiny: Path, capsys, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize(("argv", "line"), [
     (["--config=tiny_config.py", "--workdir=run", "--end=badly"], "error: the well is dry. Dig."),
     (["--config=tiny_config.py", "--workdir=run", "--end=full"], "error: the disk is full. Make room and give"),
+    (["--config=tiny_config.py", "--workdir=run", "--end=large"], "error: out of memory (INTERNAL: Out of memory"),
+    (["--config=tiny_config.py", "--workdir=run", "--end=lost"], "error: tiny_config.py has no key `decay`, which"),
     (["--config=tiny_config.py", "--workdir=tiny.py"], "error: the work directory 'tiny.py' is a file. Name a folder"),
     (["--config=nowhere.py", "--workdir=run"], "error: there is no config file 'nowhere.py'."),
     (["--config=tiny_config.py", "--workdir=run", "--config.x=1"], "error: tiny_config.py has no key `x`."),

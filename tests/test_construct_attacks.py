@@ -208,6 +208,23 @@ def test_lists_that_are_none_are_said_in_one_line(tmp_path, text):
     assert "samples.json" in commands.run("construct", *command).complaint
 
 
+def test_a_start_that_came_to_nothing_does_not_bind_the_work_directory(tmp_path):
+    (tmp_path / "empty.json").write_text("[]")
+    for name, words in (("gone.json", "there is no list of samples"), ("empty.json", "is not a list of samples")):
+        command = arguments("http://127.0.0.1:9/v1", tmp_path / name, tmp_path / "run")
+        assert words in commands.run("construct", *command).complaint
+
+
+def test_a_journal_has_begun_with_its_first_record_or_while_somebody_writes_it(tmp_path):
+    assert not Journal.begun(tmp_path) and os.listdir(tmp_path) == []
+    with Journal(tmp_path) as journal:
+        assert Journal.begun(tmp_path)
+    assert not Journal.begun(tmp_path)
+    with Journal(tmp_path) as journal:
+        journal.record_outcome("key", "request", {})
+    assert Journal.begun(tmp_path)
+
+
 @pytest.mark.parametrize(
     "setting",
     [f"base_url=https://user:{KEY}@host/v1", f"base_url=https://host/v1?key={KEY}", f"key_variable={KEY}",

@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from photographs import photograph, scores, write_success
 
+from ivr_jax.cli import config_from_argv
+from ivr_jax.construct.__main__ import import_released
 from ivr_jax.construct.escalation import RELEASED_RULES, Drop, Rules, construct
 from ivr_jax.construct.interfaces import RootCause
 from ivr_jax.construct.released import (
@@ -246,6 +248,17 @@ def test_images_elsewhere_are_found_under_the_image_root_and_nowhere_outside_it(
         edit(success, "portrait_grey", lambda r, path=path: r.update(original_image_path=path))
         (problem,) = read_released(success, image_root=success)[1]
         assert "neither in the folder nor under" in problem.reason
+
+
+def test_an_import_takes_the_image_root_and_names_each_folder_once(success, tmp_path, capsys):
+    (tmp_path / "photographs").mkdir()
+    shutil.move(success / "portrait_grey" / "original_image.png", tmp_path / "photographs" / "portrait_grey.png")
+    config = config_from_argv(["--config=micro_construct", f"--config.released={success}"])
+    assert import_released(config, tmp_path / "without")["left_out"] == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "is not in the folder. Copy it there" in line and line.count(str(success)) == 1
+    config.image_root = str(tmp_path)
+    assert import_released(config, tmp_path / "with")["left_out"] == 0
 
 
 def test_what_a_killed_writer_left_is_no_sample(success):

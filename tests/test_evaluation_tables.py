@@ -112,3 +112,4 @@ def test_a_gate_cannot_be_met_without_a_measurement():
         Gate("g", "≥ 1", "", True)
     with pytest.raises(UserError):
         Gate("g", "≥ 1", "2", None)
+    assert Gate.at_least("g", 0.05, -0.026) == Gate("g", "≥ 5%", "−2.6%", False), "a minus, as in the tables"

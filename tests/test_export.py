@@ -155,6 +155,7 @@ def test_images_elsewhere_are_imported_from_the_image_root(tmp_path):
         (["{data}", "--format=alpaca", "--out={out}"], "value should be one of"),
         (["{data}", "--format=dataset", "--out={out}"], "is a dataset already"),
         (["{success}", "--format=tfds", "--out={out}"], "holds no dataset"),
+        (["{data}", "--format=tfds", "--out={file}/x"], "cannot write"),
         (["{success}", "--format=released", "--out={out}"], "holds no dataset"),
         (["{success}", "--format=card"], "holds no dataset"),
         (["{data}", "--format=released", "--out={data}"], "exists"),

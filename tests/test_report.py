@@ -100,6 +100,14 @@ def test_every_section_is_there(whole):
     assert whole.open == []
 
 
+def test_arms_of_fewer_prompts_say_how_many_they_answered(studio):
+    _, answers = studio
+    whole, part = len(answers), len(answers) // 2
+    text = page(evaluations={"Base": evaluate(answers), "held": evaluate(answers[:part])}).text
+    assert f"Answers {whole} {part} Exact match" in text
+    assert " By split Answers " in text and " kris/procedural 8–12 " in text and " mixture 4–12 " in text
+
+
 def test_the_page_asks_the_network_for_nothing(whole):
     names = {name for name, _ in whole.tags}
     assert not names & {"link", "iframe", "object", "embed", "form", "base", "video", "audio"}

@@ -310,12 +310,13 @@ def test_a_draw_is_one_of_the_kept_ids():
     assert {int(f[0]) for f in found} == {0, 1} and {int(f[1]) for f in found} == {2}
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"image_guidance": -1.0}, {"text_top_p": 0.0}, {"image_top_p": 1.1}]
-)
-def test_options_out_of_range_are_refused(wrong):
-    with pytest.raises(UserError, match="out of range"):
-        SamplingOptions(**wrong)
+@pytest.mark.parametrize(("field", "value"), [
+    ("temperature", float("nan")), ("guidance", float("inf")), ("image_guidance", -1.0), ("image_temperature", -0.1),
+    ("text_top_k", -1), ("text_top_p", 0.0), ("image_top_p", 1.5), ("image_top_p", float("nan")),
+])
+def test_options_that_no_distribution_has_are_refused_by_name(field, value):
+    with pytest.raises(UserError, match=rf"{field} .*is {value}\. It must be"):
+        SamplingOptions(**{field: value})
 
 
 # -- rollouts ---------------------------------------------------------------------------------------------------------

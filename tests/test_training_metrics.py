@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ivr_jax.data import examples, pipeline
 from ivr_jax.errors import UserError
 from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.training import loop
 from ivr_jax.training.metrics import MetricsLog, NonFinite, Pending, ZeroGradient, check
 from ivr_jax.training.optimizer import make_optimizer, stored_in
 from ivr_jax.training.throughput import Profile, Throughput, peak_flops, train_flops
@@ -69,7 +70,7 @@ def test_a_profile_of_some_steps(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     for wrong in ("3", "4:4", "a:b"):
         with pytest.raises(UserError, match="no window of steps"):
-            Profile(tmp_path, wrong)
+            loop.Plan(steps=1, log_every=1, checkpoint_every=1, keep=1, profile=wrong)
 
 
 def test_moments_in_bfloat16_are_those_of_float32_rounded_after_every_step():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tiny_runs import (
     ROOT,
     assert_same_run,
@@ -23,6 +24,7 @@ from tiny_runs import (
 
 from ivr_jax import cli, train
 from ivr_jax import system as systems
+from ivr_jax.config import save_config
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,14 @@ def test_a_workdir_keeps_its_configuration(sft, capsys):
     message = complaint(capsys, [*argv, "--config.optimizer.peak=0.5"])
     assert "another configuration: optimizer.peak was 0.002, is 0.5" in message and "--workdir" in message
     assert (metrics(workdir), newest_checkpoint(workdir)) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_be_started_otherwise(runs, capsys):
+    workdir = runs / "begun"
+    (workdir / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)
+    save_config(workdir, ConfigDict({"stage": "sft", "steps": 1}))
+    trained(workdir, "micro_base", sft_settings(runs))
+    assert "resumed" not in capsys.readouterr().out and newest_checkpoint(workdir) == 20
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Construct a dataset of trajectories: direct answers, reflections and multi-step answers, by the paper's escalation.
+r"""Construct a dataset of trajectories: direct answers, reflections and multi-step answers, by the paper's escalation.
 
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/demo/construct \
         --config.baseline=runs/demo/base
@@ -107,7 +107,7 @@ def main(call: cli.Call) -> int | None:
     if Shard.parse(config.shard).count > 1 and (config.released or call.flags.merge):
         raise UserError("a shard is a part of a construction.", "Leave out --shard to merge or to import.")
     complete = (target / "dataset.json").exists()
-    begun = complete or ((workdir / "journal").exists() and saved_config(workdir) is not None)
+    begun = complete or (saved_config(workdir) is not None and Journal.begun(workdir / "journal"))
     claim_workdir(workdir, config, resuming=begun, ignore=_ANY_TIME if complete else (*_ANY_TIME, *_UNTIL_DONE))
     if complete:
         print(f"construct: {target} is complete, {len(TrajectoryDataset(target))} trajectories")
@@ -185,9 +185,9 @@ def import_released(config: Any, target: Any) -> dict[str, Any]:
     """A folder in the released layout as a dataset, its images resized to about `config.image_area` pixels each."""
     imported = left_out = 0
     with TrajectoryWriter(target, {"released": str(config.released)}) as writer:
-        for found in iter_released(config.released):
+        for found in iter_released(config.released, image_root=config.image_root or None):
             if isinstance(found, Problem):
-                print(f"left out: {found.path}: {found}")
+                print(f"left out: {found}")
                 left_out += 1
             else:
                 writer.add(*resized(*found, config.image_area, config.image_multiple))

@@ -83,6 +83,18 @@ class Journal:
         self._database.executescript(_SCHEMA)
         self._database.execute(f"pragma user_version={_VERSION}")
 
+    @staticmethod
+    def begun(path: Path) -> bool:
+        """Whether something is on record in the journal `path`, or a process is at it, or nobody can tell."""
+        if not (path / "journal.sqlite").exists():
+            return False
+        try:
+            with Journal(path) as journal:
+                query = "select exists(select 1 from calls) or exists(select 1 from outcomes)"
+                return bool(journal._row(query)[0])
+        except UserError:
+            return True
+
     # -- calls --
 
     def call(self, digest: str) -> Recorded | None:

@@ -60,7 +60,7 @@ class Problem:
     reason: str
 
     def __str__(self) -> str:
-        return self.reason
+        return self.reason if str(self.path) in self.reason else f"{self.path}: {self.reason}"
 
 
 def checked_key(key: Any, where: str) -> str:
@@ -340,11 +340,9 @@ def _find(path: str, candidates: Sequence[Path], image_root: Path | None) -> Pat
         candidate = image_root / path
         if candidate.is_file() and candidate.resolve().is_relative_to(image_root.resolve()):
             return candidate
-    raise UserError(
-        f"{folder / RESULT}: the image {path!r} is neither in the folder"
-        + (f" nor under {image_root}." if image_root else "."),
-        "Copy it there, or name the directory it starts from.",
-    )
+    where = f"neither in the folder nor under {image_root}" if image_root else "not in the folder"
+    raise UserError(f"{folder / RESULT}: the image {path!r} is {where}.",
+                    "Copy it there, or name the directory it starts from (image_root).")
 
 
 def result_from_trajectory(

@@ -110,6 +110,8 @@ def sort_samples(
     path = Path(file)
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no list of samples {path}.", "Check the path: --config.samples=FILE.json.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}.", "Mend the file.") from error
     if not isinstance(entries, list) or not entries:

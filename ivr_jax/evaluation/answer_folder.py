@@ -91,7 +91,7 @@ def read_about(out: Path) -> dict[str, Any] | None:
 def check_writable(out: Path) -> None:
     """Raises UserError when `out` cannot be made or written to; leaves nothing new or half-written behind."""
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    prepare_workdir(out)
+    prepare_workdir(out, "out")
     for folder in missing:
         folder.rmdir()
     for partial in out.glob(".answer-*"):

@@ -126,6 +126,7 @@ def render(
         arms=list(evaluations),
         about=[(arm, _flat(result["about"])) for arm, result in evaluations.items() if result["about"]],
         tiles=[_tile(BY_NAME[name], evaluations) for name in _TILES] if evaluations else [],
+        answers=[result["overall"]["answers"] for result in evaluations.values()],
         rows=_rows(evaluations),
         groupings=_groupings(evaluations),
         mixes=_mixes(evaluations),
@@ -216,8 +217,9 @@ def _groupings(evaluations: Evaluations) -> list[dict[str, Any]]:
             found = [result[key].get(group) for result in evaluations.values()]
             arms = list(evaluations)
             cells = [_cells(measure, [measure.of(summary) for summary in found], arms) for measure in measures]
-            most = max(summary["answers"] for summary in found if summary)
-            rows.append({"group": group.replace("_", " "), "answers": most, "cells": cells})
+            counts = [summary["answers"] for summary in found if summary]
+            answers = "\u2013".join(str(count) for count in sorted({min(counts), max(counts)}))
+            rows.append({"group": group.replace("_", " "), "answers": answers, "cells": cells})
         views.append({"title": title, "open": key == "by_edits", "measures": [m.title for m in measures], "rows": rows})
     return views
 

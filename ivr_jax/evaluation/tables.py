@@ -195,7 +195,8 @@ class Gate:
     def at_least(cls, name: str, threshold: float, measured: float | None) -> Gate:
         """A share that must reach `threshold`; `measured` None means that it was not measured."""
         met = None if measured is None else measured >= threshold
-        return cls(name, f"\u2265 {threshold:.0%}", "" if measured is None else f"{measured:.1%}", met)
+        text = "" if measured is None else f"{measured:.1%}".replace("-", "\u2212")
+        return cls(name, f"\u2265 {threshold:.0%}", text, met)
 
 
 def entry_gates(

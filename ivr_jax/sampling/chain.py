@@ -11,6 +11,7 @@ A processor is a small frozen dataclass, called with scores float32 [..., V] and
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -135,12 +136,14 @@ class SamplingOptions:
     image_guidance: float | None = None
 
     def __post_init__(self) -> None:
-        least = (self.temperature, self.guidance, self.text_top_k, self.image_top_k,
-                 self.image_temperature or 0, self.image_guidance or 0)  # fmt: skip
-        if min(least) < 0:
-            raise UserError(f"sampling options {self} are out of range.", "temperatures, guidance, top_k must be >= 0.")
-        if not (0 < self.text_top_p <= 1 and 0 < self.image_top_p <= 1):
-            raise UserError(f"top_p of {self} is out of range.", "Use 0 < top_p <= 1.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("top_p"):
+                if not 0 < value <= 1:
+                    raise UserError(f"{field.name} of the sampling is {value}.",
+                                    "It must be above 0 and at most 1; 1 keeps all.")
+            elif value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{field.name} of the sampling is {value}.", "It must be a number of at least 0.")
 
     @property
     def truncates(self) -> bool:

@@ -172,7 +172,7 @@ def _output_size(ratio: str, shapes: list[tuple[int, int]], area: int, factor: i
     rows, columns = (side // factor for side in fitted_size(height, width, area, factor))
     if max(rows, columns) > MAX_CELLS:
         raise UserError(f"an image of aspect ratio {ratio} would take {rows} x {columns} cells.",
-                        f"At its area a side may take {MAX_CELLS}.")
+                        f"A side may take {MAX_CELLS}: ask for a smaller image_area, or a ratio nearer to 1:1.")
     return rows, columns
 
 

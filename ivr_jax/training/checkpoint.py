@@ -112,6 +112,12 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
     return steps[-1][1]
 
 
+def has_any(workdir: pathlib.Path) -> bool:
+    """Whether a run has saved a step: until then its folder of checkpoints is empty, or holds a part of the first."""
+    folder = workdir / FOLDER
+    return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+
+
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     """Metadata of the checkpoint at `path` (see `resolve`)."""
     folder = resolve(path).absolute()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ivr_jax import distributed
 from ivr_jax.training.checkpoint import Checkpointer
 from ivr_jax.training.metrics import MetricsLog, Pending, check
-from ivr_jax.training.throughput import Profile, Throughput
+from ivr_jax.training.throughput import Profile, Throughput, parse_window
 
 
 class Iterator(Protocol):
@@ -79,6 +79,10 @@ class Plan:
     staging_gib: int = 0
     profile: str | None = None
     peak: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile:
+            parse_window(self.profile)  # a wrong one is said before anything is loaded
 
 
 def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:

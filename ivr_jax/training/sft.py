@@ -135,6 +135,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         )
     part = config.batch // config.accumulation
     sharding.check_batch(mesh, part, "config.batch / config.accumulation", config.model.gather_tensor)
+    optimizer = make_optimizer(config.optimizer, config.steps)  # before the images are tokenised: it may be refused
     codec = systems.load_image_codec(config.image_tokenizer)
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
     options = as_dataclass(lora.LoraOptions, config.lora)
@@ -165,7 +166,6 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     data = pipeline.packed_examples(
         folder, config.data.mix, config.batch, config.data.length, config.seed, config.data.streams, rows
     )
-    optimizer = make_optimizer(config.optimizer, config.steps)
     state, placed = place(mesh, axes, params, optimizer)
     start = tokenizer.vocab.visual_start
     step = make_step(

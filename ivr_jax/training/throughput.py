@@ -67,17 +67,21 @@ class Throughput:
         return found
 
 
+def parse_window(text: str) -> tuple[int, int]:
+    """START and STOP of a window of steps; UserError when it is not START:STOP with START < STOP."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--profile={text} is no window of steps.", "Write --profile=10:13, say.")
+    return int(match[1]), int(match[2])
+
+
 class Profile:
     """A profile of the steps START:STOP, written to `<workdir>/profile` for TensorBoard or Perfetto."""
 
     def __init__(self, workdir: pathlib.Path, window: str | None):
         """Raises UserError for a window that is not START:STOP with START < STOP."""
-        self._folder, self._start, self._stop, self._running = workdir / "profile", -1, -1, False
-        if window:
-            match = re.fullmatch(r"(\d+):(\d+)", window)
-            if match is None or int(match[1]) >= int(match[2]):
-                raise UserError(f"--profile={window} is no window of steps.", "Write --profile=10:13, say.")
-            self._start, self._stop = int(match[1]), int(match[2])
+        self._folder, self._running = workdir / "profile", False
+        self._start, self._stop = parse_window(window) if window else (-1, -1)
 
     def before(self, step: int) -> None:
         """Call before each step."""
