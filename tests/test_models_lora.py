@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,19 @@ def test_fresh_adapters_change_nothing_and_filled_ones_are_what_merging_adds():
     assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
     np.testing.assert_allclose(hidden_of(params), hidden_of(merged), rtol=1e-4, atol=1e-5)
     assert np.abs(np.asarray(hidden_of(params) - hidden_of(PARAMS))).max() > 0.1
+
+
+@pytest.mark.parametrize("params", [PARAMS, filled()], ids=["plain", "adapters"])
+def test_layers_taken_apart_decode_the_same(params):
+    positions = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32)[None], (2, 12))
+
+    @functools.partial(jax.jit, static_argnames="apart")
+    def decode(params, apart):
+        layers, cache = backbone.take_apart(params) if apart else None, backbone.init_cache(CONFIG, 2, 16)
+        return backbone.apply(CONFIG, params, tokens(), positions, cache=cache, apart=layers)
+
+    scanned, taken = decode(params, False), decode(params, True)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), taken, scanned)
 
 
 def test_training_moves_adapters_alone_and_the_checkpoint_reads_back_merged(tmp_path):

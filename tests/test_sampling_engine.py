@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,8 +13,9 @@ from plain_sampler import plain_sample
 from tiny_model import CONFIG, TOKENIZER, noisy_params, prompts_of, requests
 
 from ivr_jax.errors import UserError
+from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, advance, legal_row
-from ivr_jax.sampling import slots
+from ivr_jax.sampling import segment, slots
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.sampler import EngineOptions, Samples, Usage, pad_prompts, sample
 
@@ -62,6 +65,17 @@ def test_the_same_tokens_as_one_padded_batch_in_lock_step(how):
     found, usage = drawn(*how.items())
     assert_same(found, plain())
     assert usage.tokens == plain().lengths.sum() - 5 * len(KEYS)  # five forced ones, which the prefill reads
+
+
+def test_large_layers_are_taken_apart_on_a_cpu_and_draw_the_same(monkeypatch):
+    taken = mock.Mock(side_effect=backbone.take_apart)
+    monkeypatch.setattr(segment.backbone, "take_apart", taken)
+    monkeypatch.setattr(segment, "APART", (1, 1 << 30))
+    config = dataclasses.replace(CONFIG, unroll=2)  # a program of its own
+    how = EngineOptions(**AHEAD)
+    found, _ = sample(config, PARAMS, GRAMMAR, *PROMPTS, SIZE, KEYS, LENGTH, group=GROUP, engine=how)
+    assert_same(found, plain())
+    assert taken.called
 
 
 def test_speculation_draws_the_same_tokens_in_fewer_calls():

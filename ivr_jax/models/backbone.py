@@ -178,6 +178,7 @@ class Backbone(nnx.Module):
         dropout_key: jax.Array | None = None,
         adapters: Params | None = None,
         sums: Params | None = None,
+        apart: tuple[Params, ...] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm; see `apply`."""
         config = self.config
@@ -203,7 +204,7 @@ class Backbone(nnx.Module):
             write = jnp.arange(tokens.shape[0])[:, None], jnp.where(positions < 0, slots, positions)
         around = Around(tables, attend, write, dropout_key)
         if sums is None:
-            x, cache = self._scan(x, around, cache, adapters or {})
+            x, cache = self._scan(x, around, cache, adapters or {}, apart)
         else:
             x = self._scan_adding(x, around, sums)
         return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
@@ -215,7 +216,7 @@ class Backbone(nnx.Module):
         place = None if around.write is None else (number, *around.write)
         return nnx.merge(graph, params)(x, around.tables, around.attend, keys, cache, place)
 
-    def _scan(self, x, around: Around, cache, adapters) -> tuple[jax.Array, KVCache | None]:
+    def _scan(self, x, around: Around, cache, adapters, apart) -> tuple[jax.Array, KVCache | None]:
         graph, stacked = nnx.split(self.layers)
 
         def one_layer(carry, inputs):
@@ -230,6 +231,10 @@ class Backbone(nnx.Module):
                 attended = policies.save_only_these_names(fused_attention.SAVED)
                 kept = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attended)
             one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
+        if apart is not None:
+            for number, layer in enumerate(apart):
+                (x, cache), _ = one_layer((x, cache), (number, layer, jax.tree.map(lambda a, n=number: a[n], adapters)))
+            return x, cache
         inputs = jnp.arange(self.config.num_hidden_layers), nnx.to_pure_dict(stacked), adapters
         return jax.lax.scan(one_layer, (x, cache), inputs, unroll=self.config.unroll)[0]
 
@@ -301,6 +306,7 @@ def apply(
     *,
     dropout_key: jax.Array | None = None,
     sums: Params | None = None,
+    apart: tuple[Params, ...] | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Run the decoder.
 
@@ -317,11 +323,23 @@ def apply(
       sums: a tree like `params["layers"]`: the gradient with respect to it is `sums` plus the gradient of the layers'
         parameters, and that of the parameters themselves is lost (`gradient_sums.scan`). No cache, no adapters, and
         everything is recomputed.
+      apart: `take_apart(params)`, which is used in place of the stacked layers.
 
     Returns:
       hidden [B, T, D] after the final norm, in the compute dtype, and the cache with these tokens added (or None).
     """
-    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params), sums)
+    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params), sums, apart)
+
+
+def take_apart(params: Params) -> tuple[Params, ...]:
+    """The layers one by one, each in arrays of its own.
+
+    XLA:CPU copies a layer's kernels out of the stacked ones each time before it multiplies with them. Whoever calls the
+    model many times in one program copies them once in this way, at the cost of holding them twice.
+    """
+    stacked = params["layers"]
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return jax.lax.optimization_barrier(tuple(jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(count)))
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -34,7 +34,7 @@ class BackboneConfig:
         results of fused attention), or all but the named ones of `KEPT`, joined by "+", as "attention+output".
       attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
         not fit), "plain", "splash" or "cudnn".
-      unroll: layers that the scan writes out at a time; a small model on a CPU gains from all of them.
+      unroll: layers that the scan writes out at a time.
       gather_tensor: in training the tensor shards take rows of the batch of their own and gather the kernels of the
         layers, instead of cutting heads and mlp (`sharding.partition`): less to wait for when there is a row for each
         chip.

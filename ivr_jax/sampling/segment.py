@@ -10,11 +10,14 @@ import jax.numpy as jnp
 
 from ivr_jax import sharding
 from ivr_jax.models import backbone
+from ivr_jax.models.fused_attention import platform
 from ivr_jax.protocol.grammar import GRID
 from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.drawing import Part, choose, extend, parts_of
 from ivr_jax.sampling.slots import Rules, Slots, Work
 from ivr_jax.sampling.speculation import speculate
+
+APART = 32 << 20, 8 << 30  # bytes of all layers
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options", "length", "visual_start"), donate_argnames=("slots",))
@@ -37,6 +40,7 @@ def run(
     rules = jax.tree.map(jnp.asarray, rules)
     width, wide = slots.window.shape[1], slots.cache.k.shape[2]
     parts = parts_of(config, params, rules.tables, visual_start)
+    apart = backbone.take_apart(params) if _pays(params["layers"]) else None
 
     def going(carry: tuple[Slots, Work]) -> jax.Array:
         now, work = carry
@@ -47,7 +51,8 @@ def run(
         now, work = carry
         contexts, batch = now.starts.shape
         positions = first_of(now).reshape(-1, 1) + jnp.arange(width)[None, :]
-        hidden, cache = backbone.apply(config, params, jnp.tile(now.window, (contexts, 1)), positions, cache=now.cache)
+        window = jnp.tile(now.window, (contexts, 1))
+        hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, apart=apart)
         hidden = hidden.reshape(contexts, batch, width, -1)
         after, counts = step(rules, parts, hidden, now._replace(cache=cache), options, length)
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
@@ -55,6 +60,12 @@ def run(
     step = _step if slots.drafts is None else speculate
     after, work = jax.lax.while_loop(going, call, (slots, Work(*(jnp.int32(0),) * len(Work._fields))))
     return _readable(after), work
+
+
+def _pays(layers: Any) -> bool:
+    """Whether to copy the layers apart (`backbone.take_apart`): on a CPU, when they exceed its caches and fit twice."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
+    return platform() == "cpu" and APART[0] <= size <= APART[1]
 
 
 def _readable(slots: Slots) -> Slots:
