@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
             "step": service(""),
             "reasoning": service(""),
             "held_out": service(""),
-            "every_image": False,  # also evaluate images that no reward needs
+            "every_image": True,  # also evaluate images that no reward needs: for P(passes | wrong)
             "concurrency": 64,
             "deadline": 0.0,  # seconds for one judgement, retries and all; 0 waits as long as it takes
             "check_every": 0,  # steps between checks of the judge by repeated calls and by the held-out judge

@@ -84,11 +84,16 @@ def summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
 
 
 def _calibration(rollout: Rollout, scored: Scored) -> dict[str, tuple[float, float]]:
-    """P(pass | right) and P(pass | wrong) of the answers' own last evaluation, by the judge's of the final image."""
+    """P(pass | right) and P(pass | wrong) of the answers' own evaluations, by the judge's of the same images.
+
+    An answer ends as a rule on an image that it passes, so this says little when only final images are judged.
+    """
     passed: dict[bool, list[bool]] = {True: [], False: []}
     for answer, judged in zip(rollout.answers, scored.judged, strict=True):
-        if answer is not None and judged.truth and judged.truth[-1] is not None:
-            passed[judged.truth[-1].passed].append(answer.trajectory.rounds[-1].evaluation.passed)
+        rounds = answer.trajectory.rounds if answer is not None else ()
+        for own, truth in zip(rounds[::-1], judged.truth[::-1], strict=False):
+            if truth is not None:
+                passed[truth.passed].append(own.evaluation.passed)
     return {
         f"pass_given_{name}": (float(sum(passed[right])), float(len(passed[right])))
         for name, right in (("right", True), ("wrong", False))
