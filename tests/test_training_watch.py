@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import types
 
 import pytest
 
 from ivr_jax.data.pipeline import Indexed
 from ivr_jax.errors import UserError
 from ivr_jax.training.prompts import PromptIterator, SameSize, Tasks
+from ivr_jax.training.scoring import calibration
 from ivr_jax.training.watch import ALARMS, Watch, WatchOptions
 
 MODES = ("direct", "reflection", "multi_step")
@@ -46,6 +48,24 @@ def test_each_alarm_goes_on_and_off_again_and_no_other_does(name, caplog):
             row = watch.observe(step, healthy())
         assert not any(row.values())
         assert f"alarm {name} is over" in caplog.text
+
+
+def test_calibration_counts_every_image_that_was_judged():
+    def said(*verdicts: str) -> types.SimpleNamespace:
+        own = [types.SimpleNamespace(passed=verdict == "pass") for verdict in verdicts]
+        rounds = [types.SimpleNamespace(evaluation=evaluation) for evaluation in own]
+        return types.SimpleNamespace(trajectory=types.SimpleNamespace(rounds=rounds))
+
+    def judged(*truth: bool | None) -> types.SimpleNamespace:
+        return types.SimpleNamespace(truth=[None if t is None else types.SimpleNamespace(passed=t) for t in truth])
+
+    rollout = types.SimpleNamespace(answers=[said("fail", "pass"), said("fail", "fail", "pass"), said("pass"), None])
+    every = [judged(True, False), judged(False, None, True), judged(False), judged()]
+    assert calibration(rollout, types.SimpleNamespace(judged=every)) == {
+        "pass_given_right": (1.0, 2.0), "pass_given_wrong": (2.0, 3.0)}  # fmt: skip
+    final = [judged(False), judged(True), judged(False), judged()]
+    assert calibration(rollout, types.SimpleNamespace(judged=final)) == {
+        "pass_given_right": (1.0, 1.0), "pass_given_wrong": (2.0, 2.0)}  # fmt: skip
 
 
 def test_an_update_that_was_skipped_has_no_gradient():

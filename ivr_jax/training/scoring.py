@@ -74,7 +74,7 @@ def summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
         "reflection_reward": mean(parts["reflection"], present & parts["has_reflection"]),
         "bonus": mean(scored.bonus),
         **shares,
-        **_calibration(rollout, scored),
+        **calibration(rollout, scored),
         "groups_with_contrast": (float(sum(contrast)), float(len(contrast))),
         "groups_skipped": (float((~scored.used.any(1)).sum()), float(len(contrast))),
         "missing": float(present.size - present.sum()),
@@ -83,7 +83,7 @@ def summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
     }
 
 
-def _calibration(rollout: Rollout, scored: Scored) -> dict[str, tuple[float, float]]:
+def calibration(rollout: Rollout, scored: Scored) -> dict[str, tuple[float, float]]:
     """P(pass | right) and P(pass | wrong) of the answers' own evaluations, by the judge's of the same images.
 
     An answer ends as a rule on an image that it passes, so this says little when only final images are judged.
