@@ -465,7 +465,7 @@ def test_a_folder_of_photographs_is_imported_tokenised_trained_on_and_asked_abou
         "construct", "--config=micro_construct", f"--workdir={tmp_path / 'photos'}",
         f"--config.released={photos / 'success'}",
     )  # fmt: skip
-    assert "'imported': 5, 'left_out': 1" in imported and "broken" in imported
+    assert "imported 5; left out 1" in imported and "broken" in imported
     dataset = TrajectoryDataset(tmp_path / "photos" / "dataset")
     shapes = {dataset.image(name).shape for name in dataset.image_names}
     assert {(64, 64, 3), (48, 80, 3), (48, 96, 3)} == shapes

@@ -18,6 +18,7 @@ from ivr_jax import distributed, sharding
 from ivr_jax import system as systems
 from ivr_jax.data import pipeline
 from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.errors import UserError
 from ivr_jax.images import crop_square
 from ivr_jax.models import image_tokenizer as model_lib
 from ivr_jax.training.loop import Stage
@@ -164,6 +165,11 @@ def _board(level: int, seed: int, index: int) -> np.ndarray:
 def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an image_tokenizer config."""
     model = model_lib.ImageTokenizerConfig(**config.model)
+    if model.resolution % model.factor:
+        raise UserError(
+            f"model.resolution is {model.resolution}, which does not divide into cells of {model.factor} pixels.",
+            f"Give a multiple of {model.factor}.",
+        )
     sharding.check_batch(mesh, config.batch, "config.batch")
     if distributed.is_primary():
         shapes = model_lib.param_shapes(model)
