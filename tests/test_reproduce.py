@@ -12,7 +12,7 @@ from rich.console import Console
 from ivr_jax import cli, reproduce
 from ivr_jax.config import load_config
 from ivr_jax.errors import UserError
-from ivr_jax.evaluation import reproduction
+from ivr_jax.evaluation import ablation_plots, reproduction
 from ivr_jax.evaluation.metrics import SCHEMA, write_evaluation
 from ivr_jax.steps import Branch, Step, run_branches
 
@@ -176,3 +176,12 @@ def test_the_page_the_figures_and_the_plots(tmp_path, capsys):
     }  # fmt: skip
     reproduction.print_tables(found, Console(width=200))
     assert "SFT + RL, full" in capsys.readouterr().out
+
+
+def test_labels_of_the_front_keep_their_order_and_stay_apart():
+    heights = {"a": 0.5, "b": 0.51, "c": 0.52, "d": 0.99, "e": 1.0, "f": 0.1}
+    placed = ablation_plots._apart(heights, 0.05)
+    assert sorted(placed, key=placed.get) == sorted(heights, key=heights.get)
+    values = sorted(placed.values())
+    assert all(b - a >= 0.05 - 1e-9 for a, b in zip(values, values[1:], strict=False)) and values[-1] <= 1.0
+    assert placed["f"] == 0.1

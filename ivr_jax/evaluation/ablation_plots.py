@@ -89,14 +89,32 @@ def _pareto(axes: Axes, arms: Mapping[str, Arm]) -> None:
     points = {name: (arm.mean("images"), arm.mean("exact")) for name, arm in arms.items() if name != "base"}
     for name, (x, y) in points.items():
         axes.plot(x, y, "o", color=_COLOURS.get(name, "#9aa0a6"), markersize=6)
-        axes.annotate(arms[name].title, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=6.5)
     everything = points.values()
     best = sorted(p for p in everything if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in everything))
     axes.plot(*zip(*best, strict=True), color="#22262b", linewidth=0.9, linestyle="--")
     axes.set_xlabel("images per answer", fontsize=9)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.margins(x=0.18, y=0.12)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.margins(x=0.06, y=0.08)
+    low, high = axes.get_ylim()
+    heights = {name: (y - low) / (high - low) for name, (_, y) in points.items()}
+    for name, height in _apart(heights, 0.05).items():
+        axes.annotate(arms[name].title, points[name], xytext=(1.03, height), textcoords="axes fraction", fontsize=6.5, color=_COLOURS.get(name, "#5a6068"),
+                      va="center", arrowprops={"arrowstyle": "-", "color": "#c3c7cc", "linewidth": 0.5})  # fmt: skip
     dress(axes)
+
+
+def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels, in their order and at least `gap` from one another, near to what was asked for."""
+    names = sorted(heights, key=heights.__getitem__)
+    placed: dict[str, float] = {}
+    below = -np.inf
+    for name in names:
+        below = placed[name] = max(heights[name], below + gap)
+    above = max(1.0, max(heights.values()))  # what was pushed past the top comes down again
+    for name in reversed(names):
+        above = placed[name] = min(placed[name], above)
+        above -= gap
+    return placed
 
 
 def _calibration(axes: Axes, arms: Mapping[str, Arm]) -> None:
