@@ -98,8 +98,11 @@ def _pareto(axes: Axes, arms: Mapping[str, Arm]) -> None:
     low, high = axes.get_ylim()
     heights = {name: (y - low) / (high - low) for name, (_, y) in points.items()}
     for name, height in _apart(heights, 0.05).items():
-        axes.annotate(arms[name].title, points[name], xytext=(1.03, height), textcoords="axes fraction", fontsize=6.5, color=_COLOURS.get(name, "#5a6068"),
-                      va="center", arrowprops={"arrowstyle": "-", "color": "#c3c7cc", "linewidth": 0.5})  # fmt: skip
+        axes.annotate(
+            arms[name].title, points[name], xytext=(1.03, height), textcoords="axes fraction", va="center",
+            fontsize=6.5, color=_COLOURS.get(name, "#5a6068"),
+            arrowprops={"arrowstyle": "-", "color": "#c3c7cc", "linewidth": 0.5},
+        )  # fmt: skip
     dress(axes)
 
 
@@ -126,5 +129,5 @@ def _calibration(axes: Axes, arms: Mapping[str, Arm]) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=2)
     dress(axes)
