@@ -33,7 +33,8 @@ MESHES = [
 
 
 def main() -> None:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT),
+                   "PYTHONUNBUFFERED": "1"}  # fmt: skip
     command = [sys.executable, "-c", test_sharding.SCRIPT, json.dumps(MESHES)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for mesh, line in zip(MESHES, process.stdout, strict=False):
