@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     # rows of kernels that lead back to the model width, which is left whole: 5120 / 32 would fill 160 of 256 lanes
     "vocab_rows": ("tensor", "fsdp"), "q_rows": ("tensor", "fsdp"), "mlp_rows": ("tensor", "fsdp"),
+    "rank": None,  # of adapters, which may be whole on every device
     # parameters of the image tokenizer
     "codes": "fsdp", "code_dim": None, "kernel_height": None, "kernel_width": None, "conv_in": None, "conv_out": "fsdp",
     # activations and caches
@@ -120,7 +121,8 @@ def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array
     """How an array of this shape lies on the mesh.
 
     An axis that does not divide is left whole in an array of fewer than `LARGE` entries, and is an error in a larger
-    one; so is a larger one that a mesh with fsdp or tensor shards would leave whole altogether.
+    one; so is a larger one that a mesh with fsdp or tensor shards would leave whole altogether, unless it is an adapter
+    of low rank, small beside its kernel.
     """
     parts: list[str | tuple[str, ...] | None] = []
     large = math.prod(shape) >= LARGE
@@ -133,7 +135,8 @@ def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array
                             f"{shards} shards of mesh axis {part!r}.", _advice(axis, size, shards))
         else:
             parts.append(None)
-    must_split = large and not {"batch", "length", "slots"} & set(axes) and _shards(mesh, ("fsdp", "tensor")) > 1
+    must_split = large and _shards(mesh, ("fsdp", "tensor")) > 1
+    must_split = must_split and not {"batch", "length", "slots", "rank"} & set(axes)
     if must_split and all(_shards(mesh, part) == 1 for part in parts):
         raise UserError(f"{name} of shape {tuple(shape)} with axes {tuple(axes)} would be whole on every device.",
                         "Give one of its axes a mesh axis in ivr_jax/sharding.py, or use another mesh.")

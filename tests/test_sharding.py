@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, image_tokenizer
+from ivr_jax.models import backbone, image_tokenizer, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.training.optimizer import make_optimizer
@@ -137,7 +137,7 @@ def test_every_parameter_of_the_full_models_is_covered():
     placed = sharding.shardings(mesh, image_tokenizer.param_axes(pixels), image_tokenizer.param_shapes(pixels))
     assert placed["quantize"]["embedding"]["weight"].spec == PartitionSpec("fsdp", None)
     cache = jax.eval_shape(lambda: backbone.init_cache(EMU35, 64, 8192))
-    assert sharding.shardings(mesh, backbone.CACHE_AXES, cache).k.spec[3] == "tensor"
+    assert sharding.shardings(mesh, backbone.CACHE_AXES, cache).k.spec[2] == "tensor"
 
 
 def test_a_large_axis_that_does_not_divide_is_an_error_with_advice():
@@ -154,6 +154,21 @@ def test_a_large_array_left_whole_is_an_error():
     mesh = AbstractMesh((1, 2, 1, 1), sharding.MESH_AXES)
     with pytest.raises(UserError, match="whole on every device"):
         sharding.sharding(mesh, ("layers", "head_dim"), (1024, 1024))
+
+
+@pytest.mark.parametrize("sizes", [(1, 32, 4, 1), (1, 1, 4, 1)])
+def test_adapters_of_the_full_model_have_places(sizes):
+    """Those that no kernel's axis cuts lie whole on every device."""
+    options = lora.LoraOptions(64, 64.0, ("q", "k", "v", "o", "down"))
+    shapes, axes = backbone.param_shapes(EMU35), lora.axes(backbone.param_axes(EMU35), options)
+    zeros = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    shapes = jax.eval_shape(lambda: lora.add(zeros(shapes), options, jax.random.key(0)))
+    mesh = AbstractMesh(sizes, sharding.MESH_AXES)
+    placed = sharding.shardings(mesh, axes, shapes)[lora.ADAPTERS]["attention"]
+    assert placed["q"]["a"].spec == PartitionSpec(None, "fsdp", None)
+    assert placed["q"]["b"].spec == PartitionSpec(None, None, "tensor")
+    assert placed["o"]["a"].spec == PartitionSpec(None, ("tensor", "fsdp"), None)
+    assert placed["o"]["b"].spec == PartitionSpec(None, None, None)
 
 
 def test_two_axes_on_one_mesh_axis_collide():

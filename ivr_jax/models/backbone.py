@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
 from ivr_jax.models import fused_attention, gradient_sums, layers, lora
@@ -33,7 +34,7 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of every layer and slot: k, v [L, B, S, K, h]. Slot s of a row holds its position s."""
+    """Keys (rotated) and values of every layer and slot: k, v [L, B, K, S, h]. Slot s of a row holds its position s."""
 
     k: jax.Array
     v: jax.Array
@@ -41,15 +42,15 @@ class KVCache(NamedTuple):
 
 class Around(NamedTuple):
     """What all layers share: rotary tables, the attention function (a pytree, masks and segments are its leaves), the
-    rows [B, 1] and slots [B, T] of the cache that are written (or None), and the key of dropout (or None)."""
+    slots [B, T] of the cache that are written (or None), and the key of dropout (or None)."""
 
     tables: tuple[jax.Array, jax.Array]
     attend: jax.tree_util.Partial
-    write: tuple[jax.Array, jax.Array] | None
+    write: jax.Array | None
     dropout_key: jax.Array | None
 
 
-CACHE_AXES = KVCache(*(("layers", "batch", "slots", "kv_heads", "head_dim"),) * 2)
+CACHE_AXES = KVCache(*(("layers", "batch", "kv_heads", "slots", "head_dim"),) * 2)
 
 
 class Attention(nnx.Module):
@@ -130,7 +131,7 @@ class Layers(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def __call__(self, x, tables, attend, keys, cache, write) -> tuple[jax.Array, KVCache | None]:
-        """One layer. `cache` is all layers' (or None); `write` = (layer, rows [B, 1], slots [B, T]).
+        """One layer. `cache` is all layers' (or None); `write` = (layer, slots [B, T]).
 
         On a mesh the residual x is split by tokens over the tensor shards, and gathered for each half of the layer;
         with `config.gather_tensor` it is split by rows, and stays so.
@@ -142,9 +143,9 @@ class Layers(nnx.Module):
         q, k, v = self.attention.project(sharding.constrain(normed, whole, gathered), *tables, gathered)
         if cache is not None:
             # Slots outside the cache (padding) are dropped. Carrying the whole cache lets XLA update it in place.
-            cache = KVCache(*(stored.at[write].set(new.astype(stored.dtype), mode="drop")
-                              for stored, new in zip(cache, (k, v), strict=True)))
-            k, v = (stored[write[0]].astype(q.dtype) for stored in cache)
+            layer, slots = write
+            cache = KVCache(*(_written(stored, new, layer, slots) for stored, new in zip(cache, (k, v), strict=True)))
+            k, v = (stored[layer].astype(q.dtype).swapaxes(1, 2) for stored in cache)
         if config.remat == "none" and cache is None:
             attend = jax.checkpoint(attend)  # weights [B, H, T, S] are dearer to store than to compute again
         mixed = self.attention.output(attend(q, k, v, key=drop_attention), gathered)
@@ -197,11 +198,10 @@ class Backbone(nnx.Module):
         elif segment_ids is not None:
             raise ValueError("packed rows and a cache do not go together: segment_ids must be None with a cache")
         else:
-            slots = cache.k.shape[2]
+            slots = cache.k.shape[3]
             seen = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
             attend = jax.tree_util.Partial(attend, mask=seen)
-            # A negative index would count from the end, so padding is sent past it.
-            write = jnp.arange(tokens.shape[0])[:, None], jnp.where(positions < 0, slots, positions)
+            write = jnp.where(positions < 0, slots, positions)  # padding is sent past the end
         around = Around(tables, attend, write, dropout_key)
         if sums is None:
             x, cache = self._scan(x, around, cache, adapters or {}, apart)
@@ -213,7 +213,7 @@ class Backbone(nnx.Module):
         gathered, key = self.config.gather_tensor and cache is None, around.dropout_key
         x = sharding.constrain(x, ("batch", "residual", "width"), gathered)
         keys = (None,) * 3 if key is None else jax.random.split(jax.random.fold_in(key, number), 3)
-        place = None if around.write is None else (number, *around.write)
+        place = None if around.write is None else (number, around.write)
         return nnx.merge(graph, params)(x, around.tables, around.attend, keys, cache, place)
 
     def _scan(self, x, around: Around, cache, adapters, apart) -> tuple[jax.Array, KVCache | None]:
@@ -257,6 +257,31 @@ class Backbone(nnx.Module):
         return scores[..., : self.config.vocab_size]
 
 
+def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
+    """The cache [L, B, K, S, h] with `new` [B, T, K, h] of one layer at `slots` [B, T]; slots past the end are dropped.
+
+    Each device writes its own part, rows and heads as one axis: where one update spans heads, XLA:TPU lays the heads
+    beside the width, and copies a layer's whole cache before it can be read.
+    """
+    place = sharding.spec(stored.shape, CACHE_AXES.k)
+
+    def local(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
+        count, rows, heads, wide, width = stored.shape
+        if place[3] is not None:
+            slots = slots - jax.lax.axis_index(place[3]) * wide
+            slots = jnp.where(slots < 0, wide, slots)
+        flat = stored.reshape(count, rows * heads, wide, width)
+        new = new.astype(stored.dtype).swapaxes(1, 2).reshape(rows * heads, -1, width)
+        index = jnp.arange(rows * heads)[:, None]
+        flat = flat.at[layer, index, jnp.repeat(slots, heads, axis=0)].set(new, mode="drop")
+        return flat.reshape(stored.shape)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(stored, new, layer, slots)
+    given = place, PartitionSpec(place[1], None, place[2]), PartitionSpec(), PartitionSpec(place[1])
+    return jax.shard_map(local, in_specs=given, out_specs=place, check_vma=False)(stored, new, layer, slots)
+
+
 def _packed_mask(shape: tuple[int, int], segment_ids: jax.Array | None) -> jax.Array:
     """bool [B or 1, T, T]: causal, and within one segment (0, padding, sees padding only)."""
     order = jnp.arange(shape[1])
@@ -292,7 +317,7 @@ def param_axes(config: BackboneConfig) -> Params:
 
 def init_cache(config: BackboneConfig, batch: int, slots: int, dtype: str | None = None) -> KVCache:
     """An empty cache of `slots` positions a row, in `dtype` (the compute dtype unless given)."""
-    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
     return KVCache(*(sharding.constrain(jnp.zeros(shape, dtype or config.dtype), axes) for axes in CACHE_AXES))
 
 

@@ -68,7 +68,7 @@ def axes(model_axes: Params, options: LoraOptions) -> Params:
     made: Params = {}
     for name in options.targets:
         first, into, out = model_axes["layers"][PLACES[name]][name]
-        made.setdefault(PLACES[name], {})[name] = {"a": (first, into, None), "b": (first, None, out)}
+        made.setdefault(PLACES[name], {})[name] = {"a": (first, into, "rank"), "b": (first, "rank", out)}
     return {**model_axes, ADAPTERS: made, SCALE: ()}
 
 

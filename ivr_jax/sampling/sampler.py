@@ -326,8 +326,8 @@ class _Run:
             self.batch //= 2
             index = np.concatenate([np.flatnonzero(self.held >= 0), np.flatnonzero(self.held < 0)])[: self.batch]
             slots, self.held = device.keep(slots, index.astype(np.int32)), self.held[index]
-        wide = self._wide(slots.cache.k.shape[2], int(segment.reach(slots)))
-        return slots if wide == slots.cache.k.shape[2] else device.widen(slots, slots_wide=wide)
+        wide = self._wide(slots.cache.k.shape[3], int(segment.reach(slots)))
+        return slots if wide == slots.cache.k.shape[3] else device.widen(slots, slots_wide=wide)
 
     def _wide(self, now: int, needed: int) -> int:
         """The width of the cache: enough for `needed`, with room to grow."""

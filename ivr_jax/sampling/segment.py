@@ -38,7 +38,7 @@ def run(
     `calls` int32 []: or until this many calls, so that the host can say how far it is; None: no bound.
     """
     rules = jax.tree.map(jnp.asarray, rules)
-    width, wide = slots.window.shape[1], slots.cache.k.shape[2]
+    width, wide = slots.window.shape[1], slots.cache.k.shape[3]
     parts = parts_of(config, params, rules.tables, visual_start)
     apart = backbone.take_apart(params) if _pays(params["layers"]) else None
 

@@ -45,7 +45,7 @@ class Drafts(NamedTuple):
 class Slots(NamedTuple):
     """Answers in progress.
 
-    cache [L, C * B, S, K, h], contexts after one another; starts int32 [C, B]: position of an answer's first token.
+    cache [L, C * B, K, S, h], contexts after one another; starts int32 [C, B]: position of an answer's first token.
     keys [B]: one PRNG key an answer; state [B]: grammar after every token so far; answered int32 [B]: their number.
     window int32 [B, W]: tokens of the next call; known int32 [B]: how many of them are sure (1 to W), the last of
     which is answer token `answered - 1`.
@@ -110,7 +110,7 @@ def is_full(tables: Tables, state: GrammarState, answered: Any, length: int, xp:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array) -> backbone.KVCache:
-    """Keys and values of prompts int32 [P, T]: [L, P, T, K, h]."""
+    """Keys and values of prompts int32 [P, T]: [L, P, K, T, h]."""
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     cache = backbone.init_cache(config, *prompts.shape)
     return backbone.apply(config, params, prompts, positions, cache=_placed(cache))[1]
@@ -179,10 +179,10 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
     inside = new.slot < batch
     rows = jnp.concatenate([jnp.where(inside, c * batch + new.slot, contexts * batch) for c in range(contexts)])
     source = jnp.concatenate([c * prompts + new.prompt for c in range(contexts)])
-    width, opened = prefilled.k.shape[2], new.opening.shape[0]
+    width, opened = prefilled.k.shape[3], new.opening.shape[0]
     cache = backbone.KVCache(
         *(
-            whole.at[:, rows, :width].set(part[:, source].astype(whole.dtype), mode="drop")
+            whole.at[:, rows, :, :width].set(part[:, source].astype(whole.dtype), mode="drop")
             for whole, part in zip(slots.cache, prefilled, strict=True)
         )
     )
@@ -214,7 +214,7 @@ def widen(slots: Slots, *, slots_wide: int) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("slots_wide",))
 def _widened(cache: backbone.KVCache, *, slots_wide: int) -> backbone.KVCache:
-    more = ((0, 0), (0, 0), (0, slots_wide - cache.k.shape[2]), (0, 0), (0, 0))
+    more = ((0, 0), (0, 0), (0, 0), (0, slots_wide - cache.k.shape[3]), (0, 0))
     return _placed(backbone.KVCache(*(jnp.pad(x, more) for x in cache)))
 
 

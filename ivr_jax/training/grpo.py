@@ -170,6 +170,7 @@ class Trainer:
         self._statistics = jax.jit(replay.statistics)
         gradients = (whole, trained and trained.params)
         self._gradient = jax.jit(jax.value_and_grad(replay.loss, has_aux=True), out_shardings=gradients)
+        self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)  # a sum, and not three trees
         apply = functools.partial(updated, optimizer=optimizer)
         donated = () if options.overlap else (0,)  # the parameters stay, to tell a resumed run what drew the rollout
         self._apply = jax.jit(apply, donate_argnums=donated, out_shardings=(trained, whole))
@@ -339,13 +340,9 @@ class Trainer:
             if gradients is None:
                 gradients, total, sums = gradient, parts, extra
             else:
-                add = functools.partial(jax.tree.map, jnp.add)
                 deviation = jnp.maximum(sums["ratio_deviation"], extra["ratio_deviation"])
-                gradients, total, sums = (
-                    add(gradients, gradient),
-                    add(total, parts),
-                    {**add(sums, extra), "ratio_deviation": deviation},
-                )
+                gradients, total, sums = self._add((gradients, total, sums), (gradient, parts, extra))
+                sums["ratio_deviation"] = deviation
         tokens = sums["tokens"]
         if check_ratio:
             _check_ratio(float(sums["ratio_deviation"]))
