@@ -13,6 +13,8 @@ _PLAIN = "reward.divide_by_std=False"
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.base_data = ("tasks.edits=(4,1,0,0)",)  # a base for which four edits in one pass are too many
+    config.base = ("steps=900",)
     config.construct = ("quotas.direct=4800", "quotas.reflection=2400", "quotas.multi_step=4800")
     config.sft = ("steps=2400",)
     config.rl = ("steps=48", "optimizer.peak=1e-4")

@@ -29,10 +29,10 @@ def trunk(root: pathlib.Path, config: Any) -> list[Step]:
     drawn, built = root / "construct_base", root / "construct"
     return [
         configured("Train the image tokenizer", "train", "micro_image_tokenizer", images),
-        configured("Draw the base model's data", "construct", "micro_construct_base", drawn),
+        configured("Draw the base model's data", "construct", "micro_construct_base", drawn, *config.base_data),
         configured(
             "Train the base model", "train", "micro_base", base,
-            f"data.path={drawn / 'dataset'}", f"image_tokenizer={images}",
+            f"data.path={drawn / 'dataset'}", f"image_tokenizer={images}", *config.base,
         ),
         configured(
             "Construct trajectories from its own images", "construct", "micro_construct", built,
