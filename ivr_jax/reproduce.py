@@ -60,7 +60,7 @@ def branches(root: pathlib.Path, config: Any) -> list[Branch]:
         found.append(Branch(name, (train, *(_evaluate(root, config, name, folder, t) for t in (1, 0)))))
     for mix, settings in config.mixes.items():
         folder = root / "mixes" / mix
-        train = _fine_tune("Fine-tuning", root, folder, f"steps={config.mix_steps}", *settings)
+        train = _fine_tune("Fine-tuning", root, folder, *config.mix_sft, *settings)
         found.append(Branch(f"mix_{mix}", (train, _evaluate(root, config, f"mix_{mix}", folder, 1))))
     return found
 
