@@ -13,8 +13,10 @@ _PLAIN = "reward.divide_by_std=False"
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.base_data = ("tasks.edits=(4,1,0,0)",)  # a base for which four edits in one pass are too many
+    config.base = ("steps=900",)
     config.construct = ("quotas.direct=4800", "quotas.reflection=2400", "quotas.multi_step=4800")
-    config.sft = ("steps=2400",)
+    config.sft = ("steps=2400", "data.length=352")
     config.rl = ("steps=48", "optimizer.peak=1e-4")
     config.evaluate = ("prompts=1024", "each_split=16")  # at temperature 1; at 0 without the splits
     config.forced = ("prompts=256",)  # answers held to one mode, for the entry gates
@@ -46,5 +48,5 @@ def get_config() -> ConfigDict:
             "all_three": (),
         }
     )
-    config.mix_steps = 900
+    config.mix_sft = ("steps=900", "data.length=352")
     return config

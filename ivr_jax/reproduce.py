@@ -29,10 +29,10 @@ def trunk(root: pathlib.Path, config: Any) -> list[Step]:
     drawn, built = root / "construct_base", root / "construct"
     return [
         configured("Train the image tokenizer", "train", "micro_image_tokenizer", images),
-        configured("Draw the base model's data", "construct", "micro_construct_base", drawn),
+        configured("Draw the base model's data", "construct", "micro_construct_base", drawn, *config.base_data),
         configured(
             "Train the base model", "train", "micro_base", base,
-            f"data.path={drawn / 'dataset'}", f"image_tokenizer={images}",
+            f"data.path={drawn / 'dataset'}", f"image_tokenizer={images}", *config.base,
         ),
         configured(
             "Construct trajectories from its own images", "construct", "micro_construct", built,
@@ -60,7 +60,7 @@ def branches(root: pathlib.Path, config: Any) -> list[Branch]:
         found.append(Branch(name, (train, *(_evaluate(root, config, name, folder, t) for t in (1, 0)))))
     for mix, settings in config.mixes.items():
         folder = root / "mixes" / mix
-        train = _fine_tune("Fine-tuning", root, folder, f"steps={config.mix_steps}", *settings)
+        train = _fine_tune("Fine-tuning", root, folder, *config.mix_sft, *settings)
         found.append(Branch(f"mix_{mix}", (train, _evaluate(root, config, f"mix_{mix}", folder, 1))))
     return found
 
