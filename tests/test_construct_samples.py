@@ -108,7 +108,7 @@ def test_a_list_that_is_none_is_an_error(folder, text):
 
 
 def test_a_missing_list_is_an_error(folder):
-    with pytest.raises(UserError, match="not readable"):
+    with pytest.raises(UserError, match="there is no list of samples .* Check the path"):
         read_samples(folder / "absent.json")
 
 

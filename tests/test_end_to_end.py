@@ -371,7 +371,7 @@ def test_a_damaged_checkpoint_is_one_line(miniature, tmp_path, part):
 def test_an_answer_cannot_be_written_where_no_folder_can_be(miniature, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "is a file" in generate(miniature, tmp_path / "file").complaint
-    assert "cannot write to the work directory" in generate(miniature, tmp_path / "file" / "out").complaint
+    assert "cannot write to the folder of --out" in generate(miniature, tmp_path / "file" / "out").complaint
     assert (tmp_path / "file").read_text() == "mine"
 
 
