@@ -101,7 +101,7 @@ def _pareto(axes: Axes, arms: Mapping[str, Arm]) -> None:
         axes.annotate(
             arms[name].title, points[name], xytext=(1.03, height), textcoords="axes fraction", va="center",
             fontsize=6.5, color=_COLOURS.get(name, "#5a6068"),
-            arrowprops={"arrowstyle": "-", "color": "#c3c7cc", "linewidth": 0.5},
+            arrowprops={"arrowstyle": "-", "color": "#c3c7cc", "linewidth": 0.5, "relpos": (0, 0.5)},
         )  # fmt: skip
     dress(axes)
 
