@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+# From here on what lies in the checkout is imported: the path must come first.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402

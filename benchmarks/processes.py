@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+# From here on what lies in the checkout is imported: the path must come first.
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("tests", "")]
 
 import tiny_runs  # noqa: E402

@@ -141,8 +141,8 @@ def test_the_claim_is_judged_by_means_over_seeds(tmp_path):
     assert verdicts["Without bonus: images against SFT, temperature 0"] == ("1.05 ×", True)
     assert verdicts["Full: one-edit prompts answered with one image"] == ("100.0%", True)
     assert verdicts["Full: prompts of 4 edits answered with several"] == ("50.0%", True)
-    # 2.1 - 1.3 = 0.8 images are saved by the bonus, of which 0.6 are kept
-    assert verdicts["Truthful variant: share of the image saving that it keeps"] == ("75.0%", False)
+    # at the variant's own seed 2.1 - 1.2 = 0.9 images are saved by the bonus, of which 0.6 are kept
+    assert verdicts["Truthful variant: share of the image saving that it keeps"] == ("66.7%", False)
     assert verdicts["Truthful variant: exact against no bonus"] == ("−1.0%", True)
     assert verdicts["Truthful variant: P(passes | wrong)"] == ("10.0%", True)
     assert verdicts["Truthful variant: share of its rarest mode"] == ("0.0%", False)

@@ -89,6 +89,11 @@ class Arm:
         found = [(estimate.get(group) or {}) if group else estimate for estimate in found]
         return [estimate["value"] for estimate in found if estimate.get("value") is not None]
 
+    def at(self, seeds: Sequence[int]) -> Arm:
+        """The same arm at those of `seeds` that it has, temperature 1 alone."""
+        kept = [(seed, figures) for seed, figures in zip(self.seeds, self.t1, strict=True) if seed in seeds]
+        return Arm(self.title, tuple(seed for seed, _ in kept), tuple(figures for _, figures in kept), ())
+
     def mean(self, figure: str, temperature: int = 1, group: str = "") -> float | None:
         values = self.values(figure, temperature, group)
         return math.fsum(values) / len(values) if values else None
@@ -191,6 +196,8 @@ def claims(arms: Mapping[str, Arm]) -> tuple[Gate, ...]:
     found.append(Gate.at_least(f"Full: prompts of {hardest} edits answered with several", 0.30, several))
     own = arms.get("truthful")
     if own and full and plain:
+        full, plain = full.at(own.seeds), plain.at(own.seeds)  # the same prompts and noise for all three
+    if own and full and full.t1 and plain and plain.t1:
         saved = plain.mean("images") - full.mean("images")
         kept = (plain.mean("images") - own.mean("images")) / saved if saved > 0 else None
         found.append(Gate.at_least("Truthful variant: share of the image saving that it keeps", 0.80, kept))
