@@ -57,7 +57,7 @@ def draw(
         axes.legend(frameon=False, fontsize=8)
         dress(axes)
     _pareto(plot("pareto", "Exact match against images, temperature 1"), arms)
-    _calibration(plot("calibration", "Share of its images that an arm passes, temperature 1"), arms)
+    _calibration(plot("calibration", "Images that an arm passes, temperature 1"), arms)
     for metric, by_arm in curves.items():
         if by_arm:
             axes = plot(f"{metric}_over_training", f"{curve_titles[metric]} over RL, one line a seed")

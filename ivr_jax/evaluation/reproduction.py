@@ -50,7 +50,7 @@ TITLES = {
     "final_evaluation": "final evaluation counts",
     "all_evaluations": "all evaluations count",
     "right_only": "bonus for flawless images alone",
-    "truthful": "truthful: the two before, bonus × 0.2, no std",
+    "truthful": "truthful: final, flawless, bonus × 0.2, no std",
     "direct_only": "direct only",
     "no_multi_step": "without multi-step",
     "no_reflection": "without reflection",
