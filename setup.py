@@ -57,17 +57,17 @@ TEST_REQUIREMENTS = [
 ]
 COMMANDS = {
     "ivr-train": "ivr_jax.train",
-    "ivr-construct": "ivr_jax.construct.__main__",  # ivr_jax.construct is a package
-    "ivr-generate": "ivr_jax.generate",
-    "ivr-evaluate": "ivr_jax.evaluate",
-    "ivr-convert": "ivr_jax.convert",
-    "ivr-demo": "ivr_jax.demo",
-    "ivr-reproduce": "ivr_jax.reproduce",
-    "ivr-report": "ivr_jax.report",
-    "ivr-export": "ivr_jax.export",
-    "ivr-review": "ivr_jax.review",
-    "ivr-tokenise": "ivr_jax.tokenise",
-    "ivr-compile": "ivr_jax.compile",
+    "ivr-construct": "ivr_jax.construct.__main__",
+    "ivr-generate": "ivr_jax.generate.__main__",
+    "ivr-evaluate": "ivr_jax.evaluate.__main__",
+    "ivr-convert": "ivr_jax.convert.__main__",
+    "ivr-demo": "ivr_jax.demo.__main__",
+    "ivr-reproduce": "ivr_jax.reproduce.__main__",
+    "ivr-report": "ivr_jax.report.__main__",
+    "ivr-export": "ivr_jax.export.__main__",
+    "ivr-review": "ivr_jax.review.__main__",
+    "ivr-tokenise": "ivr_jax.tokenise.__main__",
+    "ivr-compile": "ivr_jax.compile.__main__",
 }
 
 
@@ -89,9 +89,9 @@ setup(
     packages=[*find_packages(include=["ivr_jax", "ivr_jax.*"]), "ivr_jax.configs"],
     package_dir={"ivr_jax.configs": "configs"},
     package_data={
-        "ivr_jax.construct": ["prompts/*.txt"],
-        "ivr_jax.construct.review": ["page/*"],
-        "ivr_jax.evaluation": ["templates/*"],
+        "ivr_jax.services": ["prompts/*.txt"],
+        "ivr_jax.review": ["page/*"],
+        "ivr_jax.report": ["templates/*"],
     },
     install_requires=REQUIREMENTS,
     extras_require={

@@ -26,9 +26,9 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     """Random tensors as transformers would have written them: bfloat16, in shards of 1 GB."""
     import numpy as np
 
-    from ivr_jax.models import hf
+    from ivr_jax.checkpoints import hf
+    from ivr_jax.checkpoints.safetensors_io import BFLOAT16, PlannedTensor, write_directory
     from ivr_jax.models.backbone_config import BackboneConfig
-    from ivr_jax.models.safetensors_io import BFLOAT16, PlannedTensor, write_directory
 
     config = BackboneConfig(num_hidden_layers=layers, param_dtype="bfloat16", **CONFIG)
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def run(folder: Path, layers: int) -> None:
 
 
 def _same_tensors(first: Path, second: Path) -> bool:
-    from ivr_jax.models.safetensors_io import digest, open_directory, row_blocks
+    from ivr_jax.checkpoints.safetensors_io import digest, open_directory, row_blocks
 
     def digests(folder: Path) -> dict[str, str]:
         return {name: digest(tensor.read((slice(*bounds), *(slice(0, n) for n in tensor.shape[1:])))

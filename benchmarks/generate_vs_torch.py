@@ -23,13 +23,14 @@ import time
 import jax
 import numpy as np
 
-from ivr_jax.models import backbone, hf
+from ivr_jax.checkpoints import hf
+from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.protocol.text import PhraseTokenizer
-from ivr_jax.sampling.chain import SamplingOptions
-from ivr_jax.sampling.sampler import sample
+from ivr_jax.sampling.engine import sample
+from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.world.language import PHRASES
 
 CODES, SIDE, PROMPT, FREE_PROMPT, GUIDANCE = 8192, 16, 64, 24, 3.0

@@ -25,12 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from plain_sampler import plain_sample  # noqa: E402
 
-from ivr_jax import system as systems  # noqa: E402
+from ivr_jax.checkpoints import system as systems  # noqa: E402
 from ivr_jax.models import backbone  # noqa: E402
 from ivr_jax.protocol import codec, markers  # noqa: E402
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions  # noqa: E402
 from ivr_jax.protocol.text import PhraseTokenizer  # noqa: E402
-from ivr_jax.sampling.sampler import EngineOptions, Usage, pad_prompts, sample  # noqa: E402
+from ivr_jax.sampling.engine import EngineOptions, Usage, pad_prompts, sample  # noqa: E402
 from ivr_jax.trajectory import AXES  # noqa: E402
 from ivr_jax.world.language import PHRASES  # noqa: E402
 from ivr_jax.world.sampler import sample_task  # noqa: E402

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 
 def service(kind: str, **settings: object) -> ConfigDict:
-    """The settings of one service (see `ivr_jax.construct.services.config.ServiceConfig`)."""
+    """The settings of one service (see `ivr_jax.services.config.ServiceConfig`)."""
     section = ConfigDict(
         {
             "kind": kind,

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.folders = False  # also write WORKDIR/folders in the released layout
     config.gallery = False  # also write WORKDIR/gallery.html
     config.services = _services.world()
-    config.prompts = ""  # a folder of prompts for the services; ivr_jax/construct/prompts when empty
+    config.prompts = ""  # a folder of prompts for the services; ivr_jax/services/prompts when empty
     config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 1, 3, 6), "limit": 100_000})
     config.quotas = ConfigDict({"direct": 1800, "reflection": 900, "multi_step": 1800, "evaluation": 0})
     config.rules = ConfigDict(

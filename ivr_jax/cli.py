@@ -160,6 +160,22 @@ def parse(
     return Call(settings, folder, values, values.verbose)
 
 
+def with_named_source(argv: Sequence[str], switches: Sequence[str]) -> list[str]:
+    """`DATASET --format=…` as `--source=DATASET --format=…`: the first word that is neither a flag nor its value.
+
+    `switches` names the command's own flags that take no value.
+    """
+    without_value = {"h", "help", "verbose", "noverbose", *switches, *(f"no{name}" for name in switches)}
+    words = list(argv)
+    for index, word in enumerate(words[1:], 1):
+        before = words[index - 1]
+        is_value = before.startswith("-") and "=" not in before and before.lstrip("-") not in without_value
+        if not word.startswith("-") and not is_value:
+            words[index] = f"--source={word}"
+            break
+    return words
+
+
 def config_from_argv(argv: Sequence[str]) -> ConfigDict:
     """The configuration that `--config=… --config.a.b=…` describes: `config_from_argv(["--config=micro_sft"])`."""
     call = parse(["ivr_jax", *argv], config=True, workdir=False)

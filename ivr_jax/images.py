@@ -11,12 +11,17 @@ import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ivr_jax.errors import UserError
+
+Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
+Images: TypeAlias = Mapping[str, Pixels]  # image name -> pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # not EPS: Pillow runs it
 MAX_MEGAPIXELS = 64

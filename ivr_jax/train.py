@@ -14,10 +14,11 @@ import jax
 from absl import flags
 
 from ivr_jax import cli, distributed, sharding
+from ivr_jax.checkpoints import store
 from ivr_jax.config import check_least, claim_workdir, only_writer
-from ivr_jax.construct.services.config import CHANGEABLE
 from ivr_jax.errors import UserError
-from ivr_jax.training import checkpoint, loop
+from ivr_jax.services.config import CHANGEABLE
+from ivr_jax.training import loop
 
 STAGES = {
     "image_tokenizer": "ivr_jax.training.image_tokenizer",
@@ -55,7 +56,7 @@ def main(call: cli.Call) -> None:
     mesh = sharding.mesh_of(config.mesh)
     primary = distributed.is_primary()
     with only_writer(workdir, wanted=primary), jax.set_mesh(mesh):
-        resuming = checkpoint.has_any(workdir)
+        resuming = store.has_any(workdir)
         claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=primary)
         stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh)
         loop.run(stage, workdir, plan, workdir.name)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,8 @@ MAX_REFLECTIONS = 3
 MAX_STEPS = 5
 TASKS = ("t2i", "x2i", "howto", "story", "explore", "vla")  # the task words of Emu3.5's prompt template
 
+_KEY = re.compile(r"[^\x00-\x1f\x7f/\\\ud800-\udfff]+")
+_LONGEST_KEY = 200  # bytes: file systems take 255
 
 class Mode(enum.StrEnum):
     """How a request was answered (paper, table 1)."""
@@ -286,3 +289,20 @@ def _fields(value: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
     }
     _require(required <= set(inner), f"`{name}` lacks {sorted(required - set(inner))}.")
     return dict(inner)
+
+
+def checked_key(key: Any, where: str) -> str:
+    """`key`, if it can name a folder inside another one.
+
+    Raises:
+      UserError: it is no text, empty, longer than 200 bytes of UTF-8, `.` or `..`-like, or holds a slash, a backslash,
+        a control character or half a character.
+    """
+    named = isinstance(key, str) and _KEY.fullmatch(key) and not key.startswith(".") and key == key.strip()
+    if not named or len(key.encode()) > _LONGEST_KEY:
+        shown = repr(key)
+        raise UserError(
+            f"{where}: the key {shown if len(shown) <= 100 else shown[:100] + ' ...'} cannot name a folder.",
+            "Use up to 200 printable characters (bytes of UTF-8) without slashes, not starting with a dot.",
+        )
+    return key

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ivr_jax.evaluation.answers import Answer, Segment, write_answers
-from ivr_jax.evaluation.collect import write_gates
-from ivr_jax.evaluation.intervals import share
-from ivr_jax.evaluation.metrics import evaluate, write_evaluation
-from ivr_jax.evaluation.tables import entry_gates
 from ivr_jax.images import image_name
+from ivr_jax.report.answers import Answer, Segment, write_answers
+from ivr_jax.report.collect import write_gates
+from ivr_jax.report.intervals import share
+from ivr_jax.report.metrics import evaluate, write_evaluation
+from ivr_jax.report.tables import entry_gates
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
 from ivr_jax.world import language
 from ivr_jax.world.edits import run
@@ -203,7 +203,7 @@ def plain_answer(images: int = 1, exact: bool = True, key: str = "k", passes: bo
 
 
 def write_workdir(root: Path, count: int, seed: int = 3) -> None:
-    """A whole run as `ivr_jax.evaluation.collect` expects it: four stages, three arms, taught samples, gates."""
+    """A whole run as `ivr_jax.report.collect` expects it: four stages, three arms, taught samples, gates."""
     splits = ("mixture", "kris/factual", "kris/procedural", "geneval/colours", "omnicontext/single")
     results = {}
     for arm, character in ARMS.items():

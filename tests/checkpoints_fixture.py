@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ivr_jax.models import backbone, hf
+from ivr_jax.checkpoints import hf
+from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 

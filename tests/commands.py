@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import io
 import os
 import subprocess
@@ -37,7 +37,7 @@ class Done:
 def run(module: str, *arguments: object) -> Done:
     """`python -m ivr_jax.MODULE ARGUMENTS`, without the seconds that a fresh process takes to import everything."""
     name = f"ivr_jax.{module}"
-    if module == "construct":
+    if importlib.util.find_spec(name).submodule_search_locations is not None:
         name += ".__main__"
     out, err, status = io.StringIO(), io.StringIO(), 0
     with (

@@ -31,7 +31,7 @@ settings.load_profile("repeatable")
 
 # The longest first, all to one of two workers while the other takes the rest: what starts last ends soon, and the
 # fixtures of a module are made once.
-LONGEST = ["test_end_to_end", "test_training_processes", "test_training_resume", "test_generate", "test_sharding"]
+LONGEST = ["test_end_to_end", "test_processes", "test_resume", "test_generate", "test_sharding"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

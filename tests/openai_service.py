@@ -253,7 +253,7 @@ def destiny(request: str) -> tuple[str, int]:
 
 
 def judge(text: str, last: list[np.ndarray], question: str) -> dict[str, Any]:
-    """The proper answer to a prompt of `ivr_jax.construct.prompts`; reasons carry the question's id."""
+    """The proper answer to a prompt of `ivr_jax.services.prompts`; reasons carry the question's id."""
     request = re.search(r"(?:Request|for context only): (.*?)\)?\n", text + "\n").group(1)
     kind, number = destiny(request)
     state = _state(last[-1]) if last else 0

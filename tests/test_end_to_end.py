@@ -23,9 +23,10 @@ import photographs
 import pytest
 from PIL import Image
 
-from ivr_jax import demo, steps
-from ivr_jax import system as systems
+from ivr_jax.checkpoints import system as systems
 from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.demo import __main__ as demo
+from ivr_jax.demo import steps
 from ivr_jax.images import load_image
 from ivr_jax.models import backbone
 from ivr_jax.world.benchmarks import SPLITS

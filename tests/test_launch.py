@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from ivr_jax import cli
-from ivr_jax.aot import jobs
-from ivr_jax.aot.topologies import parse_topology
+from ivr_jax.compile import jobs
+from ivr_jax.compile.topologies import parse_topology
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPTOP = ROOT / "launch" / "laptop.sh"

@@ -39,7 +39,7 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.training import sft, state
-from ivr_jax.training.checkpoint import Checkpointer
+from ivr_jax.checkpoints.store import Checkpointer
 plain = config = backbone.BackboneConfig(41, 32, 64, 2, 4, 2, 16, vocab_multiple=16)
 rng, rows = np.random.default_rng(0), 16
 positions = np.broadcast_to(np.arange(64, dtype=np.int32) % 40, (rows, 64))

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from answer_tokens import micro
 
+from ivr_jax.checkpoints.system import System
 from ivr_jax.images import image_name
 from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol import codec, markers
 from ivr_jax.protocol.grammar import Grammar, advance, legal_row
 from ivr_jax.protocol.text import PhraseTokenizer
-from ivr_jax.system import System
 from ivr_jax.trajectory import Sample
 
 TOKENIZER = micro(visual=4)

@@ -17,12 +17,12 @@ from answer_tokens import trajectory
 from checkpoints_fixture import random_tree
 
 from ivr_jax import cli, train
-from ivr_jax import system as systems
+from ivr_jax.checkpoints import store
+from ivr_jax.checkpoints import system as systems
 from ivr_jax.data.store import TrajectoryWriter
 from ivr_jax.images import image_name
 from ivr_jax.models import image_tokenizer
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
-from ivr_jax.training import checkpoint
 from ivr_jax.trajectory import Reflection, Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ def prepare(folder: Path) -> Path:
             sample = dataclasses.replace(answer.sample, key=f"sample {number}")
             writer.add(dataclasses.replace(answer, sample=sample, rounds=tuple(rounds)), images)
     params = random_tree(image_tokenizer.param_shapes(IMAGES))
-    checkpointer = checkpoint.Checkpointer(folder / "image_tokenizer")
+    checkpointer = store.Checkpointer(folder / "image_tokenizer")
     meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(IMAGES)}
     checkpointer.save(0, {"params": params}, None, meta)
     checkpointer.wait()

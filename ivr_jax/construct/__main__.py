@@ -33,15 +33,15 @@ from tqdm import tqdm
 from ivr_jax import cli
 from ivr_jax.config import check_least, claim_workdir, saved_config
 from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
-from ivr_jax.construct.crew import ROLES, Crew, hire, rules_from_config, service_sections
+from ivr_jax.construct.build_services import ROLES, Crew, hire, rules_from_config, service_sections
 from ivr_jax.construct.inputs import source
-from ivr_jax.construct.journal import Journal
 from ivr_jax.construct.released import Problem, iter_released
 from ivr_jax.construct.run import Construction, Pass, Quotas, Status, read_through
-from ivr_jax.construct.services.config import CHANGEABLE
 from ivr_jax.construct.shards import Shard, merge
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
+from ivr_jax.services.config import CHANGEABLE
+from ivr_jax.services.journal import Journal
 from ivr_jax.trajectory import Mode
 
 _ANY_TIME = (  # settings that do not decide what is constructed

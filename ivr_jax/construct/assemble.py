@@ -11,17 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivr_jax.construct.interfaces import Images
-from ivr_jax.construct.journal import Journal
 from ivr_jax.construct.released import write_outcome
 from ivr_jax.construct.run import Pass, outcome_from_json, outcomes, trajectory_of
-from ivr_jax.construct.services.service import Service
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
-from ivr_jax.evaluation.answers import Answer
-from ivr_jax.evaluation.gallery import Shelf, Shown
-from ivr_jax.evaluation.report import write_report
-from ivr_jax.images import fit, image_name
+from ivr_jax.images import Images, fit, image_name
+from ivr_jax.report.answers import Answer
+from ivr_jax.report.gallery import Shelf, Shown
+from ivr_jax.report.pages import write_report
+from ivr_jax.services.journal import Journal
+from ivr_jax.services.service import Service
 from ivr_jax.trajectory import Mode, Trajectory
 
 _IN_GALLERY = 8  # trajectories of each mode

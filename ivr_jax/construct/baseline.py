@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 
+from ivr_jax.checkpoints.system import System
 from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.run import Entry
 from ivr_jax.errors import UserError
 from ivr_jax.images import fit, image_name
-from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import draw_first_images
-from ivr_jax.system import System
 
 
 def with_first_images(

@@ -24,11 +24,11 @@ import dataclasses
 import enum
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
-from ivr_jax.construct.interfaces import Analyzer, Attempt, Generator, Images, Pixels, RootCause
 from ivr_jax.construct.ordered import in_order
-from ivr_jax.construct.thresholds import MULTI_STEP, WHOLE_REQUEST, Thresholds
 from ivr_jax.errors import UserError
-from ivr_jax.images import image_name
+from ivr_jax.images import Images, Pixels, image_name
+from ivr_jax.interfaces import Analyzer, Attempt, Generator, RootCause
+from ivr_jax.thresholds import MULTI_STEP, WHOLE_REQUEST, Thresholds
 from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
 
 

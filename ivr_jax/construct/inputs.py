@@ -8,17 +8,17 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ivr_jax import system as systems
+from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.construct.baseline import with_first_images
 from ivr_jax.construct.escalation import Request
-from ivr_jax.construct.journal import Journal
 from ivr_jax.construct.run import Entry
 from ivr_jax.construct.samples import sort_samples
-from ivr_jax.construct.services.config import ServiceConfig
 from ivr_jax.construct.shards import Shard
 from ivr_jax.errors import UserError
-from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.journal import Journal
 from ivr_jax.trajectory import sample_to_json
 from ivr_jax.world.sampler import sample_task
 

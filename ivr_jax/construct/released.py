@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,18 +30,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ivr_jax.construct.escalation import RELEASED_RULES, Drawing, Outcome, Rules
-from ivr_jax.construct.interfaces import Images, Pixels
-from ivr_jax.construct.thresholds import MULTI_STEP, WHOLE_REQUEST, Thresholds
 from ivr_jax.errors import UserError
-from ivr_jax.images import image_name, load_image, save_png
-from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Round, Sample, Step, Trajectory
+from ivr_jax.images import Images, Pixels, image_name, load_image, save_png
+from ivr_jax.thresholds import MULTI_STEP, WHOLE_REQUEST, Thresholds
+from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Round, Sample, Step, Trajectory, checked_key
 
 RESULT = "result.json"
 STEPS_REMAIN = "More steps remain before the request is met."
 _ISSUES = " Specific issues: "
 _MEND = "Mend the file, or leave the folder out."
-_KEY = re.compile(r"[^\x00-\x1f\x7f/\\\ud800-\udfff]+")
-_LONGEST_KEY = 200  # bytes: file systems take 255
 
 
 class Released(NamedTuple):
@@ -61,23 +57,6 @@ class Problem:
 
     def __str__(self) -> str:
         return self.reason if str(self.path) in self.reason else f"{self.path}: {self.reason}"
-
-
-def checked_key(key: Any, where: str) -> str:
-    """`key`, if it can name a folder inside another one.
-
-    Raises:
-      UserError: it is no text, empty, longer than 200 bytes of UTF-8, `.` or `..`-like, or holds a slash, a backslash,
-        a control character or half a character.
-    """
-    named = isinstance(key, str) and _KEY.fullmatch(key) and not key.startswith(".") and key == key.strip()
-    if not named or len(key.encode()) > _LONGEST_KEY:
-        shown = repr(key)
-        raise UserError(
-            f"{where}: the key {shown if len(shown) <= 100 else shown[:100] + ' ...'} cannot name a folder.",
-            "Use up to 200 printable characters (bytes of UTF-8) without slashes, not starting with a dot.",
-        )
-    return key
 
 
 def check_storable(value: Any, what: str, any_number: bool = False) -> None:

@@ -23,10 +23,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ivr_jax.construct.escalation import Drawing, Drop, Outcome, Request, Rules, construct, prune
-from ivr_jax.construct.interfaces import Analyzer, Generator, RootCause, ServiceDown, ServiceFailed
-from ivr_jax.construct.journal import Journal
 from ivr_jax.construct.ordered import in_order
 from ivr_jax.errors import UserError
+from ivr_jax.interfaces import Analyzer, Generator, RootCause, ServiceDown, ServiceFailed
+from ivr_jax.services.journal import Journal
 from ivr_jax.trajectory import (
     Mode,
     Reflection,

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ivr_jax.construct.escalation import Request
-from ivr_jax.construct.released import check_storable, checked_key
+from ivr_jax.construct.released import check_storable
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name, load_image
-from ivr_jax.trajectory import Sample
+from ivr_jax.trajectory import Sample, checked_key
 
 _REQUIRED = {"key", "src_path", "edit_prompt", "edit_path"}
 _OPTIONAL = {"edit_key", "explanation"}

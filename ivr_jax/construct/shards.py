@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ivr_jax.config import check_same_config, saved_config
-from ivr_jax.construct.journal import Journal
 from ivr_jax.errors import UserError
+from ivr_jax.services.journal import Journal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,10 +32,9 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from ivr_jax.construct.interfaces import Images, Pixels
 from ivr_jax.data import card
 from ivr_jax.errors import UserError
-from ivr_jax.images import image_name
+from ivr_jax.images import Images, Pixels, image_name
 from ivr_jax.trajectory import Trajectory, trajectory_from_json, trajectory_to_json
 
 FORMAT = "ivr_jax.trajectories"

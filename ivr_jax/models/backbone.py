@@ -27,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
-from ivr_jax.models import fused_attention, gradient_sums, layers, lora
+from ivr_jax.models import accumulate_scan, fused_attention, layers, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 
 Params = dict[str, Any]
@@ -244,7 +244,7 @@ class Backbone(nnx.Module):
         def one_layer(around, number, params, x):
             return self._one_layer(graph, around, number, params, x, None)[0]
 
-        return gradient_sums.scan(one_layer, x, nnx.to_pure_dict(stacked), sums, around)
+        return accumulate_scan.scan(one_layer, x, nnx.to_pure_dict(stacked), sums, around)
 
     def lm_head_kernel(self) -> jax.Array:
         """[D, padded V] in the parameter's dtype; columns from `vocab_size` on are padding."""
@@ -346,7 +346,7 @@ def apply(
       cache: keys and values so far; a query at position p sees the slots 0 … p.
       dropout_key: turns on the configured dropout.
       sums: a tree like `params["layers"]`: the gradient with respect to it is `sums` plus the gradient of the layers'
-        parameters, and that of the parameters themselves is lost (`gradient_sums.scan`). No cache, no adapters, and
+        parameters, and that of the parameters themselves is lost (`accumulate_scan.scan`). No cache, no adapters, and
         everything is recomputed.
       apart: `take_apart(params)`, which is used in place of the stacked layers.
 

@@ -13,7 +13,8 @@ import numbers
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
-from ivr_jax.construct.interfaces import Analyzer, Images, ServiceFailed
+from ivr_jax.images import Images
+from ivr_jax.interfaces import Analyzer, ServiceFailed
 from ivr_jax.rewards.functions import PAPER, RewardOptions, rescale
 from ivr_jax.trajectory import AXES, Evaluation, Reflection, Step, Trajectory
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, GRID, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.chain import MASKED, SamplingOptions, draw, log_probabilities, pack_kept
+from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, draw, log_probabilities, pack_kept
 from ivr_jax.sampling.slots import Rules, Slots, is_full
 
 

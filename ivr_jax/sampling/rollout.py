@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from ivr_jax.construct.interfaces import Images
+from ivr_jax.checkpoints.system import System
 from ivr_jax.errors import UserError
-from ivr_jax.images import image_name
+from ivr_jax.images import Images, image_name
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar
-from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.sampling.engine import EngineOptions, Samples, Usage, pad_prompts, sample
 from ivr_jax.sampling.layout import RolloutLayout
-from ivr_jax.sampling.sampler import EngineOptions, Samples, Usage, pad_prompts, sample
-from ivr_jax.system import System
+from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.trajectory import Sample, Trajectory
 
 

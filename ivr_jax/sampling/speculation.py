@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from ivr_jax.protocol.grammar import ACCEPT, GRID, GrammarState, advance, legal_row
-from ivr_jax.sampling.chain import SamplingOptions
 from ivr_jax.sampling.drawing import Drawn, Part, choose, extend
+from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work, is_full
 
 

@@ -37,29 +37,29 @@ import numpy as np
 import optax
 
 from ivr_jax import distributed, sharding
-from ivr_jax import system as systems
+from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
-from ivr_jax.evaluation.gallery import Shelf, Shown
-from ivr_jax.evaluation.report import write_report
 from ivr_jax.models import backbone, lora
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.report.gallery import Shelf, Shown
+from ivr_jax.report.pages import write_report
 from ivr_jax.rewards import functions as reward_functions
-from ivr_jax.rewards.panel import Judge, Verdicts
-from ivr_jax.sampling.chain import SamplingOptions
+from ivr_jax.rewards.judge_service import Judge, Verdicts
+from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Rollout, roll_out
-from ivr_jax.sampling.sampler import EngineOptions
+from ivr_jax.training.judge_config import make_judge
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import GrpoOptions
+from ivr_jax.training.monitor import Watch, WatchOptions
+from ivr_jax.training.multihost_rl import whole_rollout, whole_verdicts
 from ivr_jax.training.optimizer import make_optimizer
+from ivr_jax.training.policy_logprobs import Replay, answer_batch, bucket_of
 from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, Tasks, prompt_source
-from ivr_jax.training.referee import make_judge
-from ivr_jax.training.replay import Replay, answer_batch, bucket_of
 from ivr_jax.training.scoring import Scored, score, shown_answers, summary
 from ivr_jax.training.state import TrainState, place, updated
-from ivr_jax.training.together import whole_rollout, whole_verdicts
-from ivr_jax.training.watch import Watch, WatchOptions
 
 RATIO_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ

@@ -15,7 +15,7 @@ import optax
 from clu import parameter_overview
 
 from ivr_jax import distributed, sharding
-from ivr_jax import system as systems
+from ivr_jax.checkpoints import system as systems
 from ivr_jax.data import pipeline
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from ivr_jax import distributed
-from ivr_jax.training.checkpoint import Checkpointer
+from ivr_jax.checkpoints.store import Checkpointer
 from ivr_jax.training.metrics import MetricsLog, Pending, check
 from ivr_jax.training.throughput import Profile, Throughput, parse_window
 

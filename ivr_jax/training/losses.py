@@ -16,7 +16,7 @@ from ivr_jax import sharding
 from ivr_jax.errors import UserError
 from ivr_jax.models.layers import project_gathered
 from ivr_jax.protocol.grammar import ILLEGAL, Tables
-from ivr_jax.sampling.chain import MASKED, SamplingOptions, log_probabilities
+from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, log_probabilities
 
 
 class TokenStatistics(NamedTuple):

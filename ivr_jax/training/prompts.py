@@ -7,10 +7,10 @@ import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol
 
-from ivr_jax.construct.interfaces import Images
 from ivr_jax.data import pipeline
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
+from ivr_jax.images import Images
 from ivr_jax.trajectory import Sample
 from ivr_jax.world.sampler import sample_task
 

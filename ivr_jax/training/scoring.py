@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ivr_jax.evaluation.answers import Answer
-from ivr_jax.evaluation.benchmark import shown_segments
+from ivr_jax.report.answers import Answer
+from ivr_jax.report.segments import shown_segments
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged
 from ivr_jax.sampling.rollout import Rollout

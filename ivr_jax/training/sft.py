@@ -16,23 +16,23 @@ import optax
 from clu import parameter_overview
 
 from ivr_jax import distributed, sharding
-from ivr_jax import system as systems
+from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.data import examples, pipeline
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
-from ivr_jax.evaluation.taught import write_taught
 from ivr_jax.models import backbone, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.protocol.codec import PARTS
 from ivr_jax.protocol.text import TextTokenizer
-from ivr_jax.training.accumulation import total_gradient
+from ivr_jax.training.grad_accum import total_gradient
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import following, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.state import TrainState, micro_batches, place, updated
 from ivr_jax.training.throughput import train_flops
+from ivr_jax.training.training_samples import write_taught
 
 DROPOUT = 1  # folded into a step's key for its dropout
 # of config.model, these hold for a model from `init` as well

@@ -1,6 +1,6 @@
 """The exact ANALYZER: judges pixels against the scene that the request leads to.
 
-`WorldAnalyzer` implements `ivr_jax.construct.interfaces.Analyzer`; every coroutine has a twin of the same name with
+`WorldAnalyzer` implements `ivr_jax.interfaces.Analyzer`; every coroutine has a twin of the same name with
 `_sync`, and `evaluate_all` judges many images at once for reinforcement learning.  What an image shows is read from its
 pixels alone (`ivr_jax.world.recognise`); what it should show comes from `Sample.facts`.
 
@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ivr_jax.construct.interfaces import Attempt, Images, Pixels, RootCause
 from ivr_jax.errors import UserError
+from ivr_jax.images import Images, Pixels
+from ivr_jax.interfaces import Attempt, RootCause
 from ivr_jax.trajectory import AXES, MAX_STEPS, AxisVerdict, Evaluation, Reflection, Sample
 from ivr_jax.world import judgement, language
 from ivr_jax.world.edits import Edit, EditError, changes, touches

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ivr_jax.construct.interfaces import Pixels
 from ivr_jax.errors import UserError
+from ivr_jax.images import Pixels
 from ivr_jax.trajectory import Reflection, Sample
 from ivr_jax.world import judgement, language
 from ivr_jax.world.draws import random_object

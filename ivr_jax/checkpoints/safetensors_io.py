@@ -1,0 +1,242 @@
+"""Safetensors files, one part of a tensor in memory at a time, in both directions.
+
+The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header that gives each tensor's dtype,
+shape and [begin, end) in the data, then the data.  Written and read here directly, so that neither a file nor a large
+tensor ever stands in memory whole and a mapped file never counts as memory; nothing in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import ml_dtypes
+import numpy as np
+
+from ivr_jax.checkpoints.lazy import PART_BYTES, Index
+from ivr_jax.errors import UserError
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000
+INDEX = "model.safetensors.index.json"
+_AGAIN = "Download or export the checkpoint again."
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `read` fetches it or a part of it, nothing is kept."""
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        """A fresh array of `dtype`: the tensor, or its part at `index` (a slice an axis, with start and stop)."""
+        if not index:
+            return self._rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+        first, rest = index[0], index[1:]
+        if all((part.start, part.stop) == (0, size) for part, size in zip(rest, self.shape[1:], strict=True)):
+            return self._rows(first.start, first.stop)
+        found = np.empty([part.stop - part.start for part in index], self.dtype)
+        for start, stop in row_blocks(self.shape, self.dtype.itemsize, first.start, first.stop):
+            found[start - first.start : stop - first.start] = self._rows(start, stop)[(slice(None), *rest)]
+        return found
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        entries = math.prod(self.shape[1:])
+        offset = self.offset + start * entries * self.dtype.itemsize
+        flat = np.fromfile(self.file, self.dtype, (stop - start) * entries, offset=offset)
+        return flat.reshape(stop - start, *self.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to write.
+
+    Attributes:
+      fetch: produces its rows `start` … `stop − 1` (of the first axis) with exactly this dtype, when their turn comes;
+        `fetch(0, 1)` is all of a tensor without axes.
+      source: tensors with the same source are fetched one after the other, wherever they lie in the files.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fetch: Callable[[int, int], np.ndarray]
+    source: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The tensor as consecutive contiguous parts of about `PART_BYTES`. ValueError if one is not as planned."""
+        for start, stop in row_blocks(self.shape, self.dtype.itemsize):
+            part = np.ascontiguousarray(self.fetch(start, stop))
+            wanted = (stop - start, *self.shape[1:]) if self.shape else ()
+            if part.shape != wanted or part.dtype != self.dtype:
+                raise ValueError(f"{self.name}: fetched {part.dtype}{part.shape}, not {self.dtype}{wanted}")
+            yield part
+
+
+def row_blocks(
+    shape: tuple[int, ...], itemsize: int, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive runs of rows, `PART_BYTES` or one row each; a tensor without axes is one row."""
+    stop = (shape[0] if shape else 1) if stop is None else stop
+    rows = max(1, PART_BYTES // max(1, itemsize * math.prod(shape[1:])))
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)
+
+
+def digest(parts: Iterable[np.ndarray]) -> str:
+    """SHA-256 of a tensor's bytes, given as its consecutive parts."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(_bytes(part))
+    return total.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def open_file(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name. UserError when it is missing, truncated or not a safetensors file."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing.", _AGAIN)
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(_HEADER_LIMIT, size - 8):
+            raise UserError(f"{path} is truncated or no safetensors file.", _AGAIN)
+        try:
+            header = json.loads(stream.read(length))
+            entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+            tensors = [_stored(path, name, entry, 8 + length, size) for name, entry in entries]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} has a broken header ({error}).", _AGAIN) from None
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _stored(path: Path, name: str, entry: Mapping, start: int, size: int) -> StoredTensor:
+    if entry["dtype"] not in DTYPES:
+        raise UserError(f"tensor {name} in {path} has dtype {entry['dtype']}.",
+                        f"Only {', '.join(DTYPES)} can be read; convert the checkpoint first.")
+    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"tensor {name}: shape {shape}, offsets {begin}…{end}")
+    if end - begin != dtype.itemsize * math.prod(shape):
+        raise ValueError(f"tensor {name}: {end - begin} bytes for shape {shape}")
+    if start + end > size:
+        raise UserError(f"tensor {name} in {path} is truncated: it should end at byte {start + end}, "
+                        f"the file has {size}.", _AGAIN)
+    return StoredTensor(name, path, dtype, shape, start + begin)
+
+
+def open_directory(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint directory: by its index if there is one, else its one `*.safetensors` file."""
+    if (directory / INDEX).is_file():
+        return _open_indexed(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{directory} holds {len(files)} safetensors files and no {INDEX}.",
+                        "A checkpoint is one file, or several with their index; download it again.")
+    return open_file(files[0])
+
+
+def _open_indexed(directory: Path) -> dict[str, StoredTensor]:
+    index = directory / INDEX
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        shards = sorted(set(weight_map.values()))
+        inside = all(Path(shard).name == shard for shard in shards)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{index} is not a checkpoint index ({error}).", _AGAIN) from None
+    if not inside:
+        raise UserError(f"{index} names files outside its own folder.", _AGAIN)
+    found = {shard: open_file(directory / shard) for shard in shards}
+    for name, shard in weight_map.items():
+        if name not in found[shard]:
+            raise UserError(f"tensor {name} is missing from {directory / shard}, where the index puts it.", _AGAIN)
+    for shard, tensors in found.items():
+        for name in tensors:
+            if weight_map.get(name) != shard:
+                raise UserError(f"tensor {name} in {directory / shard} is not in the index.", _AGAIN)
+    return {name: found[shard][name] for name, shard in weight_map.items()}
+
+
+def write_file(path: Path, tensors: Sequence[PlannedTensor]) -> None:
+    """Write one file, fetching a part of one tensor at a time."""
+    _fill([(path, tensors)])
+
+
+def write_directory(directory: Path, tensors: Sequence[PlannedTensor], shard_bytes: int) -> None:
+    """Write `model.safetensors`, or shards of at most `shard_bytes` (one tensor at least) and their index.
+
+    The files hold the tensors in the order given; they are fetched source by source.
+    """
+    shards: list[list[PlannedTensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        write_file(directory / "model.safetensors", shards[0])
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    _fill([(directory / name, shard) for name, shard in zip(names, shards, strict=True)])
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    metadata = {"total_size": sum(tensor.nbytes for tensor in tensors)}
+    (directory / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2))
+
+
+def _fill(files: Sequence[tuple[Path, Sequence[PlannedTensor]]]) -> None:
+    with contextlib.ExitStack() as stack:
+        places: list[tuple[PlannedTensor, IO[bytes], int]] = []
+        streams = []
+        for path, tensors in files:
+            stream = stack.enter_context(path.open("wb"))
+            streams.append(stream)
+            header = _header(tensors)
+            stream.write(header)
+            offset = len(header)
+            for tensor in tensors:
+                places.append((tensor, stream, offset))
+                offset += tensor.nbytes
+        for tensor, stream, offset in sorted(places, key=lambda place: place[0].source):
+            stream.seek(offset)
+            for part in tensor.parts():
+                stream.write(_bytes(part))
+        for stream in streams:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _header(tensors: Sequence[PlannedTensor]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded

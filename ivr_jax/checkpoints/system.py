@@ -1,0 +1,204 @@
+"""A model with everything it needs to read and write: backbone, text tokenizer, image tokenizer.
+
+A backbone checkpoint's metadata names its vocabulary and where its tokenizers are, so one path is enough:
+
+    system = load("runs/demo/rl")
+
+A checkpoint that was imported from released weights knows neither, so they are named:
+
+    system = load("runs/emu35", "runs/emu35_images", text_tokenizer_path="Emu3.5-tokenizer")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ivr_jax import sharding
+from ivr_jax.checkpoints import store
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone, image_tokenizer
+from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.models.image_codec import ImageCodec
+from ivr_jax.protocol.emu_text import RANKS_FILE, VISION_FILE, EmuTokenizer
+from ivr_jax.protocol.text import PhraseTokenizer, TextTokenizer
+from ivr_jax.world.language import PHRASES
+
+BACKBONE, IMAGE_TOKENIZER = "backbone", "image_tokenizer"
+MICRO = "micro"
+
+
+@dataclasses.dataclass
+class System:
+    """One model ready for use.  `params` is the backbone's pytree; `meta` its checkpoint's metadata."""
+
+    config: BackboneConfig
+    params: Any
+    tokenizer: TextTokenizer
+    codec: ImageCodec
+    meta: dict[str, Any]
+
+
+def text_tokenizer(kind: str, visual_size: int) -> TextTokenizer:
+    """The text tokenizer named in a config or by a flag.
+
+    Args:
+      kind: "micro", the micro-world's phrase list, or a folder with an Emu3.5 tokenizer (see `protocol.emu_text`).
+      visual_size: codes of the image tokenizer that goes with it.
+    """
+    if kind == MICRO:
+        return PhraseTokenizer(PHRASES, visual_size)
+    if not os.path.isdir(kind):
+        raise UserError(
+            f"unknown text tokenizer {kind!r}.", f'Use "micro", or a folder with {RANKS_FILE} and {VISION_FILE}.'
+        )
+    tokenizer = EmuTokenizer.load(kind)
+    if tokenizer.vocab.visual_size != visual_size:
+        raise UserError(
+            f"the text tokenizer {kind!r} has {tokenizer.vocab.visual_size} visual tokens, "
+            f"the image tokenizer {visual_size} codes.",
+            "Name two that belong together.",
+        )
+    return tokenizer
+
+
+def load_image_codec(path: str | os.PathLike) -> ImageCodec:
+    """The image tokenizer trained in workdir `path`."""
+    if not path:
+        raise UserError(
+            "no image tokenizer was named.", "Give --config.image_tokenizer=WORKDIR of an image_tokenizer run."
+        )
+    meta = store.read_meta(path)
+    if meta.get("kind") != IMAGE_TOKENIZER:
+        raise UserError(
+            f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not an image tokenizer.",
+            "Name the workdir of an image_tokenizer run.",
+        )
+    config = image_tokenizer.ImageTokenizerConfig(**_tuples(meta["model"]))
+    like = sharding.like(
+        sharding.local_mesh(), image_tokenizer.param_axes(config), image_tokenizer.param_shapes(config)
+    )
+    params, _ = store.read_params(path, IMAGE_TOKENIZER, like)
+    return ImageCodec(config, params)
+
+
+def load(
+    path: str | os.PathLike,
+    image_tokenizer_path: str | os.PathLike | None = None,
+    codec: ImageCodec | None = None,
+    text_tokenizer_path: str | os.PathLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    **options: Any,
+) -> System:
+    """The system of the backbone checkpoint at `path` (see `store.resolve`).
+
+    Args:
+      image_tokenizer_path: where its image tokenizer is now, if it was moved or never recorded.
+      codec: an image tokenizer already loaded.
+      text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
+      mesh: where the parameters go, shard by shard; one device by default.
+      options: fields of BackboneConfig that may differ from the checkpoint's: those that change no shape.
+    """
+    meta = store.read_meta(path)
+    if meta.get("kind") != BACKBONE:
+        raise UserError(
+            f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not a backbone.",
+            "Name the workdir of an sft or rl run.",
+        )
+    text_kind = text_tokenizer_path or meta.get("text_tokenizer")
+    image_path = image_tokenizer_path or meta.get("image_tokenizer")
+    if not text_kind or not (codec or image_path):
+        raise UserError(
+            f"the checkpoint {str(path)!r} does not say which tokenizers it was trained with.",
+            "It was imported: name both with --text_tokenizer=FOLDER --image_tokenizer=WORKDIR (in an sft run "
+            "--config.text_tokenizer and --config.image_tokenizer; what it trains knows them).",
+        )
+    codec = codec or load_image_codec(image_tokenizer_path or _nearby(path, image_path, "image"))
+    recorded = meta.get("image_tokenizer_fingerprint")
+    if recorded is not None and recorded != fingerprint(codec.params):
+        raise UserError(
+            f"{str(path)!r} was trained with another image tokenizer.",
+            "Name the right one with --image_tokenizer=WORKDIR.",
+        )
+    if not text_tokenizer_path and text_kind != MICRO:
+        text_kind = _nearby(path, text_kind, "text")
+    tokenizer = text_tokenizer(str(text_kind), codec.config.n_embed)
+    config = BackboneConfig(**_tuples({**meta["model"], **options}))
+    check_vocabulary(tokenizer, config, meta, path)
+    like = backbone.param_shapes(config)
+    if mesh is not None:
+        like = sharding.like(mesh, backbone.param_axes(config), like)
+    params, meta = store.read_params(path, BACKBONE, like)
+    return System(config, params, tokenizer, codec, meta)
+
+
+def backbone_meta(
+    config: BackboneConfig,
+    tokenizer_kind: str,
+    tokenizer: TextTokenizer,
+    image_tokenizer_path: str | os.PathLike,
+    codec: ImageCodec,
+    run: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Metadata of a backbone checkpoint: what `load` needs, and the run's config for the record."""
+    return {
+        "kind": BACKBONE,
+        "model": dataclasses.asdict(config),
+        "text_tokenizer": tokenizer_kind if tokenizer_kind == MICRO else os.path.abspath(tokenizer_kind),
+        "vocabulary": tokenizer.fingerprint,
+        "image_tokenizer": os.path.abspath(image_tokenizer_path),
+        "image_tokenizer_fingerprint": fingerprint(codec.params),
+        "run": dict(run),
+    }
+
+
+def check_vocabulary(
+    tokenizer: TextTokenizer, config: BackboneConfig, meta: Mapping[str, Any], path: str | os.PathLike
+) -> None:
+    """Raises UserError when the checkpoint's token ids mean something else here, or are more or fewer."""
+    if meta.get("vocabulary", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"the checkpoint {str(path)!r} was made with another vocabulary.",
+            "Name its own with --text_tokenizer=FOLDER; where nothing was moved, train it again with this version of "
+            "the program.",
+        )
+    if config.vocab_size != tokenizer.vocab.size:
+        raise UserError(
+            f"the checkpoint {str(path)!r} has {config.vocab_size} token ids, its tokenizers {tokenizer.vocab.size}.",
+            "Name the tokenizers that belong to it.",
+        )
+
+
+def fingerprint(params: Any) -> str:
+    """A short hash of a parameter pytree's values."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _nearby(path: str | os.PathLike, recorded: str, which: str) -> pathlib.Path:
+    """The recorded image or text tokenizer, or the folder of that name beside the run when both were moved together."""
+    recorded_path = pathlib.Path(recorded)
+    if recorded_path.exists():
+        return recorded_path
+    folder = store.resolve(path)
+    run = folder.parent.parent if folder.parent.name == store.FOLDER else folder
+    beside = run.parent / recorded_path.name
+    if beside.exists():
+        return beside
+    raise UserError(
+        f"the {which} tokenizer {recorded!r} of checkpoint {str(path)!r} is not there.",
+        f"Name it with --{which}_tokenizer=…",
+    )
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

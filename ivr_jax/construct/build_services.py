@@ -1,0 +1,89 @@
+"""Who judges and who draws: analyzer and generator, as a config's `services` names them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.config import as_dataclass
+from ivr_jax.construct.escalation import Rules
+from ivr_jax.errors import UserError
+from ivr_jax.interfaces import Analyzer, Generator
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.services.build import REMOTE, analyzer_from_configs, generator_from_config
+from ivr_jax.services.checkpoint import CheckpointGenerator
+from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.journal import Journal
+from ivr_jax.services.prompts import Prompts
+from ivr_jax.services.service import Service
+from ivr_jax.thresholds import WHOLE_REQUEST, Thresholds
+from ivr_jax.world.analyzer import WorldAnalyzer
+from ivr_jax.world.generator import WorldGenerator
+
+ROLES = ("analyzer", "fallback", "generator")
+
+
+@dataclasses.dataclass(frozen=True)
+class Crew:
+    """The two services, as configured.
+
+    Attributes:
+      analyzer, generator: the interfaces.
+      services: those of them that are spoken with over a network.
+      made_by: what is stored with every sample; empty for the micro-world.
+    """
+
+    analyzer: Analyzer
+    generator: Generator
+    services: tuple[Service, ...]
+    made_by: dict[str, Any]
+
+    async def close(self) -> None:
+        for service in self.services:
+            await service.transport.close()
+
+
+def rules_from_config(section: Any) -> Rules:
+    """The section `rules`, whose thresholds are sections themselves, or None."""
+    values = dict(section.items())
+    for name in ("thresholds", "step_thresholds"):
+        if values.get(name) is not None:
+            values[name] = as_dataclass(Thresholds, values[name])
+    return as_dataclass(Rules, values)
+
+
+def service_sections(config: Any) -> dict[str, ServiceConfig]:
+    """The config's services by role; raises UserError for settings that cannot be."""
+    return {role: as_dataclass(ServiceConfig, config.services[role]) for role in ROLES}
+
+
+def hire(config: Any, journal: Journal) -> Crew:
+    """Analyzer and generator of the config; raises UserError for wrong settings and missing keys."""
+    sections = service_sections(config)
+    rules, prompts = rules_from_config(config.rules), Prompts(config.prompts)
+    services: list[Service] = []
+    if sections["analyzer"].kind == "world":
+        analyzer: Analyzer = WorldAnalyzer(threshold=config.analyzer.threshold)
+    elif sections["analyzer"].kind in REMOTE:
+        asked = [sections[role] for role in ("analyzer", "fallback") if sections[role].kind]
+        analyzer = analyzer_from_configs(asked, journal, rules.thresholds or WHOLE_REQUEST, prompts=prompts)
+        services += analyzer.services
+    else:
+        raise UserError(f"the analyzer's kind is {sections['analyzer'].kind!r}.", "Use world, openai or gateway.")
+    kind = sections["generator"].kind
+    if kind == "world":
+        generator: Generator = WorldGenerator(**config.generator)
+    elif kind == "checkpoint":
+        options = as_dataclass(SamplingOptions, config.sampling)
+        path = sections["generator"].checkpoint
+        generator = CheckpointGenerator(systems.load(path), path, options, config.seed, journal)
+    elif kind in REMOTE:
+        generator = generator_from_config(sections["generator"], journal, prompts=prompts)
+        services.append(generator.service)
+    else:
+        raise UserError(f"the generator's kind is {kind!r}.", "Use world, checkpoint, openai or gateway.")
+    made_by = {role: section.name for role, section in sections.items() if section.kind not in ("", "world")}
+    if made_by:
+        made_by["prompts"] = prompts.versions()
+    return Crew(analyzer, generator, tuple(services), made_by)

@@ -1,0 +1,340 @@
+"""Convert a model between our checkpoints (Orbax) and what PyTorch users have (safetensors), either way.
+
+    python -m ivr_jax.convert --from=orbax runs/demo/rl --to=hf runs/demo/export
+    python -m ivr_jax.convert --from=hf Emu3.5 --to=orbax runs/emu35
+
+`orbax` is a workdir of ivr_jax.train or one of its checkpoints/<step> folders. `hf` is a folder with safetensors and
+config.json (the decoder, as transformers loads it), or with safetensors or model.ckpt and config.yaml or config.json
+(the image tokenizer). What is inside decides which of the two is converted. A part of one tensor is in memory at a
+time; a model need not fit. Files of a text tokenizer go along, optimiser state never does.
+
+The new folder appears when it is complete and a certificate holds, which is printed: tensors, bytes, dtypes, SHA-256 of
+every tensor on both sides (no value of which may be NaN or infinite) and, for a decoder and where PyTorch is installed,
+the largest difference of logits between this program and transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from ivr_jax import cli
+from ivr_jax.checkpoints import hf, parity, streaming
+from ivr_jax.checkpoints.lazy import Index, LazyArray
+from ivr_jax.checkpoints.safetensors_io import digest, row_blocks
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone, image_tokenizer
+from ivr_jax.models.backbone_config import MODEL_TYPES, BackboneConfig
+from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
+from ivr_jax.protocol.emu_text import RANKS_FILE, VISION_FILE
+
+BACKBONE, IMAGE_TOKENIZER = "backbone", "image_tokenizer"
+EXTRA = "ivr_jax.json"  # what our checkpoints know beyond an export's config: vocabulary, image tokenizer, the run
+TOKENIZER = "tokenizer"  # folder of a workdir for the files that came with a decoder's weights
+FORMS = ("orbax", "hf")
+_THEIRS = {"architectures", "attention_dropout"}  # fields that an imported config.json keeps
+_EMU_FILES = {RANKS_FILE, VISION_FILE}
+_COMPANIONS = {".json", ".jsonl", ".txt", ".tiktoken", ".model", ".jinja", ".py", ".md"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model of either kind: config, parameters (a tree of arrays or LazyArrays), and what is known beyond them.
+
+    `companions` are the text tokenizer's files, to be copied along.
+    """
+
+    kind: str
+    config: BackboneConfig | ImageTokenizerConfig
+    params: Mapping[str, Any]
+    extra: dict[str, Any]
+    companions: tuple[Path, ...] = ()
+
+    @property
+    def slots(self) -> dict[str, hf.Slot]:
+        """Every tensor name of an export, with its place in `params`."""
+        if isinstance(self.config, BackboneConfig):
+            return hf.backbone_slots(self.config)
+        return hf.image_tokenizer_slots(self.config)
+
+
+def read_orbax(path: Path) -> Model:
+    """A checkpoint, to be read a part at a time; optimiser state is left where it is."""
+    meta = streaming.read_meta(path)
+    classes = {BACKBONE: (BackboneConfig, backbone), IMAGE_TOKENIZER: (ImageTokenizerConfig, image_tokenizer)}
+    if meta.get("kind") not in classes:
+        raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}.",
+                        "Name a backbone's or an image tokenizer's.")
+    make, module = classes[meta["kind"]]
+    try:
+        sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in meta["model"].items()}
+        config = make(**sizes)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"the checkpoint {str(path)!r} does not say what its model is ({error}).",
+                        "It is damaged, or of another version of the program; use another step.") from None
+    params = streaming.open_params(path, module.param_shapes(config))
+    workdir = streaming.resolve(path).absolute().parent.parent
+    recorded = Path(meta.get("text_tokenizer", ""))  # a folder's full name, or one that is built in
+    folders = [folder for folder in (workdir / TOKENIZER, recorded) if folder.is_absolute() and folder.is_dir()]
+    companions = _companions(folders[0]) if folders else ()
+    extra = {key: meta[key] for key in meta if key not in ("kind", "model", "lora")}  # adapters are merged
+    return Model(meta["kind"], config, params, extra, companions if meta["kind"] == BACKBONE else ())
+
+
+def read_hf(path: Path, param_dtype: str, vocab_multiple: int = 1) -> Model:
+    """A folder of weights, to be read a part at a time: an image tokenizer if a config says so, else a decoder.
+
+    `vocab_multiple` is the decoder's (see `BackboneConfig`).
+    """
+    fields = hf.read_mapping(path, ("config.yaml", "config.json"))
+    decodes = str(fields.get("model_type")).lower() in MODEL_TYPES
+    if (path / "config.yaml").is_file() or not decodes and ImageTokenizerConfig.describes(fields):
+        image_config, params = hf.open_image_tokenizer(path, param_dtype=param_dtype)
+        return Model(IMAGE_TOKENIZER, image_config, params, _extra(path))
+    config, params = hf.open_backbone(path, param_dtype=param_dtype, vocab_multiple=vocab_multiple)
+    return Model(BACKBONE, config, params, {"hf_config": dict(fields), **_extra(path)}, _companions(path))
+
+
+def _companions(folder: Path) -> tuple[Path, ...]:
+    """Files beside weights that are neither weights nor about them: a text tokenizer's, remote code, licences."""
+    names = {"config.json", hf.INDEX, EXTRA}
+    found = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in names)
+    return tuple(file for file in found if file.suffix in _COMPANIONS or file.name.startswith(("LICENSE", "NOTICE")))
+
+
+def write_orbax(model: Model, folder: Path, final: Path | None = None) -> None:
+    """A workdir with one checkpoint, step 0, which training can start from; `final` is the name it will have."""
+    extra = dict(model.extra)
+    if _EMU_FILES <= {file.name for file in model.companions}:
+        extra["text_tokenizer"] = str((final or folder).absolute() / TOKENIZER)
+    streaming.write(folder, model.params, {"kind": model.kind, "model": dataclasses.asdict(model.config), **extra})
+    _copy(model.companions, folder / TOKENIZER)
+
+
+def write_hf(model: Model, folder: Path, model_type: str | None = None, dtype: str | None = None) -> None:
+    """A folder of safetensors; see `hf.export_backbone`.
+
+    `model_type` is by default what the decoder was imported from, or else "qwen3". Fields of an imported config.json
+    that are not about sizes come back as they were, if the model type does.
+    """
+    if isinstance(model.config, BackboneConfig):
+        imported = model.extra.get("hf_config", {})
+        model_type = model_type or imported.get("model_type", "qwen3")
+        hf.export_backbone(model.config, model.params, folder, model_type=model_type, dtype=dtype)
+        fields = hf.read_mapping(folder, ("config.json",))
+        if imported.get("model_type") == model_type:
+            kept = {key: imported[key] for key in imported if key not in fields or key in _THEIRS}
+            (folder / "config.json").write_text(json.dumps({**fields, **kept}, indent=2))
+        _copy(model.companions, folder)
+    else:
+        hf.export_image_tokenizer(model.config, model.params, folder, dtype=dtype)
+    known = {key: value for key, value in model.extra.items() if key != "hf_config"}
+    if known:
+        (folder / EXTRA).write_text(json.dumps(known, indent=1))
+
+
+def _copy(files: Sequence[Path], folder: Path) -> None:
+    if files:
+        folder.mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _bar(what: str, size: int) -> tqdm:
+    return tqdm(total=size, desc=what, unit="B", unit_scale=True, leave=False)
+
+
+@contextlib.contextmanager
+def shown(model: Model) -> Iterator[Model]:
+    """The same model, and a progress bar of the bytes of its parameters that are read."""
+
+    def one(array: LazyArray) -> LazyArray:
+        def read(index: Index) -> np.ndarray:
+            part = array.read(index)
+            bar.update(part.nbytes)
+            return part
+
+        return LazyArray(array.shape, array.dtype, read)
+
+    with _bar("convert", sum(array.nbytes for array in jax.tree.leaves(model.params))) as bar:
+        yield dataclasses.replace(model, params=jax.tree.map(one, model.params))
+
+
+def certificate(model: Model, folder: Path) -> dict[str, Any]:
+    """Compares `model` with the weights in `folder`, reading a part of a tensor at a time on both sides.
+
+    Returns:
+      tensors, bytes and dtypes of the files; `equal`, how many tensors have the same SHA-256 on both sides (our
+      parameters brought to the files' dtype); `unfit`, names of the files' tensors with values that are NaN or
+      infinite; `digest`, over all of the files' tensors; `logits`, the largest difference of logits on a fixed prompt
+      against transformers, and `scale`, the largest logit (a decoder's in safetensors, if every value is finite; None
+      without PyTorch).
+    """
+    stored = hf.open_weights(folder)
+    size = sum(tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values())
+    digests, equal, unfit = {}, 0, set()
+    with _bar("verify", size) as bar:
+
+        def checked(name: str, parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+            for part in parts:
+                if not np.isfinite(part).all():
+                    unfit.add(name)
+                bar.update(part.nbytes)
+                yield part
+
+        for name, slot in sorted(model.slots.items(), key=lambda item: item[1].path):
+            theirs = stored[name]
+            planned = hf.planned_tensors({name: slot}, model.params, theirs.dtype.name)[0]
+            blocks = row_blocks(slot.shape, theirs.dtype.itemsize)
+            rest = tuple(slice(0, size) for size in slot.shape[1:])
+            digests[name] = digest(checked(name, (theirs.read((slice(*bounds), *rest)) for bounds in blocks)))
+            equal += digest(planned.parts()) == digests[name]
+    total = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+    logits, scale = (None, None) if unfit else _compared_logits(model, folder)
+    return {"tensors": len(stored), "bytes": size, "dtypes": sorted({x.dtype.name for x in stored.values()}),
+            "equal": equal, "unfit": sorted(unfit), "digest": total, "logits": logits, "scale": scale}
+
+
+def _compared_logits(model: Model, folder: Path) -> tuple[float | None, float | None]:
+    if not isinstance(model.config, BackboneConfig):
+        return None, None
+    tokens = parity.prompt(model.config)
+    total = 2 * model.config.num_hidden_layers + 1  # theirs counts the last norm
+    with tqdm(total=total, desc="compare logits", unit="layer", leave=False) as bar:
+        theirs = parity.transformers_logits(model.config, folder, tokens, bar.update)
+        if theirs is None:
+            return None, None
+        ours = parity.logits(model.config, model.params, tokens, bar.update)
+    return float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
+
+
+def _extra(path: Path) -> dict[str, Any]:
+    return dict(hf.read_mapping(path, (EXTRA,))) if (path / EXTRA).is_file() else {}
+
+
+def add_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_enum("from", None, FORMS, "what the first folder holds", flag_values=values)
+    flags.DEFINE_string("from_path", None, "the first folder; may also follow --from", flag_values=values)
+    flags.DEFINE_enum("to", None, FORMS, "what to make of it", flag_values=values)
+    flags.DEFINE_string("to_path", None, "the new folder; may also follow --to", flag_values=values)
+    flags.DEFINE_enum("model_type", None, ["qwen3", "Emu3"],
+                      "for config.json; by default that of an imported decoder, or else qwen3", flag_values=values)
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
+                      "of exported tensors; by default that of the parameters", flag_values=values)
+    flags.DEFINE_integer("vocab_multiple", 1, "pad an imported decoder's vocabulary inside to a multiple of this, so "
+                         "that a mesh can divide it", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("overwrite", False, "replace the new folder if it is there already", flag_values=values)
+    flags.DEFINE_enum("param_dtype", "float32", ["float32", "bfloat16"],
+                      "of imported parameters; float32 is what training should start from", flag_values=values)
+
+
+def main(call: cli.Call) -> None:
+    source_form, target_form = call.flags["from"].value, call.flags["to"].value
+    paths = call.flags.from_path, call.flags.to_path
+    if not all(paths) or {source_form, target_form} != set(FORMS):
+        raise UserError("which way to convert is not clear.",
+                        "Write --from=orbax DIR --to=hf DIR, or --from=hf DIR --to=orbax DIR.")
+    source, target = Path(paths[0]).expanduser(), Path(paths[1]).expanduser()
+    if source.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{target} holds what is to be converted, and would be replaced.", "Name another folder.")
+    exported = source_form == "orbax"
+    read = read_orbax(source) if exported else read_hf(source, call.flags.param_dtype, call.flags.vocab_multiple)
+    with hf.new_directory(target, call.flags.overwrite) as folder:
+        with shown(read) as model:
+            if exported:
+                write_hf(model, folder, call.flags.model_type, call.flags.dtype)
+            else:
+                write_orbax(model, folder, target)
+        model = read if exported else read_orbax(folder)
+        report(certificate(model, folder if exported else source), model, target, exported)
+
+
+def check(found: Mapping[str, Any], target: Path, exact: bool, exported: bool) -> None:
+    """Raises UserError when a certificate does not hold.
+
+    It does not when a value is NaN or infinite, or when tensors or logits differ although nothing was rounded
+    (`exact`): the logits by more than a thousandth of the largest.
+    """
+    if unfit := found["unfit"]:
+        more = f" and {len(unfit) - 1} more" if len(unfit) > 1 else ""
+        raise UserError(f"tensor {unfit[0]}{more} {'would hold' if exported else 'holds'} NaN or infinite values.",
+                        "Take another step of the run, or a wider --dtype." if exported
+                        else "Download or export the checkpoint again.")
+    if found["equal"] != found["tensors"] and (exported or exact):
+        raise UserError(f"{found['tensors'] - found['equal']} tensors of {target} differ from their source.",
+                        "Nothing was written; convert again.")
+    if found["logits"] is not None and exact and not found["logits"] <= 1e-3 * max(1.0, found["scale"]):
+        raise UserError(f"the logits of {target} differ from transformers' by {found['logits']:.2g}, the largest is "
+                        f"{found['scale']:.3g}.", "Nothing was written; check that the config belongs to the weights.")
+
+
+def report(found: Mapping[str, Any], model: Model, target: Path, exported: bool) -> None:
+    """Prints the certificate; raises UserError instead when it does not hold (see `check`)."""
+    held, files = jax.tree.leaves(model.params)[0].dtype.name, found["dtypes"]
+    check(found, target, _is_exact(files, held, exported), exported)
+    count = sum(int(np.prod(slot.shape)) for slot in model.slots.values())
+    print(f"{target}: {model.kind}, {count:,} parameters")
+    print(f"  tensors      {found['tensors']}, {found['bytes']:,} bytes in the files")
+    print(f"  dtypes       {dtypes_in_words(files, held, exported)}")
+    print(f"  bit-equal    {found['equal']} of {found['tensors']} tensors (SHA-256 of each, in the files' dtype)")
+    print(f"  SHA-256      {found['digest']} over all tensors")
+    if model.kind == BACKBONE:
+        compared = found["logits"] is not None
+        shown = (f"{found['logits']:.2e} at most, logits up to {found['scale']:.3g}" if compared
+                 else "not compared, PyTorch is not installed")
+        print(f"  logits       difference to transformers: {shown}")
+        names = ", ".join(file.name for file in model.companions) or "no files"
+        print(f"  tokenizer    {names}")
+        unknown = [name for name in ("text_tokenizer", "image_tokenizer") if name not in model.extra]
+        if unknown and not exported:
+            print("  vocabulary   the weights do not say what their token ids mean: generating and training need "
+                  f"{' and '.join(f'--{name}=FOLDER' for name in unknown)}")
+
+
+def _is_exact(files: Sequence[str], held: str, exported: bool) -> bool:
+    """Whether every value survives the step from parameters of dtype `held` to `files` (or, on import, back)."""
+    steps = ((held, name) if exported else (name, held) for name in files)
+    return all(jnp.promote_types(before, after) == jnp.dtype(after) for before, after in steps)
+
+
+def dtypes_in_words(files: Sequence[str], held: str, exported: bool) -> str:
+    """What the step between the files' dtypes and the parameters' means for the values."""
+    names, exact = " and ".join(files), _is_exact(files, held, exported)
+    if list(files) == [held]:
+        return f"{held} in the files and here"
+    if exported:
+        effect = "each value exactly the parameter's" if exact else "each value rounded from the parameter's"
+        return f"{names} files of {held} parameters: {effect}"
+    master = "master " if held == "float32" else ""
+    effect = "each value exactly the file's" if exact else "each value rounded from the file's, which cannot be undone"
+    return f"{held} {master}parameters from {names} files: {effect}"
+
+
+def with_named_paths(argv: Sequence[str]) -> list[str]:
+    """`--from=hf DIR` as `--from=hf --from_path=DIR`, the same for `--to`."""
+    words: list[str] = []
+    for word in argv:
+        last = words[-1].lstrip("-").partition("=")[0] if words else ""
+        words.append(f"--{last}_path={word}" if last in ("from", "to") and not word.startswith("-") else word)
+    return words
+
+
+def entry() -> None:
+    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=with_named_paths(sys.argv))
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,103 @@
+"""The whole method on one CPU: prompts to report, every stage for real.
+
+    python -m ivr_jax.demo --workdir=runs/demo
+
+Trains an image tokenizer and a base model on the micro-world, constructs reasoning trajectories with the base model's
+own images, fine-tunes on them, improves the result with RL, evaluates all three on held-out prompts, exports the
+model for transformers and writes a report.  Each stage is one command, printed before it runs; a run that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from absl import flags
+from rich.console import Console
+
+from ivr_jax import cli
+from ivr_jax.demo.steps import Step, configured, run_step
+from ivr_jax.report import metrics, tables
+from ivr_jax.report.collect import ARMS, write_gates
+
+
+def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None) -> list[Step]:
+    """All commands in order; `overrides` maps a folder name to extra arguments of its step."""
+    more = overrides or {}
+
+    def step(title: str, module: str, config: str, name: str, **keys: object) -> Step:
+        settings = (f"{key.replace('__', '.')}={value}" for key, value in keys.items())
+        made = configured(title, module, config, root / name, *settings)
+        return dataclasses.replace(made, arguments=(*made.arguments, *more.get(name, ())))
+
+    images, base, sft, rl = (root / name for name in ("image_tokenizer", "base", "sft", "rl"))
+    first, later = root / "construct_base" / "dataset", root / "construct" / "dataset"
+    check = "micro_evaluate"
+    steps = [
+        step("Train the image tokenizer", "train", "micro_image_tokenizer", "image_tokenizer"),
+        step("Draw the base model's data", "construct", "micro_construct_base", "construct_base"),
+        step("Train the base model", "train", "micro_base", "base", data__path=first, image_tokenizer=images),
+        step("Evaluate the base model", "evaluate", f"{check}:base", "eval_base", checkpoint=base),
+        step("Construct trajectories from its own images", "construct", "micro_construct", "construct", baseline=base),
+        step("Fine-tune on them", "train", "micro_sft", "sft", init=base, data__path=later, image_tokenizer=images),
+        step("Evaluate the fine-tuned model", "evaluate", check, "eval_sft", checkpoint=sft),
+        *(
+            step(
+                f"Evaluate it held to {name[5:].replace('_', '-')} answers",
+                "evaluate",
+                f"{check}:{name[5:]}",
+                name,
+                checkpoint=sft,
+            )
+            for name in ("eval_direct", "eval_multi_step")
+        ),
+        step("Improve it with RL", "train", "micro_rl", "rl", init=sft),
+        step("Evaluate the result", "evaluate", check, "eval_rl", checkpoint=rl),
+    ]
+    export = ("--from=orbax", str(rl), "--to=hf", str(root / "export"), "--overwrite")
+    return [*steps, Step("Export for transformers", "ivr_jax.convert", export)]
+
+
+def main(call: cli.Call) -> None:
+    root, console = call.workdir, Console()
+    steps = plan(root)
+    if call.flags.dry_run:
+        print("\n".join(step.command for step in steps))
+        return
+    seconds = []
+    for number, step in enumerate(steps, 1):
+        seconds.append(run_step(step, number, len(steps) + 1, console))
+    results = {name: metrics.read_evaluation(root / name) for name in (*ARMS, "eval_direct", "eval_multi_step")}
+    gates = tables.entry_gates(
+        results["eval_base"], results["eval_sft"], results["eval_direct"], results["eval_multi_step"]
+    )
+    write_gates(root, gates)
+    seconds.append(
+        run_step(
+            Step("Write the report", "ivr_jax.report", (f"--workdir={root}",)), len(steps) + 1, len(steps) + 1, console
+        )
+    )
+    console.rule("[bold]Done")
+    for step, spent in zip(steps, seconds, strict=False):
+        console.print(f"{spent:7.0f} s  {step.title}", highlight=False)
+    console.print(f"{sum(seconds):7.0f} s  in all", highlight=False)
+    tables.print_gates(gates, console)
+    tables.print_table({title: results[name] for name, title in ARMS.items()}, console)
+    console.print(f"Report: {root / 'report.html'}\nModel for transformers: {root / 'export'}", soft_wrap=True)
+    console.print("Next, ask the model yourself:", soft_wrap=True)
+    prompt = "Put a red circle at b2. Put a blue square at a1. Swap b2 with a1."
+    answer = ("--checkpoint=" + str(root / "rl"), f"--prompt={prompt}", "--out=runs/answer")
+    console.print("  " + Step("", "ivr_jax.generate", answer).command, highlight=False, soft_wrap=True)
+
+
+def add_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_boolean("dry_run", False, "print the commands instead of running them", flag_values=values)
+
+
+def entry() -> None:
+    cli.run(main, config=False, add_flags=add_flags)
+
+
+if __name__ == "__main__":
+    entry()

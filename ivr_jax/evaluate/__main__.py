@@ -1,0 +1,61 @@
+r"""Evaluate a checkpoint on held-out prompts of the micro-world: scores, images an answer, modes, calibration.
+
+    python -m ivr_jax.evaluate --config=configs/micro_evaluate.py --workdir=runs/demo/eval_sft \
+        --config.checkpoint=runs/demo/sft
+
+Writes evaluation.json (every figure with its 95% interval), answers.jsonl and images/ for the report.  A finished
+evaluation of the same checkpoint and config is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ivr_jax import cli
+from ivr_jax.checkpoints import store
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.config import check_least, claim_workdir, only_writer
+from ivr_jax.evaluate import benchmark, probes
+from ivr_jax.report import metrics, tables
+from ivr_jax.report.answers import write_answers
+
+
+def main(call: cli.Call) -> None:
+    check_least(call.config, ("batch", "answer_length", "most_edits"))
+    check_least(call.config, ("prompts", "each_split", "probe_prompts"), 0)
+    with only_writer(call.workdir):
+        result = finished_or_made(call.config, call.workdir)
+    tables.print_table({call.workdir.name: result})
+
+
+def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
+    """The evaluation that stands in `workdir`, if it is this one; else it is made and written there."""
+    about = {"checkpoint": str(store.resolve(config.checkpoint)), "config": config.to_dict()}
+    about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
+    if (workdir / metrics.EVALUATION_FILE).exists():
+        claim_workdir(workdir, config, resuming=True)
+        result = metrics.read_evaluation(workdir)
+        if result["about"] == about:
+            print(f"evaluate: {workdir} is complete")
+            return result
+    claim_workdir(workdir, config, resuming=False)
+    system = systems.load(config.checkpoint, config.image_tokenizer or None)
+    answers, images = benchmark.run(system, config)
+    result = metrics.evaluate(answers, config.seed, about)
+    if config.probe_prompts:
+        result["probes"] = probes.probe(
+            system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch
+        )
+    write_answers(workdir, answers, images)
+    metrics.write_evaluation(workdir, result)
+    return result
+
+
+def entry() -> None:
+    cli.run(main, config=True)
+
+
+if __name__ == "__main__":
+    entry()

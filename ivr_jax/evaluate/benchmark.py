@@ -1,0 +1,108 @@
+"""Answers of a system to held-out prompts, judged: what `metrics.evaluate` and the report are made from."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ivr_jax.checkpoints.system import System
+from ivr_jax.config import as_dataclass
+from ivr_jax.errors import UserError
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.report.answers import Answer
+from ivr_jax.report.segments import shown_segments
+from ivr_jax.rewards import functions as reward_functions
+from ivr_jax.rewards.judge import Judged, judge_answers
+from ivr_jax.sampling.engine import EngineOptions
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.rollout import Answer as DrawnAnswer
+from ivr_jax.sampling.rollout import roll_out
+from ivr_jax.world import benchmarks
+from ivr_jax.world.analyzer import WorldAnalyzer
+from ivr_jax.world.sampler import Task, sample_task
+
+
+def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
+    """(task, split): `config.prompts` of the training mixture by number of edits, and `config.each_split` a split."""
+    most = config.most_edits
+    tasks = [
+        (sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), "mixture")
+        for i in range(config.prompts)
+    ]
+    for split in benchmarks.SPLITS:
+        tasks += [
+            (benchmarks.benchmark_task(split, config.level, config.seed, i), split) for i in range(config.each_split)
+        ]
+    if not tasks:
+        raise UserError("the benchmark is empty.", "Raise config.prompts or config.each_split.")
+    return tasks
+
+
+def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray]]:
+    """Judged answers to `held_out_tasks`, and every image that they name."""
+    options = as_dataclass(SamplingOptions, config.sampling)
+    rewards = as_dataclass(reward_functions.RewardOptions, config.reward)
+    grammar = Grammar(system.tokenizer, as_dataclass(GrammarOptions, config.grammar))
+    tasks, key = held_out_tasks(config), jax.random.key(config.seed)
+    answers, images = [], {}
+    with tqdm(total=len(tasks), desc="evaluate", unit="answer") as bar:
+        rollout = roll_out(
+            system,
+            grammar,
+            [t.sample for t, _ in tasks],
+            [t.images for t, _ in tasks],
+            key,
+            config.answer_length,
+            options,
+            engine=as_dataclass(EngineOptions, config.engine),
+            progress=bar.update,
+        )
+    judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), every_image=True, options=rewards))
+    for (task, split), answer, error, verdict in zip(tasks, rollout.answers, rollout.errors, judged, strict=True):
+        answers.append(to_answer(task, split, answer, error, verdict, rewards))
+        images |= {**task.images, **(answer.images if answer else {})}
+    return answers, images
+
+
+def to_answer(
+    task: Task,
+    split: str,
+    drawn: DrawnAnswer | None,
+    error: str,
+    judged: Judged,
+    rewards: reward_functions.RewardOptions,
+) -> Answer:
+    """One judged answer as the record that metrics and report read."""
+    if drawn is None:
+        return Answer(task.sample, None, error, rewards={"format": 0.0}, split=split)
+    trajectory = drawn.trajectory
+    outcome = float(reward_functions.outcome(np.asarray(judged.scores), rewards))
+    told = {"step": judged.step, "reflection": judged.reflection}
+    (step, has_step), (reflection, has_reflection) = (
+        (np.float32(value or 0.0), np.bool_(value is not None)) for value in told.values()
+    )
+    total = reward_functions.total(
+        np.float32(outcome), np.float32(judged.format), step, has_step, rewards, reflection, has_reflection
+    )
+    components = {"outcome": outcome, "format": judged.format, "total": float(total)}
+    components |= {name: value for name, value in told.items() if value is not None}
+    exact = WorldAnalyzer().exact_all(
+        [task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images]
+    )
+    return Answer(
+        task.sample,
+        trajectory,
+        "",
+        trajectory.images,
+        judged.truth,
+        tuple(map(bool, exact)),
+        components,
+        tuple(dataclasses.replace(s, loss=False) for s in shown_segments(trajectory, drawn.segments)),
+        split,
+        trajectory.mode,
+    )

@@ -1,0 +1,247 @@
+"""Answer a prompt, with or without images, and show how the answer unfolded.
+
+    python -m ivr_jax.generate --checkpoint=runs/demo/rl --prompt="Put a red circle at b2." --out=runs/answer
+    python -m ivr_jax.generate --checkpoint=runs/demo/rl --image=board.png --prompt="Clear a1." --out=runs/answer
+    python -m ivr_jax.generate --checkpoint=runs/demo/rl --prompts=prompts.jsonl --out=runs/answers
+
+Writes every drawn image as PNG, answer.json and answer.html (one page).  Without --image the prompt is text-to-image;
+several --image flags give several references, in order.  --prompts answers a file, one folder a line; a run that was
+stopped goes on where it was.  An imported checkpoint needs --text_tokenizer and --image_tokenizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from ivr_jax import cli
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.errors import UserError
+from ivr_jax.generate import requests as requests_lib
+from ivr_jax.generate.answer_folder import PAGE, Spoken, check_writable, read_about, write_answer
+from ivr_jax.generate.requests import Prepared, Request
+from ivr_jax.protocol import interleaved
+from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
+from ivr_jax.sampling.engine import EngineOptions, Usage
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
+from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, TASKS, Mode
+
+MODES = tuple(mode.value for mode in Mode)
+SAMPLING = {  # flag -> field of SamplingOptions
+    "temperature": "temperature", "image_temperature": "image_temperature", "cfg": "guidance",
+    "image_cfg": "image_guidance", "text_top_k": "text_top_k", "text_top_p": "text_top_p",
+    "image_top_k": "image_top_k", "image_top_p": "image_top_p",
+}  # fmt: skip
+
+
+def add_flags(values: flags.FlagValues) -> None:
+    def text(name: str, meaning: str, default: str | None = None) -> None:
+        flags.DEFINE_string(name, default, meaning, flag_values=values)
+
+    def number(name: str, default: int, meaning: str, least: int = 0) -> None:
+        flags.DEFINE_integer(name, default, meaning, lower_bound=least, flag_values=values)
+
+    def real(name: str, default: float | None, meaning: str) -> None:
+        flags.DEFINE_float(name, default, meaning, lower_bound=0.0, flag_values=values)
+
+    text("checkpoint", "workdir of an sft or rl run or of an import, or one of its checkpoints/<step> folders")
+    text("prompt", "what to draw, or how to change the image")
+    flags.DEFINE_multi_string("image", [], "a reference image file; may be given several times", flag_values=values)
+    text("prompts", "a JSONL file of requests, in place of --prompt and --image")
+    text("out", "folder for the answer, or for the folders of the answers")
+    flags.DEFINE_enum("task", None, TASKS, "task word of the prompt; x2i with images, else t2i", flag_values=values)
+    text("aspect_ratio", "WIDTH:HEIGHT, free (the model chooses) or auto (one reference: its size; several: free)",
+         requests_lib.AUTO)  # fmt: skip
+    number("image_area", 0, "pixels of an image, about; 0: the image tokenizer's resolution, squared")
+    text("text_tokenizer", "folder of the text tokenizer, if it was moved or the checkpoint imported")
+    text("image_tokenizer", "workdir of the image tokenizer, if it was moved or the checkpoint imported")
+    flags.DEFINE_multi_enum(
+        "mode", [], [*MODES, INTERLEAVED], "modes the answer may use; by default all of a model that was trained on "
+        "trajectories, else interleaved: texts and images in any order", flag_values=values,
+    )  # fmt: skip
+    real("temperature", 1.0, "0 takes the likeliest token")
+    real("image_temperature", None, "--temperature of image tokens; the same when not given")
+    real("cfg", 1.0, "classifier-free guidance on image tokens; 1 is off")
+    real("image_cfg", None, "guidance by the references (the three-way form)")
+    number("text_top_k", 0, "keep the k likeliest tokens; 0 keeps all")
+    real("text_top_p", 1.0, "keep the likeliest tokens that hold this much probability")
+    number("image_top_k", 0, "--text_top_k of image tokens")
+    real("image_top_p", 1.0, "--text_top_p of image tokens")
+    number("seed", 0, "of the draw; the same seed gives the same answer")
+    number("answer_length", 0, "most answer tokens; 0: five images' worth, 384 at least, as far as the context goes")
+    number("text_cap", 0, "most tokens of one free text; 0: 64 with the micro tokenizer, else 512")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """A loaded model and how it shall answer; `about` is recorded with every answer."""
+
+    system: systems.System
+    grammar: Grammar
+    sampling: SamplingOptions
+    area: int
+    length: int
+    about: dict[str, Any]
+
+    def answer(
+        self, request: Request, watch: Callable[[Usage], None] | None = None
+    ) -> tuple[Answer | Spoken, int]:
+        """The answer and its number of tokens.  Raises UserError when it does not come to an end.
+
+        `watch`: called with what it has cost so far while it is drawn.
+        """
+        prepared = requests_lib.prepare(request, self.system, self.area)
+        rollout = roll_out(
+            self.system,
+            self.grammar,
+            [prepared.sample],
+            [prepared.images],
+            jax.random.key(request.seed),
+            requests_lib.room(prepared, self.system, self.length, self.area),
+            self.sampling,
+            size=prepared.size,
+            engine=EngineOptions(growth=1),  # one answer: one program to compile
+            watch=watch,
+        )
+        tokens = int(rollout.samples.lengths[0])
+        if not np.isfinite(rollout.samples.log_probs).all():
+            raise UserError(
+                "the model's scores are not numbers: its weights hold NaN or infinity.",
+                "Use another step of the run, or convert the weights again.",
+            )
+        if self.grammar.options.modes == (INTERLEAVED,):
+            return self._spoken(prepared, rollout), tokens
+        if rollout.answers[0] is None:
+            raise UserError(
+                f"the answer to {request.key!r} did not come to an end: {rollout.errors[0]}",
+                "Raise --answer_length, or try another --seed.",
+            )
+        return rollout.answers[0], tokens
+
+    def _spoken(self, prepared: Prepared, rollout: Rollout) -> Spoken:
+        parts, finished = interleaved.parse_interleaved(self.system.tokenizer, rollout.answer_tokens(0))
+        drawn = self.system.codec.decode([part.codes for part in parts if part.codes is not None])
+        return Spoken(prepared.sample, parts, tuple(drawn), finished, prepared.images)
+
+    def about_request(self, request: Request) -> dict[str, Any]:
+        return {**self.about, **dataclasses.asdict(request), "images": list(request.images)}
+
+
+def load(wanted: flags.FlagValues) -> Answering:
+    system = systems.load(wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer)
+    trained_here = "vocabulary" in system.meta
+    modes = tuple(dict.fromkeys(wanted.mode)) or (MODES if trained_here else (INTERLEAVED,))
+    cap = wanted.text_cap or (64 if system.meta.get("text_tokenizer") == systems.MICRO else 512)
+    options = GrammarOptions(modes=modes, max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=cap)
+    sampling = SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()})
+    about = {
+        "checkpoint": wanted.checkpoint, "modes": list(modes), "text_cap": cap, "image_area": wanted.image_area,
+        "answer_length": wanted.answer_length, **{flag: getattr(wanted, flag) for flag in SAMPLING},
+    }  # fmt: skip
+    grammar = Grammar(system.tokenizer, options)
+    return Answering(system, grammar, sampling, wanted.image_area, wanted.answer_length, about)
+
+
+def main(call: cli.Call) -> None:
+    wanted = call.flags
+    for name in ("checkpoint", "out"):
+        if not getattr(wanted, name):
+            raise UserError(f"--{name} is missing.", "See --help.")
+    if (wanted.prompt is None) == (wanted.prompts is None):
+        raise UserError("--prompt is missing." if wanted.prompt is None else "both --prompt and --prompts were given.",
+                        "Give --prompt=TEXT, or --prompts=FILE.jsonl.")
+    if wanted.prompts is not None and wanted.image:
+        raise UserError("--image does not go with --prompts.", "Name images in the file: {\"image\": [...]}.")
+    SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()})
+    out = Path(wanted.out).expanduser()
+    if wanted.prompts is not None:
+        answer_all(wanted, out)
+        return
+    task = wanted.task or ""
+    request = Request("request", wanted.prompt, tuple(wanted.image), task, wanted.aspect_ratio, wanted.seed)
+    requests_lib.check(request)
+    check_writable(out)
+    answering = load(wanted)
+    clock = time.perf_counter()
+    with tqdm(desc="draw", unit=" tokens", leave=False) as bar:  # how many it will be, nobody knows
+        answer, tokens = answering.answer(request, lambda usage: bar.update(usage.tokens - bar.n))
+    seconds = time.perf_counter() - clock
+    images = write_answer(out, answer, answering.about_request(request))
+    report(answer, images)
+    kind = INTERLEAVED if isinstance(answer, Spoken) else answer.trajectory.mode.value
+    print(f"{kind}, {speed(tokens, seconds)}; {out / PAGE}")
+
+
+def speed(tokens: int, seconds: float) -> str:
+    return f"{tokens} tokens in {seconds:.1f} s with compilation ({tokens / max(seconds, 1e-9):.0f} tokens/s)"
+
+
+def report(answer: Answer | Spoken, images: list[Path]) -> None:
+    """One line a drawn image."""
+    for number, path in enumerate(images, 1):
+        verdict = ""
+        if isinstance(answer, Answer):
+            passed = answer.trajectory.rounds[number - 1].evaluation.passed
+            verdict = f"  own verdict: {'pass' if passed else 'fail'}"
+        print(f"G{number}: {path}{verdict}")
+
+
+def answer_all(wanted: flags.FlagValues, out: Path) -> None:
+    """Answers every line of a file, each in its own folder of `out`; finished ones are left as they are."""
+    requests = requests_lib.read_requests(wanted.prompts, wanted.seed, wanted.task or "", wanted.aspect_ratio)
+    check_writable(out)
+    answering = load(wanted)
+    todo = [request for request in requests if not _finished(out / request.key, answering.about_request(request))]
+    for request in todo:  # a bad image is said before anything is drawn
+        requests_lib.prepare(request, answering.system, answering.area)
+    failed, total, clock = [], 0, time.perf_counter()
+
+    def show(usage: Usage) -> None:
+        rate = (total + usage.tokens) / (time.perf_counter() - clock)
+        bar.set_postfix_str(f"{usage.tokens} tokens of the next, {rate:.0f} tokens/s")
+
+    with tqdm(desc="answer", unit="answer", initial=len(requests) - len(todo), total=len(requests)) as bar:
+        for request in todo:
+            try:
+                answer, tokens = answering.answer(request, show)
+            except UserError as error:
+                failed.append(f"{request.key}: {error.what}")
+                continue
+            write_answer(out / request.key, answer, answering.about_request(request))
+            total += tokens
+            bar.update()
+    seconds = time.perf_counter() - clock
+    there, made = len(requests) - len(todo), len(todo) - len(failed)
+    print(f"{out}: {there} answers were there, {made} made, {speed(total, seconds)}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(requests)} requests have no answer; {failed[0]}",
+                        "The others are kept: the same command tries again only these.")
+
+
+def _finished(folder: Path, about: dict[str, Any]) -> bool:
+    found = read_about(folder)
+    if found is not None and found != about:
+        differing = next(key for key in (*about, *found) if about.get(key) != found.get(key))
+        raise UserError(
+            f"{folder} holds an answer to another request: {differing} was {found.get(differing)!r}, is "
+            f"{about.get(differing)!r}.",
+            "Use another --out, or remove that folder.",
+        )
+    return found is not None
+
+
+def entry() -> None:
+    cli.run(main, config=False, workdir=False, add_flags=add_flags)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,177 @@
+"""One answer as a folder: every image as a PNG file, `answer.json`, and `answer.html`, one self-contained page.
+
+    source1.png ...   the references, as the model saw them
+    G1.png ...        the drawn images; final.png is the last of them
+    answer.json       what was asked, how (`about`), and the trajectory, or the parts of an interleaved answer
+
+The folder is made under a temporary name.  It appears whole; where there is a folder already, its files are replaced
+one by one, `answer.json` last, and files of the user's own stay.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+import ivr_jax
+from ivr_jax.cli import prepare_workdir
+from ivr_jax.errors import UserError
+from ivr_jax.images import save_png
+from ivr_jax.protocol import interleaved
+from ivr_jax.report.answers import Answer as ShownAnswer
+from ivr_jax.report.gallery import Shelf, Shown
+from ivr_jax.report.pages import TEMPLATES, write_report
+from ivr_jax.report.segments import shown_segments
+from ivr_jax.sampling.rollout import Answer
+from ivr_jax.trajectory import Sample, sample_to_json, trajectory_to_json
+
+RECORD, PAGE = "answer.json", "answer.html"
+_HEADINGS = {interleaved.GLOBAL_THOUGHT: "Thought", interleaved.IMAGE_THOUGHT: "Thought about the next image"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """An interleaved answer: its parts, the pixels of its images in order, and whether it came to its end."""
+
+    sample: Sample
+    parts: tuple[interleaved.Part, ...]
+    drawn: tuple[np.ndarray, ...]
+    finished: bool
+    images: Mapping[str, np.ndarray]
+
+
+def write_answer(out: Path, answer: Answer | Spoken, about: Mapping[str, Any]) -> list[Path]:
+    """Writes the folder `out`; returns the paths of the drawn images.  Raises UserError when it cannot be written."""
+    with _replacing(out) as folder:
+        sample = answer.sample if isinstance(answer, Spoken) else answer.trajectory.sample
+        for number, name in enumerate(sample.sources, 1):
+            save_png(folder / f"source{number}.png", answer.images[name])
+        if isinstance(answer, Spoken):
+            drawn, record = answer.drawn, _spoken_record(answer)
+            (folder / PAGE).write_bytes(_spoken_page(answer).encode("utf-8", "xmlcharrefreplace"))
+        else:
+            drawn = tuple(answer.images[name] for name in answer.trajectory.images)
+            record = trajectory_to_json(answer.trajectory)
+            _trajectory_page(folder / PAGE, answer)
+        for number, pixels in enumerate(drawn, 1):
+            save_png(folder / f"G{number}.png", pixels)
+        if drawn:
+            save_png(folder / "final.png", drawn[-1])
+        (folder / RECORD).write_text(json.dumps({"about": dict(about), **record}, indent=1) + "\n")
+    return [out / f"G{number}.png" for number in range(1, len(drawn) + 1)]
+
+
+def read_about(out: Path) -> dict[str, Any] | None:
+    """The `about` of a finished answer in `out`; None when there is none."""
+    try:
+        record = json.loads((out / RECORD).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out / RECORD} cannot be read ({error}).", "Remove it; the answer is made again.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("about"), dict):
+        raise UserError(f"{out / RECORD} is no answer.", "Name another --out.")
+    return record["about"]
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError when `out` cannot be made or written to; leaves nothing new or half-written behind."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    prepare_workdir(out, "out")
+    for folder in missing:
+        folder.rmdir()
+    for partial in out.glob(".answer-*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _replacing(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out`, or whose files replace an earlier answer's in it."""
+    there = out.exists()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=out if there else out.parent, prefix=".answer-"))
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}).", "Choose a folder that may be written.") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if not there:
+            os.replace(partial, out)
+            return
+        if (out / RECORD).exists():
+            (out / RECORD).unlink()  # from here on there is no finished answer
+            for old in (*out.glob("G[0-9]*.png"), *out.glob("source[0-9]*.png"), *out.glob("final.png")):
+                old.unlink()
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
+            os.replace(path, out / path.name)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}).", "Free space, or choose another folder.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _trajectory_page(path: Path, answer: Answer) -> None:
+    trajectory = answer.trajectory
+    segments = tuple(dataclasses.replace(s, loss=False) for s in shown_segments(trajectory, answer.segments))
+    shown = ShownAnswer(trajectory.sample, trajectory, "", trajectory.images, segments=segments, mode=trajectory.mode)
+    shelf = Shelf("Answer", "As it unfolded.", (Shown("answer", shown, answer.images),))
+    write_report(path, trajectory.sample.prompt, (), {}, (shelf,), (), ())
+
+
+def _spoken_record(answer: Spoken) -> dict[str, Any]:
+    numbers = iter(range(1, len(answer.drawn) + 1))
+    parts = [
+        {"kind": part.kind, "image": f"G{next(numbers)}.png"}
+        if part.kind == interleaved.IMAGE
+        else {"kind": part.kind, "text": part.text}
+        for part in answer.parts
+    ]
+    return {"sample": sample_to_json(answer.sample), "parts": parts, "finished": answer.finished}
+
+
+def _spoken_page(answer: Spoken) -> str:
+    pixels = iter(answer.drawn)
+    parts = [
+        {"uri": _uri(next(pixels)), "heading": "", "text": ""}
+        if part.kind == interleaved.IMAGE
+        else {"uri": "", "heading": _HEADINGS.get(part.kind, ""), "text": part.text.strip()}
+        for part in answer.parts
+    ]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("interleaved.html").render(
+        prompt=answer.sample.prompt,
+        task=answer.sample.task,
+        sources=_uris([answer.images[name] for name in answer.sample.sources]),
+        parts=parts,
+        finished=answer.finished,
+        version=ivr_jax.__version__,
+        style=Markup((TEMPLATES / "report.css").read_text()),
+    )
+
+
+def _uris(images: Sequence[np.ndarray]) -> list[str]:
+    return [_uri(pixels) for pixels in images]
+
+
+def _uri(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,193 @@
+"""What a user asks for: one request from flags, or many from a JSONL file, checked and made ready for the sampler.
+
+A line of the file is an object with `prompt` and, where wanted, `image` (a path or a list of paths, relative to the
+file's folder), `task`, `aspect_ratio`, `seed` and `key` (names the answer's folder; by default the line's number):
+
+    {"prompt": "Replace the cup by the cat.", "image": ["table.jpg", "cat.png"], "aspect_ratio": "4:3"}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ivr_jax.checkpoints.system import System
+from ivr_jax.errors import UserError
+from ivr_jax.images import fit, fitted_size, image_name, load_image
+from ivr_jax.protocol import codec as codec_lib
+from ivr_jax.protocol import markers
+from ivr_jax.protocol.grammar import FREE
+from ivr_jax.sampling.engine import pad_prompts
+from ivr_jax.trajectory import TASKS, Sample, checked_key
+
+MAX_CELLS = 99  # a side of an image, in latent cells: its size is written in two digits
+AUTO, FREE_SIZE = "auto", "free"
+_RATIO = re.compile(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)")
+_KINDS = {"prompt": str, "image": (str, list), "task": str, "aspect_ratio": str, "seed": int, "key": str}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One request: `images` are paths of the references, in order; see the module's text for the rest."""
+
+    key: str
+    prompt: str
+    images: tuple[str, ...] = ()
+    task: str = ""
+    aspect_ratio: str = AUTO
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request as the sampler takes it.
+
+    Attributes:
+      images: pixels of the references, uint8 [height, width, 3], resized to the tokenizer's cells, by name.
+      size: latent rows and columns of every drawn image, or `grammar.FREE`.
+      prompt_tokens: what the prompt takes of the context, padding included.
+    """
+
+    sample: Sample
+    images: dict[str, np.ndarray]
+    size: tuple[int, int]
+    prompt_tokens: int
+
+
+def read_requests(path: str, seed: int = 0, task: str = "", aspect_ratio: str = AUTO) -> list[Request]:
+    """The requests of a JSONL file, in order.  Raises UserError naming the line.
+
+    Args:
+      seed, task, aspect_ratio: of lines that do not say their own.
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON texts may hold other ends of lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the file of prompts {path!r} cannot be read ({error}).", "Give a JSONL file.") from error
+    requests: dict[str, Request] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        request = _request(line, where, file.parent, Request(f"{number:04d}", "", (), task, aspect_ratio, seed))
+        if request.key in requests:
+            raise UserError(f"{where} has the key {request.key!r} of an earlier line.", "Give each line its own key.")
+        requests[request.key] = request
+    if not requests:
+        raise UserError(f"the file of prompts {path!r} is empty.", 'Write lines such as {"prompt": "A red cup."}.')
+    return list(requests.values())
+
+
+def _request(line: str, where: str, folder: Path, default: Request) -> Request:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}).", 'Write lines such as {"prompt": "A red cup."}.') from None
+    if not isinstance(fields, Mapping) or not set(fields) <= set(_KINDS) or "prompt" not in fields:
+        raise UserError(f"{where} must be an object with a prompt and only the fields {', '.join(_KINDS)}.",
+                        "Mend the line.")
+    for name, value in fields.items():
+        if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
+            raise UserError(f"{where}: `{name}` is {value!r}.", "Mend the line.")
+    given = fields.get("image", [])
+    paths = [given] if isinstance(given, str) else given
+    if not all(isinstance(path, str) for path in paths):
+        raise UserError(f"{where}: `image` is {given!r}.", "Name one file, or a list of files.")
+    key = checked_key(fields.get("key", default.key), where)
+    request = Request(
+        markers.check_user_text(key, f"{where}: the key"),
+        fields["prompt"],
+        tuple(str(folder / path) for path in paths),
+        fields.get("task", default.task),
+        fields.get("aspect_ratio", default.aspect_ratio),
+        fields.get("seed", default.seed),
+    )
+    check(request, f"{where}: ")
+    return request
+
+
+def check(request: Request, where: str = "") -> None:
+    """Raises UserError for what can be seen to be wrong before a model is loaded; images are not opened."""
+    if not request.prompt.strip():
+        raise UserError(f"{where}the prompt is empty.", 'Give one, such as "Put a red circle at b2."')
+    markers.check_user_text(request.prompt, f"{where}the prompt")
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"{where}the seed {request.seed} is out of range.", "Use 0 to 4294967295.")
+    if request.task not in ("", *TASKS):
+        raise UserError(f"{where}there is no task {request.task!r}.", f"The tasks are {', '.join(TASKS)}.")
+    if request.aspect_ratio not in (AUTO, FREE_SIZE):
+        _ratio(request.aspect_ratio, where)
+
+
+def _ratio(text: str, where: str = "") -> tuple[float, float]:
+    """Width and height of an aspect ratio."""
+    match = _RATIO.fullmatch(text)
+    if not match or 0 in (sides := tuple(map(float, match.groups()))):
+        raise UserError(f"{where}{text!r} is no aspect ratio.", "Write WIDTH:HEIGHT, such as 16:9, or auto, or free.")
+    return sides
+
+
+def prepare(request: Request, system: System, area: int = 0) -> Prepared:
+    """Loads and resizes the references to about `area` pixels (0: the image tokenizer's own), and settles the size.
+
+    Output size by Emu3.5's rule: an aspect ratio decides; else one reference gives its own size, several leave the
+    size to the model, and none gives a square.  (A model whose images have fewer than ten cells a side cannot write a
+    size in two digits, so there the first of several references decides.)
+    """
+    config = system.codec.config
+    area = area or config.resolution**2
+    images, names, shapes = {}, [], []
+    for file in request.images:
+        whole = load_image(file)
+        pixels = fit(whole, area, config.factor)
+        rows, columns = (side // config.factor for side in pixels.shape[:2])
+        if max(rows, columns) > MAX_CELLS:
+            raise UserError(
+                f"{file} is too long and narrow: {whole.shape[1]}x{whole.shape[0]} pixels.",
+                f"Crop it; at its area a side may take {MAX_CELLS} cells of {config.factor} pixels.",
+            )
+        names.append(image_name(pixels))
+        shapes.append((rows, columns))
+        images[names[-1]] = pixels
+    sample = Sample(request.key, request.prompt, tuple(names), task_word=request.task)
+    codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
+    tokens, _ = pad_prompts([codec_lib.encode_prompt(system.tokenizer, sample, codes)], system.tokenizer.vocab.pad)
+    return Prepared(sample, images, _output_size(request.aspect_ratio, shapes, area, config.factor), tokens.shape[1])
+
+
+def _output_size(ratio: str, shapes: list[tuple[int, int]], area: int, factor: int) -> tuple[int, int]:
+    if ratio == FREE_SIZE:
+        return FREE
+    if ratio == AUTO and shapes:
+        free = len(shapes) > 1 and area >= (10 * factor) ** 2
+        return FREE if free else shapes[0]
+    width, height = (1.0, 1.0) if ratio == AUTO else _ratio(ratio)
+    rows, columns = (side // factor for side in fitted_size(height, width, area, factor))
+    if max(rows, columns) > MAX_CELLS:
+        raise UserError(f"an image of aspect ratio {ratio} would take {rows} x {columns} cells.",
+                        f"A side may take {MAX_CELLS}: ask for a smaller image_area, or a ratio nearer to 1:1.")
+    return rows, columns
+
+
+def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
+    """Answer tokens: `wanted` (0: enough for five images, at least 384), or what the prompt leaves of the context.
+
+    Raises UserError when that is less than one image.
+    """
+    config, context = system.codec.config, system.config.max_position_embeddings
+    side = round((area or config.resolution**2) ** 0.5) // config.factor
+    rows, columns = (side, side) if prepared.size == FREE else prepared.size
+    left, image = context - prepared.prompt_tokens, rows * (columns + 1) + 7
+    if left <= image:
+        raise UserError(
+            f"an image of {rows} x {columns} cells needs {image} tokens, and the prompt takes "
+            f"{prepared.prompt_tokens} of the {context} tokens of the context.",
+            "Shorten it, give fewer images, or ask for smaller ones.",
+        )
+    return min(wanted or max(384, 5 * image), left)

@@ -1,0 +1,197 @@
+"""What a working directory holds, gathered for the report.
+
+    <workdir>/
+      image_tokenizer/ base/ sft/ rl/     stages: metrics.jsonl, config.json
+        taught/                           optional: training samples as answers.jsonl + images/
+      eval_base/ eval_sft/ eval_rl/       arms: evaluation.json, answers.jsonl, images/
+      eval_<anything>/                    further arms (ablations, forced modes), after those three
+      gates.json                          optional: the entry gates
+
+Whatever is missing is left out, and a note says so; whatever is there but broken is a UserError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ivr_jax.errors import UserError
+from ivr_jax.report.answers import ANSWERS_FILE, Answer, read_answers, read_images, replace_file
+from ivr_jax.report.gallery import Shelf, Shown, choose
+from ivr_jax.report.metrics import EVALUATION_FILE, mode_of, read_evaluation
+from ivr_jax.report.pages import Run
+from ivr_jax.report.plots import Curve
+from ivr_jax.report.tables import MAIN_ARMS, Gate
+
+STAGES: Mapping[str, str] = {"image_tokenizer": "Image tokenizer", "base": "Base", "sft": "SFT", "rl": "RL"}
+ARMS: Mapping[str, str] = dict(zip(("eval_base", "eval_sft", "eval_rl"), MAIN_ARMS, strict=True))
+HELD: Mapping[str, str] = {"eval_direct": "SFT held to direct", "eval_multi_step": "SFT held to multi-step"}
+METRICS_FILE, CONFIG_FILE, GATES_FILE, TAUGHT_FOLDER = "metrics.jsonl", "config.json", "gates.json", "taught"
+_PROMPTS_SHOWN, _TAUGHT_SHOWN = 12, 9
+
+
+class ReportInputs(NamedTuple):
+    """The arguments of `report.write_report` after the path: `write_report(path, *collect(workdir))`."""
+
+    title: str
+    runs: tuple[Run, ...]
+    evaluations: dict[str, dict[str, Any]]
+    gallery: tuple[Shelf, ...]
+    gates: tuple[Gate, ...]
+    notes: tuple[str, ...]
+
+
+def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> ReportInputs:
+    """Everything that `workdir` holds for a report.
+
+    Args:
+      workdir: laid out as the module says.
+      title: of the page; by default it names the folder.
+      seed: chooses which answers are shown.
+
+    Raises:
+      UserError: when `workdir` is not a folder, or a file in it is broken.
+    """
+    root = Path(workdir)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder.", "Give the --workdir of a run.")
+    notes: list[str] = []
+    runs = tuple(run for name, stage in STAGES.items() if (run := _run(root / name, stage, notes)) is not None)
+    evaluations, answered = _arms(root, notes)
+    gallery = [
+        Shelf(
+            "What the models answered",
+            "The same prompts, answered by each model as it unfolded. Prompts are drawn evenly from the kinds "
+            "of answer that the last model gave, so rare kinds are over-represented here.",
+            choose(answered, _PROMPTS_SHOWN, seed),
+        )
+    ]
+    for name, stage in STAGES.items():
+        if (root / name / TAUGHT_FOLDER / ANSWERS_FILE).is_file():
+            gallery.append(_taught(root / name / TAUGHT_FOLDER, stage, seed))
+    gates = read_gates(root) if (root / GATES_FILE).is_file() else ()
+    return ReportInputs(
+        title or f"Report on {root.resolve().name}", runs, evaluations, tuple(gallery), gates, tuple(notes)
+    )
+
+
+def read_curves(path: str | os.PathLike[str]) -> tuple[Curve, ...]:
+    """The curves in a `metrics.jsonl` file: one JSON object a line, {"step": int, name: number, ...}.
+
+    A resumed run may have written a step twice: the later line counts.  Values that are not finite numbers are left
+    out, as is a last line that was cut off.  Raises UserError for any other line that is not such an object.
+    """
+    points: dict[str, dict[int, float]] = {}
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error}.", "Check the file's permissions.") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            step = record["step"]
+            if isinstance(step, bool) or not isinstance(step, int):
+                raise TypeError("step is not a whole number")
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # no newline after it: the writer was stopped in the middle
+                break
+            raise UserError(f"{path}, line {number} is not a metrics record ({error}).", "Remove the line.") from None
+        for name, value in record.items():
+            if name != "step" and type(value) in (int, float) and math.isfinite(value):
+                points.setdefault(name, {})[step] = float(value)
+    return tuple(
+        Curve(name, tuple(sorted(series)), tuple(series[step] for step in sorted(series)))
+        for name, series in points.items()
+    )
+
+
+def write_gates(workdir: str | os.PathLike[str], gates: Sequence[Gate]) -> None:
+    """Keeps the entry gates of a run where `collect` finds them."""
+    text = json.dumps([dataclasses.asdict(gate) for gate in gates], indent=1) + "\n"
+    try:
+        replace_file(Path(workdir) / GATES_FILE, text.encode())
+    except OSError as error:
+        raise UserError(f"Cannot write into {workdir}: {error}.", "Choose a folder you can write to.") from None
+
+
+def read_gates(workdir: str | os.PathLike[str]) -> tuple[Gate, ...]:
+    """The gates that `write_gates` kept."""
+    path = Path(workdir) / GATES_FILE
+    try:
+        return tuple(Gate(**gate) for gate in json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"Cannot read the gates in {path}: {error}.", "Remove the file and run again.") from None
+
+
+def _run(folder: Path, title: str, notes: list[str]) -> Run | None:
+    metrics, config = folder / METRICS_FILE, folder / CONFIG_FILE
+    if not metrics.is_file() and not config.is_file():
+        notes.append(f"The stage \u201c{title}\u201d is not in this working directory.")
+        return None
+    curves, when = (), ""
+    if metrics.is_file():
+        curves = read_curves(metrics)
+        when = datetime.datetime.fromtimestamp(metrics.stat().st_mtime).strftime("%d %B %Y, %H:%M")
+    if not curves:
+        notes.append(f"The stage \u201c{title}\u201d has logged no metrics.")
+    return Run(title, when, _read_config(config, title, notes), curves)
+
+
+def _read_config(path: Path, title: str, notes: list[str]) -> Mapping[str, Any]:
+    if not path.is_file():
+        notes.append(f"The stage \u201c{title}\u201d has kept no configuration.")
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}.", "Remove the file, or run the stage again.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a JSON object.", "Remove the file, or run the stage again.")
+    return config
+
+
+def _arms(
+    root: Path, notes: list[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[Answer, ...], Mapping[str, np.ndarray]]]]:
+    """Evaluations and answers by arm title."""
+    known = {folder.name for folder in root.glob("eval_*") if folder.is_dir()}
+    further = {name: HELD.get(name, name.removeprefix("eval_").replace("_", " ")) for name in sorted(known - set(ARMS))}
+    evaluations, answered = {}, {}
+    for name, arm in {**ARMS, **further}.items():
+        folder = root / name
+        if (folder / EVALUATION_FILE).is_file():
+            evaluations[arm] = read_evaluation(folder)
+        else:
+            notes.append(f"\u201c{arm}\u201d has not been evaluated.")
+        if (folder / ANSWERS_FILE).is_file():
+            answered[arm] = (read_answers(folder), read_images(folder))
+        elif (folder / EVALUATION_FILE).is_file():
+            notes.append(f"The answers of \u201c{arm}\u201d were not kept, so none is shown.")
+    return evaluations, answered
+
+
+def _taught(folder: Path, stage: str, seed: int) -> Shelf:
+    """Training samples of one stage, the modes in turn."""
+    answers, images = read_answers(folder), read_images(folder)
+    order = np.random.default_rng(seed).permutation(len(answers))
+    by_mode: dict[str, list[Answer]] = {}
+    for index in order:
+        by_mode.setdefault(mode_of(answers[index]), []).append(answers[index])
+    turns = [group[turn] for turn in range(len(answers)) for group in by_mode.values() if turn < len(group)]
+    items = tuple(Shown("Training sample", answer, images) for answer in turns[:_TAUGHT_SHOWN])
+    return Shelf(
+        f"What {stage} was taught",
+        "Constructed training samples. Hatched segments and dashed images are context only: the model reads "
+        "them but is never trained to produce them.",
+        items,
+    )

@@ -1,0 +1,253 @@
+"""Arms side by side: which figures stand in a before/after table, how they are written, and the entry gates.
+
+An *arm* is one model under one setting (base, SFT, SFT + RL, an ablation); `evaluations` maps an arm's title to its
+result of `ivr_jax.report.metrics.evaluate`, in the order in which the arms are to stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ivr_jax.errors import UserError
+from ivr_jax.report.intervals import NOTHING, Estimate, difference
+from ivr_jax.report.metrics import INVALID
+from ivr_jax.trajectory import AXES, Mode
+
+Evaluations = Mapping[str, Mapping[str, Any]]
+
+# The arms of the story, each better than the last, it is hoped; all others stand beside it.
+MAIN_ARMS = ("Base", "SFT", "SFT + RL")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """One row of a before/after table.
+
+    Attributes:
+      name: in code and JSON.
+      title: for people.
+      path: where the estimate stands in a summary.
+      is_share: written in percent; else a plain number.
+      better: +1 when higher is better, -1 when lower is, 0 when neither.
+    """
+
+    name: str
+    title: str
+    path: tuple[str, ...]
+    is_share: bool = False
+    better: int = 0
+
+    def of(self, summary: Mapping[str, Any] | None) -> Estimate:
+        """The estimate of this measure in `summary`; an empty one when it is not there."""
+        value: Any = summary
+        for key in self.path:
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return dict(value) if isinstance(value, Mapping) else dict(NOTHING)
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure("exact", "Exact match", ("exact",), True, 1),
+    Measure("first_exact", "Own first image exact", ("first_exact",), True),
+    Measure("gain", "Gain over first image", ("gain",), True),
+    Measure("outcome", "Outcome reward R_o", ("outcome",), False, 1),
+    *(Measure(axis, f"{axis.capitalize()} score (1-5)", ("axes", axis), False, 1) for axis in AXES),
+    Measure("images", "Images per answer", ("images",), False, -1),
+    *(Measure(mode.value, f"Answered {mode.value.replace('_', '-')}", ("modes", mode.value), True) for mode in Mode),
+    Measure(INVALID, "Invalid answers", ("modes", INVALID), True, -1),
+    Measure("pass_given_right", "P(passes | right)", ("calibration", "images", "pass_given_right"), True, 1),
+    Measure("pass_given_wrong", "P(passes | wrong)", ("calibration", "images", "pass_given_wrong"), True, -1),
+    Measure("accuracy", "Own verdict agrees", ("calibration", "images", "accuracy"), True, 1),
+)
+BY_NAME: dict[str, Measure] = {measure.name: measure for measure in MEASURES}
+
+
+def compare_arms(evaluations: Evaluations, reference: str) -> list[dict[str, Any]]:
+    """Every arm against the arm `reference`, measure by measure.
+
+    Returns:
+      One JSON object for each measure and other arm: `measure`, `arm`, `reference`, `difference` (an estimate; the
+      arms are taken as independent), `ratio` (of the values, None when the reference is 0 or either is missing),
+      `clear` (the interval of the difference excludes 0) and `better` (True, False, or None when not clear or when
+      the measure has no good direction).
+    """
+    if reference not in evaluations:
+        raise UserError(f"There is no arm {reference!r} to compare with.", f"Choose one of {sorted(evaluations)}.")
+    rows = []
+    for measure in MEASURES:
+        before = measure.of(evaluations[reference]["overall"])
+        for arm, result in evaluations.items():
+            if arm == reference:
+                continue
+            rows.append(
+                {
+                    "measure": measure.name,
+                    "arm": arm,
+                    "reference": reference,
+                    **compare(measure, measure.of(result["overall"]), before),
+                }
+            )
+    return rows
+
+
+def compare(measure: Measure, after: Estimate, before: Estimate) -> dict[str, Any]:
+    """`difference`, `ratio`, `clear` and `better` of one measure, as `compare_arms` says."""
+    change = difference(after, before)
+    clear = change["low"] is not None and (change["low"] > 0 or change["high"] < 0)
+    ratio = after["value"] / before["value"] if change["value"] is not None and before["value"] else None
+    better = change["value"] * measure.better > 0 if clear and measure.better else None
+    return {"difference": change, "ratio": ratio, "clear": clear, "better": better}
+
+
+def format_value(measure: Measure, estimate: Estimate, signed: bool = False) -> str:
+    """The value alone: "85.2%", "1.56", "+3.1" (a difference of shares, in points), or a dash when there is none."""
+    return _number(measure, estimate["value"], signed)
+
+
+def format_interval(measure: Measure, estimate: Estimate, signed: bool = False) -> str:
+    """The interval alone, "83.1-87.0", or "" when there is none."""
+    if estimate["low"] is None:
+        return ""
+    low, high = (_number(measure, estimate[end], signed).rstrip("%") for end in ("low", "high"))
+    return f"{low} to {high}" if signed or estimate["low"] < 0 else f"{low}\u2013{high}"
+
+
+def _number(measure: Measure, value: float | None, signed: bool) -> str:
+    if value is None:
+        return "\u2013"
+    scaled = value * 100 if measure.is_share else value
+    digits = 1 if measure.is_share else 3 if measure.name == "outcome" else 2
+    text = f"{scaled:+.{digits}f}" if signed else f"{scaled:.{digits}f}"
+    return text.replace("-", "\u2212") + ("%" if measure.is_share and not signed else "")
+
+
+def table(evaluations: Evaluations) -> Table:
+    """A rich table that fits three arms into 80 columns: one column an arm, whole per cents in the intervals."""
+    output = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="95% intervals in brackets", caption_justify="left")
+    output.add_column("")
+    for arm in evaluations:
+        output.add_column(Text(arm), justify="right", no_wrap=True)
+    results = list(evaluations.values())
+    summaries = [result["overall"] for result in results]
+    output.add_row("Answers", *(str(summary["answers"]) for summary in summaries))
+    for measure in MEASURES:
+        estimates = [measure.of(summary) for summary in summaries]
+        if measure.name not in AXES and any(estimate["n"] for estimate in estimates):
+            output.add_row(measure.title, *(_cell(measure, estimate) for estimate in estimates))
+    scores = [[BY_NAME[axis].of(summary) for axis in AXES] for summary in summaries]
+    initials = " ".join(axis[0] for axis in AXES)
+    output.add_row(f"Axis scores {initials}", *(_run_of(BY_NAME[AXES[0]], row) for row in scores))
+    groups = sorted({group for result in results for group in result["by_edits"]}, key=int)
+    for measure, title in ((BY_NAME["exact"], "Exact"), (BY_NAME["images"], "Images")):
+        cells = [[measure.of(result["by_edits"].get(group)) for group in groups] for result in results]
+        if any(estimate["n"] for row in cells for estimate in row):
+            output.add_row(f"{title}, edits {' '.join(groups)}", *(_run_of(measure, row) for row in cells))
+    return output
+
+
+def _cell(measure: Measure, estimate: Estimate) -> Text:
+    """Value and interval in few characters: "85.2% [83-87]"."""
+    if estimate["low"] is None:
+        return Text(format_value(measure, estimate))
+    scale, digits = (100, 0) if measure.is_share else (1, 2)
+    ends = (f"{estimate[end] * scale:.{digits}f}" for end in ("low", "high"))
+    low, high = (re.sub(r"^0(?=\.)", "", end).replace("-", "\u2212") for end in ends)
+    return Text.assemble(format_value(measure, estimate), (f" [{low}\u2013{high}]", "dim"))
+
+
+def _run_of(measure: Measure, estimates: Sequence[Estimate]) -> str:
+    """Values alone, side by side: "92 70 64 62%"."""
+    if not measure.is_share:
+        return " ".join("\u2013" if e["value"] is None else f"{e['value']:.1f}" for e in estimates)
+    return " ".join("\u2013" if e["value"] is None else f"{e['value']:.0%}".rstrip("%") for e in estimates) + "%"
+
+
+def print_table(evaluations: Evaluations, console: Console | None = None) -> None:
+    """Prints the before/after table of `evaluations` (arm title -> result) to the terminal."""
+    (console or Console()).print(table(evaluations))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A condition that must hold before a result means anything.
+
+    `threshold` is written for people (">= 95%"); `measured` likewise, "" when it was not measured, and then `met` is
+    None.
+    """
+
+    name: str
+    threshold: str
+    measured: str
+    met: bool | None
+
+    def __post_init__(self) -> None:
+        if (self.measured == "") != (self.met is None):
+            raise UserError(f"gate {self.name!r}: a gate is met or not exactly when it was measured.", "Mend the gate.")
+
+    @classmethod
+    def at_least(cls, name: str, threshold: float, measured: float | None) -> Gate:
+        """A share that must reach `threshold`; `measured` None means that it was not measured."""
+        met = None if measured is None else measured >= threshold
+        text = "" if measured is None else f"{measured:.1%}".replace("-", "\u2212")
+        return cls(name, f"\u2265 {threshold:.0%}", text, met)
+
+
+def entry_gates(
+    base: Mapping[str, Any] | None = None,
+    sft: Mapping[str, Any] | None = None,
+    direct: Mapping[str, Any] | None = None,
+    multi_step: Mapping[str, Any] | None = None,
+) -> tuple[Gate, ...]:
+    """The micro-world's gates before an RL result means anything, one by one; what is not given is "not measured".
+
+    Args:
+      base: evaluation of the base model at temperature 1.
+      sft: evaluation of the SFT model at temperature 1, with its probes (`ivr_jax.evaluate.probes`).
+      direct: evaluation of the SFT model, held to direct answers.
+      multi_step: the same, held to multi-step answers, on the same prompts.
+    """
+    accuracy = BY_NAME["accuracy"].of(sft and sft["overall"])["value"]
+    gain = BY_NAME["gain"].of(sft and sft["overall"])["value"]
+    return (
+        Gate.at_least("Base: one edit, exact", 0.95, _exact_at(base, "1")),
+        Gate.at_least("Sub-instructions right on true prefixes", 0.97, _probe(sft, "step_text")),
+        Gate.at_least("Critique right", 0.50, _probe(sft, "critique")),
+        Gate.at_least("Own evaluation right on own images", 0.85, accuracy),
+        Gate.at_least("Multi-step beats direct at the most edits, by", 0.25, _lead(multi_step, direct)),
+        Gate.at_least("SFT beats its own first images, by", 0.05, gain),
+    )
+
+
+def _probe(result: Mapping[str, Any] | None, name: str) -> float | None:
+    return result["probes"][name]["value"] if result and "probes" in result else None
+
+
+def _exact_at(result: Mapping[str, Any] | None, edits: str) -> float | None:
+    return BY_NAME["exact"].of(result and result["by_edits"].get(edits))["value"]
+
+
+def _lead(result: Mapping[str, Any] | None, reference: Mapping[str, Any] | None) -> float | None:
+    """How much more often `result` is exact than `reference`, at the most edits that both have."""
+    shared = sorted(set(result["by_edits"]) & set(reference["by_edits"]), key=int) if result and reference else []
+    if not shared:
+        return None
+    ours, theirs = _exact_at(result, shared[-1]), _exact_at(reference, shared[-1])
+    return None if ours is None or theirs is None else ours - theirs
+
+
+def print_gates(gates: Sequence[Gate], console: Console | None = None, title: str = "Entry gate") -> None:
+    """Prints the gates to the terminal, met or not."""
+    output = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in (title, "Threshold", "Measured", ""):
+        output.add_column(column)
+    marks = {True: ("met", "green"), False: ("not met", "red"), None: ("not measured", "dim")}
+    for gate in gates:
+        output.add_row(Text(gate.name), gate.threshold, gate.measured or "\u2013", Text(*marks[gate.met]))
+    (console or Console()).print(output)

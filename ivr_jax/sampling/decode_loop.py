@@ -1,0 +1,98 @@
+"""A segment: model calls in one jitted loop, until the host has something to do."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ivr_jax import sharding
+from ivr_jax.models import backbone
+from ivr_jax.models.fused_attention import platform
+from ivr_jax.protocol.grammar import GRID
+from ivr_jax.sampling.drawing import Part, choose, extend, parts_of
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.slots import Rules, Slots, Work
+from ivr_jax.sampling.speculation import speculate
+
+APART = 32 << 20, 8 << 30  # bytes of all layers
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options", "length", "visual_start"), donate_argnames=("slots",))
+def run(
+    params: Any,
+    rules: Rules,
+    slots: Slots,
+    until: jax.Array,
+    calls: jax.Array | None = None,
+    *,
+    config: backbone.BackboneConfig,
+    options: SamplingOptions,
+    length: int,
+    visual_start: int,
+) -> tuple[Slots, Work]:
+    """Calls the model until no more than `until` answers are in progress, or one of them needs a wider cache.
+
+    `calls` int32 []: or until this many calls, so that the host can say how far it is; None: no bound.
+    """
+    rules = jax.tree.map(jnp.asarray, rules)
+    width, wide = slots.window.shape[1], slots.cache.k.shape[3]
+    parts = parts_of(config, params, rules.tables, visual_start)
+    apart = backbone.take_apart(params) if _pays(params["layers"]) else None
+
+    def going(carry: tuple[Slots, Work]) -> jax.Array:
+        now, work = carry
+        more = ((~now.ended).sum() > until) & (reach(now) <= wide)
+        return more if calls is None else more & (work.calls < calls)
+
+    def call(carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
+        now, work = carry
+        contexts, batch = now.starts.shape
+        positions = first_of(now).reshape(-1, 1) + jnp.arange(width)[None, :]
+        window = jnp.tile(now.window, (contexts, 1))
+        hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, apart=apart)
+        hidden = hidden.reshape(contexts, batch, width, -1)
+        after, counts = step(rules, parts, hidden, now._replace(cache=cache), options, length)
+        return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
+
+    step = _step if slots.drafts is None else speculate
+    after, work = jax.lax.while_loop(going, call, (slots, Work(*(jnp.int32(0),) * len(Work._fields))))
+    return _readable(after), work
+
+
+def _pays(layers: Any) -> bool:
+    """Whether to copy the layers apart (`backbone.take_apart`): on a CPU, when they exceed its caches and fit twice."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
+    return platform() == "cpu" and APART[0] <= size <= APART[1]
+
+
+def _readable(slots: Slots) -> Slots:
+    """What the host reads lies whole on every device."""
+    names = ("answered", "ended", "tokens", "log_probs", "kept")
+    whole = {name: x for name in names if (x := getattr(slots, name)) is not None}
+    return slots._replace(**{name: sharding.constrain(x, (None,) * x.ndim) for name, x in whole.items()})
+
+
+def first_of(slots: Slots) -> jax.Array:
+    """int32 [C, B]: the position of the first token of the next call."""
+    return slots.starts + (slots.answered - slots.known)[None, :]
+
+
+@jax.jit
+def reach(slots: Slots) -> jax.Array:
+    """int32 []: the cache slots that the next call needs."""
+    return jnp.where(slots.ended, 0, first_of(slots).max(0) + slots.window.shape[1]).max()
+
+
+def _step(
+    rules: Rules, parts: tuple[Part, Part], hidden: jax.Array, slots: Slots, options: SamplingOptions, length: int
+) -> tuple[Slots, Work]:
+    """One token a slot, and the forced ones after it, from hidden [C, B, W, D]."""
+    last = jnp.take_along_axis(hidden, (slots.known - 1)[None, :, None, None], axis=2)[:, :, 0]
+    active = ~slots.ended
+    drawn = choose(rules, parts, last, slots.state, slots.keys, slots.answered, active, options)
+    after = extend(rules, slots, drawn, length)
+    images = (active & (rules.tables.kind[slots.state.node] == GRID)).sum()
+    return after, Work(1, active.sum(), (after.answered - slots.answered).sum(), images, images, 0, 0)

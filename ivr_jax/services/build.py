@@ -1,0 +1,76 @@
+"""From a config's sections to services, analyzer and generator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ivr_jax.config import as_dataclass
+from ivr_jax.errors import UserError
+from ivr_jax.services.analyzer import ServiceAnalyzer
+from ivr_jax.services.config import ServiceConfig, secret
+from ivr_jax.services.gateway import GatewayTransport
+from ivr_jax.services.generator import ServiceGenerator
+from ivr_jax.services.openai_protocol import OpenAITransport
+from ivr_jax.services.prompts import Prompts
+from ivr_jax.services.service import Records, Service
+from ivr_jax.services.transport import Transport
+from ivr_jax.thresholds import WHOLE_REQUEST, Thresholds
+
+REMOTE = ("openai", "gateway")
+
+
+def service_from_config(
+    section: Mapping[str, Any] | ServiceConfig,
+    records: Records | None,
+    has_fallback: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Service:
+    """One service of the kind "openai" or "gateway".
+
+    Args:
+      section: a config section with the fields of `ServiceConfig`.
+      records: where answers are kept; None keeps nothing.
+      has_fallback: whether another service is asked when this one is sick.
+      environment: where keys are looked up; the process's own variables when None.
+
+    Raises:
+      UserError: a wrong setting, or a key that is not set.
+    """
+    config = section if isinstance(section, ServiceConfig) else as_dataclass(ServiceConfig, section)
+    environment = os.environ if environment is None else environment
+    key = secret(config.key_variable, environment)
+    transport: Transport
+    if config.kind == "openai":
+        transport = OpenAITransport(config, key)
+    elif config.kind == "gateway":
+        transport = GatewayTransport(config, secret(config.app_variable, environment), key)
+    else:
+        raise UserError(f"a service of the kind {config.kind!r} is not spoken with.", f"Use one of {REMOTE}.")
+    return Service(config, transport, records, has_fallback)
+
+
+def analyzer_from_configs(
+    sections: Sequence[Mapping[str, Any] | ServiceConfig],
+    records: Records | None,
+    thresholds: Thresholds = WHOLE_REQUEST,
+    environment: Mapping[str, str] | None = None,
+    prompts: Prompts | None = None,
+) -> ServiceAnalyzer:
+    """An analyzer that asks `sections` in order: the service, then its fallbacks."""
+    services = [
+        service_from_config(section, records, has_fallback=i + 1 < len(sections), environment=environment)
+        for i, section in enumerate(sections)
+    ]
+    return ServiceAnalyzer(services, thresholds, prompts)
+
+
+def generator_from_config(
+    section: Mapping[str, Any] | ServiceConfig,
+    records: Records | None,
+    environment: Mapping[str, str] | None = None,
+    prompts: Prompts | None = None,
+) -> ServiceGenerator:
+    """A generator that asks the service `section`."""
+    return ServiceGenerator(service_from_config(section, records, environment=environment), prompts)

@@ -1,0 +1,234 @@
+"""One careful call after another: limits, time-outs, retries with jittered back-off, and a circuit breaker.
+
+A question is asked up to `tries` times.  What went wrong decides what follows:
+
+    Fault     time-out, lost connection, 429, 5xx, an unusable answer     asked again, not before `Retry-After`
+    Rejected  400, 413, 422, a refusal of this very question              not asked again: ServiceFailed
+    UserError wrong key, no such model, no such address                   ends the run: no other question fares better
+
+After `breaker_failures` faults in a row the breaker opens: nobody calls, except for one probe every `breaker_rest`
+seconds.  Without a fallback everyone waits for a probe that succeeds, up to `patience` seconds; then the service is
+down (`ServiceDown`).  With a fallback nobody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import tenacity
+from aiolimiter import AsyncLimiter
+
+from ivr_jax.interfaces import ServiceDown, ServiceFailed
+from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.replies import Unusable
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class Fault(Exception):
+    """The service failed this time; asking again may help.
+
+    Attributes:
+      kind: a word or two for the summary ("time-out", "429", "unusable answer").
+      retry_after: seconds that the server asks to wait, or None.
+      sick: whether it says something about the service's health (an unusable answer does not).
+    """
+
+    def __init__(self, kind: str, detail: str = "", retry_after: float | None = None, sick: bool = True):
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind, self.retry_after, self.sick = kind, retry_after, sick
+
+
+class Rejected(Exception):
+    """The service will not answer this very question, however often it is asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What came back: a text or an encoded image, and the tokens that the server counted (0 when it did not)."""
+
+    text: str | None = None
+    image: bytes | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+@dataclasses.dataclass
+class Counts:
+    """What one process asked of a service: calls made, replies used, answers taken from the record, faults by kind."""
+
+    calls: int = 0
+    answered: int = 0
+    recorded: int = 0
+    faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+class Breaker:
+    """Closed while all is well; open after `failures` faults in a row; then one probe at a time, `rest` seconds apart.
+
+    Args:
+      failures, rest, patience: see `ServiceConfig`.
+      waits: whether callers wait while it is open; otherwise they fail at once.
+      clock: seconds, monotonic.
+    """
+
+    def __init__(self, failures: int, rest: float, patience: float, waits: bool = True,
+                 clock: Callable[[], float] = time.monotonic):
+        self._failures, self._rest, self._patience, self._waits, self._clock = failures, rest, patience, waits, clock
+        self._in_a_row = 0
+        self._opened: float | None = None
+        self._next_probe = 0.0
+        self._probing = False
+
+    @property
+    def open(self) -> bool:
+        return self._opened is not None
+
+    async def enter(self) -> None:
+        """Returns when a call may be made.  Raises ServiceDown when it has been open for too long, or nobody waits."""
+        while self._opened is not None:
+            now = self._clock()
+            if not self._probing and now >= self._next_probe:
+                self._probing = True
+                return
+            if not self._waits or now - self._opened > self._patience:
+                raise ServiceDown("the service keeps failing.", "Run again when it answers; nothing recorded is lost.")
+            await asyncio.sleep(min(0.5, max(0.001, self._next_probe - now)))
+
+    def succeeded(self) -> None:
+        self._in_a_row, self._opened, self._probing = 0, None, False
+
+    def failed(self) -> None:
+        self._in_a_row += 1
+        self._probing = False
+        if self._in_a_row >= self._failures:
+            now = self._clock()
+            self._opened = now if self._opened is None else self._opened
+            self._next_probe = now + self._rest
+
+    def gave_up(self) -> None:
+        """A call ended without saying anything about the service (it was cancelled, or rejected)."""
+        self._probing = False
+
+
+class Caller:
+    """Asks one service, as carefully as `config` says.
+
+    Args:
+      config: limits and prices.
+      has_fallback: whether someone else can be asked when this service is sick.
+      seed: of the jitter.
+    """
+
+    def __init__(self, config: ServiceConfig, has_fallback: bool = False, seed: int | None = None):
+        self.config, self.counts = config, Counts()
+        self.breaker = Breaker(config.breaker_failures, config.breaker_rest, config.patience, waits=not has_fallback)
+        self._gate = asyncio.Semaphore(config.in_flight)
+        self._requests = _limiter(config.requests_per_minute)
+        self._tokens = _limiter(config.tokens_per_minute)
+        self._random = random.Random(seed)
+
+    async def call(self, ask: Callable[[str], Awaitable[R]], read: Callable[[R], T], tokens: int = 0) -> T:
+        """Asks until `read` can use a reply (a `Reply`, or what `ask` made of one), and returns what it read.
+
+        Args:
+          ask: makes one call; its argument is what was wrong with the last answer, or "".
+          read: turns a reply into a value; raises Unusable when it cannot.
+          tokens: an estimate for the token limit.
+
+        Raises:
+          ServiceFailed: no usable answer after `tries` calls, or the question was rejected.
+          ServiceDown: the breaker is open, and stays so.
+        """
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.config.tries),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception(self._worth_retrying),
+            sleep=asyncio.sleep,
+            reraise=True,
+        )
+        complaint = ""
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    try:
+                        return await self._once(ask, read, tokens, complaint)
+                    except Fault as fault:
+                        self.counts.faults[fault.kind] += 1
+                        complaint = "" if fault.sick else str(fault)
+                        raise
+        except Fault as fault:
+            raise ServiceFailed(f"{self.config.name} gave no usable answer ({fault}).", "Run again later.") from None
+        except Rejected as error:
+            self.counts.faults["rejected"] += 1
+            raise ServiceFailed(f"{self.config.name} rejects a question ({error}).", "Look at the sample.") from None
+        except ServiceDown as error:
+            raise ServiceDown(f"{self.config.name}: {error.what}", error.remedy) from None
+        raise AssertionError("tenacity ends with a value or an exception")
+
+    async def _once(
+        self, ask: Callable[[str], Awaitable[R]], read: Callable[[R], T], tokens: int, complaint: str
+    ) -> T:
+        async with self._slot(tokens):
+            self.counts.calls += 1
+            try:
+                async with asyncio.timeout(self.config.timeout):
+                    reply = await ask(complaint)
+            except TimeoutError:
+                self.breaker.failed()
+                raise Fault("time-out", f"no answer within {self.config.timeout:g} s") from None
+            except Fault as fault:
+                if fault.sick:
+                    self.breaker.failed()
+                else:
+                    self.breaker.succeeded()
+                raise
+            except Rejected:
+                self.breaker.succeeded()
+                raise
+            except BaseException:
+                self.breaker.gave_up()
+                raise
+            self.breaker.succeeded()
+        try:
+            value = read(reply)
+        except Unusable as error:
+            raise Fault("unusable answer", str(error), sick=False) from None
+        self.counts.answered += 1
+        return value
+
+    @contextlib.asynccontextmanager
+    async def _slot(self, tokens: int) -> AsyncIterator[None]:
+        """The right to make one call, under every limit; the breaker is asked last, right before the call."""
+        async with self._gate:
+            if self._requests:
+                await self._requests.acquire()
+            if self._tokens and tokens:
+                await self._tokens.acquire(min(tokens, self._tokens.max_rate))
+            await self.breaker.enter()
+            yield
+
+    def _worth_retrying(self, error: BaseException) -> bool:
+        return isinstance(error, Fault) and (error.retry_after or 0) <= self.config.longest_wait
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Full jitter over a doubling back-off, but never before the server's Retry-After."""
+        fault = state.outcome.exception() if state.outcome else None
+        longest = min(self.config.longest_wait, self.config.first_wait * 2 ** (state.attempt_number - 1))
+        asked = (fault.retry_after or 0.0) if isinstance(fault, Fault) else 0.0
+        return asked + self._random.uniform(0.0, longest)
+
+
+def _limiter(per_minute: float) -> AsyncLimiter | None:
+    """At most `per_minute` a minute, in bursts of at most a second's worth (or one)."""
+    if not per_minute:
+        return None
+    return AsyncLimiter(max(1.0, per_minute / 60), 60 * max(1.0, per_minute / 60) / per_minute)

@@ -1,0 +1,68 @@
+"""A model of our own as the generator: `G` for an instruction and its sources, from a training run's workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+
+from ivr_jax.checkpoints.system import System
+from ivr_jax.images import Pixels, fit, image_name
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.rollout import draw_first_images
+from ivr_jax.services.service import Question, Recorded, Records
+from ivr_jax.services.transport import Picture
+from ivr_jax.trajectory import Reflection, Sample
+
+
+class CheckpointGenerator:
+    """See `Generator`.
+
+    Drawings are made one at a time, each with a key of its own question, so that what is drawn does not depend on what
+    else is on the way.  They are recorded like a service's answers.
+
+    Args:
+      system: the model.
+      name: what the record calls it.
+      options: how to sample.
+      seed: with the question it decides the drawing.
+      records: where drawings are kept; None keeps none.
+    """
+
+    def __init__(self, system: System, name: str, options: SamplingOptions, seed: int, records: Records | None):
+        self._system, self._name, self._options, self._seed, self._records = system, name, options, seed, records
+        self._identity = {"kind": "checkpoint", "model": name, "seed": seed, "options": dataclasses.asdict(options)}
+
+    async def generate(
+        self,
+        sample: Sample,
+        instruction: str,
+        sources: Sequence[Pixels],
+        reflection: Reflection | None = None,
+        attempt: int = 0,
+    ) -> Pixels:
+        """See `Generator.generate`; sources are fitted to the model's resolution, a plan follows the instruction."""
+        text = f"{instruction} {reflection.improvement_plan}" if reflection else instruction
+        pictures = tuple(Picture(f"Source {i}", pixels) for i, pixels in enumerate(sources, 1))
+        digest = Question(text, pictures, attempt=attempt).digest(self._identity)
+        found = self._records.call(digest) if self._records else None
+        pixels = self._records.image(found.image) if found and found.image else None
+        if pixels is None:
+            pixels = self._draw(sample, text, sources, digest)
+            if self._records:
+                name = await self._records.add_image(pixels)
+                self._records.record_call(digest, f"checkpoint:{self._name}", Recorded(None, name))
+        return pixels
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+    def _draw(self, sample: Sample, text: str, sources: Sequence[Pixels], digest: str) -> Pixels:
+        codec = self._system.codec.config
+        fitted = [fit(pixels, codec.resolution**2, codec.factor) for pixels in sources]
+        names = tuple(image_name(pixels) for pixels in fitted)
+        asked = dataclasses.replace(sample, prompt=text, sources=names)
+        key = jax.random.fold_in(jax.random.key(self._seed), int(digest[:8], 16))
+        images = dict(zip(names, fitted, strict=True))
+        return draw_first_images(self._system, [asked], [images], key, self._options)[0]

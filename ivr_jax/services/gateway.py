@@ -1,0 +1,121 @@
+"""The gateway that the released scripts speak with, for those who have access to one.
+
+    POST BASE/chat_completions          {"model", "messages", "temperature", "max_tokens"}
+                                        -> {"code": 0, "response": text}  or  {"code": 0, "detail": chat completion}
+    POST BASE/txt2img/gemini/generate   {"model", "prompt", "image_urls": [data URI, ...], "image_format": "base64"}
+                                        -> {"code": 0, "data": {"urls": [base64]}}
+
+Every request carries X-AppID, X-Source, X-Timestamp (seconds) and X-Authorization, which is the hexadecimal
+HMAC-SHA256 of "x-timestamp: T\\nx-source: S" under the secret.  A code other than 0 is an error of the gateway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx2
+
+from ivr_jax.services.caller import Fault, Reply
+from ivr_jax.services.config import Secrets, ServiceConfig
+from ivr_jax.services.replies import Unusable
+from ivr_jax.services.transport import (
+    Picture,
+    PictureEncoder,
+    connection_limits,
+    decode_base64,
+    field,
+    outcome_of_status,
+    parsed,
+    token_count,
+)
+
+
+def sign(secret: str, source: str, timestamp: int) -> str:
+    """The value of X-Authorization."""
+    text = f"x-timestamp: {timestamp}\nx-source: {source}"
+    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+class GatewayTransport:
+    """See `Transport`.
+
+    Args:
+      config: the service.
+      app, secret: the application's id and secret.
+      clock: seconds since 1970.
+    """
+
+    def __init__(self, config: ServiceConfig, app: str, secret: str, clock: Callable[[], float] = time.time):
+        self._config, self._app, self._secret, self._clock = config, app, secret, clock
+        self._secrets, self._pictures = Secrets([secret, app]), PictureEncoder(config.image_side)
+        self._client = httpx2.AsyncClient(timeout=config.timeout, limits=connection_limits(config.in_flight))
+
+    async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
+        content: list[dict[str, Any]] = []
+        for picture in pictures:
+            content.append({"type": "text", "text": f"{picture.label}:"})
+            uri = await self._pictures.uri(picture)
+            content.append({"type": "image_url", "image_url": {"url": uri, "detail": "auto"}})
+        content.append({"type": "text", "text": text})
+        body: dict[str, Any] = {"model": self._config.model, "messages": [{"role": "user", "content": content}]}
+        if self._config.temperature >= 0:
+            body["temperature"] = self._config.temperature
+        if self._config.max_tokens:
+            body["max_tokens"] = self._config.max_tokens
+        reply = await self._post("chat_completions", body)
+        text = field(reply, "response")
+        if text is None:
+            text = field(reply, "detail", "choices", 0, "message", "content")
+        if text is None:
+            text = field(reply, "choices", 0, "message", "content")
+        if not isinstance(text, str):
+            raise Fault("unusable answer", "the reply holds no text", sick=False)
+        return Reply(self._secrets.hide(text), None, *_usage(reply))
+
+    async def draw(self, text: str, sources: Sequence[Picture]) -> Reply:
+        body = {
+            "prompt": text,
+            "model": self._config.model,
+            "image_urls": [await self._pictures.uri(picture) for picture in sources],
+            "image_format": "base64",
+        }
+        reply = await self._post("txt2img/gemini/generate", body)
+        try:
+            return Reply(None, decode_base64(field(reply, "data", "urls", 0)))
+        except Unusable as error:
+            raise Fault("unusable answer", str(error), sick=False) from None
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _post(self, where: str, body: Mapping[str, Any]) -> Any:
+        timestamp = int(self._clock())
+        headers = {
+            "X-AppID": self._app,
+            "X-Source": self._config.source,
+            "X-Timestamp": str(timestamp),
+            "X-Authorization": sign(self._secret, self._config.source, timestamp),
+        }
+        try:
+            answer = await self._client.post(f"{self._config.base_url.rstrip('/')}/{where}", json=body, headers=headers)
+        except httpx2.TimeoutException:
+            raise Fault("time-out") from None
+        except httpx2.HTTPError as error:
+            raise Fault("connection", self._secrets.hide(str(error))[:200]) from None
+        if not answer.is_success:
+            text = self._secrets.hide(answer.text)
+            raise outcome_of_status(answer.status_code, answer.headers, text, self._config.name)
+        reply = parsed(answer.content)
+        code = field(reply, "code")
+        if code != 0:
+            raise Fault(f"code {code}", self._secrets.hide(str(field(reply, "msg")))[:200])
+        return reply
+
+
+def _usage(reply: Any) -> tuple[int, int]:
+    usage = field(reply, "detail", "usage") or field(reply, "usage")
+    return token_count(field(usage, "prompt_tokens")), token_count(field(usage, "completion_tokens"))

@@ -1,0 +1,190 @@
+"""What a transport is, and how images travel.
+
+A transport makes one call and tells what happened in the caller's terms (`Reply`, `Fault`, `Rejected`, `UserError`); it
+neither waits nor repeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import collections
+import dataclasses
+import datetime
+import email.utils
+import functools
+import io
+import json
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import httpx2
+from PIL import Image
+
+from ivr_jax.errors import UserError
+from ivr_jax.images import Pixels, image_name
+from ivr_jax.services.caller import Fault, Rejected, Reply
+from ivr_jax.services.replies import Unusable
+
+_RETRIED = frozenset((408, 409, 425, 429))
+_REFUSED = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such address or model"}
+_MOVED = frozenset((301, 302, 303, 307, 308))  # not followed: the new address is for the user to trust
+_EXCERPT = 200
+_IDLE = 4.0  # seconds a connection is kept unused: uvicorn, and with it vLLM, closes them after 5
+_MOST_TOKENS = 10**12
+_MANY_PIXELS = 1 << 15  # from which a picture is encoded in a thread
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An image beside a text: what it is called there, and its pixels.  Its name is made once."""
+
+    label: str
+    pixels: Pixels
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The image's name (`ivr_jax.images.image_name`)."""
+        return image_name(self.pixels)
+
+
+class PictureEncoder:
+    """Pictures as they are sent: PNG in base64, scaled down.  Many questions show one picture; it is encoded once.
+
+    Args:
+      longest_side: pixels a side, at most.
+      room: bytes of encoded pictures that are remembered, those used last.
+      most: how many are remembered, however small.
+    """
+
+    def __init__(self, longest_side: int, room: int = 64 << 20, most: int = 1024):
+        self._longest_side, self._room, self._most = longest_side, room, most
+        self._kept: collections.OrderedDict[str, str] = collections.OrderedDict()
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    async def base64(self, picture: Picture) -> str:
+        """The PNG in base64."""
+        async with self._locks.setdefault(picture.name, asyncio.Lock()):
+            text = self._kept.get(picture.name)
+            if text is not None:
+                self._kept.move_to_end(picture.name)
+                return text
+            if picture.pixels.size < 3 * _MANY_PIXELS:
+                text = self._encoded(picture)
+            else:
+                text = await asyncio.to_thread(self._encoded, picture)
+            self._kept[picture.name] = text
+            self._room -= len(text)
+            while self._room < 0 or len(self._kept) > self._most:
+                self._room += len(self._kept.popitem(last=False)[1])
+            return text
+
+    async def uri(self, picture: Picture) -> str:
+        """The PNG as a data URI."""
+        return "data:image/png;base64," + await self.base64(picture)
+
+    async def png(self, picture: Picture) -> bytes:
+        """The PNG itself."""
+        return base64.b64decode(await self.base64(picture))
+
+    def _encoded(self, picture: Picture) -> str:
+        return base64.b64encode(encode(picture.pixels, self._longest_side)).decode()
+
+
+class Transport(Protocol):
+    """One way to speak with a service."""
+
+    async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
+        """Asks for a text that fits the JSON schema."""
+
+    async def draw(self, text: str, sources: Sequence[Picture]) -> Reply:
+        """Asks for an image: `sources` edited as the text says, or, without sources, drawn from the text alone."""
+
+    async def close(self) -> None:
+        """Ends all connections."""
+
+
+def encode(pixels: Pixels, longest_side: int) -> bytes:
+    """PNG of uint8 [height, width, 3], scaled down to at most `longest_side` a side."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)  # never enlarges
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_base64(text: Any) -> bytes:
+    """The bytes of base64, with or without a data URI around it.  Raises Unusable."""
+    if not isinstance(text, str) or not text.strip():
+        raise Unusable("the answer holds no image")
+    if text.startswith(("http://", "https://")):
+        raise Unusable("the answer is the address of an image, not an image")
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise Unusable("the answer's image is no base64") from None
+
+
+def outcome_of_status(status: int, headers: Mapping[str, str], body: str, who: str) -> Exception:
+    """The exception that an HTTP error status means; `body` (without secrets) is quoted in short."""
+    quoted = " ".join(body.split())[:_EXCERPT]
+    if status in _RETRIED or status >= 500:
+        return Fault(str(status), quoted, retry_after(headers))
+    if status in _MOVED:
+        return UserError(f"{who}: its address redirects elsewhere (status {status}), which is not followed.",
+                         "Set base_url to the address where it is.")
+    if status in _REFUSED:
+        return UserError(f"{who}: {_REFUSED[status]} (status {status}: {quoted}).",
+                         "Check its base_url, its model and the environment variable with its key.")
+    return Rejected(f"status {status}: {quoted}")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that `Retry-After` (a number or an HTTP date) or `retry-after-ms` asks for; None without a usable one."""
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        elif "retry-after" in headers:
+            value = headers["retry-after"].strip()
+            try:
+                seconds = float(value)
+            except ValueError:
+                until = email.utils.parsedate_to_datetime(value)
+                if until.tzinfo is None:
+                    until = until.replace(tzinfo=datetime.UTC)
+                seconds = (until - datetime.datetime.now(datetime.UTC)).total_seconds()
+        else:
+            return None
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(0.0, seconds), 1e9) if seconds == seconds else None
+
+
+def connection_limits(in_flight: int) -> httpx2.Limits:
+    """A connection for every call at a time, kept while it is used."""
+    return httpx2.Limits(max_connections=in_flight, max_keepalive_connections=in_flight, keepalive_expiry=_IDLE)
+
+
+def field(value: Any, *steps: str | int) -> Any:
+    """`value[step]...` of a parsed JSON reply, or None where there is no such thing."""
+    for step in steps:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def token_count(value: Any) -> int:
+    """A count of tokens as a server reports it; 0 for anything that cannot be one."""
+    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
+
+
+def parsed(body: bytes) -> Any:
+    """The JSON of a reply's body.  Raises Fault when it is none (a web page with status 200, say)."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        raise Fault("unusable answer", "the reply is no JSON", sick=False) from None

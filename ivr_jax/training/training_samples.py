@@ -1,0 +1,49 @@
+"""Training samples in the form that the report shows: what the model was taught, and which tokens carried loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.protocol import codec
+from ivr_jax.protocol.text import TextTokenizer
+from ivr_jax.report.answers import Answer, write_answers
+from ivr_jax.report.segments import shown_segments
+from ivr_jax.trajectory import Mode
+
+
+def write_taught(
+    folder: str | os.PathLike[str],
+    dataset: TrajectoryDataset,
+    tokenizer: TextTokenizer,
+    encode_images: Callable[[Sequence[np.ndarray]], list[np.ndarray]],
+    each: int = 6,
+    search: int = 2000,
+) -> None:
+    """Writes up to `each` trajectories of every mode, taken from the first `search` of `dataset`, into `folder`."""
+    chosen = {mode: [] for mode in Mode}
+    for index in range(min(search, len(dataset))):
+        trajectory = dataset[index]
+        if len(chosen[trajectory.mode]) < each:
+            chosen[trajectory.mode].append(trajectory)
+    answers, images = [], {}
+    for trajectory in (t for same in chosen.values() for t in same):
+        held = dataset.images(trajectory)
+        codes = dict(zip(held, encode_images(list(held.values())), strict=True))
+        _, segments = codec.encode_answer(tokenizer, trajectory, codes)
+        truth = tuple(r.evaluation for r in trajectory.rounds)
+        answers.append(
+            Answer(
+                trajectory.sample,
+                trajectory,
+                images=trajectory.images,
+                truth=truth,
+                segments=shown_segments(trajectory, segments),
+                mode=trajectory.mode,
+            )
+        )
+        images |= held
+    write_answers(folder, answers, images)

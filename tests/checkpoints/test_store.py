@@ -1,0 +1,57 @@
+"""Checkpoints: how many stay, that host memory for them is bounded, and that a half-written one is never read."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ivr_jax.checkpoints.store import Checkpointer
+
+
+def state(value: float) -> dict[str, jax.Array]:
+    return {"w": jnp.full((4, 8), value), "count": jnp.int32(value)}
+
+
+def saved(folder, keep: int, steps: int) -> list[int]:
+    checkpointer = Checkpointer(folder, keep)
+    for step in range(1, steps + 1):
+        checkpointer.save(step, state(step), {"iterator": step}, {"kind": "test"})
+    checkpointer.wait()
+    checkpointer.close()
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (0, [1, 2, 3, 4])])
+def test_the_newest_stay(tmp_path, keep, left):
+    assert saved(tmp_path, keep, 4) == left
+    found = Checkpointer(tmp_path, keep).restore(jax.eval_shape(lambda: state(0)))
+    assert (found.step, found.data, found.meta) == (4, {"iterator": 4}, {"kind": "test"})
+    np.testing.assert_array_equal(found.state["w"], np.full((4, 8), 4.0))
+
+
+def test_what_was_not_committed_is_not_there(tmp_path):
+    saved(tmp_path, 0, 2)
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-7").mkdir()
+    assert Checkpointer(tmp_path, 0).restore(jax.eval_shape(lambda: state(0))).step == 2
+
+
+def test_staging_memory_is_bounded(tmp_path, monkeypatch):
+    """Orbax is told the bound, and the checkpoint is the same."""
+    told = []
+    handler = ocp.PyTreeCheckpointHandler
+
+    def spy(**given):
+        told.append(given["save_device_host_concurrent_gb"])
+        return handler(**given)
+
+    monkeypatch.setattr(ocp, "PyTreeCheckpointHandler", spy)
+    for name, gib in (("bound", 1), ("free", 0)):
+        checkpointer = Checkpointer(tmp_path / name, 1, gib)
+        checkpointer.save(1, state(5), {}, {})
+        checkpointer.wait()
+        np.testing.assert_array_equal(checkpointer.restore(state(0)).state["w"], np.full((4, 8), 5.0))
+        checkpointer.close()
+    assert told == [1, None]

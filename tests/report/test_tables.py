@@ -1,0 +1,115 @@
+"""Arms side by side: comparisons, the terminal table, and the entry gates."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from answers_fixture import plain_answer
+from rich.console import Console
+
+from ivr_jax.errors import UserError
+from ivr_jax.report.intervals import share
+from ivr_jax.report.metrics import evaluate
+from ivr_jax.report.tables import (
+    BY_NAME,
+    Gate,
+    compare_arms,
+    entry_gates,
+    format_interval,
+    format_value,
+    print_gates,
+    print_table,
+)
+
+
+def arm(right: int, wrong: int, images: int = 1, edits: int = 2) -> dict:
+    """The evaluation of a model with so many right and wrong answers of `images` images each."""
+    return evaluate([plain_answer(images, exact=i < right, key=str(i), edits=edits) for i in range(right + wrong)])
+
+
+def printed(show, *arguments, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    show(*arguments, console)
+    return console.file.getvalue()
+
+
+def row(rows: list[dict], measure: str, name: str) -> dict:
+    return next(r for r in rows if r["measure"] == measure and r["arm"] == name)
+
+
+def test_arms_are_compared_with_the_reference():
+    rows = compare_arms({"Base": arm(20, 80), "SFT": arm(80, 20, images=2), "Same": arm(21, 79)}, reference="Base")
+    exact = row(rows, "exact", "SFT")
+    assert exact["difference"]["value"] == pytest.approx(0.6)
+    assert exact["difference"]["low"] == pytest.approx(0.4744, abs=1e-4)  # Wilson: 13.3-28.9% and 71.1-86.7%
+    assert exact["ratio"] == pytest.approx(4.0) and exact["clear"] and exact["better"] is True
+    images = row(rows, "images", "SFT")
+    assert images["ratio"] == 2.0 and images["clear"] and images["better"] is False  # more images is no improvement
+    shares = row(rows, "multi_step", "SFT")
+    assert shares["clear"] and shares["better"] is None  # no mode is better in itself
+    assert not row(rows, "exact", "Same")["clear"] and row(rows, "exact", "Same")["better"] is None
+    assert {r["arm"] for r in rows} == {"SFT", "Same"}
+    assert row(rows, "reflection", "SFT")["ratio"] is None  # nothing to divide by
+
+
+def test_an_unknown_reference_is_an_error():
+    with pytest.raises(UserError, match="'RL'"):
+        compare_arms({"Base": arm(1, 1)}, reference="RL")
+
+
+def test_numbers_are_written_for_people():
+    exact, outcome, images = BY_NAME["exact"], BY_NAME["outcome"], BY_NAME["images"]
+    estimate = {"value": 0.8523, "low": 0.831, "high": 0.8704, "n": 9}
+    assert (format_value(exact, estimate), format_interval(exact, estimate)) == ("85.2%", "83.1–87.0")
+    assert (format_value(outcome, estimate), format_value(images, estimate)) == ("0.852", "0.85")
+    fall = {"value": -0.125, "low": -0.2, "high": 0.05, "n": 9}
+    assert format_value(exact, fall, signed=True) == "−12.5"
+    assert format_interval(exact, fall, signed=True) == "−20.0 to +5.0"
+    nothing = {"value": None, "low": None, "high": None, "n": 0}
+    assert (format_value(exact, nothing), format_interval(exact, nothing)) == ("–", "")
+
+
+def test_three_arms_fit_into_a_terminal_of_80_columns():
+    text = printed(print_table, {"Base": arm(20, 80), "SFT": arm(80, 20, images=2), "SFT + RL": arm(90, 10)})
+    lines = [line.strip() for line in text.splitlines()]
+    exact = next(line for line in lines if line.startswith("Exact match"))
+    assert [word for word in exact.split() if word.endswith("%")] == ["20.0%", "80.0%", "90.0%"]
+    assert any(line.startswith("Images per answer") and "2.00 [2.00–2.00]" in line for line in lines)
+    assert any(line.startswith("Exact, edits 2") and line.endswith("90%") for line in lines)
+    assert len(lines) <= 26  # no row is broken in two
+
+
+def test_text_in_square_brackets_is_printed_as_it_is():
+    assert "[bold]x" in printed(print_table, {"[bold]x": arm(1, 1)})
+    assert "[red]gate" in printed(print_gates, [Gate("[red]gate", "≥ 1%", "2%", True)])
+
+
+def test_gates_are_met_not_met_or_not_measured():
+    base = arm(96, 4, edits=1)
+    sft = evaluate([plain_answer(2, exact=i < 90, key=str(i), edits=4) for i in range(100)])
+    sft["probes"] = {"step_text": share([True, False]), "critique": share([])}
+    gates = entry_gates(base, sft, direct=arm(45, 55, edits=4), multi_step=arm(83, 17, edits=4))
+    assert [(gate.threshold, gate.measured, gate.met) for gate in gates] == [
+        ("≥ 95%", "96.0%", True),
+        ("≥ 97%", "50.0%", False),
+        ("≥ 50%", "", None),
+        ("≥ 85%", "95.0%", True),  # of 200 images the 10 wrong ones that passed themselves disagree
+        ("≥ 25%", "38.0%", True),
+        ("≥ 5%", "90.0%", True),
+    ]
+    text = printed(print_gates, gates)
+    assert "not met" in text and "not measured" in text
+
+
+def test_without_any_evaluation_every_gate_is_open():
+    assert {gate.met for gate in entry_gates()} == {None}
+    assert entry_gates(direct=arm(1, 1, edits=2), multi_step=arm(1, 1, edits=3))[4].met is None  # no edits in common
+
+
+def test_a_gate_cannot_be_met_without_a_measurement():
+    with pytest.raises(UserError):
+        Gate("g", "≥ 1", "", True)
+    with pytest.raises(UserError):
+        Gate("g", "≥ 1", "2", None)
+    assert Gate.at_least("g", 0.05, -0.026) == Gate("g", "≥ 5%", "−2.6%", False), "a minus, as in the tables"

@@ -1,0 +1,109 @@
+"""The judge of a run: limits, deadlines, counts and checks, with analyzers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+from answer_tokens import evaluation, trajectory
+
+from ivr_jax.errors import UserError
+from ivr_jax.interfaces import ServiceFailed
+from ivr_jax.rewards.functions import RewardOptions
+from ivr_jax.rewards.judge import INVALID
+from ivr_jax.rewards.judge_service import Check, Judge, Panel, same
+from ivr_jax.trajectory import Reflection
+
+ANSWER = trajectory([Reflection("why", "how")], [False, True])
+
+
+def images(mark: int) -> dict[str, np.ndarray]:
+    return {f"G{k}": np.full((2, 2, 3), mark, np.uint8) for k in (1, 2)}
+
+
+class Analyzer:
+    """Scores the instruction by the first pixel; 200 and more are faults: 200 fails, 201 hangs, 202 says nothing."""
+
+    def __init__(self, scores=None):
+        self.running = self.most = 0
+        self.scores = iter(scores) if scores else None
+
+    async def evaluate(self, sample, images, image):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(0.01)
+            mark = int(image[0, 0, 0])
+            if mark == 200:
+                raise ServiceFailed("no answer.", "")
+            if mark == 201:
+                await asyncio.sleep(60)
+            score = next(self.scores) if self.scores else None if mark == 202 else float(mark)
+            return dataclasses.replace(
+                evaluation(True), **{a: dataclasses.replace(evaluation(True).instruction, score=score)
+                                     for a in ("instruction", "consistency", "quality", "knowledge")}
+            )  # fmt: skip
+        finally:
+            self.running -= 1
+
+    async def judge_reasoning(self, sample, images, kind, text, previous):
+        return {"why": 1.0, "how": 0.5}[text]
+
+
+def test_faults_are_missing_and_counted_and_nothing_waits_for_a_call_that_hangs():
+    judge = Judge(same(Analyzer()), deadline=2.0)
+    answers = [(ANSWER, images(mark)) for mark in (5, 200, 201, 202, 3)] + [None]
+    clock = time.perf_counter()
+    verdicts = judge.submit(answers, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]).result()
+    assert time.perf_counter() - clock < 30
+    assert [j.present for j in verdicts.judged] == [True, False, False, False, True, True]
+    assert verdicts.judged[0].scores == (5.0,) * 4 and verdicts.judged[0].step == 0.75
+    assert verdicts.judged[4].format == 0.0 and verdicts.judged[5] is INVALID
+    usage = verdicts.usage
+    assert usage.calls == {"outcome": 5, "reasoning": 4} and usage.missing == {"outcome": 3}
+    metrics = usage.metrics()
+    assert metrics["judge_calls"] == 9 and metrics["judge_missing"] == (3.0, 9.0)
+    assert metrics["judge_call_seconds"][1] == 9 and 1.0 <= metrics["judge_call_seconds_p95"] < 30
+    assert any("deadline" in reason for reason in usage.reasons)
+    again = judge.submit(answers[:1]).result()
+    assert again.usage.calls == {"outcome": 1, "reasoning": 2}  # counted anew
+
+
+def test_no_more_calls_run_at_a_time_than_allowed():
+    analyzer = Analyzer()
+    judge = Judge(same(analyzer), concurrency=3)
+    judge.submit([(ANSWER, images(4))] * 10, [1.0] * 10).result()
+    assert analyzer.most == 3
+
+
+def test_each_part_has_its_own_judge():
+    outcome, reasoning = Analyzer(), Analyzer()
+    reasoning.evaluate = None
+    outcome.judge_reasoning = None
+    judge = Judge({"outcome": outcome, "step": outcome, "reasoning": reasoning})
+    assert judge.submit([(ANSWER, images(4))]).result().judged[0].step == 0.75
+    with pytest.raises(UserError, match="not fully described"):
+        Panel({"outcome": outcome})
+
+
+def test_another_error_is_raised_to_whoever_waits():
+    judge = Judge(same(Analyzer()))
+    odd = trajectory([Reflection("unheard of", "how")], [False, True])
+    with pytest.raises(KeyError):
+        judge.submit([(odd, images(5))]).result()
+
+
+def test_variance_comes_of_repeated_calls_and_the_held_out_judge_is_compared():
+    """Scores 1 and 5 of one image: R_o 0.2 and 1.0, variance 0.32; the held-out judge says 0.8 where ours says 1."""
+    check = Check(Analyzer([1.0, 5.0] * 4), repeats=2, held_out=Analyzer([4.0] * 4), answers=2)
+    judge = Judge(same(Analyzer()), RewardOptions(evaluations="all"), check=check)
+    answers = [(ANSWER, images(5))] * 4 + [None]
+    assert judge.submit(answers).result().checks == {}
+    verdicts = judge.submit(answers, checked=True).result()
+    assert verdicts.checks["judge_variance"] == pytest.approx((0.64, 2.0))
+    assert verdicts.checks["held_out_outcome"] == pytest.approx((1.6, 2.0))
+    assert verdicts.checks["held_out_gap"] == pytest.approx((0.4, 2.0))
+    assert verdicts.usage.calls == {"outcome": 8, "reasoning": 8}  # the checks are not among them

@@ -1,0 +1,328 @@
+"""RL steps of a tiny model: a judge over a real socket that fails in three calls of ten, rollouts ahead, gallery."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import functools
+import pathlib
+import re
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from openai_service import Behaviour, OpenAIService, serving
+from tiny_model import CONFIG, noisy_params, requests, system
+
+from ivr_jax.config import load_config
+from ivr_jax.data.pipeline import Indexed
+from ivr_jax.errors import UserError
+from ivr_jax.interfaces import ServiceFailed
+from ivr_jax.protocol.grammar import GrammarOptions
+from ivr_jax.rewards.functions import RewardOptions
+from ivr_jax.rewards.judge_service import Check, Judge, same
+from ivr_jax.sampling.engine import EngineOptions
+from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.training import grpo
+from ivr_jax.training.judge_config import Ledger, make_analyzer, make_judge
+from ivr_jax.training.losses import GrpoOptions
+from ivr_jax.training.monitor import Watch, WatchOptions
+from ivr_jax.training.prompts import Prompt, Tasks
+from ivr_jax.training.scoring import score
+from ivr_jax.training.state import TrainState
+from ivr_jax.trajectory import AxisVerdict, Evaluation, Sample
+
+PARAMS, GROUP, KEY = noisy_params(), 4, jax.random.key(2)
+PROMPTS = [Prompt(*pair) for pair in zip(*requests(12), strict=True)]
+ONE = Indexed(lambda i: PROMPTS[0], 1)
+
+
+class LocalJudge:
+    """Likes images of code 3."""
+
+    async def evaluate(self, sample, images, image):
+        score = 1 + 4 * float((image[::16, ::16, 0] == 30).mean())
+        return Evaluation(*(AxisVerdict(score > 2, "seen", score) for _ in range(4)))
+
+    async def judge_reasoning(self, sample, images, kind, text, previous):
+        return 0.5
+
+
+@functools.cache
+def trainer() -> grpo.Trainer:
+    grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
+    options = grpo.Options(
+        SamplingOptions(), EngineOptions(), grammar, RewardOptions(), GrpoOptions(), GROUP, 72, 8, (128,), 1, 64,
+        overlap=True,
+    )
+    return grpo.Trainer(system(PARAMS), Judge(same(LocalJudge())), options, optax.sgd(0.05))
+
+
+def like(overlap: bool = False, **attributes) -> grpo.Trainer:
+    """The same trainer, its compiled functions included, with something changed."""
+    other = copy.copy(trainer())
+    other.options = dataclasses.replace(other.options, overlap=overlap)
+    other.watch = Watch(WatchOptions(), other.options.grammar.modes)
+    other._pending = None
+    for name, value in attributes.items():
+        setattr(other, name, value)
+    return other
+
+
+def fresh_state() -> TrainState:
+    params = jax.tree.map(jnp.copy, PARAMS)
+    return TrainState(params, trainer().optimizer.init(params))
+
+
+def tasks(step: int) -> Tasks:
+    batch = lambda k: tuple(PROMPTS[2 * k % 12 : 2 * k % 12 + 2])  # noqa: E731
+    return Tasks(batch(step), batch(step + 1))
+
+
+def same_bits(a, b) -> bool:
+    return all((np.asarray(x) == np.asarray(y)).all() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+# -- a judge that fails -----------------------------------------------------------------------------------------------
+
+
+def section(url: str, **changes):
+    config = load_config("micro_rl").judge
+    config.outcome.update(
+        {"kind": "openai", "base_url": url, "model": "judge", "key_variable": "", "timeout": 0.4, "tries": 2,
+         "first_wait": 0.01, "longest_wait": 0.1, "breaker_failures": 10_000} | changes
+    )  # fmt: skip
+    return config
+
+
+class Counted:
+    """An analyzer that notes, for itself, which questions failed."""
+
+    def __init__(self, analyzer):
+        self.analyzer, self.failed, self.asked = analyzer, 0, 0
+
+    async def _note(self, call):
+        self.asked += 1
+        try:
+            return await call
+        except ServiceFailed:
+            self.failed += 1
+            raise
+
+    async def evaluate(self, *args):
+        return await self._note(self.analyzer.evaluate(*args))
+
+    async def judge_reasoning(self, *args):
+        return await self._note(self.analyzer.judge_reasoning(*args))
+
+
+@pytest.fixture(scope="module")
+def rollout():
+    return trainer().rollout(PARAMS, PROMPTS[:4], KEY)
+
+
+def verdicts_over(url: str, rollout, fault_rate: float, service: OpenAIService, **settings):
+    service.behaviour.fault_rate = fault_rate
+    analyzer = Counted(make_analyzer(section(url, **settings), "outcome", ONE, Ledger()))
+    return Judge(same(analyzer)).submit(rollout.judgeable()).result(), analyzer
+
+
+def test_faults_over_http_differ_from_none_only_in_the_members_that_are_missing(rollout):
+    """Time-outs, 500, 429, prose, NaN, 7 of 5, cut connections and silence, in three calls of ten, with one retry."""
+    service = OpenAIService(Behaviour(seed=4, hang=0.6))
+    with serving(service) as url:
+        clean, _ = verdicts_over(url, rollout, 0.0, service, timeout=60.0)  # however busy the machine is
+        assert not service.log.faults and all(j.present for j in clean.judged)
+        faulty, counted = verdicts_over(url, rollout, 0.3, service)
+    assert len(service.log.faults) > 5
+    usage = faulty.usage
+    assert usage.missing.total() == counted.failed > 0 and usage.calls.total() == counted.asked
+    assert usage.reasons.total() == counted.failed
+    present = np.array([j.present for j in faulty.judged])
+    assert 0 < present.sum() < len(present)
+    for with_faults, without in zip(faulty.judged, clean.judged, strict=True):
+        if with_faults.present:
+            assert with_faults == without
+    options = RewardOptions()
+    a, b = score(rollout, clean.judged, GROUP, options), score(rollout, faulty.judged, GROUP, options)
+    np.testing.assert_array_equal(b.present.reshape(-1), present)
+    np.testing.assert_array_equal(np.where(b.present, a.components["total"], 0), b.components["total"])
+    assert not b.used[~b.present].any() and not b.advantages[~b.present].any() and not b.bonus[~b.present].any()
+    for group in range(len(b.present)):
+        here = b.present[group]
+        if here.all():
+            np.testing.assert_array_equal(a.advantages[group], b.advantages[group])
+        elif here.sum() < options.min_valid:
+            assert not b.used[group].any()
+        else:  # statistics of those that are there, and of nobody else
+            rewards = (b.components["total"] + b.bonus)[group][here]
+            spread = rewards.std(ddof=1)
+            expected = (rewards - rewards.mean()) / (spread + 1e-6) if spread > 1e-6 else np.zeros_like(rewards)
+            np.testing.assert_allclose(b.advantages[group][here], expected, atol=1e-3)
+
+
+def test_training_finishes_with_faults_and_stops_when_there_is_nothing_else(tmp_path):
+    service = OpenAIService(Behaviour(fault_rate=0.3, hang=0.6))
+    with serving(service) as url:
+        learner = like(judge=make_judge(section(url), RewardOptions(), ONE, tmp_path))
+        state = fresh_state()
+        for step in range(3):
+            state, metrics = learner.step(state, tasks(step), step, KEY)
+            assert metrics["missing"] == 8 - metrics["reward"][1] and metrics["judge_tokens"] > 0
+        assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(state)))
+        service.behaviour.status = 500
+        learner.watch = Watch(WatchOptions(missing_window=16), learner.options.grammar.modes)
+        with pytest.raises(UserError, match="the judge failed on .* of the last 16 answers: "):
+            for step in range(3, 6):
+                state, metrics = learner.step(state, tasks(step), step, KEY)
+
+
+def test_prompts_that_are_not_of_the_world_need_another_judge():
+    photographs = Indexed(lambda i: Prompt(Sample("cat", "Make it dusk.", ("cat.png",)), {}), 1)
+    config = load_config("micro_rl").judge
+    with pytest.raises(UserError, match="'cat' is not of the micro-world.*kind=openai"):
+        make_judge(config, RewardOptions(), photographs, pathlib.Path())
+    config.outcome.update({"kind": "openai", "model": "judge", "key_variable": "", "base_url": "http://127.0.0.1:9/v1"})
+    assert isinstance(make_judge(config, RewardOptions(), photographs, pathlib.Path()), Judge)
+    config.reasoning.kind = "oracle"
+    with pytest.raises(UserError, match="judge.reasoning.kind is 'oracle'"):
+        make_judge(config, RewardOptions(), photographs, pathlib.Path())
+
+
+# -- rollouts drawn ahead ---------------------------------------------------------------------------------------------
+
+
+def test_overlapped_runs_are_one_update_behind_and_resume_bit_for_bit():
+    steps = 3
+    start = fresh_state()
+    state = grpo.AheadState(*start, jax.tree.map(jnp.copy, start.params))
+    learner, states, rows = like(overlap=True, steps=steps), [state], []
+    for step in range(steps):
+        state, metrics = learner.step(jax.tree.map(jnp.copy, state), tasks(step), step, KEY)
+        states.append(state)
+        rows.append(metrics)
+    assert learner._pending is None  # nothing is drawn for a step that will not come
+    assert same_bits(states[1].previous, PARAMS) and same_bits(states[2].previous, states[1].params)
+    assert float(rows[0]["ratio_deviation"]) < 1e-3 < float(rows[2]["ratio_deviation"])
+
+    plain = like()
+    first, _ = plain.step(fresh_state(), tasks(0), 0, KEY)
+    assert same_bits(first.params, states[1].params)  # the first step is on-policy either way
+    rollout = plain.rollout(states[1].params, tasks(2).now, jax.random.fold_in(KEY, 2))
+    np.testing.assert_array_equal(rollout.samples.lengths.sum(), rows[2]["answer_tokens"][0])
+
+    again = like(overlap=True, steps=steps)  # another process, after the first checkpoint
+    state = jax.tree.map(jnp.copy, states[1])
+    for step in range(1, steps):
+        state, metrics = again.step(state, tasks(step), step, KEY)
+        assert float(metrics["loss"][0]) == float(rows[step]["loss"][0])
+    assert same_bits(state, states[steps])
+
+
+class Patient(LocalJudge):
+    """Says nothing before the next rollout has begun, and notes whether it had not ended by then."""
+
+    def __init__(self):
+        self.begun, self.ended, self.early = threading.Event(), threading.Event(), 0
+
+    async def evaluate(self, *args):
+        if not await asyncio.to_thread(self.begun.wait, 20):
+            raise ServiceFailed("nothing was drawn meanwhile.", "")
+        self.early += not self.ended.is_set()
+        return await super().evaluate(*args)
+
+
+def test_the_next_rollout_is_drawn_while_the_last_one_is_judged():
+    judge = Patient()
+    start = fresh_state()
+    learner = like(overlap=True, steps=2, judge=Judge(same(judge)))
+
+    def roll(params, tasks, step, key):
+        if step:
+            judge.begun.set()
+            deadline = time.monotonic() + 20
+            while not judge.early and time.monotonic() < deadline:  # a judgement arrives while this draws
+                time.sleep(0.01)
+        found = grpo.Trainer.roll(learner, params, tasks, step, key)
+        if step:
+            judge.ended.set()
+        return found
+
+    learner.roll = roll
+    state = grpo.AheadState(*start, jax.tree.map(jnp.copy, start.params))
+    _, metrics = learner.step(state, tasks(0), 0, KEY)
+    assert metrics["missing"] == 0 and judge.early > 0
+
+
+def test_a_replay_that_does_not_fit_stops_a_resumed_run(rollout):
+    learner = like()
+    learner.check_replay(PARAMS, rollout)
+    with pytest.raises(RuntimeError, match="does not replay the sampler's distribution"):
+        learner.check_replay(noisy_params(seed=1), rollout)
+
+
+# -- what a run says of itself ----------------------------------------------------------------------------------------
+
+
+class Indifferent(LocalJudge):
+    async def evaluate(self, sample, images, image):
+        return Evaluation(*(AxisVerdict(True, "seen", 4.0) for _ in range(4)))
+
+
+def test_a_judge_that_sees_no_difference_raises_the_alarms():
+    watch = Watch(WatchOptions(window=2), ("direct", "reflection"))
+    learner = like(judge=Judge(same(Indifferent()), RewardOptions(bonus_weight=0.0)), watch=watch)
+    learner.options = dataclasses.replace(
+        learner.options, reward=RewardOptions(step_weight=0.0, format_weight=0.0, bonus_weight=0.0)
+    )
+    state, rows = fresh_state(), []
+    for step in range(2):
+        state, metrics = learner.step(state, tasks(step), step, KEY)
+        rows.append(metrics)
+    assert not rows[0]["alarm_zero_variance"] and rows[1]["alarm_zero_variance"] and rows[1]["alarm_zero_gradient"]
+    assert rows[1]["groups_with_contrast"] == (0.0, 2.0) and not rows[1]["alarm_calibration_drift"]
+    for after, before in zip(jax.tree.leaves(state.params), jax.tree.leaves(PARAMS), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-6)  # nothing to learn, nothing learnt
+
+
+def documented_scalars() -> set[str]:
+    """Names in the table "What is logged" of docs/rl.md."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "rl.md").read_text()
+    table = text[text.index("## What is logged") :].split("\n\n")[2]
+    return {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[2])}
+
+
+def test_every_scalar_that_the_docs_list_is_written_and_no_other():
+    rewards = RewardOptions(intermediate="images", reflection_weight=0.2, step_weight=0.0)
+    again = Check(LocalJudge(), repeats=2, held_out=Indifferent(), answers=2)
+    ledger = Ledger()
+    judge = Judge(same(LocalJudge()), rewards, check=again, totals=(ledger.totals,))
+    learner = like(judge=judge, _layout=RolloutLayout(CONFIG, trainer().mesh, dtype="bfloat16"))
+    engine = EngineOptions(slots=2, window=3, speculate=True)
+    learner.options = dataclasses.replace(learner.options, updates=2, check_every=1, reward=rewards, engine=engine)
+    _, written = learner.step(fresh_state(), tasks(0), 0, KEY)
+    plain = like(judge=Judge(same(LocalJudge())))
+    _, more = plain.step(fresh_state(), tasks(1), 0, KEY)
+    names = {name for row in (written, more) for name in row if not name.startswith("work_")}
+    assert names == documented_scalars()
+
+
+# -- for people -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gallery_shows_whole_groups_with_their_rewards(tmp_path):
+    learner = like(gallery=tmp_path / "gallery")
+    learner.options = dataclasses.replace(learner.options, gallery_every=2, gallery_answers=5)
+    state = fresh_state()
+    for step in range(2):
+        state, _ = learner.step(state, tasks(step), step, KEY)
+    [page] = (tmp_path / "gallery").glob("*.html")
+    assert page.name == "step_000002.html"
+    text = page.read_text()
+    assert all(f"member {m}" in text for m in range(1, GROUP + 1)) and "advantage" in text and "data:image/png" in text
