@@ -38,7 +38,7 @@ def main() -> None:
     count = parser.parse_args().count
     with tempfile.TemporaryDirectory() as folder:
         runs = tiny_runs.prepare(Path(folder))
-        changes = {"steps": 16, "batch": 4, "accumulation": 1, "data.streams": 4, "optimizer.kind": "adamw"}
+        changes = {"steps": 16, "batch": 4, "grad_accum_steps": 1, "data.streams": 4, "optimizer.kind": "adamw"}
         settings = tiny_runs.sft_settings(runs) | changes | {"log_every": 1, "checkpoint_every": 2}
         argv = tiny_runs.trained(runs / "alone", "micro_base", settings)
         finish(processes(argv, runs / "together", count))

@@ -21,17 +21,17 @@ def get_config() -> ConfigDict:
     config.prompts_per_step = 64
     config.group = 8
     config.answer_length = 7168
-    config.minibatch = 64
+    config.micro_batch = 64
     config.buckets = (2048, 4096, 9216)  # the longest answer, and a prompt with one source image
-    config.chunk = 65_536
+    config.loss_chunk_tokens = 65_536
     config.checkpoint_every = 20
-    config.keep = 2
+    config.max_checkpoints = 2
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 4, "sequence": 1})
     config.rollout = ConfigDict({"dtype": "bfloat16", "tensor": 4})  # the chips of one v5p host
     config.prompts = ConfigDict({"source": "", "level": 0, "seed": 3, "size": 0})
     config.judge.every_image = False  # a call each
     config.grammar.max_steps = 5
     config.grammar.text_cap = 512
-    config.optimizer.peak = 1e-6
-    config.optimizer.final = 1e-7
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.final_learning_rate = 1e-7
     return config

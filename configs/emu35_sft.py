@@ -19,10 +19,10 @@ def get_config() -> ConfigDict:
     config = micro_base.get_config()
     config.steps = 390
     config.batch = 128
-    config.chunk = 65_536
+    config.loss_chunk_tokens = 65_536
     config.log_every = 1
     config.checkpoint_every = 50
-    config.keep = 2
+    config.max_checkpoints = 2
     config.text_tokenizer = "runs/emu35/text_tokenizer"  # the folder with the released ranks file
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 4, "sequence": 1})
     config.model = ConfigDict(
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             "dtype": "bfloat16",
             "param_dtype": "float32",
             "remat": "full",
-            "gather_tensor": False,
+            "fsdp_over_tensor": False,
             "attention": "auto",
             "vocab_multiple": 2048,  # a shard of the vocabulary is whole tiles on 128 chips
         }
@@ -48,6 +48,13 @@ def get_config() -> ConfigDict:
     config.data.mix = ConfigDict({"direct": 1.0, "reflection": 2.0, "multi_step": 2.0})
     config.data.streams = 128
     config.optimizer.update(
-        {"kind": "adamw", "peak": 1e-5, "final": 1e-6, "warmup": 0.1, "weight_decay": 0.0, "clip_norm": 1.0}
+        {
+            "kind": "adamw",
+            "learning_rate": 1e-5,
+            "final_learning_rate": 1e-6,
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+        }
     )
     return config

@@ -16,7 +16,7 @@ from . import emu35_sft
 
 def get_config() -> ConfigDict:
     config = emu35_sft.get_config()
-    config.chunk = 131_072
-    config.model.gather_tensor = True
+    config.loss_chunk_tokens = 131_072
+    config.model.fsdp_over_tensor = True
     config.model.remat = "attention+output+qkv+gate+up"
     return config

@@ -16,12 +16,12 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 480
     config.batch = 20
-    config.accumulation = 1
+    config.grad_accum_steps = 1
     config.gradient_dtype = "float32"  # of the sum over micro-batches
-    config.chunk = 4096
+    config.loss_chunk_tokens = 4096
     config.log_every = 20
     config.checkpoint_every = 240
-    config.keep = 1
+    config.max_checkpoints = 1
     config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.init = ""
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
             "rope_theta": 1e4,
             "max_position_embeddings": 512,
             "remat": "dots",
-            "gather_tensor": False,
+            "fsdp_over_tensor": False,
             "dropout": 0.0,
             "attention_dropout": 0.0,
         }
@@ -56,9 +56,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "kind": "muon",
-            "peak": 5e-3,
-            "final": 2e-4,
-            "warmup": 0.05,
+            "learning_rate": 5e-3,
+            "final_learning_rate": 2e-4,
+            "warmup_ratio": 0.05,
             "b1": 0.9,
             "b2": 0.95,
             "eps": 1e-8,

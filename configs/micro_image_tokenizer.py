@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.eval_images = 64
     config.log_every = 20
     config.checkpoint_every = 100
-    config.keep = 1
+    config.max_checkpoints = 1
     config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.model = ConfigDict(
@@ -58,9 +58,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "kind": "muon",
-            "peak": 5e-3,
-            "final": 2.5e-4,
-            "warmup": 0.04,
+            "learning_rate": 5e-3,
+            "final_learning_rate": 2.5e-4,
+            "warmup_ratio": 0.04,
             "b1": 0.9,
             "b2": 0.95,
             "eps": 1e-8,

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.base = ("steps=900",)
     config.construct = ("quotas.direct=4800", "quotas.reflection=2400", "quotas.multi_step=4800")
     config.sft = ("steps=2400", "data.length=352")
-    config.rl = ("steps=48", "optimizer.peak=1e-4")
+    config.rl = ("steps=48", "optimizer.learning_rate=1e-4")
     config.evaluate = ("prompts=1024", "each_split=16")  # at temperature 1; at 0 without the splits
     config.forced = ("prompts=256",)  # answers held to one mode, for the entry gates
     config.seeds = (0, 1, 2)
@@ -34,10 +34,15 @@ def get_config() -> ConfigDict:
             "bonus_07": (_PLAIN, "reward.bonus_weight=0.7"),
             "bonus_05": (_PLAIN, "reward.bonus_weight=0.5"),
             "bonus_03": (_PLAIN, "reward.bonus_weight=0.3"),
-            "final_evaluation": ("reward.evaluations=final",),
-            "all_evaluations": ("reward.evaluations=all",),
-            "right_only": ("reward.bonus_floor=1.0",),
-            "truthful": (_PLAIN, "reward.evaluations=final", "reward.bonus_floor=1.0", "reward.bonus_weight=0.2"),
+            "final_evaluation": ("reward.step_reward_evals=final",),
+            "all_evaluations": ("reward.step_reward_evals=all",),
+            "right_only": ("reward.bonus_min_outcome=1.0",),
+            "truthful": (
+                _PLAIN,
+                "reward.step_reward_evals=final",
+                "reward.bonus_min_outcome=1.0",
+                "reward.bonus_weight=0.2",
+            ),
         }
     )
     config.mixes = ConfigDict(  # paper, mode mix: fine-tuning alone, all for the same number of steps

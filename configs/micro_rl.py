@@ -17,15 +17,15 @@ def get_config() -> ConfigDict:
     config.prompts_per_step = 8
     config.group = 8
     config.answer_length = 288
-    config.minibatch = 32
+    config.micro_batch = 32
     config.buckets = (128, 224, 384)
-    config.updates = 1  # times that a rollout is learnt from
-    config.splits = 1  # optimiser steps each time, on disjoint parts of its groups
+    config.num_iterations = 1  # times that a rollout is learnt from
+    config.num_minibatches = 1  # optimiser steps each time, on disjoint parts of its groups
     config.overlap = False  # draw the next rollout while the last is judged; it is then one update behind
-    config.chunk = 4096
+    config.loss_chunk_tokens = 4096
     config.log_every = 1
     config.checkpoint_every = 10
-    config.keep = 1
+    config.max_checkpoints = 1
     config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.init = ""
@@ -57,14 +57,14 @@ def get_config() -> ConfigDict:
             "step_weight": 0.2,
             "reflection_weight": 0.0,
             "axis_weights": (0.25, 0.25, 0.25, 0.25),  # instruction, consistency, quality, knowledge
-            "scale": "fifth",  # what a score s counts: "fifth" s / 5, "unit" (s - 1) / 4
+            "score_map": "div5",  # what a score s counts: "div5" s / 5, "unit" (s - 1) / 4
             "intermediate": "texts",  # the step reward is a mean over: "texts" or "images"
-            "evaluations": "literal",  # of the answer's own, those that count in it: "literal" none, "final" or "all"
+            "step_reward_evals": "none",  # of the answer's own, those that count in it: "none" none, "final" or "all"
             "renormalise": True,
-            "absent": 1.0,
+            "missing_value": 1.0,
             "bonus_weight": 1.0,
             "epsilon": 0.05,
-            "bonus_floor": 0.0,  # least outcome reward that the bonus is paid for
+            "bonus_min_outcome": 0.0,  # least outcome reward that the bonus is paid for
             "divide_by_std": True,
             "std_floor": 1e-6,
             "min_valid": 2,
@@ -74,10 +74,10 @@ def get_config() -> ConfigDict:
         {
             "clip_low": 0.2,
             "clip_high": 0.2,
-            "kl": 0.01,
-            "normalisation": "sequence",  # of the objective: "sequence", "token" or "constant" (docs/rl.md)
-            "constant": 256,
-            "sampler_cap": 2.0,  # only where rollouts are drawn in another precision
+            "beta": 0.01,
+            "loss_type": "grpo",  # how the objective is averaged: "grpo", "bnpo" or "dr_grpo" (docs/rl.md)
+            "dr_grpo_length": 256,
+            "tis_cap": 2.0,  # only where rollouts are drawn in another precision
         }
     )
     config.judge = ConfigDict(
@@ -110,9 +110,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "kind": "adamw",
-            "peak": 2e-4,
-            "final": 2e-5,
-            "warmup": 0.1,
+            "learning_rate": 2e-4,
+            "final_learning_rate": 2e-5,
+            "warmup_ratio": 0.1,
             "b1": 0.9,
             "b2": 0.95,
             "eps": 1e-8,

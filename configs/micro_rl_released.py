@@ -20,9 +20,9 @@ def get_config() -> ConfigDict:
             "step_weight": 0.3,
             "reflection_weight": 0.2,
             "axis_weights": (0.40, 0.25, 0.20, 0.15),
-            "scale": "unit",
+            "score_map": "unit",
             "intermediate": "images",
-            "absent": 0.0,
+            "missing_value": 0.0,
             "bonus_weight": 0.0,
         }
     )

@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     config.data.length = 328
     config.batch = 12
     config.data.mix = ConfigDict({"direct": 2.0, "reflection": 1.0, "multi_step": 2.0})
-    config.optimizer.peak = 3e-3
-    config.optimizer.warmup = 0.1
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_ratio = 0.1
     return config

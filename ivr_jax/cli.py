@@ -112,8 +112,11 @@ def run(
                   "kept.", file=sys.stderr)
             sys.exit(2)
         if _MEMORY_FULL.search(str(error)) and "--verbose" not in (sys.argv if argv is None else argv):
-            print(f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller batch, length or model; "
-                  "config.accumulation trains a batch in parts. --verbose shows where it happened.", file=sys.stderr)
+            print(
+                f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller batch, length or model; "
+                "config.grad_accum_steps trains a batch in parts. --verbose shows where it happened.",
+                file=sys.stderr,
+            )
             sys.exit(2)
         raise
     raise AssertionError("absl's app.run always exits")

@@ -200,7 +200,7 @@ def check_batch(mesh: Mesh, rows: int, name: str, gathered: bool = False) -> Non
     """Raises UserError unless `rows` rows divide evenly over the mesh; `gathered`: see `partition`."""
     shards = _shards(mesh, partition(("batch",), gathered)[0])
     if rows % shards:
-        over = "data x fsdp x tensor, because of model.gather_tensor" if gathered else "data x fsdp"
+        over = "data x fsdp x tensor, because of model.fsdp_over_tensor" if gathered else "data x fsdp"
         raise UserError(f"{name} is {rows}, which does not divide over {shards} shards (mesh {over}).",
                         _advice("batch", rows, shards))
 

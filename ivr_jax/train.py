@@ -1,7 +1,7 @@
 """Train one stage: the image tokenizer, supervised fine-tuning (also of the base model), or RL.
 
     python -m ivr_jax.train --config=configs/micro_image_tokenizer.py --workdir=runs/demo/image_tokenizer
-    python -m ivr_jax.train --config=configs/micro_sft.py --workdir=runs/demo/sft --config.optimizer.peak=1e-3
+    python -m ivr_jax.train --config=configs/micro_sft.py --workdir=runs/demo/sft --config.optimizer.learning_rate=1e-3
 
 The same command goes on where a stopped run was: checkpoints hold parameters, optimiser, data position and config.
 """
@@ -26,15 +26,15 @@ STAGES = {
     "rl": "ivr_jax.training.grpo",
 }
 MAY_CHANGE = (
-    "log_every", "checkpoint_every", "keep", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
-    "judge.deadline", "accumulation", "chunk", "model.remat", "model.gather_tensor",
+    "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
+    "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "model.remat", "model.fsdp_over_tensor",
     *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
 COUNTS = (
-    "steps", "batch", "accumulation", "chunk", "log_every", "checkpoint_every", "codebook_images", "eval_images",
-    "prompts_per_step", "group", "answer_length", "minibatch", "updates", "splits",
+    "steps", "batch", "grad_accum_steps", "loss_chunk_tokens", "log_every", "checkpoint_every", "codebook_images",
+    "eval_images", "prompts_per_step", "group", "answer_length", "micro_batch", "num_iterations", "num_minibatches",
 )  # fmt: skip
-NOT_NEGATIVE = ("keep", "staging_gib", "continuous_steps")
+NOT_NEGATIVE = ("max_checkpoints", "staging_gib", "continuous_steps")
 
 
 def add_flags(values: flags.FlagValues) -> None:
@@ -49,7 +49,7 @@ def main(call: cli.Call) -> None:
         raise UserError(f"unknown stage {config.stage!r}.", f"Use one of {', '.join(STAGES)}.")
     check_least(config, COUNTS)
     check_least(config, NOT_NEGATIVE, 0)
-    names = ("steps", "log_every", "checkpoint_every", "keep", "staging_gib")
+    names = ("steps", "log_every", "checkpoint_every", "max_checkpoints", "staging_gib")
     peak = call.flags.peak_tflops and call.flags.peak_tflops * 1e12
     plan = loop.Plan(**{name: config[name] for name in names}, profile=call.flags.profile, peak=peak)
     distributed.start(call.flags)

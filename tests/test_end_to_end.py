@@ -64,7 +64,7 @@ OVERRIDES = {
     "eval_sft": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
     "eval_direct": (*ANSWERS, *PROMPTS),
     "eval_multi_step": (*ANSWERS, *PROMPTS),
-    "rl": (*ANSWERS, *settings(steps=2, prompts_per_step=2, group=2, minibatch=2, buckets=(384,))),
+    "rl": (*ANSWERS, *settings(steps=2, prompts_per_step=2, group=2, micro_batch=2, buckets=(384,))),
     "eval_rl": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
 }
 TRAINED = ("image_tokenizer", "base", "sft", "rl")
@@ -154,7 +154,7 @@ def test_construction_fills_its_quotas_and_the_second_one_draws_with_the_base_mo
 
 def test_rl_starts_with_importance_ratio_one_and_scores_every_answer(miniature):
     lines = [json.loads(line) for line in (miniature.root / "rl" / "metrics.jsonl").read_text().splitlines()]
-    assert all(line.get("ratio_deviation", 0) < 1e-3 and line["missing"] == 0 for line in lines)
+    assert all(line.get("max_ratio_deviation", 0) < 1e-3 and line["missing"] == 0 for line in lines)
     assert all(line["format"] == 1 and 0 <= line["outcome"] <= 1 for line in lines)
 
 
@@ -416,7 +416,10 @@ def test_a_run_does_not_go_on_with_another_configuration(miniature):
         (("train", "--config=micro_sft", "--config.data.path=/nowhere"), "no image tokenizer was named"),
         (("train", "--config=micro_sft", *SFT, "--config.data.path=/nowhere"), "/nowhere holds no dataset"),
         (("train", "--config=micro_sft", *SFT, "--config.batch=0"), "`batch` is 0"),
-        (("train", "--config=micro_sft", *SFT, "--config.batch=3", "--config.accumulation=2"), "a batch of 3 does not"),
+        (
+            ("train", "--config=micro_sft", *SFT, "--config.batch=3", "--config.grad_accum_steps=2"),
+            "a batch of 3 does not",
+        ),
         (("train", "--config=micro_sft", *SFT, "--config.model.num_attention_heads=3"), "num_attention_heads = 3"),
         (("train", "--config=micro_sft", *SFT, "--config.text_tokenizer=emu"), "unknown text tokenizer 'emu'"),
         (("train", "--config=micro_base", *SFT, *UNMIXED), "data.mix weights nothing"),

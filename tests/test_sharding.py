@@ -22,7 +22,7 @@ from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.training.optimizer import make_optimizer
 
 MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2, "sequence": 2},
-          {"data": 2, "fsdp": 2, "tensor": 2, "gather": True}]  # gather: config.model.gather_tensor
+          {"data": 2, "fsdp": 2, "tensor": 2, "gather": True}]  # gather: config.model.fsdp_over_tensor
 EMU35 = BackboneConfig(
     vocab_size=282926, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
     num_key_value_heads=8, head_dim=128, vocab_multiple=512,
@@ -90,7 +90,7 @@ def shards(x):
 alone, expected, expected_loss = run(sharding.make_mesh({}, jax.devices()[:1]))
 for sizes in json.loads(sys.argv[1]):
     gather = sizes.pop("gather", False)
-    after, decoded, loss = run(sharding.make_mesh(sizes), remat="full", gather_tensor=gather)
+    after, decoded, loss = run(sharding.make_mesh(sizes), remat="full", fsdp_over_tensor=gather)
     gradients, theirs = after.opt_state[0].trace, alone.opt_state[0].trace
     worst = max(jax.tree.leaves(jax.tree.map(error, gradients, theirs)))
     print(json.dumps({
@@ -192,8 +192,9 @@ def test_pinning_without_a_mesh_does_nothing():
 
 def test_moments_lie_where_their_parameters_lie_and_nothing_large_is_forgotten():
     """Muon keeps other moments for matrices than for the rest, in trees with holes."""
-    config = ConfigDict({"kind": "muon", "peak": 1e-3, "final": 1e-4, "warmup": 0.1, "b1": 0.9, "b2": 0.95,
-                         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "moment_dtype": "float32"})  # fmt: skip
+    config = ConfigDict({"kind": "muon", "learning_rate": 1e-3, "final_learning_rate": 1e-4, "warmup_ratio": 0.1,
+                         "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0,
+                         "clip_norm": 1.0, "moment_dtype": "float32"})  # fmt: skip
     shapes, axes = backbone.param_shapes(EMU35), backbone.param_axes(EMU35)
     moments = jax.eval_shape(make_optimizer(config, 100).init, shapes)
     mesh = AbstractMesh((1, 32, 4, 1), sharding.MESH_AXES)
@@ -214,8 +215,8 @@ def test_a_batch_must_divide_over_the_mesh():
     sharding.check_batch(mesh, 16, "config.batch")
     with pytest.raises(UserError, match="config.batch is 12.*8 shards"):
         sharding.check_batch(mesh, 12, "config.batch")
-    with pytest.raises(UserError, match="minibatch is 4.*8 shards.*gather_tensor"):
-        sharding.check_batch(AbstractMesh((1, 4, 2, 1), sharding.MESH_AXES), 4, "minibatch", gathered=True)
+    with pytest.raises(UserError, match="micro_batch is 4.*8 shards.*fsdp_over_tensor"):
+        sharding.check_batch(AbstractMesh((1, 4, 2, 1), sharding.MESH_AXES), 4, "micro_batch", gathered=True)
 
 
 def test_gathered_layers_cut_rows_alone():

@@ -73,18 +73,18 @@ def prepare(folder: Path) -> Path:
 def sft_settings(runs: Path) -> dict:
     """Log lines and checkpoints fall on different steps, so that half a line's sums must be resumed too."""
     return {
-        "steps": 20, "batch": 2, "accumulation": 1, "chunk": 64, "log_every": 3, "checkpoint_every": 4,
+        "steps": 20, "batch": 2, "grad_accum_steps": 1, "loss_chunk_tokens": 64, "log_every": 3, "checkpoint_every": 4,
         "image_tokenizer": runs / "image_tokenizer", "data.path": runs / "dataset", "data.length": 128,
-        "data.mix.reflection": 2.0, "data.mix.multi_step": 2.0, "optimizer.peak": 2e-3,
+        "data.mix.reflection": 2.0, "data.mix.multi_step": 2.0, "optimizer.learning_rate": 2e-3,
         **{f"model.{key}": value for key, value in MODEL.items()},
     }  # fmt: skip
 
 
 def rl_settings(sft_run: Path) -> dict:
     return {
-        "steps": 8, "prompts_per_step": 2, "group": 2, "answer_length": 128, "minibatch": 2, "buckets": (384,),
-        "chunk": 256, "log_every": 3, "checkpoint_every": 2, "init": sft_run, "grammar.text_cap": 3,
-        "grammar.max_reflections": 1, "grammar.max_steps": 1, "optimizer.peak": 1e-2,
+        "steps": 8, "prompts_per_step": 2, "group": 2, "answer_length": 128, "micro_batch": 2, "buckets": (384,),
+        "loss_chunk_tokens": 256, "log_every": 3, "checkpoint_every": 2, "init": sft_run, "grammar.text_cap": 3,
+        "grammar.max_reflections": 1, "grammar.max_steps": 1, "optimizer.learning_rate": 1e-2,
     }  # fmt: skip
 
 

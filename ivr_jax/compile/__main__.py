@@ -3,10 +3,10 @@
     python -m ivr_jax.compile --config=configs/emu35_sft.py --topology=v5p:4x4x8
     python -m ivr_jax.compile --config=configs/emu35_rl.py --model=emu35_sft --topology=v5p:4x4x8,v6e:8x16
     python -m ivr_jax.compile --config=configs/micro_sft.py --topology=v5e:2x2 --config.mesh.fsdp=-1 --json=plan.json
-    python -m ivr_jax.compile --config=configs/emu35_sft.py --topology=v5p:4x4x8 --against=chunk=1048576
+    python -m ivr_jax.compile --config=configs/emu35_sft.py --topology=v5p:4x4x8 --against=loss_chunk_tokens=1048576
 
 The programs are those that training and sampling run: an sft config has `sft`, an rl config `grpo` (the gradient of
-one minibatch), `prefill` and `decode` (one call of the model for every slot of the engine).  The compiler is the real
+one micro_batch), `prefill` and `decode` (one call of the model for every slot of the engine).  The compiler is the real
 one (`pip install libtpu`), so memory is its own buffer assignment.  Times are a model's prediction from its schedule;
 no TPU was asked.  Each program compiles in a process of its own, some minutes on two cores.  Status 1: something does
 not fit, and the last lines say what to change.
@@ -95,7 +95,7 @@ def _against(config: ConfigDict, changes: list[str]) -> dict[str, ConfigDict]:
             copy.update_from_flattened_dict({key: value})
         except (KeyError, AttributeError, TypeError) as error:
             raise UserError(f"--against={change} changes nothing of this config.",
-                            "Write KEY=VALUE, as --against=chunk=1048576.") from error
+                            "Write KEY=VALUE, as --against=loss_chunk_tokens=1048576.") from error
         made[change] = copy
     return made
 

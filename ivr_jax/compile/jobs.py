@@ -106,7 +106,7 @@ def _aborted(program: str, topology: Topology, config: Mapping, done: subprocess
     return _nothing(
         program, topology, config, f"the compiler ended with status {done.returncode}: {words[:300]}",
         "It cannot lay out every sharding (a width cut below a tile of 8×128, say): lower config.mesh.fsdp and raise "
-        "config.mesh.tensor, or turn config.model.gather_tensor over.",
+        "config.mesh.tensor, or turn config.model.fsdp_over_tensor over.",
     )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def _read(program: str, topology: Topology, config: Mapping, result: dict[str, A
             error = f"needs {memory.gib(plan.total)} GiB a chip with what lies beside it"
         advice = memory.advice(plan.kinds if plan else {}, config, result["mesh"], result["model"])
         if "error" in result and wanted is None:
-            advice = "This is a fault of the compiler: try another config.mesh, or turn model.gather_tensor over."
+            advice = "This is a fault of the compiler: try another config.mesh, or turn model.fsdp_over_tensor over."
         return Outcome(program, str(topology), result["mesh"], estimate=None, error=error, advice=advice, **known)
     schedule = _largest(dump, "after_codegen.txt")
     if schedule is None:

@@ -109,21 +109,21 @@ def advice(kinds: Mapping[str, int], config: Mapping, mesh: Mapping[str, int], m
     tips = []
     static = sum(kinds.get(kind, 0) for kind in ("parameters", "moments", "reference", "gradients"))
     moving = sum(kinds.get(kind, 0) for kind in ("activations", "temporaries"))
-    gathered = model.get("gather_tensor", False)
+    gathered = model.get("fsdp_over_tensor", False)
     batch_shards = mesh["data"] * mesh["fsdp"] * (mesh["tensor"] if gathered else 1)
-    accumulation, batch = config.get("accumulation", 1), config.get("batch", 0)
+    accumulation, batch = config.get("grad_accum_steps", 1), config.get("batch", 0)
     if moving >= static or not kinds:
         if model.get("remat", "full") != "full":
             tips.append("config.model.remat=full")
         if gathered and batch // accumulation <= batch_shards:
-            tips.append("config.model.gather_tensor=False with more accumulation")
+            tips.append("config.model.fsdp_over_tensor=False with more accumulation")
         if batch and batch // accumulation > batch_shards:
-            tips.append(f"config.accumulation={batch // batch_shards} (one row a device at a time)")
+            tips.append(f"config.grad_accum_steps={batch // batch_shards} (one row a device at a time)")
         tensor = mesh["tensor"] * 2
         if model["num_key_value_heads"] % tensor == 0:
             tips.append(f"config.mesh.tensor={tensor}")
-        if config.get("chunk", 0) > 4096:
-            tips.append(f"config.chunk={config['chunk'] // 2}")
+        if config.get("loss_chunk_tokens", 0) > 4096:
+            tips.append(f"config.loss_chunk_tokens={config['chunk'] // 2}")
     optimizer = config.get("optimizer", {})
     if static > moving and optimizer.get("moment_dtype", "bfloat16") != "bfloat16":
         tips.append("config.optimizer.moment_dtype=bfloat16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -107,30 +106,20 @@ def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(x.shape, x.dtype)
 
 
-def programs(config: Any, mesh: Mesh) -> dict[str, Callable[[], Program]]:
-    """What `PROGRAMS` lists for the config's stage, by name."""
-    from ivr_jax.compile import rl_programs, sampling_programs  # they build on this module
-
-    placed = Placed(config, mesh)
-    every = {"sft": sft_step, "grpo": rl_programs.policy_gradient, "prefill": sampling_programs.prefill,
-             "decode": sampling_programs.decode}  # fmt: skip
-    return {name: functools.partial(every[name], placed) for name in PROGRAMS[config.stage]}
-
-
 def sft_step(placed: Placed) -> Program:
     """`training.sft.make_step`: forward, backward, accumulation, clip, optimiser."""
     config, model = placed.config, placed.model
     rows, length = config.batch, min(config.data.length, model.max_position_embeddings)
-    if rows % config.accumulation:
+    if rows % config.grad_accum_steps:
         raise UserError(f"a batch of {rows} does not divide into {config.accumulation} parts.",
-                        "Make config.batch a multiple of config.accumulation.")
+                        "Make config.batch a multiple of config.grad_accum_steps.")
     part = rows // config.accumulation
-    sharding.check_batch(placed.mesh, part, "config.batch / config.accumulation", model.gather_tensor)
+    sharding.check_batch(placed.mesh, part, "config.batch / config.grad_accum_steps", model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = placed.state(optimizer)
     lies = jax.tree.map(lambda x: x.sharding, state), sharding.whole(placed.mesh)
-    step = sft.make_step(model, optimizer, config.chunk, config.accumulation, placed.vocabulary.visual_start, lies,
-                         config.gradient_dtype)  # fmt: skip
+    step = sft.make_step(model, optimizer, config.loss_chunk_tokens, config.grad_accum_steps,
+                         placed.vocabulary.visual_start, lies, config.gradient_dtype)  # fmt: skip
     batch = {name: placed.array((rows, length), dtype, ("batch", "length"))
              for name, dtype in (("tokens", jnp.int32), ("segment_ids", jnp.int32), ("positions", jnp.int32),
                                  ("loss", jnp.uint8))}  # fmt: skip

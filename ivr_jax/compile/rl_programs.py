@@ -1,4 +1,4 @@
-"""The step functions of an rl config: the gradient of one minibatch of answers."""
+"""The step functions of an rl config: the gradient of one micro_batch of answers."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from ivr_jax.training.throughput import train_flops
 
 
 def policy_gradient(placed: Placed) -> Program:
-    """What `training.grpo.Trainer` differentiates: the objective of one minibatch of answers, in the largest bucket.
+    """What `training.grpo.Trainer` differentiates: the objective of one micro_batch of answers, in the largest bucket.
 
     Beside the arguments the reference policy (the policy without its adapters, where it has some), the moments and the
     sum of earlier minibatches' gradients stay in memory.
     """
     config, model = placed.config, placed.model
-    sharding.check_batch(placed.mesh, config.minibatch, "config.minibatch", model.gather_tensor)
+    sharding.check_batch(placed.mesh, config.micro_batch, "config.micro_batch", model.fsdp_over_tensor)
     options = grpo.Options(
         sampling=as_dataclass(SamplingOptions, config.sampling), engine=as_dataclass(EngineOptions, config.engine),
         grammar=as_dataclass(GrammarOptions, config.grammar), reward=as_dataclass(RewardOptions, config.reward),
         grpo=as_dataclass(GrpoOptions, config.grpo), group=config.group, answer_length=config.answer_length,
-        minibatch=config.minibatch, buckets=tuple(config.buckets), updates=config.updates, chunk=config.chunk,
+        micro_batch=config.micro_batch, buckets=tuple(config.buckets), num_iterations=config.num_iterations,
+        num_minibatches=config.num_minibatches, overlap=config.overlap, loss_chunk_tokens=config.loss_chunk_tokens,
     )  # fmt: skip
-    optimizer = make_optimizer(config.optimizer, config.steps * config.updates)
+    optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations * config.num_minibatches)
     state = placed.state(optimizer)
     system = System(model, placed.params, Spelling(placed.vocabulary), None, {})
     lies = jax.tree.map(lambda x: x.sharding, state)
     trainer = grpo.Trainer(system, None, options, optimizer, placed.mesh, lies)
-    rows, length = config.minibatch, max(config.buckets)
+    rows, length = config.micro_batch, max(config.buckets)
     kinds = {"tokens": jnp.int32, "rows": jnp.int32, "old": jnp.float32, "mask": jnp.float32, "reference": jnp.float32}
     if not trainer.layout.exact:
         kinds["sampler"] = jnp.float32

@@ -24,12 +24,18 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from ivr_jax import sharding
-    from ivr_jax.compile import flops
-    from ivr_jax.compile.programs import programs
+    from ivr_jax.compile import flops, programs, rl_programs, sampling_programs
 
     described = topologies.get_topology_desc(job["topology"], platform="tpu")
     config = ConfigDict(job["config"])
-    program = programs(config, sharding.make_mesh(dict(config.mesh), described.devices))[job["program"]]()
+    builders = {
+        "sft": programs.sft_step,
+        "grpo": rl_programs.policy_gradient,
+        "prefill": sampling_programs.prefill,
+        "decode": sampling_programs.decode,
+    }
+    placed = programs.Placed(config, sharding.make_mesh(dict(config.mesh), described.devices))
+    program = builders[job["program"]](placed)
     mesh, clock = program.mesh, time.perf_counter()
     with jax.set_mesh(mesh):
         traced = program.trace()

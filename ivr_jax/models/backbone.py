@@ -134,10 +134,10 @@ class Layers(nnx.Module):
         """One layer. `cache` is all layers' (or None); `write` = (layer, slots [B, T]).
 
         On a mesh the residual x is split by tokens over the tensor shards, and gathered for each half of the layer;
-        with `config.gather_tensor` it is split by rows, and stays so.
+        with `config.fsdp_over_tensor` it is split by rows, and stays so.
         """
         config, (drop_mix, drop_attention, drop_mlp) = self.config, keys
-        gathered = config.gather_tensor and cache is None
+        gathered = config.fsdp_over_tensor and cache is None
         whole, residual = ("batch", "length", "width"), ("batch", "residual", "width")
         normed = layers.rms_norm(x, self.attention_norm[...], config.rms_norm_eps)
         q, k, v = self.attention.project(sharding.constrain(normed, whole, gathered), *tables, gathered)
@@ -183,7 +183,7 @@ class Backbone(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm; see `apply`."""
         config = self.config
-        gathered = config.gather_tensor and cache is None
+        gathered = config.fsdp_over_tensor and cache is None
         x = layers.look_up(self.embed[...], tokens, config.dtype, gathered)
         tables = layers.rotary_tables(
             positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
@@ -210,7 +210,7 @@ class Backbone(nnx.Module):
         return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
 
     def _one_layer(self, graph, around: Around, number, params, x, cache) -> tuple[jax.Array, KVCache | None]:
-        gathered, key = self.config.gather_tensor and cache is None, around.dropout_key
+        gathered, key = self.config.fsdp_over_tensor and cache is None, around.dropout_key
         x = sharding.constrain(x, ("batch", "residual", "width"), gathered)
         keys = (None,) * 3 if key is None else jax.random.split(jax.random.fold_in(key, number), 3)
         place = None if around.write is None else (number, around.write)
@@ -348,7 +348,7 @@ def apply(
       sums: a tree like `params["layers"]`: the gradient with respect to it is `sums` plus the gradient of the layers'
         parameters, and that of the parameters themselves is lost (`accumulate_scan.scan`). No cache, no adapters, and
         everything is recomputed.
-      apart: `take_apart(params)`, which is used in place of the stacked layers.
+      apart: `unstack_layers(params)`, which is used in place of the stacked layers.
 
     Returns:
       hidden [B, T, D] after the final norm, in the compute dtype, and the cache with these tokens added (or None).
@@ -356,7 +356,7 @@ def apply(
     return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params), sums, apart)
 
 
-def take_apart(params: Params) -> tuple[Params, ...]:
+def unstack_layers(params: Params) -> tuple[Params, ...]:
     """The layers one by one, each in arrays of its own.
 
     XLA:CPU copies a layer's kernels out of the stacked ones each time before it multiplies with them. Whoever calls the

@@ -35,7 +35,7 @@ class BackboneConfig:
       attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
         not fit), "plain", "splash" or "cudnn".
       unroll: layers that the scan writes out at a time.
-      gather_tensor: in training the tensor shards take rows of the batch of their own and gather the kernels of the
+      fsdp_over_tensor: in training the tensor shards take rows of the batch of their own and gather the kernels of the
         layers, instead of cutting heads and mlp (`sharding.partition`): less to wait for when there is a row for each
         chip.
       vocab_multiple: embedding and output rows are padded inside to a multiple of this, so that they divide over a
@@ -61,7 +61,7 @@ class BackboneConfig:
     remat: str = "none"
     attention: str = "auto"
     unroll: int = 1
-    gather_tensor: bool = False
+    fsdp_over_tensor: bool = False
     vocab_multiple: int = 1
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ import base64
 import dataclasses
 import datetime
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from ivr_jax.report.pages import TEMPLATES
 from ivr_jax.report.plots import Curve
 from ivr_jax.report.tables import BY_NAME, Gate
 from ivr_jax.reproduce import ablation_plots
+from ivr_jax.reproduce.arm import Arm
 
 RESULT_FILE, PAGE_FILE, PLOTS_FOLDER = "reproduction.json", "reproduction.html", "reproduction_plots"
 BASELINES = {"base": "Base", "sft": "SFT", "direct": "SFT, always direct"}
@@ -73,31 +73,6 @@ SUITES = ("geneval", "kris", "omnicontext")
 _FIGURES = ("images", "exact", "first_exact", "outcome", "pass_given_right", "pass_given_wrong", "direct",
             "reflection", "multi_step")  # fmt: skip
 _CURVES = {"images": "Images per answer", "outcome": "Outcome reward"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One arm: its title, the seeds that are evaluated, and their figures at temperature 1 and 0 (see the module)."""
-
-    title: str
-    seeds: tuple[int, ...]
-    t1: tuple[dict[str, Any], ...]
-    t0: tuple[dict[str, Any], ...]
-
-    def values(self, figure: str, temperature: int = 1, group: str = "") -> list[float]:
-        """The figure of each seed that has it; `group` picks from a figure by groups ("images_by_edits", "3")."""
-        found = [seed.get(figure) or {} for seed in (self.t1 if temperature else self.t0)]
-        found = [(estimate.get(group) or {}) if group else estimate for estimate in found]
-        return [estimate["value"] for estimate in found if estimate.get("value") is not None]
-
-    def at(self, seeds: Sequence[int]) -> Arm:
-        """The same arm at those of `seeds` that it has, temperature 1 alone."""
-        kept = [(seed, figures) for seed, figures in zip(self.seeds, self.t1, strict=True) if seed in seeds]
-        return Arm(self.title, tuple(seed for seed, _ in kept), tuple(figures for _, figures in kept), ())
-
-    def mean(self, figure: str, temperature: int = 1, group: str = "") -> float | None:
-        values = self.values(figure, temperature, group)
-        return math.fsum(values) / len(values) if values else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,9 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ivr_jax.report.plots import ARM_COLOURS, Curve, dress, smooth
-
-if TYPE_CHECKING:
-    from ivr_jax.reproduce.ablation import Arm
+from ivr_jax.reproduce.arm import Arm
 
 _SHOWN = ("base", "sft", "full", "no_step_reward", "no_bonus", "truthful")
 _COLOURS = dict(zip(_SHOWN, ARM_COLOURS, strict=True))

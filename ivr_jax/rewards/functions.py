@@ -26,9 +26,9 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import ACCEPT, GrammarState, Tables, advance
 from ivr_jax.trajectory import AXES
 
-SCALES = ("fifth", "unit")
+SCORE_MAPS = ("div5", "unit")
 INTERMEDIATE = ("texts", "images")
-EVALUATIONS = ("literal", "final", "all")
+STEP_REWARD_EVALS = ("none", "final", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +38,18 @@ class RewardOptions:
     Attributes:
       outcome_weight, format_weight, step_weight, reflection_weight: of R_o, R_f, R_s, R_r.
       axis_weights: of the four axes in R_o, in the order of `trajectory.AXES`; they are divided by their sum.
-      scale: what an axis score s in 1..5 counts: "fifth" s / 5; "unit" (s - 1) / 4, held to [0, 1].
+      score_map: what an axis score s in 1..5 counts: "div5" s / 5; "unit" (s - 1) / 4, held to [0, 1].
       intermediate: what R_s is a mean over: "texts" the validity of every failure analysis, improvement plan and
         sub-instruction; "images" the score of every step's image, with R_r the mean over the reflections.
-      evaluations: which of the answer's own evaluations count in R_s beside that, each as 1 when its verdict is the
-        judge's and else 0: "literal" none (the paper's formula), "final" the last one, "all".
+      step_reward_evals: which of the answer's own evaluations count in R_s beside that, each as 1 when its verdict is
+        the judge's and else 0: "none" none (the paper's formula), "final" the last one, "all".
       renormalise: an answer without intermediate texts (or reflections) has no R_s (R_r); True rescales the other
-        weights to keep their sum, False counts it as `absent`.
-      absent: see above; 1 says that nothing was said wrongly.
+        weights to keep their sum, False counts it as `missing_value`.
+      missing_value: see above; 1 says that nothing was said wrongly.
       bonus_weight: of the complexity bonus; 0 switches it off.
       epsilon: a member within epsilon of the group's best is competitive.
-      bonus_floor: a member below this outcome reward is never competitive; 0 is the paper's rule, 1 pays the bonus for
-        flawless images alone, so that giving up early on a prompt which nobody solves earns nothing.
+      bonus_min_outcome: a member below this outcome reward is never competitive; 0 is the paper's rule, 1 pays the
+        bonus for flawless images alone, so that giving up early on a prompt which nobody solves earns nothing.
       divide_by_std: divide advantages by the group's standard deviation.
       std_floor: added to that deviation.
       min_valid: a group with fewer present members is left out of the update.
@@ -60,32 +60,36 @@ class RewardOptions:
     step_weight: float = 0.2
     reflection_weight: float = 0.0
     axis_weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
-    scale: str = "fifth"
+    score_map: str = "div5"
     intermediate: str = "texts"
-    evaluations: str = "literal"
+    step_reward_evals: str = "none"
     renormalise: bool = True
-    absent: float = 1.0
+    missing_value: float = 1.0
     bonus_weight: float = 1.0
     epsilon: float = 0.05
-    bonus_floor: float = 0.0
+    bonus_min_outcome: float = 0.0
     divide_by_std: bool = True
     std_floor: float = 1e-6
     min_valid: int = 2
 
     def __post_init__(self) -> None:
         weights = (self.outcome_weight, self.format_weight, self.step_weight, self.reflection_weight, self.bonus_weight)
-        lowest = min(*weights, self.epsilon, self.bonus_floor, self.std_floor)
+        lowest = min(*weights, self.epsilon, self.bonus_min_outcome, self.std_floor)
         if lowest < 0 or self.outcome_weight <= 0 or self.min_valid < 2:
             raise UserError(
                 f"reward options {self} are out of range.",
-                "Weights, epsilon, bonus_floor and std_floor must be >= 0, outcome_weight > 0 and min_valid >= 2.",
+                "Weights, epsilon, bonus_min_outcome and std_floor are >= 0, outcome_weight > 0, min_valid >= 2.",
             )
         if len(self.axis_weights) != len(AXES) or min(self.axis_weights) < 0 or sum(self.axis_weights) <= 0:
             raise UserError(
                 f"reward.axis_weights {self.axis_weights} are out of range.",
                 f"Give one weight >= 0 for each of {', '.join(AXES)}.",
             )
-        for name, known in (("scale", SCALES), ("intermediate", INTERMEDIATE), ("evaluations", EVALUATIONS)):
+        for name, known in (
+            ("score_map", SCORE_MAPS),
+            ("intermediate", INTERMEDIATE),
+            ("step_reward_evals", STEP_REWARD_EVALS),
+        ):
             if getattr(self, name) not in known:
                 raise UserError(
                     f"reward.{name} is {getattr(self, name)!r}, which is unknown.", f"Use one of {', '.join(known)}."
@@ -99,9 +103,9 @@ RELEASED = RewardOptions(
     step_weight=0.3,
     reflection_weight=0.2,
     axis_weights=(0.40, 0.25, 0.20, 0.15),
-    scale="unit",
+    score_map="unit",
     intermediate="images",
-    absent=0.0,
+    missing_value=0.0,
     bonus_weight=0.0,
 )
 
@@ -131,14 +135,14 @@ class GroupScores(NamedTuple):
 
 
 def rescale(scores: jax.Array, scale: str) -> jax.Array:
-    """What scores in 1..5, float [...], count in [0, 1]; see `RewardOptions.scale`."""
-    return scores / 5 if scale == "fifth" else jnp.clip((scores - 1) / 4, 0, 1)
+    """What scores in 1..5, float [...], count in [0, 1]; see `RewardOptions.score_map`."""
+    return scores / 5 if scale == "div5" else jnp.clip((scores - 1) / 4, 0, 1)
 
 
 def outcome(scores: jax.Array, options: RewardOptions = PAPER) -> jax.Array:
     """R_o float [...] in [0, 1] from axis scores float [..., 4] in 1..5."""
     weights = jnp.asarray(options.axis_weights, jnp.result_type(float)) / sum(options.axis_weights)
-    return jnp.einsum("...a,a->...", rescale(jnp.asarray(scores), options.scale), weights)
+    return jnp.einsum("...a,a->...", rescale(jnp.asarray(scores), options.score_map), weights)
 
 
 @jax.jit
@@ -175,9 +179,9 @@ def total(
     reflection_reward = jnp.zeros_like(outcome_reward) if reflection_reward is None else reflection_reward
     parts = [
         jnp.asarray(outcome_reward),
-        jnp.where(has_step, step_reward, options.absent),
+        jnp.where(has_step, step_reward, options.missing_value),
         jnp.asarray(format_reward, jnp.result_type(float)),
-        jnp.where(has_reflection, reflection_reward, options.absent),
+        jnp.where(has_reflection, reflection_reward, options.missing_value),
     ]
     return (effective_weights(has_step, has_reflection, options) * jnp.stack(parts, -1)).sum(-1)
 
@@ -191,11 +195,13 @@ def complexity_bonus(
 ) -> jax.Array:
     """The bonus alone, float [P, M], from R float [P, M], image counts int [P, M] and presence bool [P, M].
 
-    A member that drew no image is never competitive, nor is one whose R_o, float [P, M], is below `bonus_floor`.
+    A member that drew no image is never competitive, nor is one whose R_o, float [P, M], is below `bonus_min_outcome`.
     """
     counted = valid & (images > 0)
-    if options.bonus_floor and outcome_reward is not None:
-        counted &= outcome_reward >= options.bonus_floor - 1e-6  # R_o of a flawless image may round to just below 1
+    if options.bonus_min_outcome and outcome_reward is not None:
+        counted &= (
+            outcome_reward >= options.bonus_min_outcome - 1e-6
+        )  # R_o of a flawless image may round to just below 1
     best = jnp.max(jnp.where(counted, rewards, -jnp.inf), axis=1, keepdims=True)
     competitive = counted & (rewards >= best - options.epsilon)
     fewest = jnp.min(jnp.where(competitive, images, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)

@@ -64,14 +64,14 @@ async def judge_answer(
     """
     sample = trajectory.sample
     drawn = [images[name] for name in trajectory.images]
-    wanted = drawn if every_image or options.evaluations == "all" else drawn[-1:]
+    wanted = drawn if every_image or options.step_reward_evals == "all" else drawn[-1:]
     truth = await _outcomes(analyzer.evaluate(sample, images, image) for image in wanted)
     last = truth[-1]
     if last is None or not all(in_range(score, 1, 5) for score in last.scores):
         return Judged(None, format_reward, None, truth=truth)
     scores = tuple(float(score) for score in last.scores)
     own = [round_.evaluation for round_ in trajectory.rounds]
-    counted = {"literal": 0, "final": 1, "all": len(own)}[options.evaluations]
+    counted = {"none": 0, "final": 1, "all": len(own)}[options.step_reward_evals]
     agreed = [t and float(e.passed == t.passed) for e, t in zip(own[::-1], truth[::-1], strict=False)][:counted]
     parts = _intermediate_images if options.intermediate == "images" else _intermediate_texts
     steps, reflections = parts(analyzer, trajectory, images, options)
@@ -136,7 +136,7 @@ def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Ima
         found = await analyzer.evaluate_step(sample, images, instruction, previous, image)
         if not all(in_range(score, 1, 5) for score in found.scores):
             raise ServiceFailed(f"the judge scored a step {found.scores}.", "Scores are from 1 to 5.")
-        return float(rescale(sum(found.scores) / len(AXES), options.scale))
+        return float(rescale(sum(found.scores) / len(AXES), options.score_map))
 
     async def reflection(cause: Reflection, previous: list) -> float:
         texts = (("failure_analysis", cause.failure_analysis), ("improvement_plan", cause.improvement_plan))

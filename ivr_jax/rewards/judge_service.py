@@ -221,7 +221,7 @@ class Judge:
 
     async def _outcome(self, panel: Panel, trajectory: Trajectory, images: Images) -> float | None:
         """R_o of the final image by another panel; None when it fails."""
-        only = dataclasses.replace(self._options, evaluations="literal")
+        only = dataclasses.replace(self._options, step_reward_evals="none")
         direct = Trajectory(trajectory.sample, (dataclasses.replace(trajectory.rounds[-1], cause=None),))
         [judged] = await judge_answers(panel, [(direct, images)], options=only)
         return None if judged.scores is None else float(outcome(np.asarray(judged.scores), self._options))

@@ -216,7 +216,7 @@ def _mean(scores: Sequence[float | None], options: functions.RewardOptions) -> f
     """Mean of what the scores count; 0 of none, and where one is missing (it is not used then)."""
     if not scores or None in scores:
         return 0.0
-    return float(np.mean(functions.rescale(np.array(scores, np.float64), options.scale)))
+    return float(np.mean(functions.rescale(np.array(scores, np.float64), options.score_map)))
 
 
 def record_of(trajectory: Trajectory) -> dict[str, Any]:

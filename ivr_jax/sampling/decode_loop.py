@@ -40,7 +40,7 @@ def run(
     rules = jax.tree.map(jnp.asarray, rules)
     width, wide = slots.window.shape[1], slots.cache.k.shape[3]
     parts = parts_of(config, params, rules.tables, visual_start)
-    apart = backbone.take_apart(params) if _pays(params["layers"]) else None
+    apart = backbone.unstack_layers(params) if _pays(params["layers"]) else None
 
     def going(carry: tuple[Slots, Work]) -> jax.Array:
         now, work = carry
@@ -63,7 +63,7 @@ def run(
 
 
 def _pays(layers: Any) -> bool:
-    """Whether to copy the layers apart (`backbone.take_apart`): on a CPU, when they exceed its caches and fit twice."""
+    """Whether to unstack the layers (`backbone.unstack_layers`): on a CPU, if larger than its caches."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
     return platform() == "cpu" and APART[0] <= size <= APART[1]
 

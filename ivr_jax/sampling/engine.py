@@ -1,9 +1,9 @@
 """The rollout engine: answers to any number of prompts through a fixed number of slots (continuous batching).
 
 The host loop below fills slots with answers, runs a jitted segment of model calls (`decode_loop.run`) until enough
-answers have ended, takes them out, and fills their slots with the next ones.  An answer of five images so holds back
-nobody.  When no answer waits any more, the slots still in use are moved together into fewer, and the cache is only ever as wide
-as the longest answer in progress needs.
+answers have ended, takes them out, and fills their slots with the next ones.  A long answer does not hold back
+the others.  When no answer waits any more, the slots still in use are moved together into fewer, and the cache is only
+ever as wide as the longest answer in progress needs.
 
 What an answer says depends on its own key and prompt alone (see `slots`): not on the number of slots, the order of
 arrival, or the window.  `Samples` is therefore the same for every `EngineOptions`.

@@ -58,7 +58,7 @@ class Guidance:
 
 
 @dataclasses.dataclass(frozen=True)
-class PhaseMask:
+class GrammarMask:
     """Only what the grammar allows here: text, digits, a grid, a forced EOL or EOI."""
 
     def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
@@ -170,7 +170,7 @@ class SamplingOptions:
         )
         every: tuple[tuple[bool, Processor], ...] = (
             (self.passes > 0, Guidance(self.guidance, self.image_guidance if self.passes == 2 else None)),
-            (True, PhaseMask()),
+            (True, GrammarMask()),
             (temperature != Temperature(1.0, 1.0), temperature),
             (self.text_top_k > 0 or self.image_top_k > 0, TopK(self.text_top_k, self.image_top_k)),
             (self.text_top_p < 1 or self.image_top_p < 1, TopP(self.text_top_p, self.image_top_p)),

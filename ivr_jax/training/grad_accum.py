@@ -18,7 +18,7 @@ def total_gradient(loss: Loss, params: Any, parts: Any, dtype: str, in_place: bo
       loss: sum of the losses of one micro-batch, and metrics to add up.
       parts: a tree of arrays whose leading axis counts micro-batches.
       dtype: of the gradients' sum.
-      in_place: the gradients of `params["layers"]` are added where they come about (`models.gradient_sums`), so that
+      in_place: the gradients of `params["layers"]` are added where they come about (`models.accumulate_scan`), so that
         one such tree exists and not two; the layers must be recomputed in full then.
     """
 

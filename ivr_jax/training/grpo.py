@@ -4,14 +4,14 @@ What the paper leaves open, and what is done here (all in the config):
   * an answer without intermediate text has no R_s: the other weights are rescaled (`reward.renormalise`);
   * rollouts sample the bare policy (temperature 1, no guidance) unless `sampling` says otherwise;
   * the reference of the KL term is the checkpoint that the run starts from;
-  * the objective is averaged per answer, then over answers (`grpo.normalisation`), and clipped at 0.2.
+  * the objective is averaged per answer, then over answers (`grpo.loss_type`), and clipped at 0.2.
 
 One sampling contract: the policy *is* the sampled distribution.  Policy, sampler and reference are all compared under
 the sampler's grammar mask and options (`chain.log_probabilities`): guidance runs its second pass, and top-k and top-p
 keep the ids that they kept when the answer was drawn.  So the importance ratio before the first update is 1, and the
 run checks that.  Where answers are drawn in another precision than they are learnt from (`rollout.dtype`, or a model in
 bfloat16), the ratio is taken against the log-probabilities that the policy of then gives in training; how far the
-sampler was from them is measured, bounded, and weighed (`grpo.sampler_cap`).
+sampler was from them is measured, bounded, and weighed (`grpo.tis_cap`).
 
 With `overlap`, the next rollout is drawn while the judge still looks at the last one.  It then comes from the policy of
 one update earlier; the ratio is taken against the log-probabilities stored with it, which is what makes that sound.
@@ -53,8 +53,8 @@ from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.training.judge_config import make_judge
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import GrpoOptions
-from ivr_jax.training.monitor import Watch, WatchOptions
-from ivr_jax.training.multihost_rl import whole_rollout, whole_verdicts
+from ivr_jax.training.monitor import MonitorOptions, Watch
+from ivr_jax.training.multihost_rl import global_rollout, global_verdicts
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.policy_logprobs import Replay, answer_batch, bucket_of
 from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, Tasks, prompt_source
@@ -72,10 +72,11 @@ class Options:
     Attributes:
       group: M, answers to a prompt.
       answer_length: most tokens of an answer.
-      minibatch: answers in one forward and backward pass; gradients of all passes of an update add up exactly.
+      micro_batch: answers in one forward and backward pass; gradients of all passes of an update add up exactly.
       buckets: lengths that answers with their prompts are padded to.
-      updates: times that a rollout is learnt from; splits: optimiser steps each time, on disjoint parts of the groups.
-      chunk: tokens for which the vocabulary stands whole.
+      num_iterations: times that a rollout is learnt from; num_minibatches: optimiser steps each time, on
+        disjoint parts of the groups.
+      loss_chunk_tokens: tokens for which the vocabulary stands whole.
       overlap: draw the next rollout while the last one is judged.
       check_every: steps between checks of the judge, 0 for none.
       gallery_every, gallery_answers: steps between galleries, 0 for none, and how many answers one shows.
@@ -88,11 +89,11 @@ class Options:
     grpo: GrpoOptions
     group: int
     answer_length: int
-    minibatch: int
+    micro_batch: int
     buckets: tuple[int, ...]
-    updates: int
-    chunk: int
-    splits: int = 1
+    num_iterations: int
+    loss_chunk_tokens: int
+    num_minibatches: int = 1
     overlap: bool = False
     check_every: int = 0
     gallery_every: int = 0
@@ -117,7 +118,7 @@ class Options:
             )
 
 
-class AheadState(NamedTuple):
+class OverlapState(NamedTuple):
     """A `TrainState` with what was learnt (`lora.split`) before the last update, which drew the next rollout."""
 
     params: Any
@@ -137,7 +138,7 @@ class Trainer:
     """The functions of one RL run: rollout, judgement, update.
 
     It holds nothing that learning changes but `watch` and, with `overlap`, the rollout drawn ahead: a resumed run draws
-    that one again from `AheadState.previous`.
+    that one again from `OverlapState.previous`.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Trainer:
         """`mesh` and `placed` (shardings of the state): where training goes on, one device by default; `layout`: where
         answers are drawn, by default on the same devices in the same precision."""
         self.system, self.judge, self.options, self.optimizer = system, judge, options, optimizer
-        self.watch = watch or Watch(WatchOptions(), options.grammar.modes)
+        self.watch = watch or Watch(MonitorOptions(), options.grammar.modes)
         self.gallery, self.steps = gallery, steps
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
@@ -166,7 +167,7 @@ class Trainer:
         self.mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
         self._layout = layout
         whole, trained = sharding.whole(self.mesh), placed and placed._replace(params=lora.split(placed.params)[0])
-        replay = Replay(system.config, self.grammar, options.sampling, options.grpo, options.chunk)
+        replay = Replay(system.config, self.grammar, options.sampling, options.grpo, options.loss_chunk_tokens)
         self._statistics = jax.jit(replay.statistics)
         gradients = (whole, trained and trained.params)
         self._gradient = jax.jit(jax.value_and_grad(replay.loss, has_aux=True), out_shardings=gradients)
@@ -185,7 +186,7 @@ class Trainer:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def step(self, state: Any, tasks: Tasks, step: int, key: jax.Array) -> tuple[Any, dict[str, Any]]:
-        """Rolls out, judges and updates; returns the metrics of the step.  `overlap` makes the state an AheadState."""
+        """Rolls out, judges and updates; returns the step's metrics.  `overlap` makes the state an OverlapState."""
         drew = state.params
         if self.options.overlap:
             drew = lora.join(state.previous, lora.split(state.params)[1])
@@ -193,7 +194,7 @@ class Trainer:
         else:
             pending = self.draw(drew, tasks.now, step, key)
             mine, began = True, time.perf_counter()
-        verdicts = whole_verdicts(pending.verdicts.result())
+        verdicts = global_verdicts(pending.verdicts.result())
         waited = time.perf_counter() - began
         scored = score(pending.rollout, verdicts.judged, self.options.group, self.options.reward)
         gone = int(scored.present.size - scored.present.sum())
@@ -217,7 +218,7 @@ class Trainer:
         shows = self.gallery and self.options.gallery_every and (step + 1) % self.options.gallery_every == 0
         if shows and distributed.is_primary():
             self._show(pending.rollout, [t.sample for t in tasks.now], scored, step + 1)
-        state = AheadState(learner.params, learner.opt_state, previous) if self.options.overlap else learner
+        state = OverlapState(learner.params, learner.opt_state, previous) if self.options.overlap else learner
         return state, metrics
 
     def _drawn_ahead(
@@ -278,7 +279,7 @@ class Trainer:
             layout=self.layout,
             first=own.start,
         )
-        rollout = whole_rollout(rollout, system.tokenizer.vocab.pad)
+        rollout = global_rollout(rollout, system.tokenizer.vocab.pad)
         bucket_of(int(rollout.prompt_lengths.max()) + options.answer_length, options.buckets)  # whatever was answered
         return rollout
 
@@ -287,23 +288,23 @@ class Trainer:
     def learn(
         self, state: TrainState, rollout: Rollout, scored: Scored, step: int, check_ratio: bool, drew: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """`updates` times `splits` optimiser steps on one rollout, which `drew` (by default the state's) drew."""
+        """`num_iterations` times `num_minibatches` optimiser steps on one rollout by `drew` (default: the state's)."""
         drew = state.params if drew is None else drew
         parts = [self.prepare(rollout, scored, rows, drew) for rows in self._split(scored, step)]
         found: list[dict[str, Any]] = []
-        for update in range(self.options.updates):
+        for update in range(self.options.num_iterations):
             for part, batches in enumerate(parts):
                 state, metrics = self.update(state, batches, check_ratio and update == part == 0)
                 found.append(metrics)
         return state, _joined(found)
 
     def _split(self, scored: Scored, step: int) -> list[np.ndarray]:
-        """The rows that take part, dealt by whole groups into `splits` parts of about equal numbers of groups."""
+        """The rows that take part, dealt by whole groups into `num_minibatches` parts of about equal size."""
         groups = np.arange(len(scored.used))
-        if self.options.splits > 1:
+        if self.options.num_minibatches > 1:
             groups = np.random.default_rng((step, 0x5011)).permutation(groups)
         rows = np.arange(scored.used.size).reshape(scored.used.shape)
-        return [rows[part][scored.used[part]] for part in np.array_split(groups, self.options.splits)]
+        return [rows[part][scored.used[part]] for part in np.array_split(groups, self.options.num_minibatches)]
 
     def prepare(
         self, rollout: Rollout, scored: Scored, rows: np.ndarray | None = None, drew: Any = None
@@ -319,8 +320,8 @@ class Trainer:
         rows = rows[np.argsort(rollout.total_lengths[rows], kind="stable")]
         reference = lora.base(drew) if self.reference is None else self.reference
         batches = []
-        for start in range(0, len(rows), self.options.minibatch):
-            batch = self._batch(rollout, scored.advantages.reshape(-1), rows[start : start + self.options.minibatch])
+        for start in range(0, len(rows), self.options.micro_batch):
+            batch = self._batch(rollout, scored.advantages.reshape(-1), rows[start : start + self.options.micro_batch])
             batch["reference"] = self._statistics(reference, batch).log_probs
             if not self.layout.exact:
                 batch |= {"sampler": batch["old"], "old": self._statistics(drew, batch).log_probs}
@@ -340,12 +341,12 @@ class Trainer:
             if gradients is None:
                 gradients, total, sums = gradient, parts, extra
             else:
-                deviation = jnp.maximum(sums["ratio_deviation"], extra["ratio_deviation"])
+                deviation = jnp.maximum(sums["max_ratio_deviation"], extra["max_ratio_deviation"])
                 gradients, total, sums = self._add((gradients, total, sums), (gradient, parts, extra))
-                sums["ratio_deviation"] = deviation
+                sums["max_ratio_deviation"] = deviation
         tokens = sums["tokens"]
         if check_ratio:
-            _check_ratio(float(sums["ratio_deviation"]))
+            _check_ratio(float(sums["max_ratio_deviation"]))
             if "sampler_kl" in sums:
                 _check_sampler(float(sums["sampler_kl"] / tokens))
         after, norm = self._apply(TrainState(trained, state.opt_state), gradients, total[1])
@@ -355,9 +356,9 @@ class Trainer:
             "kl": (sums["kl"], tokens),
             "clip_fraction": (sums["clipped"], tokens),
             "ratio": (sums["ratio"], tokens),
-            "old_kl": (sums["old_kl"], tokens),
+            "approx_kl": (sums["approx_kl"], tokens),
             "grad_norm": (norm, 1.0),
-            "ratio_deviation": sums["ratio_deviation"],
+            "max_ratio_deviation": sums["max_ratio_deviation"],
             "text_entropy": (sums["text_entropy"], sums["text_tokens"]),
             "image_entropy": (sums["image_entropy"], sums["image_tokens"]),
             "skipped_updates": 0.0,
@@ -365,7 +366,7 @@ class Trainer:
 
     def check_replay(self, params: Any, rollout: Rollout) -> None:
         """Raises RuntimeError when `params`, which drew the rollout, do not give its log-probabilities again."""
-        rows = np.arange(min(self.options.minibatch, len(rollout.answers)))
+        rows = np.arange(min(self.options.micro_batch, len(rollout.answers)))
         batch = self._batch(rollout, np.zeros(len(rollout.answers), np.float32), rows)
         away = (self._statistics(params, batch).log_probs - batch["old"]) * batch["mask"]
         if self.layout.exact:
@@ -375,7 +376,7 @@ class Trainer:
 
     def _batch(self, rollout: Rollout, advantages: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
         """`replay.answer_batch` on the mesh."""
-        size = self.options.minibatch
+        size = self.options.micro_batch
         batch = answer_batch(rollout, advantages, rows, size, self.options.buckets)
         mine = sharding.local_rows(self.mesh, size)
         return sharding.global_batch(self.mesh, {name: x[mine] for name, x in batch.items()}, size)
@@ -420,7 +421,7 @@ def _joined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 joined[name] = tuple(a + b for a, b in zip(joined[name], value, strict=True))
             elif name == "skipped_updates":
                 joined[name] += value
-    largest = [m["ratio_deviation"] for m in found if "ratio_deviation" in m]
+    largest = [m["max_ratio_deviation"] for m in found if "max_ratio_deviation" in m]
     return joined | ({"ratio_largest": functools.reduce(jnp.maximum, largest)} if len(largest) > 1 else {})
 
 
@@ -440,10 +441,13 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
     distributed.share(config.prompts_per_step, "config.prompts_per_step")
-    if config.splits > config.prompts_per_step:
-        raise UserError(f"config.splits is {config.splits}: the groups of {config.prompts_per_step} prompts cannot be "
-                        "dealt into so many parts.", "Lower config.splits.")
-    sharding.check_batch(mesh, config.minibatch, "config.minibatch")
+    if config.num_minibatches > config.prompts_per_step:
+        raise UserError(
+            f"config.num_minibatches is {config.num_minibatches}: the groups of {config.prompts_per_step} prompts "
+            "cannot be dealt into so many parts.",
+            "Lower config.num_minibatches.",
+        )
+    sharding.check_batch(mesh, config.micro_batch, "config.micro_batch")
     sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
     sampling = as_dataclass(SamplingOptions, config.sampling)
     options = Options(
@@ -454,11 +458,11 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         as_dataclass(GrpoOptions, config.grpo),
         config.group,
         config.answer_length,
-        config.minibatch,
+        config.micro_batch,
         tuple(config.buckets),
-        config.updates,
-        config.chunk,
-        config.splits,
+        config.num_iterations,
+        config.loss_chunk_tokens,
+        config.num_minibatches,
         config.overlap,
         config.judge.check_every,
         config.gallery.every,
@@ -468,8 +472,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     source = prompt_source(config.prompts, config.prompts.seed)
     judge = make_judge(config.judge, options.reward, source, workdir)
     system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps * config.updates * config.splits)
-    watch = Watch(as_dataclass(WatchOptions, config.watch), options.grammar.modes)
+    optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations * config.num_minibatches)
+    watch = Watch(as_dataclass(MonitorOptions, config.watch), options.grammar.modes)
     axes, meta = backbone.param_axes(system.config), {**system.meta, "run": config.to_dict()}
     if adapters.rank:
         params, axes = lora.add(system.params, adapters, jax.random.key(config.seed)), lora.axes(axes, adapters)
@@ -484,7 +488,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     size_of = functools.partial(_latent_size, system.codec.config)
     batches = SameSize(source, config.prompts_per_step, config.seed, size_of)
     return Stage(
-        AheadState(*state, jax.tree.map(jnp.copy, lora.split(state.params)[0])) if options.overlap else state,
+        OverlapState(*state, jax.tree.map(jnp.copy, lora.split(state.params)[0])) if options.overlap else state,
         PromptIterator(batches, watch, options.overlap),
         lambda state, tasks, step: trainer.step(state, tasks, step, key),
         meta,

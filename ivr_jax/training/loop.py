@@ -66,7 +66,7 @@ class Plan:
     Attributes:
       steps: train up to this step.
       log_every, checkpoint_every: in steps.
-      keep: newest checkpoints that stay (0: all).
+      max_checkpoints: newest checkpoints that stay (0: all).
       staging_gib: most host memory a process fills with arrays on their way to a checkpoint; 0: no bound.
       profile: a window of steps "START:STOP", or None.
       peak: operations a second of one device, for MFU; None: what is published of it.
@@ -75,7 +75,7 @@ class Plan:
     steps: int
     log_every: int
     checkpoint_every: int
-    keep: int
+    max_checkpoints: int
     staging_gib: int = 0
     profile: str | None = None
     peak: float | None = None
@@ -93,7 +93,7 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
     workdir, primary = pathlib.Path(workdir), distributed.is_primary()
     say = print if primary else lambda text: None
     profile = Profile(workdir, plan.profile if primary else None)
-    checkpointer = Checkpointer(workdir, plan.keep, plan.staging_gib)
+    checkpointer = Checkpointer(workdir, plan.max_checkpoints, plan.staging_gib)
     state, first = stage.state, 0
     like = jax.tree.map(_like, state)
     if checkpointer.latest() is not None:

@@ -125,26 +125,26 @@ class GrpoOptions:
 
     Attributes:
       clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-      kl: coefficient of the k3 estimate of KL(policy || reference).
-      normalisation: "sequence" averages each answer over its tokens, then over answers; "token" averages over all
-        tokens of the update; "constant" divides each answer's sum by `constant`, then averages over answers.
-      constant: see above, in tokens.
-      sampler_cap: where answers were drawn in another precision than they are learnt from, a token's gain counts as
+      beta: coefficient of the k3 estimate of KL(policy || reference).
+      loss_type: "grpo" averages each answer over its tokens, then over answers; "bnpo" averages over all
+        tokens of the update; "dr_grpo" divides each answer's sum by `dr_grpo_length`, then averages over answers.
+      dr_grpo_length: see above, in tokens.
+      tis_cap: where answers were drawn in another precision than they are learnt from, a token's gain counts as
         often as the policy of then is likelier to say it than the sampler was, at most this often; 0: always once.
     """
 
     clip_low: float = 0.2
     clip_high: float = 0.2
-    kl: float = 0.01
-    normalisation: str = "sequence"
-    constant: int = 256
-    sampler_cap: float = 2.0
+    beta: float = 0.01
+    loss_type: str = "grpo"
+    dr_grpo_length: int = 256
+    tis_cap: float = 2.0
 
     def __post_init__(self) -> None:
         if (
-            self.normalisation not in ("sequence", "token", "constant")
-            or min(self.clip_low, self.clip_high, self.kl, self.sampler_cap) < 0
-            or self.constant < 1
+            self.loss_type not in ("grpo", "bnpo", "dr_grpo")
+            or min(self.clip_low, self.clip_high, self.beta, self.tis_cap) < 0
+            or self.dr_grpo_length < 1
         ):
             raise UserError(
                 f"GRPO options {self} are out of range.",
@@ -178,18 +178,18 @@ def grpo_loss(
     if sampler_log_probs is not None:
         mismatch = (old_log_probs - sampler_log_probs) * mask
         sums["sampler_kl"] = (jnp.exp(mismatch) - 1 - mismatch).sum()
-        gain = gain * (jnp.minimum(jnp.exp(mismatch), options.sampler_cap) if options.sampler_cap else 1.0)
+        gain = gain * (jnp.minimum(jnp.exp(mismatch), options.tis_cap) if options.tis_cap else 1.0)
     difference = (reference_log_probs - log_probs) * mask
     kl = jnp.exp(difference) - difference - 1
-    per_token = (options.kl * kl - gain) * mask
+    per_token = (options.beta * kl - gain) * mask
     tokens = mask.sum(1)
     members = (tokens > 0).sum().astype(jnp.float32)
-    if options.normalisation == "sequence":
+    if options.loss_type == "grpo":
         total, denominator = (per_token.sum(1) / jnp.maximum(tokens, 1)).sum(), members
-    elif options.normalisation == "token":
+    elif options.loss_type == "bnpo":
         total, denominator = per_token.sum(), tokens.sum()
     else:
-        total, denominator = (per_token.sum(1) / options.constant).sum(), members
+        total, denominator = (per_token.sum(1) / options.dr_grpo_length).sum(), members
     is_clipped = ((ratio < 1 - options.clip_low) & (advantages[:, None] < 0)) | (
         (ratio > 1 + options.clip_high) & (advantages[:, None] > 0)
     )
@@ -198,7 +198,7 @@ def grpo_loss(
         "clipped": (is_clipped * mask).sum(),
         "tokens": tokens.sum(),
         "ratio": (ratio * mask).sum(),
-        "old_kl": ((ratio - 1 - log_ratio) * mask).sum(),
-        "ratio_deviation": (jnp.abs(ratio - 1) * mask).max(),
+        "approx_kl": ((ratio - 1 - log_ratio) * mask).sum(),
+        "max_ratio_deviation": (jnp.abs(ratio - 1) * mask).max(),
     }
     return total, denominator, sums

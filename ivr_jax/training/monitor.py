@@ -22,11 +22,11 @@ from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Mode
 
 ALARMS = ("zero_variance", "zero_gradient", "mode_collapse", "calibration_drift")
-_WATCHED = ("groups_with_contrast", "pass_given_wrong", *(f"mode_{mode.value}" for mode in Mode))
+_WATCHED = ("frac_groups_nonzero_std", "pass_given_wrong", *(f"mode_{mode.value}" for mode in Mode))
 
 
 @dataclasses.dataclass(frozen=True)
-class WatchOptions:
+class MonitorOptions:
     """When to raise an alarm, and when to stop.
 
     Attributes:
@@ -60,7 +60,7 @@ class Watch:
       modes: modes that an answer may use.
     """
 
-    def __init__(self, options: WatchOptions, modes: Sequence[str]):
+    def __init__(self, options: MonitorOptions, modes: Sequence[str]):
         self._options, self._modes = options, tuple(modes)
         self._rows: list[dict[str, Any]] = []  # the last `window` steps
         self._start: list[float] | None = None  # sum and count of pass_given_wrong over the first window
@@ -111,7 +111,7 @@ class Watch:
     def _found(self) -> dict[str, str]:
         """The alarms that are on, and why."""
         options, found = self._options, {}
-        contrast = self._share("groups_with_contrast")
+        contrast = self._share("frac_groups_nonzero_std")
         if contrast is not None and contrast < options.least_contrast:
             found["zero_variance"] = f"{contrast:.0%} of the groups have members of different reward"
         norms = [row.get("grad_norm", 0.0) for row in self._rows]

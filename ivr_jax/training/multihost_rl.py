@@ -22,7 +22,7 @@ from ivr_jax.sampling.rollout import Answer, Rollout
 from ivr_jax.trajectory import evaluation_from_json, evaluation_to_json, trajectory_from_json, trajectory_to_json
 
 
-def whole_rollout(mine: Rollout, pad: int) -> Rollout:
+def global_rollout(mine: Rollout, pad: int) -> Rollout:
     """The rollout of all processes, in their order; answers of others come without their images and segments."""
     if jax.process_count() == 1:
         return mine
@@ -53,7 +53,7 @@ def whole_rollout(mine: Rollout, pad: int) -> Rollout:
     )  # fmt: skip
 
 
-def whole_verdicts(mine: Verdicts) -> Verdicts:
+def global_verdicts(mine: Verdicts) -> Verdicts:
     """The judgements of all processes, in their order, with their counts and costs added up."""
     if jax.process_count() == 1:
         return mine

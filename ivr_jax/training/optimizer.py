@@ -14,9 +14,12 @@ from ivr_jax.errors import UserError
 
 
 def schedule(config: Any, steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup` (a share of `steps`), then cosine from `peak` to `final`."""
-    warmup = max(1, round(config.warmup * steps))
-    return optax.warmup_cosine_decay_schedule(0.0, config.peak, warmup, max(steps, warmup + 1), config.final)
+    """Linear warm-up over `warmup_ratio` (a share of `steps`), then cosine from `learning_rate` to
+    `final_learning_rate`."""
+    warmup = max(1, round(config.warmup_ratio * steps))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(steps, warmup + 1), config.final_learning_rate
+    )
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
@@ -57,9 +60,14 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
 
 def _check_ranges(config: Any) -> None:
-    ranges = {"peak": "at least 0", "final": "at least 0", "weight_decay": "at least 0", "warmup": "from 0 to 1"}
+    ranges = {
+        "learning_rate": "at least 0",
+        "final_learning_rate": "at least 0",
+        "weight_decay": "at least 0",
+        "warmup_ratio": "from 0 to 1",
+    }
     for name, wanted in ranges.items():
-        if config[name] < 0 or name == "warmup" and config[name] > 1:
+        if config[name] < 0 or name == "warmup_ratio" and config[name] > 1:
             raise UserError(f"optimizer.{name} is {config[name]}.", f"Give a number {wanted}.")
     for name in ("b1", "b2"):
         if not 0 <= config[name] < 1:

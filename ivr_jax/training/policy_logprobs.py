@@ -1,6 +1,6 @@
 """Answers as the trainer reads them again: padded batches, log-probabilities under the sampled distribution, objective.
 
-Letters: B answers of a minibatch, T tokens of prompt and answer.
+Letters: B answers of a micro_batch, T tokens of prompt and answer.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Replay:
             others=tuple(others),
             kept=jnp.roll(batch["kept"], -1, 1) if "kept" in batch else None,
             vocab_size=config.vocab_size,
-            gathered=config.gather_tensor,
+            gathered=config.fsdp_over_tensor,
         )
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
 

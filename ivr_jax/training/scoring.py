@@ -75,7 +75,7 @@ def summary(rollout: Rollout, scored: Scored) -> dict[str, Any]:
         "bonus": mean(scored.bonus),
         **shares,
         **calibration(rollout, scored),
-        "groups_with_contrast": (float(sum(contrast)), float(len(contrast))),
+        "frac_groups_nonzero_std": (float(sum(contrast)), float(len(contrast))),
         "groups_skipped": (float((~scored.used.any(1)).sum()), float(len(contrast))),
         "missing": float(present.size - present.sum()),
         "work_tokens": float(rollout.samples.lengths.sum()),

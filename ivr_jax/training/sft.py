@@ -36,7 +36,7 @@ from ivr_jax.training.training_samples import write_taught
 
 DROPOUT = 1  # folded into a step's key for its dropout
 # of config.model, these hold for a model from `init` as well
-COMPUTED = ("dtype", "param_dtype", "remat", "unroll", "gather_tensor", "dropout", "attention_dropout")
+COMPUTED = ("dtype", "param_dtype", "remat", "unroll", "fsdp_over_tensor", "dropout", "attention_dropout")
 
 
 def selective_loss(
@@ -66,7 +66,7 @@ def selective_loss(
     mask = (same & (parts > 0)).at[:, -1].set(False).astype(jnp.float32)
     head = backbone.lm_head(config, params)
     statistics = token_statistics(
-        hidden, head, targets, chunk, vocab_size=config.vocab_size, gathered=config.gather_tensor
+        hidden, head, targets, chunk, vocab_size=config.vocab_size, gathered=config.fsdp_over_tensor
     )
     loss = -statistics.log_probs * mask
     image = mask * (targets >= visual_start)
@@ -78,7 +78,7 @@ def selective_loss(
         "text_loss": ((loss * text).sum(), text.sum()),
         **{f"loss_{name}": ((loss * where).sum(), where.sum()) for name, where in of_part.items()},
         "accuracy": ((statistics.correct * mask).sum(), mask.sum()),
-        "row_fill": ((segments > 0).sum().astype(jnp.float32), jnp.float32(tokens.size)),
+        "packing_efficiency": ((segments > 0).sum().astype(jnp.float32), jnp.float32(tokens.size)),
         "attended": ((batch["positions"] + 1.0) * (segments > 0)).sum(),
     }
     return loss.sum(), sums
@@ -94,7 +94,7 @@ def make_step(
     gradient_dtype: str = "float32",
     seed: int = 0,
 ):
-    """Jitted (state, batch, step number) -> (state, metrics); `accumulation` micro-batches add up exactly.
+    """Jitted (state, batch, step number) -> (state, metrics); `grad_accum_steps` micro-batches add up exactly.
 
     Args:
       out_shardings: of the new state and of the metrics, when they live on a mesh (see `state.place`).
@@ -117,7 +117,7 @@ def make_step(
         in_place = config.remat == "full" and not frozen
         gradients, sums = total_gradient(loss, trained, parts, gradient_dtype, in_place)
         state, norm = updated(state, gradients, sums["loss"][1], optimizer)
-        tokens, attended = sums["row_fill"][0], sums.pop("attended")
+        tokens, attended = sums["packing_efficiency"][0], sums.pop("attended")
         work = {"work_tokens": tokens, "work_flops": train_flops(config, tokens, attended)}
         return state, {**sums, "grad_norm": norm, "tokens_per_step": sums["loss"][1], **work}
 
@@ -128,13 +128,13 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an sft config: tokenises the dataset on the first run, then trains on packed batches."""
     if not config.data.path:
         raise UserError("no dataset was named.", "Give --config.data.path=WORKDIR/dataset of ivr_jax.construct.")
-    if config.batch % config.accumulation:
+    if config.batch % config.grad_accum_steps:
         raise UserError(
             f"a batch of {config.batch} does not divide into {config.accumulation} parts.",
-            "Make config.batch a multiple of config.accumulation.",
+            "Make config.batch a multiple of config.grad_accum_steps.",
         )
     part = config.batch // config.accumulation
-    sharding.check_batch(mesh, part, "config.batch / config.accumulation", config.model.gather_tensor)
+    sharding.check_batch(mesh, part, "config.batch / config.grad_accum_steps", config.model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)  # before the images are tokenised: it may be refused
     codec = systems.load_image_codec(config.image_tokenizer)
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
@@ -169,7 +169,14 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     state, placed = place(mesh, axes, params, optimizer)
     start = tokenizer.vocab.visual_start
     step = make_step(
-        model, optimizer, config.chunk, config.accumulation, start, placed, config.gradient_dtype, config.seed
+        model,
+        optimizer,
+        config.loss_chunk_tokens,
+        config.grad_accum_steps,
+        start,
+        placed,
+        config.gradient_dtype,
+        config.seed,
     )
     meta = systems.backbone_meta(
         model, config.text_tokenizer, tokenizer, config.image_tokenizer, codec, config.to_dict()

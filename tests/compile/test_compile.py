@@ -157,14 +157,14 @@ def test_an_error_of_the_compiler_becomes_advice():
     message = "required for HLO temporaries (98.59G) exceeds available HBM (95.73G). HLO module: jit_step."
     assert memory.exceeded(message) == (98.59 * GIB, 95.73 * GIB)
     assert memory.exceeded("something else") is None
-    config = {"batch": 128, "accumulation": 1, "chunk": 65536, "optimizer": {}}
+    config = {"batch": 128, "grad_accum_steps": 1, "loss_chunk_tokens": 65536, "optimizer": {}}
     mesh = {"data": 1, "fsdp": 8, "tensor": 4, "sequence": 1}
     model = {"remat": "dots", "num_key_value_heads": 8}
     said = memory.advice({"parameters": 10, "activations": 90}, config, mesh, model)
-    assert "remat=full" in said and "accumulation=16" in said and "mesh.tensor=8" in said
+    assert "remat=full" in said and "grad_accum_steps=16" in said and "mesh.tensor=8" in said
     config["optimizer"] = {"moment_dtype": "float32"}
     assert "moment_dtype=bfloat16" in memory.advice({"moments": 90, "temporaries": 10}, config, mesh, model)
-    tight = {"batch": 8, "accumulation": 1, "optimizer": {}}
+    tight = {"batch": 8, "grad_accum_steps": 1, "optimizer": {}}
     lean = {**model, "remat": "full"}
     assert "larger --topology" in memory.advice({"parameters": 9}, tight, {**mesh, "tensor": 8}, lean)
 
@@ -214,8 +214,8 @@ needs_compiler = pytest.mark.skipif(compiler() is None, reason="there is no TPU 
 SMALL = (
     "--config.text_tokenizer=micro", "--config.model.hidden_size=256", "--config.model.intermediate_size=512",
     "--config.model.num_hidden_layers=2", "--config.model.num_attention_heads=4", "--config.model.vocab_multiple=128",
-    "--config.model.num_key_value_heads=2", "--config.batch=8", "--config.data.length=256", "--config.chunk=1024",
-    "--config.mesh.tensor=2",
+    "--config.model.num_key_value_heads=2", "--config.batch=8", "--config.data.length=256",
+    "--config.loss_chunk_tokens=1024", "--config.mesh.tensor=2",
 )  # fmt: skip
 
 
@@ -250,11 +250,11 @@ def test_a_compiler_that_aborts_ends_in_one_line_with_advice(tmp_path, monkeypat
 @needs_compiler
 def test_what_does_not_fit_or_divide_ends_in_one_line_with_advice(tmp_path):
     """All logits of 131,072 tokens and 282,926 ids at once; then rows that do not divide over the mesh."""
-    large = ("--config.text_tokenizer=emu", "--config.data.length=16384", "--config.chunk=1000000")
+    large = ("--config.text_tokenizer=emu", "--config.data.length=16384", "--config.loss_chunk_tokens=1000000")
     done, (plan, other) = compile_micro(tmp_path, "--config=emu35_sft", "--topology=v5e:2x2,v5e:4x8", *SMALL, *large)
     assert done.returncode == 1 and not done.stderr
     said = [line for line in done.stdout.splitlines() if "does not work:" in line]
-    assert len(said) == 2 and "GiB a chip, there are 15.75" in said[0] and "config.chunk=500000" in said[0]
+    assert len(said) == 2 and "GiB a chip, there are 15.75" in said[0] and "config.loss_chunk_tokens=500000" in said[0]
     assert plan["prediction"] is None and plan["advice"] in said[0]
     assert "8, which does not divide over 16 shards" in other["error"] and "multiple of 16" in said[1]
 

@@ -109,9 +109,9 @@ def test_the_bonus_of_several_groups_at_once_weight_and_epsilon():
 def test_the_bonus_may_be_kept_for_flawless_images():
     group = array([[1.0, 0.97, 0.98]]), array([[4, 1, 2]], np.int32), array([[1, 1, 1]], bool)
     flawless = array([[1.0, 0.95, 0.99999999]])
-    found = complexity_bonus(*group, RewardOptions(bonus_floor=1.0), flawless)
+    found = complexity_bonus(*group, RewardOptions(bonus_min_outcome=1.0), flawless)
     np.testing.assert_allclose(found, [[0.5, 0, 1]], atol=1e-6)
-    nobody = complexity_bonus(*group, RewardOptions(bonus_floor=1.0), array([[0.9, 0.9, 0.9]]))
+    nobody = complexity_bonus(*group, RewardOptions(bonus_min_outcome=1.0), array([[0.9, 0.9, 0.9]]))
     assert not np.asarray(nobody).any()
     np.testing.assert_allclose(complexity_bonus(*group, PAPER, flawless), [[0.25, 1, 0.5]], atol=1e-6)
 
@@ -177,7 +177,8 @@ def test_options_out_of_range_are_refused(wrong):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"scale": "tenth"}, {"intermediate": "words"}, {"evaluations": "some"}, {"axis_weights": (1.0, 1.0)}]
+    "wrong",
+    [{"score_map": "tenth"}, {"intermediate": "words"}, {"step_reward_evals": "some"}, {"axis_weights": (1.0, 1.0)}],
 )
 def test_unknown_rules_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
@@ -206,13 +207,13 @@ def by_hand(parts, images, present, options, p):
     members = [m for m in range(len(images[p])) if present[p, m]]
     rewards = {}
     for m in members:
-        values = [s / 5 if options.scale == "fifth" else (s - 1) / 4 for s in map(float, parts.scores[p, m])]
+        values = [s / 5 if options.score_map == "div5" else (s - 1) / 4 for s in map(float, parts.scores[p, m])]
         found = {"o": (options.outcome_weight, float(np.dot(values, options.axis_weights) / sum(options.axis_weights))),
                  "f": (options.format_weight, float(parts.format[p, m]))}  # fmt: skip
         for name, weight, value, has in (("s", options.step_weight, parts.step, parts.has_step),
                                          ("r", options.reflection_weight, parts.reflection, parts.has_reflection)):
             if has[p, m] or not options.renormalise:
-                found[name] = (weight, float(value[p, m]) if has[p, m] else options.absent)
+                found[name] = (weight, float(value[p, m]) if has[p, m] else options.missing_value)
         full = options.outcome_weight + options.format_weight + options.step_weight + options.reflection_weight
         rewards[m] = sum(w * v for w, v in found.values()) * full / sum(w for w, _ in found.values())
     drew = [m for m in members if images[p, m]]
@@ -328,29 +329,31 @@ def test_steps_are_rated_too():
 
 
 @pytest.mark.parametrize(
-    ("evaluations", "passes", "expected"),
+    ("step_reward_evals", "passes", "expected"),
     [
-        ("literal", (False, True), 0.75),  # the two texts alone
+        ("none", (False, True), 0.75),  # the two texts alone
         ("final", (False, True), (1.5 + 1) / 3),
         ("final", (False, False), (1.5 + 0) / 3),
         ("all", (False, True), (1.5 + 2) / 4),
         ("all", (True, True), (1.5 + 1) / 4),
     ],
 )
-def test_evaluations_may_count_as_steps(evaluations, passes, expected):
+def test_evaluations_may_count_as_steps(step_reward_evals, passes, expected):
     """The judge finds the first image wrong and the second right."""
     judge = Judge({"why": 1.0, "how": 0.5})
     answer = trajectory([Reflection("why", "how")], list(passes))
-    found = judged(judge, answer, drawn(1, 5), options=RewardOptions(evaluations=evaluations))
+    found = judged(judge, answer, drawn(1, 5), options=RewardOptions(step_reward_evals=step_reward_evals))
     assert found.step == pytest.approx(expected)
-    direct = judged(judge, trajectory([], [False]), drawn(5), options=RewardOptions(evaluations=evaluations))
-    assert direct.step == (None if evaluations == "literal" else 0.0)
+    direct = judged(
+        judge, trajectory([], [False]), drawn(5), options=RewardOptions(step_reward_evals=step_reward_evals)
+    )
+    assert direct.step == (None if step_reward_evals == "none" else 0.0)
 
 
 def test_an_evaluation_that_cannot_be_checked_is_missing_only_where_it_counts():
     judge = Judge({"why": 1.0, "how": 0.5})
     answer = trajectory([Reflection("why", "how")], [False, True])
-    counted = judged(judge, answer, drawn(0, 5), options=RewardOptions(evaluations="all"))
+    counted = judged(judge, answer, drawn(0, 5), options=RewardOptions(step_reward_evals="all"))
     assert counted.step_failed and not counted.present
     shown = judged(judge, answer, drawn(0, 5), every_image=True)
     assert shown.present and shown.step == 0.75 and shown.truth[0] is None

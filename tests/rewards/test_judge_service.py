@@ -99,7 +99,7 @@ def test_another_error_is_raised_to_whoever_waits():
 def test_variance_comes_of_repeated_calls_and_the_held_out_judge_is_compared():
     """Scores 1 and 5 of one image: R_o 0.2 and 1.0, variance 0.32; the held-out judge says 0.8 where ours says 1."""
     check = Check(Analyzer([1.0, 5.0] * 4), repeats=2, held_out=Analyzer([4.0] * 4), answers=2)
-    judge = Judge(same(Analyzer()), RewardOptions(evaluations="all"), check=check)
+    judge = Judge(same(Analyzer()), RewardOptions(step_reward_evals="all"), check=check)
     answers = [(ANSWER, images(5))] * 4 + [None]
     assert judge.submit(answers).result().checks == {}
     verdicts = judge.submit(answers, checked=True).result()

@@ -200,7 +200,7 @@ def test_a_trajectory_becomes_a_record_of_full_format():
 
 def test_the_presets_are_those_of_paper_and_code():
     assert (PAPER.outcome_weight, PAPER.format_weight, PAPER.step_weight, PAPER.reflection_weight) == (0.7, 0.1, 0.2, 0)
-    assert (PAPER.bonus_weight, PAPER.epsilon, PAPER.evaluations) == (1.0, 0.05, "literal")
+    assert (PAPER.bonus_weight, PAPER.epsilon, PAPER.step_reward_evals) == (1.0, 0.05, "none")
     assert (RELEASED.outcome_weight, RELEASED.step_weight, RELEASED.format_weight, RELEASED.reflection_weight) == (
         0.4, 0.3, 0.1, 0.2,
     )  # fmt: skip

@@ -68,8 +68,8 @@ def test_the_same_tokens_as_one_padded_batch_in_lock_step(how):
 
 
 def test_large_layers_are_taken_apart_on_a_cpu_and_draw_the_same(monkeypatch):
-    taken = mock.Mock(side_effect=backbone.take_apart)
-    monkeypatch.setattr(decode_loop.backbone, "take_apart", taken)
+    taken = mock.Mock(side_effect=backbone.unstack_layers)
+    monkeypatch.setattr(decode_loop.backbone, "unstack_layers", taken)
     monkeypatch.setattr(decode_loop, "APART", (1, 1 << 30))
     config = dataclasses.replace(CONFIG, unroll=2)  # a program of its own
     how = EngineOptions(**AHEAD)

@@ -26,7 +26,7 @@ from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import ACCEPT, FREE, VISUAL, Grammar, GrammarOptions, Tables
 from ivr_jax.protocol.interleaved import parse_interleaved
 from ivr_jax.sampling.engine import EngineOptions, Samples, pad_prompts, sample
-from ivr_jax.sampling.logits_processors import PhaseMask, SamplingOptions, draw, log_probabilities
+from ivr_jax.sampling.logits_processors import GrammarMask, SamplingOptions, draw, log_probabilities
 from ivr_jax.sampling.rollout import draw_first_images, roll_out
 from ivr_jax.trajectory import Mode
 
@@ -180,8 +180,8 @@ def test_guidance_without_its_unconditional_prompts_is_refused(options, passes):
 
 def test_a_switched_off_processor_is_not_in_the_chain():
     names = [type(processor).__name__ for processor in SamplingOptions(**FULL_CHAIN).chain]
-    assert names == ["Guidance", "PhaseMask", "Temperature", "TopK", "TopP"]
-    assert SamplingOptions().chain == (PhaseMask(),) == SamplingOptions(image_guidance=1.0).chain
+    assert names == ["Guidance", "GrammarMask", "Temperature", "TopK", "TopP"]
+    assert SamplingOptions().chain == (GrammarMask(),) == SamplingOptions(image_guidance=1.0).chain
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.judge_config import Ledger, make_analyzer, make_judge
 from ivr_jax.training.losses import GrpoOptions
-from ivr_jax.training.monitor import Watch, WatchOptions
+from ivr_jax.training.monitor import MonitorOptions, Watch
 from ivr_jax.training.prompts import Prompt, Tasks
 from ivr_jax.training.scoring import score
 from ivr_jax.training.state import TrainState
@@ -68,7 +68,7 @@ def like(overlap: bool = False, **attributes) -> grpo.Trainer:
     """The same trainer, its compiled functions included, with something changed."""
     other = copy.copy(trainer())
     other.options = dataclasses.replace(other.options, overlap=overlap)
-    other.watch = Watch(WatchOptions(), other.options.grammar.modes)
+    other.watch = Watch(MonitorOptions(), other.options.grammar.modes)
     other._pending = None
     for name, value in attributes.items():
         setattr(other, name, value)
@@ -177,7 +177,7 @@ def test_training_finishes_with_faults_and_stops_when_there_is_nothing_else(tmp_
             assert metrics["missing"] == 8 - metrics["reward"][1] and metrics["judge_tokens"] > 0
         assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(state)))
         service.behaviour.status = 500
-        learner.watch = Watch(WatchOptions(missing_window=16), learner.options.grammar.modes)
+        learner.watch = Watch(MonitorOptions(missing_window=16), learner.options.grammar.modes)
         with pytest.raises(UserError, match="the judge failed on .* of the last 16 answers: "):
             for step in range(3, 6):
                 state, metrics = learner.step(state, tasks(step), step, KEY)
@@ -201,7 +201,7 @@ def test_prompts_that_are_not_of_the_world_need_another_judge():
 def test_overlapped_runs_are_one_update_behind_and_resume_bit_for_bit():
     steps = 3
     start = fresh_state()
-    state = grpo.AheadState(*start, jax.tree.map(jnp.copy, start.params))
+    state = grpo.OverlapState(*start, jax.tree.map(jnp.copy, start.params))
     learner, states, rows = like(overlap=True, steps=steps), [state], []
     for step in range(steps):
         state, metrics = learner.step(jax.tree.map(jnp.copy, state), tasks(step), step, KEY)
@@ -209,7 +209,7 @@ def test_overlapped_runs_are_one_update_behind_and_resume_bit_for_bit():
         rows.append(metrics)
     assert learner._pending is None  # nothing is drawn for a step that will not come
     assert same_bits(states[1].previous, PARAMS) and same_bits(states[2].previous, states[1].params)
-    assert float(rows[0]["ratio_deviation"]) < 1e-3 < float(rows[2]["ratio_deviation"])
+    assert float(rows[0]["max_ratio_deviation"]) < 1e-3 < float(rows[2]["max_ratio_deviation"])
 
     plain = like()
     first, _ = plain.step(fresh_state(), tasks(0), 0, KEY)
@@ -255,7 +255,7 @@ def test_the_next_rollout_is_drawn_while_the_last_one_is_judged():
         return found
 
     learner.roll = roll
-    state = grpo.AheadState(*start, jax.tree.map(jnp.copy, start.params))
+    state = grpo.OverlapState(*start, jax.tree.map(jnp.copy, start.params))
     _, metrics = learner.step(state, tasks(0), 0, KEY)
     assert metrics["missing"] == 0 and judge.early > 0
 
@@ -276,7 +276,7 @@ class Indifferent(LocalJudge):
 
 
 def test_a_judge_that_sees_no_difference_raises_the_alarms():
-    watch = Watch(WatchOptions(window=2), ("direct", "reflection"))
+    watch = Watch(MonitorOptions(window=2), ("direct", "reflection"))
     learner = like(judge=Judge(same(Indifferent()), RewardOptions(bonus_weight=0.0)), watch=watch)
     learner.options = dataclasses.replace(
         learner.options, reward=RewardOptions(step_weight=0.0, format_weight=0.0, bonus_weight=0.0)
@@ -286,7 +286,7 @@ def test_a_judge_that_sees_no_difference_raises_the_alarms():
         state, metrics = learner.step(state, tasks(step), step, KEY)
         rows.append(metrics)
     assert not rows[0]["alarm_zero_variance"] and rows[1]["alarm_zero_variance"] and rows[1]["alarm_zero_gradient"]
-    assert rows[1]["groups_with_contrast"] == (0.0, 2.0) and not rows[1]["alarm_calibration_drift"]
+    assert rows[1]["frac_groups_nonzero_std"] == (0.0, 2.0) and not rows[1]["alarm_calibration_drift"]
     for after, before in zip(jax.tree.leaves(state.params), jax.tree.leaves(PARAMS), strict=True):
         np.testing.assert_allclose(after, before, atol=1e-6)  # nothing to learn, nothing learnt
 
@@ -305,7 +305,9 @@ def test_every_scalar_that_the_docs_list_is_written_and_no_other():
     judge = Judge(same(LocalJudge()), rewards, check=again, totals=(ledger.totals,))
     learner = like(judge=judge, _layout=RolloutLayout(CONFIG, trainer().mesh, dtype="bfloat16"))
     engine = EngineOptions(slots=2, window=3, speculate=True)
-    learner.options = dataclasses.replace(learner.options, updates=2, check_every=1, reward=rewards, engine=engine)
+    learner.options = dataclasses.replace(
+        learner.options, num_iterations=2, check_every=1, reward=rewards, engine=engine
+    )
     _, written = learner.step(fresh_state(), tasks(0), 0, KEY)
     plain = like(judge=Judge(same(LocalJudge())))
     _, more = plain.step(fresh_state(), tasks(1), 0, KEY)

@@ -65,7 +65,7 @@ def gradients(mesh, first, trainer, rollout, scored):
     with jax.set_mesh(mesh):
         after, metrics = trainer.update(first, trainer.prepare(rollout, scored), check_ratio=True)
     loss = float(metrics["loss"][0]) / float(metrics["loss"][1])
-    return jax.tree.map(np.asarray, after.opt_state[0].trace), loss, float(metrics["ratio_deviation"])
+    return jax.tree.map(np.asarray, after.opt_state[0].trace), loss, float(metrics["max_ratio_deviation"])
 
 def error(a, b):
     return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6))

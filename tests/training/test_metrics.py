@@ -70,7 +70,7 @@ def test_a_profile_of_some_steps(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     for wrong in ("3", "4:4", "a:b"):
         with pytest.raises(UserError, match="no window of steps"):
-            loop.Plan(steps=1, log_every=1, checkpoint_every=1, keep=1, profile=wrong)
+            loop.Plan(steps=1, log_every=1, checkpoint_every=1, max_checkpoints=1, profile=wrong)
 
 
 def test_moments_in_bfloat16_are_those_of_float32_rounded_after_every_step():
@@ -92,19 +92,31 @@ def _rounded(tree):
 
 
 def test_moments_that_would_stand_still_are_refused():
-    config = ConfigDict({"kind": "adamw", "peak": 1e-3, "final": 1e-4, "warmup": 0.1, "b1": 0.9, "b2": 0.999,
-                         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "moment_dtype": "bfloat16"})  # fmt: skip
+    config = ConfigDict({"kind": "adamw", "learning_rate": 1e-3, "final_learning_rate": 1e-4, "warmup_ratio": 0.1,
+                         "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
+                         "clip_norm": 1.0, "moment_dtype": "bfloat16"})  # fmt: skip
     with pytest.raises(UserError, match="would stand still"):
         make_optimizer(config, 10)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("peak", -1e-3), ("final", -1.0), ("weight_decay", -0.1), ("warmup", 1.5), ("warmup", -0.1), ("b1", 1.0),
-    ("b2", -0.5), ("clip_norm", 0.0), ("eps", 0.0),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -1e-3),
+        ("final_learning_rate", -1.0),
+        ("weight_decay", -0.1),
+        ("warmup_ratio", 1.5),
+        ("warmup_ratio", -0.1),
+        ("b1", 1.0),
+        ("b2", -0.5),
+        ("clip_norm", 0.0),
+        ("eps", 0.0),
+    ],
+)
 def test_an_optimiser_setting_out_of_range_is_refused(name, value):
-    config = ConfigDict({"kind": "adamw", "peak": 1e-3, "final": 1e-4, "warmup": 0.1, "b1": 0.9, "b2": 0.95,
-                         "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0, "moment_dtype": "float32"})  # fmt: skip
+    config = ConfigDict({"kind": "adamw", "learning_rate": 1e-3, "final_learning_rate": 1e-4, "warmup_ratio": 0.1,
+                         "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0,
+                         "clip_norm": 1.0, "moment_dtype": "float32"})  # fmt: skip
     make_optimizer(config, 10)
     config[name] = value
     with pytest.raises(UserError, match=f"optimizer.{name} is {value}. Give a number"):

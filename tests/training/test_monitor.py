@@ -10,24 +10,24 @@ import pytest
 
 from ivr_jax.data.pipeline import Indexed
 from ivr_jax.errors import UserError
-from ivr_jax.training.monitor import ALARMS, Watch, WatchOptions
+from ivr_jax.training.monitor import ALARMS, MonitorOptions, Watch
 from ivr_jax.training.prompts import PromptIterator, SameSize, Tasks
 from ivr_jax.training.scoring import calibration
 
 MODES = ("direct", "reflection", "multi_step")
-OPTIONS = WatchOptions(window=3, missing_window=8)
+OPTIONS = MonitorOptions(window=3, missing_window=8)
 
 
 def healthy(**changes) -> dict:
     row = {
-        "groups_with_contrast": (3.0, 4.0), "grad_norm": (0.5, 1.0), "pass_given_wrong": (1.0, 10.0),
+        "frac_groups_nonzero_std": (3.0, 4.0), "grad_norm": (0.5, 1.0), "pass_given_wrong": (1.0, 10.0),
         "mode_direct": (5.0, 8.0), "mode_reflection": (2.0, 8.0), "mode_multi_step": (1.0, 8.0),
     }  # fmt: skip
     return row | changes
 
 
 BROKEN = {
-    "zero_variance": healthy(groups_with_contrast=(0.0, 4.0)),
+    "zero_variance": healthy(frac_groups_nonzero_std=(0.0, 4.0)),
     "zero_gradient": healthy(grad_norm=(0.0, 1.0)),
     "mode_collapse": healthy(mode_direct=(8.0, 8.0), mode_reflection=(0.0, 8.0), mode_multi_step=(0.0, 8.0)),
     "calibration_drift": healthy(pass_given_wrong=(9.0, 10.0)),
@@ -115,7 +115,7 @@ def test_a_resumed_watch_goes_on_as_if_undisturbed():
 @pytest.mark.parametrize("wrong", [{"window": 0}, {"most_missing": 1.5}, {"missing_window": 0}])
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match="out of range"):
-        WatchOptions(**wrong)
+        MonitorOptions(**wrong)
 
 
 class Counting:

@@ -48,7 +48,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(runs) -> dict:
-    changes = {"steps": 8, "batch": 4, "accumulation": 2, "data.streams": 4, "optimizer.kind": "adamw"}
+    changes = {"steps": 8, "batch": 4, "grad_accum_steps": 2, "data.streams": 4, "optimizer.kind": "adamw"}
     return sft_settings(runs) | changes | {"log_every": 1, "checkpoint_every": 2}
 
 
@@ -65,7 +65,7 @@ def test_two_processes_compute_what_one_does_and_one_that_is_killed_costs_nothin
     for row, expected in zip(ours, theirs, strict=True):
         assert row.keys() == expected.keys()
         np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
-        for name in ("row_fill", "tokens_per_step"):
+        for name in ("packing_efficiency", "tokens_per_step"):
             assert row[name] == expected[name]  # the same rows, whoever reads them
     started = processes(alone, runs / "killed")
     deadline = time.monotonic() + 300
@@ -86,7 +86,7 @@ def test_two_processes_compute_what_one_does_and_one_that_is_killed_costs_nothin
 
 def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
     """Each draws the answers to its own prompt, on its own device; rewards and losses are of all of them."""
-    changes = {"steps": 2, "log_every": 1, "group": 4, "minibatch": 4, "gallery.every": 2, "overlap": True}
+    changes = {"steps": 2, "log_every": 1, "group": 4, "micro_batch": 4, "gallery.every": 2, "overlap": True}
     argv = trained(runs / "rl alone", "micro_rl", rl_settings(runs / "alone") | changes)
     outputs = finish(processes(argv, runs / "rl both"))
     theirs, ours = metrics(runs / "rl alone"), metrics(runs / "rl both")
@@ -96,7 +96,7 @@ def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
         same = ("reward", "outcome", "format", "bonus", "images", "judge_calls", "answer_tokens", "missing")
         assert {name: row[name] for name in same} == {name: expected[name] for name in same}  # the same answers
         for name in expected:
-            if name not in ("slot_utilisation", "tokens_per_call", "calls_per_image_token", "ratio_deviation"):
+            if name not in ("slot_utilisation", "tokens_per_call", "calls_per_image_token", "max_ratio_deviation"):
                 np.testing.assert_allclose(row[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
     assert (runs / "rl both" / "gallery" / "step_000002.html").exists()
     wrong = processes([*argv, "--config.prompts_per_step=3", "--config.group=4"], runs / "rl wrong")

@@ -80,7 +80,7 @@ def test_rl_killed_and_finished_equals_an_undisturbed_run(runs, sft, capsys):
     started = systems.load(sft[0]).params["lm_head"]
     assert (np.asarray(systems.load(runs / "rl").params["lm_head"]) != np.asarray(started)).any()  # it did learn
     rows = metrics(runs / "rl")
-    assert [row["step"] for row in rows] == [3, 6, 8] and all(row["ratio_deviation"] < 1e-3 for row in rows)
+    assert [row["step"] for row in rows] == [3, 6, 8] and all(row["max_ratio_deviation"] < 1e-3 for row in rows)
 
 
 # -- what a user may get wrong ----------------------------------------------------------------------------------------
@@ -99,8 +99,8 @@ def complaint(capsys, argv: list[str]) -> str:
 def test_a_workdir_keeps_its_configuration(sft, capsys):
     workdir, argv = sft
     before = metrics(workdir), newest_checkpoint(workdir)
-    message = complaint(capsys, [*argv, "--config.optimizer.peak=0.5"])
-    assert "another configuration: optimizer.peak was 0.002, is 0.5" in message and "--workdir" in message
+    message = complaint(capsys, [*argv, "--config.optimizer.learning_rate=0.5"])
+    assert "another configuration: optimizer.learning_rate was 0.002, is 0.5" in message and "--workdir" in message
     assert (metrics(workdir), newest_checkpoint(workdir)) == before
 
 
@@ -115,7 +115,10 @@ def test_a_run_that_ended_before_its_first_checkpoint_may_be_started_otherwise(r
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer.paek": 1}, "has no key `optimizer.paek`. Did you mean --config.optimizer.peak?"),
+        (
+            {"optimizer.learning_rtae": 1},
+            "has no key `optimizer.learning_rtae`. Did you mean --config.optimizer.learning_rate?",
+        ),
         ({"steps": "many"}, "`steps` takes an int, not 'many'"),
         ({"stage": "pretrain"}, "unknown stage 'pretrain'. Use one of image_tokenizer, sft, rl."),
         ({"data.path": "nowhere"}, "nowhere holds no dataset"),
@@ -153,20 +156,30 @@ def test_rl_needs_a_trained_backbone(runs, tmp_path, capsys):
     [
         ({"group": 1}, "config.group is 1: answers are compared within their group, of at least reward.min_valid = 2"),
         ({"reward.min_valid": 9}, "of at least reward.min_valid = 9. Raise config.group"),
-        ({"splits": 9}, "the groups of 8 prompts cannot be dealt into so many parts. Lower config.splits"),
+        (
+            {"num_minibatches": 9},
+            "the groups of 8 prompts cannot be dealt into so many parts. Lower config.num_minibatches",
+        ),
         ({"prompts_per_step": 0}, "prompts_per_step"),
         ({"prompts.size": 0}, "there is no prompt to answer"),
         ({"prompts.source": "nowhere"}, "nowhere holds no dataset"),
         ({"buckets": ()}, "config.buckets .* are no lengths"),
-        ({"judge.outcome.kind": "openai", "judge.outcome.model": "m", "judge.outcome.base_url": "http://127.0.0.1:9/v1",
-          "judge.outcome.key_variable": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+        (
+            {
+                "judge.outcome.kind": "openai",
+                "judge.outcome.model": "m",
+                "judge.outcome.base_url": "http://127.0.0.1:9/v1",
+                "judge.outcome.key_variable": "NO_SUCH_KEY",
+            },
+            "NO_SUCH_KEY",
+        ),
         ({"judge.outcome.kind": "oracle"}, "judge.outcome.kind is 'oracle'. Use world, openai or gateway"),
         ({"judge.concurrency": 0}, "0 calls at a time .* judge.concurrency"),
         ({"judge.check_every": -1}, "judge.check_every"),
-        ({"reward.scale": "tenth"}, "reward.scale is 'tenth', which is unknown. Use one of fifth, unit"),
+        ({"reward.score_map": "tenth"}, "reward.score_map is 'tenth', which is unknown. Use one of div5, unit"),
         ({"reward.axis_weights": (1.0, 1.0)}, "reward.axis_weights .* one weight >= 0 for each of"),
         ({"reward.preset": "paper"}, "has no key `reward.preset`"),
-        ({"grpo.normalisation": "mean"}, "normalisation is sequence, token or constant"),
+        ({"grpo.loss_type": "mean"}, "loss_type is grpo, bnpo or dr_grpo"),
         ({"grammar.modes": ("thought",)}, "grammar modes .*thought.* are not among"),
         ({"sampling.image_top_p": 0.0}, "top_p"),
         ({"engine.refill": 0.0}, "engine options .* are out of range"),

@@ -21,7 +21,7 @@ from ivr_jax.training.losses import GrpoOptions, grpo_loss
 torch = pytest.importorskip("torch", reason="the independent reference is a test extra")
 
 CLIP_LOW, CLIP_HIGH, KL, LONGEST, CAP = 0.15, 0.3, 0.04, 9, 1.1
-LOSSES = {"sequence": "grpo", "token": "bnpo", "constant": "dr_grpo"}
+LOSSES = ("grpo", "bnpo", "dr_grpo")
 
 
 def trl() -> types.ModuleType:
@@ -52,7 +52,7 @@ def sampler_numbers() -> np.ndarray:
     return (old + np.random.default_rng(5).normal(0, 0.2, old.shape) * mask).astype(np.float32)
 
 
-def theirs(normalisation: str, corrected: bool = False):
+def theirs(loss_type: str, corrected: bool = False):
     """Loss of `GRPOTrainer._compute_loss`, its gradient by the log-probabilities, and the metrics that it logged."""
     new, old, reference, gains, mask = (torch.tensor(x) for x in numbers())
     new.requires_grad_(True)
@@ -60,7 +60,7 @@ def theirs(normalisation: str, corrected: bool = False):
     stand_in = types.SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, torch.zeros_like(new), None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level="token", beta=KL, loss_type=LOSSES[normalisation], epsilon_low=CLIP_LOW,
+        importance_sampling_level="token", beta=KL, loss_type=loss_type, epsilon_low=CLIP_LOW,
         epsilon_high=CLIP_HIGH, use_vllm=corrected, vllm_importance_sampling_correction=corrected,
         max_completion_length=LONGEST, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
         _metrics=metrics, accelerator=Accelerator(), model=types.SimpleNamespace(training=True),
@@ -79,9 +79,9 @@ def theirs(normalisation: str, corrected: bool = False):
 
 
 @pytest.mark.parametrize("corrected", [False, True], ids=["", "sampler of lower precision"])
-@pytest.mark.parametrize("normalisation", LOSSES)
-def test_loss_gradient_kl_and_clip_fraction_are_trls(normalisation, corrected):
-    options = GrpoOptions(CLIP_LOW, CLIP_HIGH, KL, normalisation, LONGEST, CAP)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_loss_gradient_kl_and_clip_fraction_are_trls(loss_type, corrected):
+    options = GrpoOptions(CLIP_LOW, CLIP_HIGH, KL, loss_type, LONGEST, CAP)
     new, old, reference, gains, mask = numbers()
     sampler = sampler_numbers() if corrected else None
 
@@ -90,7 +90,7 @@ def test_loss_gradient_kl_and_clip_fraction_are_trls(normalisation, corrected):
         return total / denominator, sums
 
     (loss, sums), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(new)
-    expected, expected_gradient, metrics = theirs(normalisation, corrected)
+    expected, expected_gradient, metrics = theirs(loss_type, corrected)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
     np.testing.assert_allclose(sums["kl"] / sums["tokens"], metrics["kl"][0], atol=1e-5)
