@@ -92,6 +92,7 @@ setup(
         "ivr_jax.services": ["prompts/*.txt"],
         "ivr_jax.review": ["page/*"],
         "ivr_jax.report": ["templates/*"],
+        "ivr_jax.evaluate.benchmarks": ["prompts/*.txt"],
     },
     install_requires=REQUIREMENTS,
     extras_require={
