@@ -29,7 +29,7 @@ from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.protocol.text import PhraseTokenizer
-from ivr_jax.sampling.engine import sample
+from ivr_jax.sampling.batch import sample
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.world.language import PHRASES
 

@@ -30,7 +30,8 @@ from ivr_jax.models import backbone  # noqa: E402
 from ivr_jax.protocol import codec, markers  # noqa: E402
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions  # noqa: E402
 from ivr_jax.protocol.text import PhraseTokenizer  # noqa: E402
-from ivr_jax.sampling.engine import EngineOptions, Usage, pad_prompts, sample  # noqa: E402
+from ivr_jax.sampling.batch import Usage, sample  # noqa: E402
+from ivr_jax.sampling.engine import EngineOptions, pad_prompts  # noqa: E402
 from ivr_jax.trajectory import AXES  # noqa: E402
 from ivr_jax.world.language import PHRASES  # noqa: E402
 from ivr_jax.world.sampler import sample_task  # noqa: E402

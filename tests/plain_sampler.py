@@ -17,7 +17,7 @@ import numpy as np
 
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, GRID, Grammar, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.engine import Samples
+from ivr_jax.sampling.batch import Samples
 from ivr_jax.sampling.logits_processors import SamplingOptions, draw, log_probabilities, pack_kept
 
 

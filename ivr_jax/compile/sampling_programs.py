@@ -78,7 +78,7 @@ def decode(placed: Placed) -> Program:
 
     def trace() -> jax.stages.Traced:
         return decode_loop.run.trace(placed.params, rules, held, until, config=model, options=options,
-                                 length=config.answer_length, visual_start=placed.vocabulary.visual_start)  # fmt: skip
+                                 visual_start=placed.vocabulary.visual_start)  # fmt: skip
 
     resident = {"parameters": bytes_a_chip(placed.params), "cache": bytes_a_chip(cache)}
     flops = train_flops(model, engine.slots, engine.slots * wide) / 3

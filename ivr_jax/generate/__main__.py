@@ -30,7 +30,8 @@ from ivr_jax.generate.answer_folder import PAGE, Spoken, check_writable, read_ab
 from ivr_jax.generate.requests import Prepared, Request
 from ivr_jax.protocol import interleaved
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
-from ivr_jax.sampling.engine import EngineOptions, Usage
+from ivr_jax.sampling.batch import Usage
+from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
 from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, TASKS, Mode

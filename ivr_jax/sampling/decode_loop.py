@@ -20,7 +20,7 @@ from ivr_jax.sampling.speculation import speculate
 APART = 32 << 20, 8 << 30  # bytes of all layers
 
 
-@functools.partial(jax.jit, static_argnames=("config", "options", "length", "visual_start"), donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("config", "options", "visual_start"), donate_argnames=("slots",))
 def run(
     params: Any,
     rules: Rules,
@@ -30,7 +30,6 @@ def run(
     *,
     config: backbone.BackboneConfig,
     options: SamplingOptions,
-    length: int,
     visual_start: int,
 ) -> tuple[Slots, Work]:
     """Calls the model until no more than `until` answers are in progress, or one of them needs a wider cache.
@@ -54,7 +53,7 @@ def run(
         window = jnp.tile(now.window, (contexts, 1))
         hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, apart=apart)
         hidden = hidden.reshape(contexts, batch, width, -1)
-        after, counts = step(rules, parts, hidden, now._replace(cache=cache), options, length)
+        after, counts = step(rules, parts, hidden, now._replace(cache=cache), options)
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
 
     step = _step if slots.drafts is None else speculate
@@ -87,12 +86,12 @@ def reach(slots: Slots) -> jax.Array:
 
 
 def _step(
-    rules: Rules, parts: tuple[Part, Part], hidden: jax.Array, slots: Slots, options: SamplingOptions, length: int
+    rules: Rules, parts: tuple[Part, Part], hidden: jax.Array, slots: Slots, options: SamplingOptions
 ) -> tuple[Slots, Work]:
     """One token a slot, and the forced ones after it, from hidden [C, B, W, D]."""
     last = jnp.take_along_axis(hidden, (slots.known - 1)[None, :, None, None], axis=2)[:, :, 0]
     active = ~slots.ended
     drawn = choose(rules, parts, last, slots.state, slots.keys, slots.answered, active, options)
-    after = extend(rules, slots, drawn, length)
+    after = extend(rules, slots, drawn)
     images = (active & (rules.tables.kind[slots.state.node] == GRID)).sum()
     return after, Work(1, active.sum(), (after.answered - slots.answered).sum(), images, images, 0, 0)

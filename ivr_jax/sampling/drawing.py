@@ -81,12 +81,12 @@ def like(flags: jax.Array, values: jax.Array) -> jax.Array:
     return flags.reshape(-1, *(1,) * (values.ndim - 1))
 
 
-def extend(rules: Rules, slots: Slots, drawn: Drawn, length: int) -> Slots:
+def extend(rules: Rules, slots: Slots, drawn: Drawn) -> Slots:
     """Adds a token to each slot in use, and the forced ones that follow it, as many as the window holds."""
     token, active, width = drawn.token, ~slots.ended, slots.window.shape[1]
     state, answered = advance(rules.tables, slots.state, token, jnp), slots.answered + 1
     known = jnp.ones_like(answered)
-    window, going = [token], active & ~is_full(rules.tables, state, answered, length, jnp)
+    window, going = [token], active & ~is_full(rules.tables, state, answered, slots.limit, jnp)
     for _ in range(1, width):
         follows = rules.forced[legal_row(rules.tables, state, jnp)]
         going &= (follows >= 0) & (state.node != ACCEPT)
@@ -94,12 +94,12 @@ def extend(rules: Rules, slots: Slots, drawn: Drawn, length: int) -> Slots:
         following = advance(rules.tables, state, jnp.maximum(follows, 0), jnp)
         state = jax.tree.map(lambda new, old, on=going: jnp.where(on, new, old), following, state)
         answered, known = answered + going, known + going
-        going &= ~is_full(rules.tables, state, answered, length, jnp)
+        going &= ~is_full(rules.tables, state, answered, slots.limit, jnp)
     steps = jnp.arange(width)[None, :]
     place = slots.answered[:, None] + steps
     place = jnp.where(active[:, None] & (steps < known[:, None]), place, slots.tokens.shape[1])
     window, batch = jnp.stack(window, 1), jnp.arange(token.shape[0])
-    ended = (state.node == ACCEPT) | is_full(rules.tables, state, answered, length, jnp)
+    ended = (state.node == ACCEPT) | is_full(rules.tables, state, answered, slots.limit, jnp)
     moved = {"state": state, "answered": answered, "window": window, "known": known, "ended": ended}
     stayed = {name: getattr(slots, name) for name in moved}
     moved = jax.tree.map(lambda new, old: jnp.where(like(active, new), new, old), moved, stayed)

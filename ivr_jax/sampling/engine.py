@@ -1,18 +1,18 @@
-"""The rollout engine: answers to any number of prompts through a fixed number of slots (continuous batching).
+"""The rollout engine: answers in progress in a fixed number of slots (continuous batching).
 
-The host loop below fills slots with answers, runs a jitted segment of model calls (`decode_loop.run`) until enough
-answers have ended, takes them out, and fills their slots with the next ones.  A long answer does not hold back
-the others.  When no answer waits any more, the slots still in use are moved together into fewer, and the cache is only
-ever as wide as the longest answer in progress needs.
+`Engine` holds the slots.  Answers are admitted, a jitted segment of model calls (`decode_loop.run`) is run, answers
+that have ended are taken out and others cancelled, at any time and in any order: a long answer holds back nobody.
+`batch.sample` drives it for a batch of prompts, the server for requests as they arrive.  Slots in use can be moved
+together into fewer, and the cache is only ever as wide as the longest answer in progress needs.
 
 What an answer says depends on its own key and prompt alone (see `slots`): not on the number of slots, the order of
-arrival, or the window.  `Samples` is therefore the same for every `EngineOptions`.
+arrival, its neighbours, or the window.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,35 +21,14 @@ import numpy as np
 
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
-from ivr_jax.protocol.grammar import Grammar, GrammarState, advance, legal_row
+from ivr_jax.protocol.grammar import ACCEPT, ERROR, GrammarState, advance, legal_row
 from ivr_jax.sampling import decode_loop
 from ivr_jax.sampling import slots as device
 from ivr_jax.sampling.logits_processors import SamplingOptions
 
 SMALLEST = 8  # slots are moved together down to this many
-WAVE = 8  # prompts are read for this part of the slots at a time, or more
 ROUND = 32  # cache widths are multiples of this
-WATCHED = 64  # model calls between two reports to who watches
-
-
-class Samples(NamedTuple):
-    """What was drawn; A is the longest answer asked for.
-
-    tokens int32 [B, A]: answer tokens, EOS included, then PAD.
-    rows int32 [B, A]: row of the grammar's legality table at each token; the trainer replays the mask from it.
-    nodes int32 [B, A + 1]: automaton node before each token (`codec.parse_answer` reads it); ACCEPT once finished.
-    log_probs float32 [B, A]: log-probability of each token under the sampled distribution; 0 after EOS.
-    lengths int32 [B]: answer tokens, EOS included; the row is unfinished when nodes[b, lengths[b]] != ACCEPT.
-    kept uint8 [B, A, ceil(V / 8)]: the ids that top-k and top-p kept at each token (`chain.pack_kept`; all of them
-      where the grammar leaves one alone); None without.
-    """
-
-    tokens: Any
-    rows: Any
-    nodes: Any
-    log_probs: Any
-    lengths: Any
-    kept: Any = None
+PROMPT_ROUND, OPENING_ROUND = 96, 32  # prompts and openings that arrive alone are padded to multiples of these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,272 +58,296 @@ class EngineOptions:
             )
 
 
-@dataclasses.dataclass
-class Usage:
-    """What a run of the engine cost.
+class Admission(NamedTuple):
+    """An answer that shall move into a slot.
 
-    Attributes:
-      calls: model calls; slot_calls: slots in these calls, in use or not; in_use: those in use.
-      queued_slot_calls, queued_in_use: the same of the calls made while answers waited for a slot.
-      prompts: prompts that were read, once for all answers to them.
-      tokens: answer tokens that came of them; opening tokens, which the prefill reads, are not among them.
-      image_calls, image_tokens, drafted, accepted: see `slots.Work`.
+    answer: what the caller knows it by; prompt: which of the prefilled prompts it answers.
+    starts int32 [C]: position of its first token in each context.
+    opening int32 [O]: its first tokens, which the prefilled prompts already hold; state: the grammar after them, arrays
+    of one value; last: the last token of its prompt and opening; limit: most answer tokens, the opening included.
+    reference int32 [cells]: see `slots.Drafts`; None without speculation.
     """
 
-    calls: int = 0
-    slot_calls: int = 0
-    in_use: int = 0
-    queued_slot_calls: int = 0
-    queued_in_use: int = 0
-    prompts: int = 0
-    tokens: int = 0
-    image_calls: int = 0
-    image_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-    @property
-    def utilisation(self) -> float:
-        """Share of the slots of all calls that held an answer in progress."""
-        return self.in_use / max(self.slot_calls, 1)
-
-    def add(self, work: device.Work, slots: int, queued: bool) -> None:
-        """Adds a segment of `slots` slots; `queued`: answers waited for one of them."""
-        for name, count in zip(work._fields, work, strict=True):
-            setattr(self, name, getattr(self, name) + int(count))
-        self.slot_calls += int(work.calls) * slots
-        if queued:
-            self.queued_slot_calls += int(work.calls) * slots
-            self.queued_in_use += int(work.in_use)
-
-    def metrics(self) -> dict[str, tuple[float, float]]:
-        """What a training log shows, as (sum, denominator); what did not happen is left out."""
-        found = {
-            "slot_utilisation": (float(self.in_use), float(self.slot_calls)),
-            "slot_utilisation_queued": (float(self.queued_in_use), float(self.queued_slot_calls)),
-            "tokens_per_call": (float(self.tokens), float(self.calls)),
-            "calls_per_image_token": (float(self.image_calls), float(self.image_tokens)),
-            "draft_acceptance": (float(self.accepted), float(self.drafted)),
-        }
-        return {name: pair for name, pair in found.items() if pair[1]}
+    answer: Hashable
+    prompt: int
+    starts: np.ndarray
+    opening: np.ndarray
+    state: GrammarState
+    last: int
+    limit: int
+    reference: np.ndarray | None = None
 
 
-def sample(
-    config: backbone.BackboneConfig,
-    params: Any,
-    grammar: Grammar,
-    prompts: np.ndarray,
-    prompt_lengths: np.ndarray,
-    size: tuple[int, int],
-    keys: jax.Array,
-    answer_length: int,
-    options: SamplingOptions | None = None,
-    group: int = 1,
-    unconditional: Sequence[tuple[np.ndarray, np.ndarray]] = (),
-    engine: EngineOptions | None = None,
-    progress: Callable[[int], None] | None = None,
-    watch: Callable[[Usage], None] | None = None,
-) -> tuple[Samples, Usage]:
-    """Draws `group` answers to each prompt.
+class Drawn(NamedTuple):
+    """An answer of n tokens: tokens int32 [n], log_probs float32 [n], kept uint8 [n, ceil(V / 8)] or None."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    kept: np.ndarray | None
+
+
+class Engine:
+    """Answers in progress, admitted and taken out one by one.
+
+        engine = Engine(config, params, grammar, sampling, options, length=512)
+        engine.add("a", [prompt], grammar.initial(np.full(1, 4), np.full(1, 4)), key, limit=200)
+        while engine.in_use:
+            engine.step(calls=16)
+            tokens_so_far = engine.tokens()
+            answers = engine.take_finished()
 
     Args:
-      prompts: int32 [P, T] right-padded prompt tokens; prompt_lengths: int32 [P].
-      size: forced image size in latent cells (rows, columns), or `grammar.FREE` when the model chooses.
-      keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
-      answer_length: most answer tokens, EOS included.  An image is never cut: where its cells no longer fit, the answer
-        stops before them.
-      unconditional: (prompts [P, T'], lengths [P]) of each of guidance's unconditional passes (`options.passes`).
-      progress: called with the number of answers that have just ended.
-      watch: called with what it has cost so far, every `WATCHED` model calls at least.
-
-    Returns:
-      Samples as numpy arrays, and what they cost.
+      grammar: gives `tables` and `tokenizer` (a `Grammar`, or several joined ones).
+      sampling: how ids are drawn; options: how many at a time, and how caches grow.
+      length: most tokens of one answer; an answer's own `limit` may be lower.
+      widest: most cache slots that an answer can need; by default those of the model's context.
+      batch: slots, by default those of the options.
+      cells: of a reference image, for speculation.
     """
-    options, engine = options or SamplingOptions(), engine or EngineOptions()
-    if len(keys) != len(prompts) * group:
-        raise ValueError(f"{len(keys)} keys for {len(prompts) * group} answers")
-    if prompts.shape[1] + answer_length > config.max_position_embeddings:
-        raise UserError(
-            f"a prompt of {prompts.shape[1]} and an answer of {answer_length} tokens do not fit a context of "
-            f"{config.max_position_embeddings}.",
-            "Shorten the prompt or lower the answer length.",
-        )
-    if len(unconditional) != options.passes:
-        raise ValueError(f"guidance needs {options.passes} sets of unconditional prompts, not {len(unconditional)}")
-    contexts = [(prompts, prompt_lengths), *unconditional]
-    run = _Run(config, params, grammar, contexts, size, keys, answer_length, options, group, engine)
-    return run.finish(progress or (lambda ended: None), watch)
 
+    def __init__(
+        self,
+        config: backbone.BackboneConfig,
+        params: Any,
+        grammar: Any,
+        sampling: SamplingOptions,
+        options: EngineOptions,
+        *,
+        length: int,
+        widest: int = 0,
+        batch: int = 0,
+        cells: int | None = None,
+    ):
+        self.config, self.params, self.options, self.sampling = config, params, options, sampling
+        self.length, self.batch = length, batch or options.slots
+        self.vocab, self.tables = grammar.tokenizer.vocab, grammar.tables
+        self.held: list[Hashable | None] = [None] * self.batch
+        rules = device.rules_of(grammar)
+        self.forced = rules.forced
+        self._rules = jax.tree.map(jnp.asarray, rules)
+        self.widest = widest or config.max_position_embeddings + options.window
+        self._cells = cells if options.speculate else None
+        self._prompt_width = 0
+        self._slots: device.Slots | None = None
 
-class _Run:
-    """One call of `sample`: what waits, what is in the slots, and what has ended."""
+    @property
+    def in_use(self) -> int:
+        """Slots that hold an answer, ended or not."""
+        return sum(answer is not None for answer in self.held)
 
-    def __init__(self, config, params, grammar, contexts, size, keys, answer_length, options, group, engine):
-        self.config, self.params, self.grammar, self.engine = config, params, grammar, engine
-        self.keys, self.group, self.length, self.options = keys, group, answer_length, options
-        self.pad, self.forced = grammar.tokenizer.vocab.pad, device.rules_of(grammar).forced
-        self.rules = jax.tree.map(jnp.asarray, device.rules_of(grammar))
-        self.initial = grammar.initial(np.full(1, size[0]), np.full(1, size[1]))
-        self.opening, self.opened = self._open()
-        self.prompts, self.starts = _join(contexts, self.opening, self.pad)
-        self.references = self._references(max(size[0], 1) * max(size[1], 1))
-        count = len(keys)
-        self.batch = min(engine.slots, _power_above(count))
-        self.most = self.prompts.shape[2] + answer_length - len(self.opening) + engine.window
-        together = count <= self.batch  # all fit: one prefill; else as many as a refill takes
-        self.quantum = self.batch if together else max(1, int(self.batch * engine.refill))
-        wave = max(self.quantum, self.batch // WAVE)  # fewer prompts at a time would keep the device idle
-        self.wave_size = min(contexts[0][0].shape[0], -(-wave // group))
-        self.usage, self.next = Usage(), 0
-        self.wave: tuple[int, Any] | None = None
-        self.held = np.full(self.batch, -1)  # the answer in each slot
-        self.tokens = np.full((count, answer_length), self.pad, np.int32)
-        self.log_probs = np.zeros((count, answer_length), np.float32)
-        self.lengths = np.zeros(count, np.int32)
-        bits = (count, answer_length, -(-config.vocab_size // 8))
-        self.kept = np.full(bits, 255, np.uint8) if options.truncates else None
+    @property
+    def free(self) -> int:
+        return self.batch - self.in_use
 
-    def _open(self) -> tuple[np.ndarray, GrammarState]:
-        """The forced tokens that every answer begins with, and the grammar's state after them."""
-        state, tokens, tables = self.initial, [], self.grammar.tables
-        while len(tokens) < self.length:
-            token = self.forced[legal_row(tables, state, np)[0]]
-            if token < 0:
-                break
-            tokens.append(token)
-            state = advance(tables, state, np.array([token]), np)
+    # -- in ---------------------------------------------------------------------------------------------------------
+
+    def open(
+        self, state: GrammarState, given: Sequence[int] = (), limit: int | None = None
+    ) -> tuple[np.ndarray, GrammarState]:
+        """An answer's opening, `given` tokens and the forced ones after them (at most `limit`): int32 [O], state.
+
+        Raises UserError where `given` leaves the grammar.
+        """
+        tokens, limit = [], self.length if limit is None else limit
+        for token in given:
+            tokens.append(int(token))
+            state = advance(self.tables, state, np.array([token]), np)
+            if state.node[0] == ERROR:
+                raise UserError(f"the given answer leaves the grammar at token {len(tokens) - 1}.", "Correct it.")
+        while len(tokens) < limit and (forced := self.forced[legal_row(self.tables, state, np)[0]]) >= 0:
+            tokens.append(int(forced))
+            state = advance(self.tables, state, np.array([forced]), np)
         return np.array(tokens, np.int32), state
 
-    def _references(self, cells: int) -> np.ndarray:
-        """The last image of each prompt, int32 [P, cells] visual ids; the first code where there is none."""
-        first = self.grammar.tokenizer.vocab.visual_start
-        found = np.full((self.prompts.shape[1], cells), first, np.int32)
-        for row, prompt, start in zip(found, self.prompts[0], self.starts[0], strict=True):
-            visual = prompt[:start][prompt[:start] >= first]
-            if cells <= len(visual):
-                row[:] = visual[-cells:]
-        return found
+    def add(
+        self,
+        answer: Hashable,
+        prompts: Sequence[Sequence[int]],
+        state: GrammarState,
+        key: jax.Array,
+        limit: int,
+        given: Sequence[int] = (),
+    ) -> None:
+        """Reads one prompt and admits the answer to it.
 
-    # -- the loop ---------------------------------------------------------------------------------------------------
+        Args:
+          prompts: tokens of the prompt in each context: the prompt itself, then those of guidance's passes.
+          state: grammar before the first answer token, arrays of one value.
+          limit: most answer tokens, `given` ones included; given: tokens that the answer begins with.
+        """
+        if len(prompts) != 1 + self.sampling.passes:
+            raise ValueError(f"{len(prompts)} contexts for {self.sampling.passes} passes of guidance")
+        opening, after = self.open(state, given, limit)
+        contexts = [pad_prompts([list(tokens)], self.vocab.pad, 1) for tokens in prompts]
+        rows, starts = join_contexts(contexts, opening, self.vocab.pad)
+        context = self.config.max_position_embeddings
+        width = min(-(-rows.shape[2] // PROMPT_ROUND) * PROMPT_ROUND, context)
+        rows = np.pad(rows[:, 0], ((0, 0), (0, max(width - rows.shape[2], 0))), constant_values=self.vocab.pad)
+        last = int((*prompts[0], *opening)[-1])
+        reference = last_image(prompts[0], self._cells, self.vocab.visual_start) if self._cells else None
+        arrival = Admission(answer, 0, starts[:, 0], opening, after, last, limit, reference)
+        self.admit(self.prefill(rows), [arrival], key[None])
 
-    def finish(
-        self, progress: Callable[[int], None], watch: Callable[[Usage], None] | None
-    ) -> tuple[Samples, Usage]:
-        """Runs until every answer has ended."""
-        count, calls = len(self.keys), None if watch is None else np.int32(WATCHED)
-        slots = device.empty(
-            self.config, self.keys[0], self.opened, batch=self.batch, contexts=len(self.prompts),
-            slots=self._wide(0, self.prompts.shape[2]), length=self.length, window=self.engine.window, pad=self.pad,
-            truncates=self.options.truncates, cells=self.references.shape[1] if self.engine.speculate else None,
-        )  # fmt: skip
-        while self.next < count or (self.held >= 0).any():
-            slots = self._fill(slots)
-            slots = self._resize(slots)
-            slots, work = decode_loop.run(
-                self.params, self.rules, slots, self._until(), calls, config=self.config, options=self.options,
-                length=self.length, visual_start=self.grammar.tokenizer.vocab.visual_start,
+    def prefill(self, rows: np.ndarray) -> backbone.KVCache:
+        """Keys and values of prompts int32 [C * P, T], contexts after one another."""
+        return device.prefill(self.config, self.params, rows)
+
+    def admit(self, prefilled: backbone.KVCache, arrivals: Sequence[Admission], keys: jax.Array) -> None:
+        """Moves answers into free slots.
+
+        Args:
+          keys: PRNG keys [R], one an arrival; more of them than arrivals pad the call to one shape.
+        """
+        size = len(keys)
+        contexts = len(arrivals[0].starts)
+        self._prompt_width = max(self._prompt_width, prefilled.k.shape[3])
+        if self._slots is None:
+            self._slots = device.empty(
+                self.config, keys[0], _one(arrivals[0].state), batch=self.batch, contexts=contexts,
+                slots=self._wide(0, self._prompt_width), length=self.length, window=self.options.window,
+                pad=self.vocab.pad, truncates=self.sampling.truncates, cells=self._cells,
             )  # fmt: skip
-            self.usage.add(work, self.batch, self.next < count)
-            if watch is not None:
-                watch(self.usage)
-            progress(self._take_out(slots))
-        initial = GrammarState(*(np.repeat(x, count) for x in self.initial))
-        rows, nodes = map(np.asarray, device.replay(self.grammar.tables, initial, self.tokens))
-        return Samples(self.tokens, rows, nodes, self.log_probs, self.lengths, self.kept), self.usage
-
-    def _until(self) -> np.int32:
-        """How many answers may still be in progress when the segment ends."""
-        in_use = int((self.held >= 0).sum())
-        if self.next < len(self.keys):
-            return np.int32(max(in_use - self.quantum, 0))
-        return np.int32(self.batch // 2 if self._can_shrink() else 0)
-
-    def _can_shrink(self) -> bool:
-        return self.engine.shrink and self.batch >= 2 * SMALLEST
-
-    def _take_out(self, slots: device.Slots) -> int:
-        """Copies the answers that have ended to their rows; returns their number."""
-        ended = np.flatnonzero(np.asarray(slots.ended) & (self.held >= 0))
-        if len(ended) == 0:
-            return 0
-        tokens, log_probs, answered = map(np.asarray, (slots.tokens, slots.log_probs, slots.answered))
-        self.tokens[self.held[ended]] = tokens[ended, : self.length]
-        self.log_probs[self.held[ended]] = log_probs[ended, : self.length]
-        self.lengths[self.held[ended]] = answered[ended]
-        if self.kept is not None:
-            self.kept[self.held[ended]] = np.asarray(slots.kept)[ended, : self.length]
-        self.held[ended] = -1
-        return len(ended)
-
-    # -- slots ------------------------------------------------------------------------------------------------------
-
-    def _fill(self, slots: device.Slots) -> device.Slots:
-        """Moves waiting answers into free slots, those of one prefilled wave of prompts at a time."""
-        while self.next < len(self.keys) and (free := np.flatnonzero(self.held < 0)).size:
-            first = self._prefilled(self.next // self.group)
-            last = min(len(self.keys), (first + self.wave_size) * self.group, self.next + min(len(free), self.quantum))
-            answers = np.arange(self.next, last)
-            used = free[: len(answers)]
-            slots = device.admit(slots, self.wave[1], self._arrivals(answers, used, first), pad=self.pad)
-            self.held[used] = answers
-            self.next = last
-        return slots
-
-    def _prefilled(self, prompt: int) -> int:
-        """Makes sure that `prompt` is prefilled; returns the first prompt of its wave."""
-        first = prompt - prompt % self.wave_size
-        if self.wave is None or self.wave[0] != first:
-            chosen = np.minimum(np.arange(first, first + self.wave_size), self.prompts.shape[1] - 1)
-            rows = self.prompts[:, chosen].reshape(-1, self.prompts.shape[2])
-            self.wave = first, device.prefill(self.config, self.params, rows)
-            self.usage.prompts += len(np.unique(chosen))
-        return self.wave[0]
-
-    def _arrivals(self, answers: np.ndarray, used: np.ndarray, first: int) -> device.Arrivals:
-        size = self.quantum
+        self._widen(self._prompt_width)
+        used = [slot for slot, answer in enumerate(self.held) if answer is None][: len(arrivals)]
+        padded = [*arrivals, *[arrivals[-1]] * (size - len(arrivals))]
         slot = np.full(size, self.batch, np.int32)
         slot[: len(used)] = used
-        padded = np.pad(answers, (0, size - len(answers)), mode="edge")
-        prompt = padded // self.group
-        ends = self.starts[0, prompt] + len(self.opening) - 1
-        full = device.is_full(self.grammar.tables, self.opened, np.int32(len(self.opening)), self.length, np)
+        self._slots = device.admit(self._slots, prefilled, self._arrivals(padded, slot, keys), pad=self.vocab.pad)
+        for place, arrival in zip(used, arrivals, strict=True):
+            self.held[place] = arrival.answer
+
+    def _arrivals(self, padded: Sequence[Admission], slot: np.ndarray, keys: jax.Array) -> device.Arrivals:
+        opened = np.array([len(a.opening) for a in padded], np.int32)
+        longest = int(opened.max())
+        if longest != opened.min() or len(padded) == 1:  # openings of many lengths: few shapes
+            longest = min(-(-longest // OPENING_ROUND) * OPENING_ROUND, self.length)
+        opening = np.full((len(padded), longest), self.vocab.pad, np.int32)
+        for row, arrival in zip(opening, padded, strict=True):
+            row[: len(arrival.opening)] = arrival.opening
+        state = GrammarState(*(np.concatenate(x) for x in zip(*(a.state for a in padded), strict=True)))
+        limit = np.array([a.limit for a in padded], np.int32)
         return device.Arrivals(
             slot,
-            (prompt - first).astype(np.int32),
-            self.keys[padded],
-            self.starts[:, prompt],
-            GrammarState(*(np.repeat(x, size) for x in self.opened)),
-            self.opening,
-            self.prompts[0, prompt, ends],
-            np.repeat(full, size),
-            self.references[prompt] if self.engine.speculate else None,
+            np.array([a.prompt for a in padded], np.int32),
+            keys,
+            np.stack([a.starts for a in padded], 1),
+            state,
+            opening,
+            opened,
+            np.array([a.last for a in padded], np.int32),
+            limit,
+            device.is_full(self.tables, state, opened, limit, np) | (state.node == ACCEPT),
+            None if self._cells is None else np.stack([a.reference for a in padded]),
         )
 
-    def _resize(self, slots: device.Slots) -> device.Slots:
-        """Fewer slots when no more than half are in use and none wait; a wider cache when an answer needs it."""
-        while self.next == len(self.keys) and self._can_shrink() and (self.held >= 0).sum() <= self.batch // 2:
+    # -- on ---------------------------------------------------------------------------------------------------------
+
+    def step(self, calls: int | None = None, until: int = 0) -> device.Work:
+        """Calls the model until no more than `until` answers are in progress, or `calls` times; counts as integers.
+
+        It may return earlier, when an answer needs a wider cache.
+        """
+        if self._slots is None:
+            return device.Work(*(0,) * len(device.Work._fields))
+        self._widen(int(decode_loop.reach(self._slots)))
+        self._slots, work = decode_loop.run(
+            self.params, self._rules, self._slots, np.int32(until), None if calls is None else np.int32(calls),
+            config=self.config, options=self.sampling, visual_start=self.vocab.visual_start,
+        )  # fmt: skip
+        return device.Work(*map(int, work))
+
+    def shrink(self) -> None:
+        """Moves answers together into fewer slots while no more than half are in use (`EngineOptions.shrink`)."""
+        while self.can_shrink and self._slots is not None and self.in_use <= self.batch // 2:
             self.batch //= 2
-            index = np.concatenate([np.flatnonzero(self.held >= 0), np.flatnonzero(self.held < 0)])[: self.batch]
-            slots, self.held = device.keep(slots, index.astype(np.int32)), self.held[index]
-        wide = self._wide(slots.cache.k.shape[3], int(decode_loop.reach(slots)))
-        return slots if wide == slots.cache.k.shape[3] else device.widen(slots, slots_wide=wide)
+            used = [slot for slot, answer in enumerate(self.held) if answer is not None]
+            empty = [slot for slot, answer in enumerate(self.held) if answer is None]
+            index = [*used, *empty][: self.batch]
+            self._slots = device.keep(self._slots, np.array(index, np.int32))
+            self.held = [self.held[slot] for slot in index]
+
+    @property
+    def can_shrink(self) -> bool:
+        return self.options.shrink and self.batch >= 2 * SMALLEST
+
+    def _widen(self, needed: int) -> None:
+        now = self._slots.cache.k.shape[3]
+        wide = self._wide(now, needed)
+        if wide != now:
+            self._slots = device.widen(self._slots, slots_wide=wide)
 
     def _wide(self, now: int, needed: int) -> int:
         """The width of the cache: enough for `needed`, with room to grow."""
         if needed <= now:
             return now
-        if self.engine.growth == 1:
-            return self.most
-        wide = max(needed, int(now * self.engine.growth), self.prompts.shape[2] + ROUND)
+        most = max(self.widest, needed)
+        if self.options.growth == 1:
+            return most
+        wide = max(needed, int(now * self.options.growth), self._prompt_width + ROUND)
         wide = -(-wide // ROUND) * ROUND
-        return self.most if wide + ROUND >= self.most else wide
+        return most if wide + ROUND >= most else wide
+
+    # -- out --------------------------------------------------------------------------------------------------------
+
+    def tokens(self) -> dict[Hashable, np.ndarray]:
+        """The tokens so far of every answer in a slot, int32 [n]."""
+        if not self.in_use:
+            return {}
+        tokens, answered = map(np.asarray, (self._slots.tokens, self._slots.answered))
+        return {a: tokens[slot, : answered[slot]] for slot, a in enumerate(self.held) if a is not None}
+
+    def take_finished(self) -> dict[Hashable, Drawn]:
+        """Answers that have ended, or have no room for more; their slots are free then."""
+        if self._slots is None:
+            return {}
+        ended = np.asarray(self._slots.ended)
+        return self._take([slot for slot, a in enumerate(self.held) if a is not None and ended[slot]])
+
+    def cancel(self, answers: Sequence[Hashable]) -> dict[Hashable, Drawn]:
+        """Ends answers where they are and frees their slots; what they have so far is returned."""
+        chosen = [slot for slot, answer in enumerate(self.held) if answer is not None and answer in answers]
+        drawn = self._take(chosen)
+        if chosen:
+            stopped = np.full(self.batch, self.batch, np.int32)
+            stopped[: len(chosen)] = chosen
+            self._slots = self._slots._replace(ended=device.vacate(self._slots.ended, stopped))
+        return drawn
+
+    def reset(self) -> None:
+        """Gives up cache memory; there must be no answer in a slot."""
+        if self.in_use:
+            raise ValueError("answers are in progress")
+        self._slots, self._prompt_width = None, 0
+
+    def _take(self, chosen: Sequence[int]) -> dict[Hashable, Drawn]:
+        if not chosen:
+            return {}
+        names = ("tokens", "log_probs", "answered")
+        tokens, log_probs, answered = (np.asarray(getattr(self._slots, name)) for name in names)
+        kept = None if self._slots.kept is None else np.asarray(self._slots.kept)
+        found = {}
+        for slot in chosen:
+            count = int(answered[slot])
+            found[self.held[slot]] = Drawn(
+                tokens[slot, :count], log_probs[slot, :count], None if kept is None else kept[slot, :count]
+            )
+            self.held[slot] = None
+        return found
 
 
-def _power_above(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def last_image(prompt: Sequence[int], cells: int, visual_start: int) -> np.ndarray:
+    """The last image of a prompt, int32 [cells] visual ids; the first code where there is none."""
+    visual = np.asarray(prompt, np.int32)
+    visual = visual[visual >= visual_start]
+    return visual[-cells:] if cells <= len(visual) else np.full(cells, visual_start, np.int32)
 
 
-def _join(
+def _one(state: GrammarState) -> GrammarState:
+    """The first row, still an array of one value."""
+    return GrammarState(*(x[:1] for x in state))
+
+
+def join_contexts(
     contexts: list[tuple[np.ndarray, np.ndarray]], opening: np.ndarray, pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of all contexts, the answer's opening added, int32 [C, P, T + O], and where it starts, int32 [C, P]."""

@@ -17,7 +17,8 @@ from ivr_jax.errors import UserError
 from ivr_jax.images import Images, image_name
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar
-from ivr_jax.sampling.engine import EngineOptions, Samples, Usage, pad_prompts, sample
+from ivr_jax.sampling.batch import Samples, Usage, sample
+from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.trajectory import Sample, Trajectory

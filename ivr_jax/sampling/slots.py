@@ -49,6 +49,7 @@ class Slots(NamedTuple):
     keys [B]: one PRNG key an answer; state [B]: grammar after every token so far; answered int32 [B]: their number.
     window int32 [B, W]: tokens of the next call; known int32 [B]: how many of them are sure (1 to W), the last of
     which is answer token `answered - 1`.
+    limit int32 [B]: most tokens of each answer.
     ended bool [B]: complete, cut, or empty.  tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8
     [B, A + W, ceil(V / 8)]: `chain.pack_kept` of each drawn token, None where nothing is left out.  drafts: None
     without speculation.
@@ -61,6 +62,7 @@ class Slots(NamedTuple):
     answered: Any
     window: Any
     known: Any
+    limit: Any
     ended: Any
     tokens: Any
     log_probs: Any
@@ -101,11 +103,11 @@ def rules_of(grammar: Grammar) -> Rules:
     return Rules(tables, np.where(single >= 0, first_id[single], -1).astype(np.int32))
 
 
-def is_full(tables: Tables, state: GrammarState, answered: Any, length: int, xp: Any) -> Any:
-    """bool [B]: no room for another token, or for the cells of an image that is about to begin."""
+def is_full(tables: Tables, state: GrammarState, answered: Any, limit: Any, xp: Any) -> Any:
+    """bool [B]: no room for another token, or for the cells of an image that is about to begin; `limit` int [B]."""
     begins = (tables.kind[state.node] == GRID) & (state.rows_left == state.height) & (state.cells_left == state.width)
     image = xp.where(begins, state.height * (state.width + 1), 1)  # its cells, EOLs and EOI
-    return answered + image > length
+    return answered + image > limit
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -143,6 +145,7 @@ def empty(
         count(0),
         jnp.full((batch, window), pad, jnp.int32),
         count(1),
+        count(length),
         jnp.ones((batch,), bool),
         jnp.full((batch, length + window), pad, jnp.int32),
         jnp.zeros((batch, length + window), jnp.float32),
@@ -155,8 +158,9 @@ class Arrivals(NamedTuple):
     """Answers that move into slots; R of them, those whose `slot` is out of range are padding.
 
     slot, prompt int32 [R]: where to, and which of the prefilled prompts; keys [R]; starts int32 [C, R];
-    state [R]: grammar after the opening; opening int32 [O]: forced tokens that the prompts already hold;
-    last int32 [R]: the last token of each prompt, which the first call reads again; ended bool [R];
+    opening int32 [R, O], right-padded: the answer's first tokens, which the prompts already hold (forced ones, or those
+    of an answer that is continued); opened int32 [R]: their number; state [R]: grammar after them;
+    last int32 [R]: the last token of each prompt, which the first call reads again; limit int32 [R]; ended bool [R];
     reference int32 [R, cells], see `Drafts`, or None.
     """
 
@@ -166,7 +170,9 @@ class Arrivals(NamedTuple):
     starts: Any
     state: GrammarState
     opening: Any
+    opened: Any
     last: Any
+    limit: Any
     ended: Any
     reference: Any
 
@@ -179,7 +185,7 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
     inside = new.slot < batch
     rows = jnp.concatenate([jnp.where(inside, c * batch + new.slot, contexts * batch) for c in range(contexts)])
     source = jnp.concatenate([c * prompts + new.prompt for c in range(contexts)])
-    width, opened = prefilled.k.shape[3], new.opening.shape[0]
+    width = prefilled.k.shape[3]
     cache = backbone.KVCache(
         *(
             whole.at[:, rows, :, :width].set(part[:, source].astype(whole.dtype), mode="drop")
@@ -190,21 +196,29 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
     def put(old: jax.Array, value: Any) -> jax.Array:
         return old.at[new.slot].set(value, mode="drop")
 
-    answer = jnp.full_like(slots.tokens[0], pad).at[:opened].set(new.opening)
+    beyond = ((0, 0), (0, slots.tokens.shape[1] - new.opening.shape[1]))
+    answer = jnp.pad(new.opening, beyond, constant_values=pad)
     return Slots(
         cache,
         slots.starts.at[:, new.slot].set(new.starts, mode="drop"),
         put(slots.keys, new.keys),
         jax.tree.map(put, slots.state, new.state),
-        put(slots.answered, opened),
+        put(slots.answered, new.opened),
         slots.window.at[new.slot, 0].set(new.last, mode="drop"),
         put(slots.known, 1),
+        put(slots.limit, new.limit),
         put(slots.ended, new.ended),
         put(slots.tokens, answer),
         put(slots.log_probs, 0.0),
         None if slots.kept is None else put(slots.kept, 255),
         slots.drafts and Drafts(put(slots.drafts.count, 0), put(slots.drafts.reference, new.reference)),
     )
+
+
+@functools.partial(jax.jit, donate_argnames=("ended",))
+def vacate(ended: jax.Array, stopped: jax.Array) -> jax.Array:
+    """`Slots.ended` with the answers in slots `stopped` int32 [N] ended; numbers out of range are padding."""
+    return ended.at[stopped].set(True, mode="drop")
 
 
 def widen(slots: Slots, *, slots_wide: int) -> Slots:

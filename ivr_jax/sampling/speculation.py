@@ -20,7 +20,7 @@ from ivr_jax.sampling.slots import Rules, Slots, Work, is_full
 
 
 def speculate(
-    rules: Rules, parts: tuple[Part, Part], hidden: jax.Array, slots: Slots, options: SamplingOptions, length: int
+    rules: Rules, parts: tuple[Part, Part], hidden: jax.Array, slots: Slots, options: SamplingOptions
 ) -> tuple[Slots, Work]:
     """Draws every place of the window, from hidden [C, B, W, D], and keeps what is final."""
     tables, width, contexts = rules.tables, slots.window.shape[1], hidden.shape[0]
@@ -53,13 +53,13 @@ def speculate(
     cell = jnp.where(committed, jnp.minimum(_cell(states), cells), cells)
     rows = jnp.arange(accepted.shape[0])[:, None]
     reference = slots.drafts.reference.at[rows, cell].set(drawn.token, mode="drop")
-    after = extend(rules, moved._replace(drafts=slots.drafts._replace(reference=reference)), last[0], length)
+    after = extend(rules, moved._replace(drafts=slots.drafts._replace(reference=reference)), last[0])
     known_guesses = jnp.where(scored, drawn.token, -1)
     work = Work(
         1, active.sum(), (after.answered - slots.answered).sum(), committed.any(1).sum(), committed.sum(),
         (offered & in_grid & (steps <= accepted[:, None])).sum(), ((right > 0) & in_grid).sum(),
     )  # fmt: skip
-    return _draft(rules, after, slots.answered, known_guesses, length), work
+    return _draft(rules, after, slots.answered, known_guesses), work
 
 
 def _cell(state: GrammarState) -> jax.Array:
@@ -78,7 +78,7 @@ def _record(slots: Slots, drawn: Drawn, accepted: jax.Array) -> Slots:
     )
 
 
-def _draft(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array, length: int) -> Slots:
+def _draft(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array) -> Slots:
     """Fills the window after the known tokens while an image goes on.
 
     Args:
@@ -100,7 +100,7 @@ def _draft(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array, len
         following = advance(rules.tables, state, token, jnp)
         state = jax.tree.map(lambda new, old, on=adds: jnp.where(on, new, old), following, state)
         answered, count = answered + adds, count + adds
-        going &= before | ~is_full(rules.tables, state, answered, length, jnp)
+        going &= before | ~is_full(rules.tables, state, answered, slots.limit, jnp)
     return slots._replace(window=window, drafts=slots.drafts._replace(count=count))
 
 

@@ -17,7 +17,7 @@ from ivr_jax import distributed
 from ivr_jax.rewards.judge import Judged
 from ivr_jax.rewards.judge_service import Usage as JudgeUsage
 from ivr_jax.rewards.judge_service import Verdicts
-from ivr_jax.sampling.engine import Samples, Usage
+from ivr_jax.sampling.batch import Samples, Usage
 from ivr_jax.sampling.rollout import Answer, Rollout
 from ivr_jax.trajectory import evaluation_from_json, evaluation_to_json, trajectory_from_json, trajectory_to_json
 

@@ -16,7 +16,8 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, advance, legal_row
 from ivr_jax.sampling import decode_loop, slots
-from ivr_jax.sampling.engine import EngineOptions, Samples, Usage, pad_prompts, sample
+from ivr_jax.sampling.batch import Samples, Usage, sample
+from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
 
 PARAMS = noisy_params()

@@ -25,7 +25,8 @@ from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.sampling import segment
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.layout import RolloutLayout
-from ivr_jax.sampling.engine import EngineOptions, pad_prompts, sample
+from ivr_jax.sampling.batch import sample
+from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 
 config = dataclasses.replace(CONFIG, vocab_multiple=8)
 plain = noisy_params(config)

@@ -25,7 +25,8 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import ACCEPT, FREE, VISUAL, Grammar, GrammarOptions, Tables
 from ivr_jax.protocol.interleaved import parse_interleaved
-from ivr_jax.sampling.engine import EngineOptions, Samples, pad_prompts, sample
+from ivr_jax.sampling.batch import Samples, sample
+from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import GrammarMask, SamplingOptions, draw, log_probabilities
 from ivr_jax.sampling.rollout import draw_first_images, roll_out
 from ivr_jax.trajectory import Mode
