@@ -51,7 +51,7 @@ class Slots(NamedTuple):
     which is answer token `answered - 1`.
     limit int32 [B]: most tokens of each answer.
     ended bool [B]: complete, cut, or empty.  tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8
-    [B, A + W, ceil(V / 8)]: `chain.pack_kept` of each drawn token, None where nothing is left out.  drafts: None
+    [B, A + W, ceil(V / 8)]: `logits_processors.pack_kept` of each drawn token, None where nothing is left out.  drafts: None
     without speculation.
     """
 

@@ -22,7 +22,7 @@ from tiny_model import CONFIG, TOKENIZER, noisy_params, prompts_of, requests
 from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
-from ivr_jax.sampling import segment
+from ivr_jax.sampling import decode_loop
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.batch import sample
@@ -36,14 +36,14 @@ free = pad_prompts(prompts_of(*requests(4), unconditional=True), TOKENIZER.vocab
 keys = jax.random.split(jax.random.key(0), 16)
 engine = EngineOptions(slots=8, growth=1, shrink=False)
 
-run, caches = segment.run, []
+run, caches = decode_loop.run, []
 
 def watched(*args, **how):
     found = run(*args, **how)
     caches.append([str(axes) for axes in getattr(found[0].cache.k.sharding, "spec", ())])
     return found
 
-segment.run = watched
+decode_loop.run = watched
 
 def answers(config, params):
     return sample(config, params, grammar, *prompts, (2, 2), keys, 48, SamplingOptions(guidance=2.0), 4, (free,),
