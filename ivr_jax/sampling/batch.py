@@ -33,8 +33,8 @@ class Samples(NamedTuple):
     nodes int32 [B, A + 1]: automaton node before each token (`codec.parse_answer` reads it); ACCEPT once finished.
     log_probs float32 [B, A]: log-probability of each token under the sampled distribution; 0 after EOS.
     lengths int32 [B]: answer tokens, EOS included; the row is unfinished when nodes[b, lengths[b]] != ACCEPT.
-    kept uint8 [B, A, ceil(V / 8)]: the ids that top-k and top-p kept at each token (`logits_processors.pack_kept`; all of them
-      where the grammar leaves one alone); None without.
+    kept uint8 [B, A, ceil(V / 8)]: the ids that top-k and top-p kept at each token (`logits_processors.pack_kept`;
+      all of them where the grammar leaves one alone); None without.
     """
 
     tokens: Any

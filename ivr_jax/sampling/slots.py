@@ -49,10 +49,10 @@ class Slots(NamedTuple):
     keys [B]: one PRNG key an answer; state [B]: grammar after every token so far; answered int32 [B]: their number.
     window int32 [B, W]: tokens of the next call; known int32 [B]: how many of them are sure (1 to W), the last of
     which is answer token `answered - 1`.
-    limit int32 [B]: most tokens of each answer.
-    ended bool [B]: complete, cut, or empty.  tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8
-    [B, A + W, ceil(V / 8)]: `logits_processors.pack_kept` of each drawn token, None where nothing is left out.  drafts: None
-    without speculation.
+    limit int32 [B]: most tokens of each answer; ended bool [B]: complete, cut, or empty.
+    tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8 [B, A + W, ceil(V / 8)]:
+    `logits_processors.pack_kept` of each drawn token, None where nothing is left out.  drafts: None without
+    speculation.
     """
 
     cache: backbone.KVCache
