@@ -2,7 +2,7 @@ r"""Supervised fine-tuning of Emu3.5 (34.1 B) as in the paper: 512×512 images, 
 
 Paper: AdamW in bfloat16, cosine 1e-5 → 1e-6 after 10% warm-up. 50,000 samples packed into rows of 8,192 tokens
 (a 512×512 image takes 1,055) are 390 steps if a row holds one sample; set `steps` to one epoch of the data at hand.
-Cost: 0.23 EFLOP a step; memory and estimated time on TPU slices stand in docs/pods-compile.md.
+Cost: 0.23 EFLOP a step; memory and estimated time on TPU slices stand in docs/results/pods-compile.md.
 Untested: it has been compiled for TPUs, and has run on none.
 Command: python -m ivr_jax.train --config=configs/emu35_sft.py --workdir=runs/emu35/sft \
     --config.init=runs/emu35/imported --config.data.path=runs/emu35/construct/dataset \

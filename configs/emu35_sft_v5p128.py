@@ -1,7 +1,7 @@
 r"""`emu35_sft` as planned for 128 chips of v5p: a row of the batch on each, and hardly anything computed twice.
 
 Paper: as emu35_sft; mesh and memory alone differ, so a run may change between the two at any checkpoint.
-Cost: 0.23 EFLOP a step; memory and estimated time stand in docs/pods-compile.md.
+Cost: 0.23 EFLOP a step; memory and estimated time stand in docs/results/pods-compile.md.
 Untested: it has been compiled for TPUs, and has run on none.
 Command: python -m ivr_jax.train --config=configs/emu35_sft_v5p128.py --workdir=runs/emu35/sft \
     --config.init=runs/emu35/imported --config.data.path=runs/emu35/construct/dataset \

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(
         {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}
     )
-    config.engine = ConfigDict(  # how answers are drawn; changes none of them (docs/rollout.md)
+    config.engine = ConfigDict(  # how answers are drawn; changes none of them (docs/how-to/rollout.md)
         {"slots": 64, "refill": 0.125, "window": 2, "growth": 1.5, "shrink": True, "speculate": False}
     )
     # weights that answers are drawn with: dtype "" as in training, or bfloat16; tensor shards, 0: as in training
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
             "clip_low": 0.2,
             "clip_high": 0.2,
             "beta": 0.01,
-            "loss_type": "grpo",  # how the objective is averaged: "grpo", "bnpo" or "dr_grpo" (docs/rl.md)
+            "loss_type": "grpo",  # how the objective is averaged: "grpo", "bnpo" or "dr_grpo" (docs/how-to/rl.md)
             "dr_grpo_length": 256,
             "tis_cap": 2.0,  # only where rollouts are drawn in another precision
         }

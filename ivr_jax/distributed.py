@@ -61,7 +61,7 @@ def _join(**arguments: Any) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"the other processes were not found: {reason}.",
-                        "Check the flags and that all processes were started; see docs/pods.md.") from error
+                        "Check the flags and that all processes were started; see docs/how-to/pods.md.") from error
 
 
 def is_primary() -> bool:

@@ -156,7 +156,7 @@ def _curves(root: Path, config: Any) -> dict[str, dict[str, tuple[Curve, ...]]]:
 
 
 def claims(arms: Mapping[str, Arm]) -> tuple[Gate, ...]:
-    """The claim in miniature, one condition at a time, by means over seeds; see `docs/reproduction.md`."""
+    """The claim in miniature, one condition at a time, by means over seeds; see `docs/results/reproduction.md`."""
     sft, full, plain = arms["sft"], arms.get("full"), arms.get("no_bonus")
     found = []
     for t in (1, 0):

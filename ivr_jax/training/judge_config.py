@@ -104,7 +104,7 @@ def _world_analyzer(prompts: Indexed) -> Analyzer:
     if not has_facts(prompt.sample):
         raise UserError(
             f"the prompt {prompt.sample.key!r} is not of the micro-world, so its exact analyzer cannot judge answers.",
-            "Name a service that can: judge.outcome.kind=openai and its settings (docs/rl.md).",
+            "Name a service that can: judge.outcome.kind=openai and its settings (docs/how-to/rl.md).",
         )
     from ivr_jax.world.analyzer import WorldAnalyzer
 

@@ -292,8 +292,8 @@ def test_a_judge_that_sees_no_difference_raises_the_alarms():
 
 
 def documented_scalars() -> set[str]:
-    """Names in the table "What is logged" of docs/rl.md."""
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "rl.md").read_text()
+    """Names in the table "What is logged" of docs/how-to/rl.md."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "rl.md").read_text()
     table = text[text.index("## What is logged") :].split("\n\n")[2]
     return {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[2])}
 
