@@ -2,7 +2,7 @@ r"""RL of the fine-tuned Emu3.5 (34.1 B) as in the paper: GRPO, groups of 8, tem
 
 Paper: learning rate 1e-6 cosine after 10% warm-up, KL coefficient 0.01 to the SFT model, the paper's reward and
 complexity bonus.  The paper does not say how many prompts make a step; 64 here, so 512 answers and 782 steps.
-Cost: an answer is 1 to 6 images of 1,055 tokens and their texts; memory and estimated times: docs/results/pods-compile.md.
+Cost: an answer is 1 to 6 images of 1,055 tokens and their texts; memory, estimated times: docs/results/pods-compile.md.
 The prompts are a trajectory dataset's samples; set `judge.outcome` and `judge.reasoning` to a vision-language service.
 Each host draws and judges the answers to its part of the prompts, with the weights cut over its own chips.  Untested.
 Command: python -m ivr_jax.train --config=configs/emu35_rl.py --workdir=runs/emu35/rl --config.init=runs/emu35/sft \
