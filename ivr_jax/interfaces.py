@@ -21,7 +21,15 @@ class ServiceFailed(UserError):
     """A service gave no usable answer, after every retry: nothing is known, so nothing may be concluded.
 
     In construction the sample stays pending; in rewards the component is missing.
+
+    Attributes:
+      kind: what went wrong, in a word or two: "rejected" (the service will not answer this), "unusable answer" (it
+        answered something else), or the last fault of the connection ("time-out", "503").
     """
+
+    def __init__(self, what: str, remedy: str = "", kind: str = ""):
+        super().__init__(what, remedy)
+        self.kind = kind
 
 
 class ServiceDown(ServiceFailed):

@@ -82,7 +82,7 @@ def roll_out(
     progress: Callable[[int], None] | None = None,
     layout: RolloutLayout | None = None,
     watch: Callable[[Usage], None] | None = None,
-    first: int = 0,
+    first: int | Sequence[int] = 0,
 ) -> Rollout:
     """Draws and parses `group` answers to each sample.
 
@@ -93,7 +93,8 @@ def roll_out(
       engine: how they are drawn; progress: called with the number of answers that have just ended; watch: with what
         it has cost so far, now and then (`sampler.sample`).
       layout: where and in which dtype they are drawn; by default where the system's parameters are.
-      first: number of the first sample among those that `key` is for, of which these may be a part.
+      first: number of the first sample among those that `key` is for, of which these may be a part; or the number of
+        each.  An answer depends on its number, not on what is drawn beside it.
     """
     if layout is not None:
         system = dataclasses.replace(system, config=layout.config, params=layout(system.params))
@@ -111,7 +112,8 @@ def roll_out(
     noise, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # a key lies on the mesh that made it
     with jax.set_mesh(layout.mesh) if layout else contextlib.nullcontext():
         key = jax.random.wrap_key_data(noise, impl=kind)
-        numbers = first * group + np.arange(len(samples) * group)
+        starts = first + np.arange(len(samples)) if isinstance(first, int) else np.asarray(first)
+        numbers = (starts[:, None] * group + np.arange(group)).reshape(-1)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         drawn, usage = sample(
             system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group,

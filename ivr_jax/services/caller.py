@@ -166,10 +166,12 @@ class Caller:
                         complaint = "" if fault.sick else str(fault)
                         raise
         except Fault as fault:
-            raise ServiceFailed(f"{self.config.name} gave no usable answer ({fault}).", "Run again later.") from None
+            what = f"{self.config.name} gave no usable answer ({fault})."
+            raise ServiceFailed(what, "Run again later.", fault.kind) from None
         except Rejected as error:
             self.counts.faults["rejected"] += 1
-            raise ServiceFailed(f"{self.config.name} rejects a question ({error}).", "Look at the sample.") from None
+            what = f"{self.config.name} rejects a question ({error})."
+            raise ServiceFailed(what, "Look at the sample.", "rejected") from None
         except ServiceDown as error:
             raise ServiceDown(f"{self.config.name}: {error.what}", error.remedy) from None
         raise AssertionError("tenacity ends with a value or an exception")

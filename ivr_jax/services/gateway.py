@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx2
 
+from ivr_jax.errors import UserError
 from ivr_jax.services.caller import Fault, Reply
 from ivr_jax.services.config import Secrets, ServiceConfig
 from ivr_jax.services.replies import Unusable
@@ -75,6 +76,9 @@ class GatewayTransport:
         if not isinstance(text, str):
             raise Fault("unusable answer", "the reply holds no text", sick=False)
         return Reply(self._secrets.hide(text), None, *_usage(reply))
+
+    async def first_token(self, text: str, pictures: Sequence[Picture], count: int) -> Reply:
+        raise UserError("the gateway gives no log-probabilities of tokens.", 'Use a service of the kind "openai".')
 
     async def draw(self, text: str, sources: Sequence[Picture]) -> Reply:
         body = {

@@ -7,6 +7,7 @@ cost more than everything else in a call, and would not make a faulty reply any 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -52,10 +53,7 @@ class OpenAITransport:
         self._structured = config.structured
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
-        content: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        for picture in pictures:
-            content.append({"type": "text", "text": f"{picture.label}:"})
-            content.append({"type": "image_url", "image_url": {"url": await self._pictures.uri(picture)}})
+        content = [{"type": "text", "text": text}, *await self._shown(pictures)]
         request: dict[str, Any] = {
             "model": self._config.model,
             "messages": [{"role": "user", "content": content}],
@@ -72,7 +70,7 @@ class OpenAITransport:
                 raise
             completion = await self._complete(request, "none", schema)  # when this works, the schema was the trouble
             self._structured = "none"
-        message = field(completion, "choices", 0, "message")
+        message = _message(completion)
         if refusal := field(message, "refusal"):
             raise Rejected(f"refused: {self._secrets.hide(str(refusal))[:200]}")
         if field(completion, "choices", 0, "finish_reason") == "content_filter":
@@ -81,6 +79,33 @@ class OpenAITransport:
         if not isinstance(message, dict) or not isinstance(answer, str | None):
             raise Fault("unusable answer", "the reply is not of the protocol's shape", sick=False)
         return Reply(self._secrets.hide(answer or ""), None, *_usage(completion))
+
+    async def first_token(self, text: str, pictures: Sequence[Picture], count: int) -> Reply:
+        content = [*await self._shown(pictures), {"type": "text", "text": text}]
+        request = {
+            "model": self._config.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": 1,
+            "logprobs": True,
+            "top_logprobs": count,
+        }
+        completion = await self._post("/chat/completions", request)
+        if refusal := field(_message(completion), "refusal"):
+            raise Rejected(f"refused: {self._secrets.hide(str(refusal))[:200]}")
+        likeliest = field(completion, "choices", 0, "logprobs", "content", 0, "top_logprobs")
+        tokens = [[field(token, "token"), field(token, "logprob")] for token in likeliest or ()]
+        if not tokens or not all(_is_chance(*token) for token in tokens):
+            raise Fault("unusable answer", "the reply holds no log-probabilities of its first token", sick=False)
+        return Reply(self._secrets.hide(json.dumps(tokens)), None, *_usage(completion))
+
+    async def _shown(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+        """Each picture under its label."""
+        content: list[dict[str, Any]] = []
+        for picture in pictures:
+            content.append({"type": "text", "text": f"{picture.label}:"})
+            content.append({"type": "image_url", "image_url": {"url": await self._pictures.uri(picture)}})
+        return content
 
     async def _complete(self, request: Mapping[str, Any], structured: str, schema: Mapping[str, Any]) -> Any:
         formats = {
@@ -144,6 +169,18 @@ class OpenAITransport:
             raise Fault("protocol", self._secrets.hide(str(error))[:200], sick=False) from None
         except (httpx2.HTTPError, aiohttp.ClientError) as error:  # a cut body, or no HTTP at all
             raise Fault("connection", self._secrets.hide(str(error))[:200]) from None
+
+
+def _message(completion: Any) -> Any:
+    """The first choice's message; some servers report an error with status 200, which is a fault like any other."""
+    if field(completion, "error") and not field(completion, "choices"):
+        raise Fault("error in a reply", "an error with status 200", sick=True)
+    return field(completion, "choices", 0, "message")
+
+
+def _is_chance(text: Any, log_probability: Any) -> bool:
+    number = isinstance(log_probability, (int, float)) and not isinstance(log_probability, bool)
+    return isinstance(text, str) and number and log_probability <= 1e-3
 
 
 def _usage(reply: Any) -> tuple[int, int]:

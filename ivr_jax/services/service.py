@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ivr_jax.errors import UserError
@@ -63,12 +63,14 @@ class Question:
       pictures: labelled images, in order.
       schema: JSON schema of the answer; None asks for an image.
       attempt: tells repeated questions apart.
+      top_tokens: asks for the likeliest first tokens with their log-probabilities instead of an answer; how many.
     """
 
     text: str
     pictures: tuple[Picture, ...] = ()
     schema: Mapping[str, Any] | None = None
     attempt: int = 0
+    top_tokens: int = 0
 
     def digest(self, identity: Mapping[str, Any]) -> str:
         """Hexadecimal SHA-256 of everything that the answer depends on."""
@@ -79,6 +81,8 @@ class Question:
             "schema": self.schema,
             "attempt": self.attempt,
         }
+        if self.top_tokens:
+            asked["top_tokens"] = self.top_tokens
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -128,14 +132,19 @@ class Service:
             if value is not None:
                 return value
             value, reply = await self.caller.call(
-                lambda complaint: self.transport.chat(
-                    _with_complaint(question.text, complaint), question.pictures, question.schema or {}
-                ),
+                lambda complaint: self._ask(question, complaint),
                 lambda reply: (read(reply.text or ""), reply),
                 self._tokens(question),
             )
             self._record(digest, reply, reply.text, None)
             return value
+
+    def _ask(self, question: Question, complaint: str) -> Awaitable[Reply]:
+        if question.top_tokens:
+            return self.transport.first_token(question.text, question.pictures, question.top_tokens)
+        return self.transport.chat(
+            _with_complaint(question.text, complaint), question.pictures, question.schema or {}
+        )
 
     async def image(self, question: Question) -> Pixels:
         """The image drawn from the question's pictures, uint8 [height, width, 3].  Raises ServiceFailed."""

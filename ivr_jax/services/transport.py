@@ -99,6 +99,9 @@ class Transport(Protocol):
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         """Asks for a text that fits the JSON schema."""
 
+    async def first_token(self, text: str, pictures: Sequence[Picture], count: int) -> Reply:
+        """The `count` likeliest first tokens of an answer, as a JSON list of [text, log-probability]."""
+
     async def draw(self, text: str, sources: Sequence[Picture]) -> Reply:
         """Asks for an image: `sources` edited as the text says, or, without sources, drawn from the text alone."""
 
