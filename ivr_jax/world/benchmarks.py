@@ -33,7 +33,6 @@ SPLITS = (
     "geneval/attribution", "kris/factual", "kris/conceptual", "kris/procedural", "omnicontext/single",
     "omnicontext/multiple", "omnicontext/scene",
 )
-BENCHMARKS = {name: tuple(s for s in SPLITS if s.startswith(name)) for name in ("geneval", "kris", "omnicontext")}
 
 _PUT: Weights = (("put", 1.0),)
 _FACTUAL = ("put", "clear", "recolour", "replace", "texture", "resize", "pose", "background", "style", "tone", "letter")

@@ -66,18 +66,6 @@ def classify(images: np.ndarray, level: int) -> np.ndarray:
     return read(images, level).cells
 
 
-def read_scene(image: np.ndarray, level: int) -> tuple[Scene, bool]:
-    """One image as a scene, and whether its ruler is intact."""
-    reading = read(image[None], level)
-    return reading.scene(0), bool(reading.ruler[0])
-
-
-def encode_scene(scene: Scene, level: int) -> tuple[np.ndarray, int]:
-    """What `read` returns for a clean image of `scene`: int32 [cells], index of the appearance."""
-    codes = _codes(level)
-    return np.array([codes[cell] for cell in scene.cells], np.int32), appearances(level).index(scene.appearance)
-
-
 @functools.cache
 def contents(level: int) -> tuple[Object | None, ...]:
     """Everything that a cell may hold at a level; empty comes first."""
@@ -91,11 +79,6 @@ def contents(level: int) -> tuple[Object | None, ...]:
         looks = itertools.product(rules.sizes, rules.textures, poses, rules.defects)
         found += [Object(shape, colour, *look) for look in looks]
     return tuple(found)
-
-
-@functools.cache
-def _codes(level: int) -> dict[Object | None, int]:
-    return {content: code for code, content in enumerate(contents(level))} | {FOREIGN: FOREIGN_CODE}
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from ivr_jax.world import language
 from ivr_jax.world.draws import Request, draw_request
 from ivr_jax.world.edits import KINDS, SUBCATEGORIES, Edit
 from ivr_jax.world.facts import Facts, facts_to_json
-from ivr_jax.world.levels import LEVELS, Level, level_of
+from ivr_jax.world.levels import Level, level_of
 from ivr_jax.world.render import random_wobble, render, render_edit
 from ivr_jax.world.scene import Scene, scene_to_json
 
@@ -61,11 +61,6 @@ def categories(level: int) -> tuple[str, ...]:
     """The paper's sub-categories that a level can express, in the order of the taxonomy."""
     known = {KINDS[kind].category for kind in level_of(level).all_kinds}
     return tuple(name for name in SUBCATEGORIES if name in known)
-
-
-def coverage() -> dict[str, tuple[int, ...]]:
-    """For each of the paper's 21 sub-categories the levels that express it."""
-    return {name: tuple(level.index for level in LEVELS if name in categories(level.index)) for name in SUBCATEGORIES}
 
 
 def sample_task(level: int, seed: int, index: int, *, subset: str | None = None, edits: int | None = None,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from world_scenes import read_scene
 
 from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Reflection, Sample
@@ -15,7 +16,6 @@ from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.edits import changes
 from ivr_jax.world.generator import WorldGenerator, follow_plan
 from ivr_jax.world.levels import level_of
-from ivr_jax.world.recognise import read_scene
 from ivr_jax.world.render import render
 from ivr_jax.world.sampler import sample_task
 from ivr_jax.world.scene import object_from_words

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
+from world_scenes import encode_scene, read_scene
 
 from ivr_jax.errors import UserError
 from ivr_jax.world.draws import random_scene
 from ivr_jax.world.levels import LEVELS, level_of
-from ivr_jax.world.recognise import appearances, classify, contents, encode_scene, read, read_scene
+from ivr_jax.world.recognise import appearances, classify, contents, read
 from ivr_jax.world.render import cell_box, random_wobble, render, render_edit
 from ivr_jax.world.scene import FOREIGN, Scene, object_from_words
 
