@@ -28,6 +28,7 @@ from ivr_jax.construct.exports import ExportOptions, answer
 from ivr_jax.construct.released import result_from_trajectory
 from ivr_jax.errors import UserError
 from ivr_jax.rewards import functions
+from ivr_jax.services import replies
 from ivr_jax.trajectory import AXES, Reflection, Step, Trajectory
 
 BEST, WORST = 5.0, 1.0
@@ -112,10 +113,23 @@ def _complete(reflection: Mapping[str, Any]) -> bool:
 
 
 def read_score(reply: object, key: str) -> float | None:
-    """The number under `key` in a judge's reply, unchecked; None when none can be read.
+    """The score from 1 to 5 under `key` in a judge's reply; None when the reply states none clearly."""
+    try:
+        return replies.read_score(reply, key) if isinstance(reply, str) else None
+    except replies.Unusable:
+        return None
 
-    The whole reply may be a JSON object, or hold one, or at least say `key: number`.
+
+def released_score(reply: object, key: str) -> float:
+    """The score that the released code takes from a reply: 1 when it finds none, the nearest of 1 and 5 out of range.
+
+    It reads the whole reply as JSON, or the first `{...}` in it, or `"key": number`.
     """
+    score = _released_number(reply, key)
+    return WORST if score is None or math.isnan(score) else min(max(score, WORST), BEST)
+
+
+def _released_number(reply: object, key: str) -> float | None:
     if not isinstance(reply, str):
         return None
     block = re.search(r"\{.*?\}", reply, re.DOTALL)
@@ -163,14 +177,8 @@ def score_record(
             reply: object = judge(call.prompt, list(call.images))
         except Exception:  # whatever a user's judge may raise: the judgement is missing
             reply = None
-        scores.append(_accepted(read_score(reply, call.key), worst_for_failures))
+        scores.append((released_score if worst_for_failures else read_score)(reply, call.key))
     return combine(record, scores, options)
-
-
-def _accepted(score: float | None, worst_for_failures: bool) -> float | None:
-    if worst_for_failures:
-        return WORST if score is None or math.isnan(score) else min(max(score, WORST), BEST)
-    return score if score is not None and WORST <= score <= BEST else None
 
 
 def combine(
@@ -180,13 +188,13 @@ def combine(
 
     Computed by `functions.total` in double precision.
     """
-    asked, replies = calls(record), iter(scores)
+    asked, given = calls(record), iter(scores)
     if len(asked) != len(scores):
         raise ValueError(f"{len(scores)} scores for {len(asked)} questions")
-    axes = {axis: next(replies) if record["final_image"] else WORST for axis in _ASKED}
+    axes = {axis: next(given) if record["final_image"] else WORST for axis in _ASKED}
     final = [axes[axis] for axis in AXES]
-    steps = [next(replies) if step["image"] else WORST for step in record["intermediate_steps"]]
-    reflections = [next(replies) if _complete(item) else WORST for item in record["reflections"]]
+    steps = [next(given) if step["image"] else WORST for step in record["intermediate_steps"]]
+    reflections = [next(given) if _complete(item) else WORST for item in record["reflections"]]
     with jax.enable_x64(True):
         parts = functions.Components(
             np.array([[WORST] * len(AXES) if None in final else final]),

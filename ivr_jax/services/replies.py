@@ -1,9 +1,17 @@
-"""From what a judge wrote to checked values, however it wrote it.
+"""The one reader of what a model answered: from its text to checked values.
 
-Servers with structured outputs answer with the JSON that the schema asks for; others wrap it into prose, code fences
-or `<think>` blocks, write "4/5" or "five", or forget the JSON ("Score: 4. The hat is there.").  All of that is read.
-What does not say clearly what is asked for (a score of 7, NaN, half a JSON, HTML, nothing) raises `Unusable`, and the
-judge is asked again: a guess would become a verdict.
+Judgements, plans, root causes, reflections, the judge of RL and the benchmarks all read answers here.  Servers with
+structured output answer with the JSON that the schema asks for.  Others put it into prose or code fences, or think
+aloud first.  The rules:
+
+* Text up to the last closing tag of a thought is thought, whether or not an opening tag stands before it.  A thought
+  that is not closed is no answer.
+* One JSON object with the needed keys is the answer.  Several that differ, an object that breaks off, and an object
+  that repeats a key are no answer.
+* A score is a number on the scale that was asked for.  "4/10", "3-4", "not a 5/5" and 7 are no scores.
+* Without JSON, a single score that prose states clearly ("Score: 4. The hat is there.") is read.
+
+What is no answer raises `Unusable`, and the model is asked again: a guess would become a verdict.
 """
 
 from __future__ import annotations
@@ -14,84 +22,313 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_THINKING = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+from ivr_jax.errors import UserError
+from ivr_jax.protocol.markers import check_user_text
+
+LOWEST, HIGHEST = 1.0, 5.0  # the scale of all scores outside the benchmarks
+
 _HTML = re.compile(r"\s*<(!doctype|html|head|body|\?xml)\b", re.IGNORECASE)
-_WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
+_FENCED = re.compile(r"```[\w-]*\s*(\{.*\})\s*```", re.DOTALL)
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
-_OUT_OF_FIVE = re.compile(rf"\s*({_NUMBER})\s*(?:/|out\s+of|of)\s*5(?:\.0)?\s*\.?\s*", re.IGNORECASE)
-_LONGEST = 20_000  # characters of a reason that are kept
-_MOST_BRACES = 1000  # places where an object is looked for: what has more is no answer
+_WORDS = {
+    word: number
+    for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+_NUMERAL = rf"(?:{_NUMBER}|{'|'.join(_WORDS)})"
+_OUT_OF = r"\s*(?:/|out\s+of|of)\s*"
+_LONGEST = 20_000  # characters of a text that are kept
+_MOST_BRACES = 1000  # places where an object is looked for
 _SHOWN = 80  # characters of an answer that an error shows
+_SCALE_KEYS = ("scale", "max", "maximum", "max_score", "out_of")
+
+# -- thoughts --
+
+_THOUGHT = (
+    r"(?:\w{1,12}:)?(?:ant)?(?:think(?:ing)?(?:[\s_-]?process)?|thoughts?|reason(?:ing)?(?:_content)?|reflection"
+    r"|analysis|scratch_?pad|chain[\s_-]of[\s_-]thought)"
+)
+_LEFT, _RIGHT, _BAR = r"(?:<|&lt;|◁|＜)\s*", r"\s*(?:>|&gt;|▷|＞)", r"\s*[|｜]?\s*"
+_CLOSING = re.compile(
+    "|".join(
+        (
+            rf"{_LEFT}{_BAR}/\s*{_THOUGHT}{_BAR}{_RIGHT}",  # </think>, ◁/think▷, </seed:think>, &lt;/think&gt;
+            r"\[\s*/\s*think(?:ing)?\s*\]",  # Magistral
+            rf"{_LEFT}{_BAR}end[\s_▁-]*(?:of[\s_▁-]*)?{_THOUGHT}{_BAR}{_RIGHT}",  # <|end_of_thought|>, <|END_THINKING|>
+            r"<\|channel\|>\s*final[^<>]{0,40}<\|message\|>",  # gpt-oss
+            r"<channel\|>",  # Gemma
+            r"<unused95>",  # MedGemma
+            r"\bassistantfinal(?=\W|[A-Z])",  # gpt-oss, its special tokens removed
+            r"\bhere(?:'s| is) my response:",  # Granite
+        )
+    ),
+    re.IGNORECASE,
+)
+_OPENING = re.compile(
+    "|".join(
+        (
+            rf"{_LEFT}{_BAR}{_THOUGHT}(?:\s[^<>]{{0,80}}?)?{_BAR}{_RIGHT}",
+            r"\[\s*think(?:ing)?\s*\]",
+            rf"{_LEFT}{_BAR}(?:begin|start)[\s_▁-]*(?:of[\s_▁-]*)?{_THOUGHT}{_BAR}{_RIGHT}",
+            r"<\|channel\|>\s*(?:analysis|commentary)",
+            r"<\|channel>\s*thought",
+            r"<unused94>",
+            r"\A\s*analysis(?=[A-Z])",
+            r"\bhere(?:'s| is) my thought process:",
+        )
+    ),
+    re.IGNORECASE,
+)
+_LEAKED_END = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
 
 
 class Unusable(Exception):
     """The reply does not say what was asked for; the message says why, without the server's secrets."""
 
 
-def read_object(text: str | None, needed: Sequence[str]) -> dict[str, Any]:
-    """The first JSON object in `text` that has all `needed` keys.
+def answer_text(text: str | None) -> str:
+    """`text` without the thought before the answer, and without the end tokens that some servers leave in.
+
+    A text that is one JSON object throughout is the answer as it stands, also when a string in it names a tag.
 
     Raises:
-      Unusable: nothing, HTML, half a JSON, or an object without those keys.
+      Unusable: nothing, a web page, a thought that is not closed, or nothing after the thought.
     """
     if text is None or not text.strip():
         raise Unusable("the answer is empty")
     if _HTML.match(text):
         raise Unusable(f"the answer is a web page: {_shown(text)}")
-    text = _THINKING.sub(" ", text)
-    found = list(_objects(text))
-    for value in found:
-        if all(key in value for key in needed):
-            return value
-    if found:
-        missing = [key for key in needed if key not in found[0]]
-        raise Unusable(f"the answer lacks {', '.join(missing)}: {_shown(text)}")
-    raise Unusable(f"the answer holds no complete JSON object: {_shown(text)}")
+    text = _LEAKED_END.sub("", text)
+    fenced = _FENCED.fullmatch(text.strip())
+    if _is_object(fenced.group(1) if fenced else text):
+        return text
+    thoughts = list(_CLOSING.finditer(text))
+    answer = text[thoughts[-1].end() :] if thoughts else text
+    if _OPENING.search(answer):
+        raise Unusable("the answer ends inside a thought")
+    if not answer.strip():
+        raise Unusable("the answer is a thought, and nothing after it")
+    return answer
+
+
+# -- objects --
+
+
+def read_object(text: str | None, needed: Sequence[str]) -> dict[str, Any]:
+    """The JSON object in `text` that has all `needed` keys.
+
+    Raises:
+      Unusable: see `answer_text`; no such object, several that differ in what is needed, one that breaks off, or one
+        that repeats a key.
+    """
+    answer = answer_text(text)
+    objects = list(_objects(answer))
+    found = [value for value in objects if all(key in value for key in needed)]
+    if not found:
+        if not objects:
+            raise Unusable(f"the answer holds no complete JSON object: {_shown(answer)}")
+        missing = [key for key in needed if key not in objects[-1]]
+        raise Unusable(f"the answer lacks {', '.join(missing)}: {_shown(answer)}")
+    if any(value[key] != found[-1][key] for value in found for key in needed):
+        raise Unusable(f"the answer holds {len(found)} objects that differ: {_shown(answer)}")
+    return found[-1]
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """Every outermost JSON object in `text`, strict about numbers (no NaN, no infinity).
+
+    An object that is malformed but closed is passed over, unless it is the last one.
+    """
+    decoder = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique_keys, strict=False)
+    position = text.find("{")
+    malformed = False
+    for _ in range(_MOST_BRACES):
+        if position < 0:
+            break
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            end = position + 1
+            if re.match(r'\s*"', text[end : end + 100]):  # meant as an object
+                end = _closing_brace(text, position)
+                malformed = True
+        else:
+            malformed = False
+            yield value
+        position = text.find("{", end)
+    if malformed:
+        raise Unusable(f"the answer's JSON is malformed: {_shown(text)}")
+
+
+def _closing_brace(text: str, position: int) -> int:
+    """The end of the malformed object that begins at `position`.  Raises Unusable when it breaks off."""
+    depth = 0
+    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}]', text[position:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if not depth:
+            return position + match.end()
+    raise Unusable(f"the answer's JSON breaks off: {_shown(text)}")
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len({key.strip().lower() for key in value}) != len(pairs):
+        raise Unusable(f"the answer repeats a key: {_shown(', '.join(key for key, _ in pairs))}")
+    return value
+
+
+# -- scores --
 
 
 def read_scored(text: str | None) -> tuple[float, str]:
-    """Score (1-5) and reason of an answer with the keys `score` and `reason`; prose that names a score is read too.
+    """Score (1-5) and reason of an answer with the keys `score` and `reason`; prose that states a score is read too.
 
     Raises:
       Unusable: there is no score from 1 to 5.
     """
-    try:
-        value = read_object(text, ("score",))
-    except Unusable:
-        named = _score_in_prose(text or "")
-        if named is None:
-            raise
-        return named, as_text(text, "reason")
-    score = as_score(value["score"])
+    score, value = _score_and_object(text, "score", LOWEST, HIGHEST)
+    if value is None:
+        return score, as_text(answer_text(text), "reason")
     reason = next((value[key] for key in ("reason", "reasoning", "explanation") if value.get(key)), None)
     return score, as_text(reason, "reason")
 
 
-def as_score(value: Any) -> float:
-    """A number from 1 to 5: 4, 4.5, "4", "4/5", "five".  Raises Unusable for anything else."""
-    number: Any = value
+def read_score(text: str | None, key: str = "score", low: float = LOWEST, high: float = HIGHEST) -> float:
+    """The score under `key`, from `low` to `high`; prose that states one ("KEY: 4") is read too.
+
+    Raises:
+      Unusable: there is no such score.
+    """
+    return _score_and_object(text, key, low, high)[0]
+
+
+def read_scores(
+    text: str | None, keys: Sequence[str], low: float = LOWEST, high: float = HIGHEST
+) -> dict[str, float]:
+    """The scores of one object under all `keys`, each from `low` to `high`.
+
+    Raises:
+      Unusable: one is missing or out of range.
+    """
+    value = read_object(text, keys)
+    _check_scale(value, high)
+    return {key: as_score(value[key], low, high) for key in keys}
+
+
+def as_score(value: Any, low: float = LOWEST, high: float = HIGHEST) -> float:
+    """A number from `low` to `high`: 4, 4.5, "4", "four", and, where `high` is 5, "4/5".
+
+    Raises:
+      Unusable: anything else: another scale ("4/10"), a span ("3-4"), a truth value.
+    """
+    number = value
     if isinstance(value, str):
         word = value.strip().lower().rstrip(".")
-        match = _OUT_OF_FIVE.fullmatch(value)
-        if word in _WORDS:
-            number = _WORDS[word]
-        elif match:
-            number = float(match.group(1))
-        elif re.fullmatch(_NUMBER, word):
-            number = float(word)
+        match = re.fullmatch(rf"({_NUMERAL})(?:{_OUT_OF}({_NUMERAL}))?", word)
+        if match and match.group(2) and _number(match.group(2)) != high:
+            raise Unusable(f"the score {_shown(repr(value))} is on another scale than {low:g} to {high:g}")
+        number = _number(match.group(1)) if match else None
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
         raise Unusable(f"the score {_shown(repr(value))} is no number")
-    if not 1 <= number <= 5:
-        raise Unusable(f"the score {_shown(repr(value))} is not from 1 to 5")
+    if not low <= number <= high:
+        raise Unusable(f"the score {_shown(repr(value))} is not from {low:g} to {high:g}")
     return float(number)
 
 
+def _number(numeral: str) -> float:
+    return float(_WORDS.get(numeral.lower(), numeral))
+
+
+def _score_and_object(
+    text: str | None, key: str, low: float, high: float
+) -> tuple[float, Mapping[str, Any] | None]:
+    """The score, and the object that states it; None for the object when prose states the score."""
+    answer = answer_text(text)
+    if "{" not in answer:
+        return _score_in_prose(answer, key, low, high), None
+    value = read_object(text, (key,))
+    _check_scale(value, high)
+    return as_score(value[key], low, high), value
+
+
+def _check_scale(value: Mapping[str, Any], high: float) -> None:
+    """Raises Unusable when an object with a score names a scale of its own that ends elsewhere."""
+    for key, scale in value.items():
+        ends = re.findall(r"\d+(?:\.\d+)?", str(scale)) if key.strip().lower() in _SCALE_KEYS else []
+        if ends and float(ends[-1]) != high:
+            raise Unusable(f"the answer's score is on another scale: {_shown(f'{key} {scale}')}")
+
+
+# Before a number these say that it is not the score itself, after it that it is a part of one.
+_NOT_A_SCORE = re.compile(
+    r"\b(?:not|no|never|hardly|less|more|below|above|under|over|almost|nearly|between|from|than|if|unless|least|most"
+    r"|max|maximum|minimum|highest|lowest|best|worst|scale|range|or|to|could|might|may|maybe|perhaps|nor|neither"
+    r"|cannot|instead|rather|draft)\b|n't\b|n’t\b|[<>≤≥~]",
+    re.IGNORECASE,
+)
+_GOES_ON = re.compile(
+    rf"[\w%+½]|\.\d|\s*(?:[-–—/~&]|\bto\b|\bor\b|\band\b|\.\.+|,)\s*{_NUMERAL}|{_OUT_OF}\w"
+    r"|\s*(?:percent|per cent|would|could|might|if|needs?|requires?|means?)\b",
+    re.IGNORECASE,
+)
+
+
+def _score_in_prose(text: str, key: str, low: float, high: float) -> float:
+    """The one score that prose states: "KEY: 4", "I rate this 4/5".
+
+    Raises:
+      Unusable: none, several, or a mention that is no plain score (negated, a span, another scale).
+    """
+    mention = re.compile(
+        rf"\b\w*?{re.escape(key)}\w*\b(?P<link>[\s*_\"'`]*(?:[:=]|\bis\b|\bof\b)?[\s*_\"'`]*)(?P<named>{_NUMERAL})"
+        rf"(?P<of>{_OUT_OF}(?P<scale>{_NUMERAL}))?|(?P<rated>{_NUMERAL})\s*(?:/|out\s+of)\s*(?P<high>{_NUMERAL})",
+        re.IGNORECASE,
+    )
+    scores = set()
+    for match in mention.finditer(text):
+        sentence = re.split(r"[.!?;]\s|\n", text[: match.start()])[-1]
+        sentence += match.group("link") or ""
+        named = match.group("named") or match.group("rated")
+        scale = match.group("scale") or match.group("high")
+        attached = re.search(r"[\w./-]\Z", text[: match.start()]) is not None and match.group("rated") is not None
+        plain = not attached and not _NOT_A_SCORE.search(sentence) and not _GOES_ON.match(text[match.end() :])
+        if not plain or (scale is not None and _number(scale) != high):
+            raise Unusable(f"the answer states no plain score: {_shown(match.group())}")
+        scores.add(as_score(named, low, high))
+    if len(scores) != 1:
+        raise Unusable(f"the answer states {len(scores) or 'no'} scores: {_shown(text)}")
+    return scores.pop()
+
+
+# -- texts --
+
+
 def as_text(value: Any, name: str) -> str:
-    """A non-empty text, its ends stripped.  Raises Unusable for anything else."""
+    """A non-empty text without control tokens; end tokens that a server left at its end are cut off.
+
+    Raises:
+      Unusable: anything else, or a control token in the middle, which no tokenizer may take from a user's text.
+    """
     if not isinstance(value, str) or not value.strip():
         raise Unusable(f"the {name} is no text: {_shown(repr(value))}")
     # A lone surrogate (half a character, written as an escape) has no UTF-8 form and could not be stored.
-    return value.strip()[:_LONGEST].encode("utf-8", "replace").decode("utf-8").replace("\0", "")
+    text = _LEAKED_END.sub("", value).strip()[:_LONGEST].encode("utf-8", "replace").decode("utf-8").replace("\0", "")
+    if not text:
+        raise Unusable(f"the {name} is no text: {_shown(repr(value))}")
+    try:
+        return check_user_text(text, f"the {name}")
+    except UserError as error:
+        raise Unusable(error.what.rstrip(".")) from None
 
 
 def as_texts(value: Any, name: str) -> tuple[str, ...]:
@@ -107,43 +344,6 @@ def as_choice(value: Any, choices: Sequence[str], name: str) -> str:
     if word not in choices:
         raise Unusable(f"the {name} {_shown(repr(value))} is none of {', '.join(choices)}")
     return word
-
-
-def _objects(text: str) -> Iterator[Mapping[str, Any]]:
-    """Every outermost JSON object in `text`, strict about numbers (no NaN, no infinity)."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
-    position = text.find("{")
-    for _ in range(_MOST_BRACES):
-        if position < 0:
-            return
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError):
-            end = position + 1
-        else:
-            if isinstance(value, dict):
-                yield value
-        position = text.find("{", end)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _score_in_prose(text: str) -> float | None:
-    """The one score that prose names ("Score: 4", "I rate this 4/5"); None when there is none, several, or half a JSON.
-    """
-    text = _THINKING.sub(" ", text)
-    if "{" in text or _HTML.match(text):
-        return None
-    words = "|".join((_NUMBER, *_WORDS))
-    found = re.findall(rf"\bscore\b\W{{0,4}}(?:is|of)?\W{{0,4}}({words})(?![\w.]*\d)", text, re.IGNORECASE)
-    found += re.findall(rf"(?<![\d./-])({_NUMBER})\s*(?:/|out of)\s*5\b", text, re.IGNORECASE)
-    try:
-        scores = {as_score(word) for word in found}
-    except Unusable:
-        return None
-    return scores.pop() if len(scores) == 1 else None
 
 
 def _shown(text: str) -> str:

@@ -26,7 +26,6 @@ from ivr_jax.services.caller import Breaker, Caller, Fault, Reply
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.journal import Journal
 from ivr_jax.services.prompts import FOLDER, Prompts
-from ivr_jax.services.replies import Unusable, as_choice, as_texts, read_object
 from ivr_jax.services.transport import Picture, PictureEncoder, retry_after
 from ivr_jax.trajectory import AXES, Sample
 
@@ -473,17 +472,3 @@ def test_wrong_settings_are_said_and_secrets_in_them_are_not(settings, complaint
         analyzer_from_configs([config("http://127.0.0.1:1/v1", **settings)] if "base_url" not in settings
                               else [config(**{"url": settings["base_url"]})], None, environment=ENVIRONMENT)
     assert "secret" not in str(error.value)
-
-
-def test_unusable_is_what_parsers_raise():
-    assert read_object('x {"a": {"b": [1, {"c": 2}]}} y', ("a",)) == {"a": {"b": [1, {"c": 2}]}}
-    assert as_choice("Prompt too-complex.", ["prompt_too_complex"], "cause") == "prompt_too_complex"
-    for call in (
-        lambda: as_texts("one", "steps"),
-        lambda: as_texts([], "steps"),
-        lambda: as_texts(["a", 1], "steps"),
-        lambda: as_choice(["x"], ["x"], "cause"),
-        lambda: read_object("{" * 100_000, ("a",)),
-    ):
-        with pytest.raises(Unusable):
-            call()
