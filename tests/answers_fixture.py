@@ -102,7 +102,7 @@ class Studio:
         return Answer(task.sample, None, "token 27: expected <Evaluate>", (name,), (truth,), (False,),
                       {"outcome": sum(truth.scores) / 20, "format": 0.0}, segments, "kris/procedural", None)
 
-    def taught(self, task: Task, mode: Mode) -> Answer:
+    def training_sample(self, task: Task, mode: Mode) -> Answer:
         """A constructed training sample of `mode`, with the paper's loss segments."""
         self.images |= task.images
         total = len(task.edits)
@@ -203,7 +203,7 @@ def plain_answer(images: int = 1, exact: bool = True, key: str = "k", passes: bo
 
 
 def write_workdir(root: Path, count: int, seed: int = 3) -> None:
-    """A whole run as `ivr_jax.report.collect` expects it: four stages, three arms, taught samples, gates."""
+    """A whole run as `ivr_jax.report.collect` expects it: four stages, three arms, training samples, gates."""
     splits = ("mixture", "kris/factual", "kris/procedural", "geneval/colours", "omnicontext/single")
     results = {}
     for arm, character in ARMS.items():
@@ -215,9 +215,9 @@ def write_workdir(root: Path, count: int, seed: int = 3) -> None:
         results[arm] = evaluate(answers, about={"checkpoint": f"{arm.removeprefix('eval_')}/400", "temperature": 1.0})
         write_evaluation(root / arm, results[arm])
     studio = Studio(seed + 1)
-    taught = [studio.taught(sample_task(0, seed + 1, i, edits=2 + i % 3), mode)
+    samples = [studio.training_sample(sample_task(0, seed + 1, i, edits=2 + i % 3), mode)
               for i, mode in enumerate([*Mode, *Mode])]
-    write_answers(root / "sft" / "taught", taught, studio.images)
+    write_answers(root / "sft" / "training_samples", samples, studio.images)
     probed = results["eval_sft"] | {"probes": {"step_text": share([True] * 52 + [False]), "critique": share([])}}
     write_gates(root, entry_gates(results["eval_base"], probed))
     rng = np.random.default_rng(seed)

@@ -183,7 +183,8 @@ def test_answers_held_to_a_mode_keep_to_it(miniature):
 
 def test_the_report_is_one_page_that_shows_every_stage_and_every_model(miniature):
     page = (miniature.root / "report.html").read_text()
-    for title in ("Image tokenizer", "Base", "SFT", "RL", "SFT + RL", "What SFT was taught", "Base: one edit, exact"):
+    titles = ("Image tokenizer", "Base", "SFT", "RL", "SFT + RL", "Training samples of SFT", "Base: one edit, exact")
+    for title in titles:
         assert title in page, title
     assert "is not in this working directory" not in page and "has not been evaluated" not in page
     assert "data:image/png;base64," in page and 'src="http' not in page and 'href="http' not in page
@@ -445,7 +446,7 @@ def test_what_a_run_cannot_start_from_is_one_line_and_leaves_nothing_to_resume(m
     assert words in commands.run(*named, f"--workdir={tmp_path / 'run'}").complaint
     left = {file.name for file in (tmp_path / "run").glob("*")}
     begun = {"journal", "summary.json"} if "requests gave" in words else set()  # raising the limit goes on from there
-    assert left <= {"config.json", "examples", "taught"} | begun, left
+    assert left <= {"config.json", "examples", "training_samples"} | begun, left
 
 
 # A user's own photographs

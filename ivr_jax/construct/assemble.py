@@ -16,8 +16,8 @@ from ivr_jax.construct.run import Pass, outcome_from_json, outcomes, trajectory_
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, fit, image_name
-from ivr_jax.report.answers import Answer
-from ivr_jax.report.gallery import Shelf, Shown
+from ivr_jax.report.answers import make_answer
+from ivr_jax.report.gallery import GalleryItem, GallerySection
 from ivr_jax.report.pages import write_report
 from ivr_jax.services.journal import Journal
 from ivr_jax.services.service import Service
@@ -63,25 +63,24 @@ def write_folders(target: Path, journal: Journal, found: Pass) -> None:
 def write_gallery(page: Path, dataset: TrajectoryDataset) -> Path:
     """The first trajectories of each mode as one self-contained HTML page; returns its path."""
     counts = dataset.manifest["provenance"]["counts"]
-    shelves: dict[Mode, list[Shown]] = {mode: [] for mode in Mode}
+    sections: dict[Mode, list[GalleryItem]] = {mode: [] for mode in Mode}
     for trajectory in dataset:
-        shelf = shelves[trajectory.mode]
-        if len(shelf) < _IN_GALLERY:
-            truth = tuple(r.evaluation for r in trajectory.rounds)
-            answer = Answer(trajectory.sample, trajectory, images=trajectory.images, truth=truth, mode=trajectory.mode)
-            shelf.append(Shown("constructed", answer, dataset.images(trajectory)))
-        if all(len(shelf) == _IN_GALLERY for shelf in shelves.values()):
+        section = sections[trajectory.mode]
+        if len(section) < _IN_GALLERY:
+            answer = make_answer(trajectory, truth=[round_.evaluation for round_ in trajectory.rounds])
+            section.append(GalleryItem("constructed", answer, dataset.images(trajectory)))
+        if all(len(section) == _IN_GALLERY for section in sections.values()):
             break
-    gallery = [
-        Shelf(mode.value.replace("_", " ").capitalize(), f"{counts['yield'].get(mode.value, 0)} samples.", tuple(items))
-        for mode, items in shelves.items()
-        if items
-    ]
-    told = []
+    gallery = []
+    for mode, items in sections.items():
+        if items:
+            title = mode.value.replace("_", " ").capitalize()
+            gallery.append(GallerySection(title, f"{counts['yield'].get(mode.value, 0)} samples.", tuple(items)))
+    counted = []
     for title, key in (("Passed at", "passed at"), ("Dropped", "drops")):
         named = [f"{name.replace('_', ' ')} {number}" for name, number in counts.get(key, {}).items()]
-        told.append(f"{title}: {', '.join(named) or 'none'}.")
-    notes = [f"{counts['requests']} samples.", *told]
+        counted.append(f"{title}: {', '.join(named) or 'none'}.")
+    notes = [f"{counts['requests']} samples.", *counted]
     return write_report(page, "Constructed trajectories", [], {}, gallery, [], notes)[0]
 
 

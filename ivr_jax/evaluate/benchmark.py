@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import Any
 
 import jax
@@ -14,8 +13,7 @@ from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
-from ivr_jax.report.answers import Answer
-from ivr_jax.report.segments import shown_segments
+from ivr_jax.report.answers import Answer, make_answer
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged, judge_answers
 from ivr_jax.sampling.engine import EngineOptions
@@ -82,27 +80,21 @@ def to_answer(
         return Answer(task.sample, None, error, rewards={"format": 0.0}, split=split)
     trajectory = drawn.trajectory
     outcome = float(reward_functions.outcome(np.asarray(judged.scores), rewards))
-    told = {"step": judged.step, "reflection": judged.reflection}
-    (step, has_step), (reflection, has_reflection) = (
-        (np.float32(value or 0.0), np.bool_(value is not None)) for value in told.values()
-    )
     total = reward_functions.total(
-        np.float32(outcome), np.float32(judged.format), step, has_step, rewards, reflection, has_reflection
+        np.float32(outcome),
+        np.float32(judged.format),
+        np.float32(judged.step or 0.0),
+        np.bool_(judged.step is not None),
+        rewards,
+        np.float32(judged.reflection or 0.0),
+        np.bool_(judged.reflection is not None),
     )
     components = {"outcome": outcome, "format": judged.format, "total": float(total)}
-    components |= {name: value for name, value in told.items() if value is not None}
+    optional = {"step": judged.step, "reflection": judged.reflection}
+    components |= {name: value for name, value in optional.items() if value is not None}
     exact = WorldAnalyzer().exact_all(
         [task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images]
     )
-    return Answer(
-        task.sample,
-        trajectory,
-        "",
-        trajectory.images,
-        judged.truth,
-        tuple(map(bool, exact)),
-        components,
-        tuple(dataclasses.replace(s, loss=False) for s in shown_segments(trajectory, drawn.segments)),
-        split,
-        trajectory.mode,
+    return make_answer(
+        trajectory, drawn.segments, truth=judged.truth, exact=exact, rewards=components, split=split
     )

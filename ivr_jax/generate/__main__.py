@@ -26,7 +26,7 @@ from ivr_jax import cli
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
 from ivr_jax.generate import requests as requests_lib
-from ivr_jax.generate.answer_folder import PAGE, Spoken, check_writable, read_about, write_answer
+from ivr_jax.generate.answer_folder import PAGE, InterleavedAnswer, check_writable, read_about, write_answer
 from ivr_jax.generate.requests import Prepared, Request
 from ivr_jax.protocol import interleaved
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
@@ -95,7 +95,7 @@ class Answering:
 
     def answer(
         self, request: Request, watch: Callable[[Usage], None] | None = None
-    ) -> tuple[Answer | Spoken, int]:
+    ) -> tuple[Answer | InterleavedAnswer, int]:
         """The answer and its number of tokens.  Raises UserError when it does not come to an end.
 
         `watch`: called with what it has cost so far while it is drawn.
@@ -120,7 +120,7 @@ class Answering:
                 "Use another step of the run, or convert the weights again.",
             )
         if self.grammar.options.modes == (INTERLEAVED,):
-            return self._spoken(prepared, rollout), tokens
+            return self._interleaved(prepared, rollout), tokens
         if rollout.answers[0] is None:
             raise UserError(
                 f"the answer to {request.key!r} did not come to an end: {rollout.errors[0]}",
@@ -128,10 +128,10 @@ class Answering:
             )
         return rollout.answers[0], tokens
 
-    def _spoken(self, prepared: Prepared, rollout: Rollout) -> Spoken:
+    def _interleaved(self, prepared: Prepared, rollout: Rollout) -> InterleavedAnswer:
         parts, finished = interleaved.parse_interleaved(self.system.tokenizer, rollout.answer_tokens(0))
         drawn = self.system.codec.decode([part.codes for part in parts if part.codes is not None])
-        return Spoken(prepared.sample, parts, tuple(drawn), finished, prepared.images)
+        return InterleavedAnswer(prepared.sample, parts, tuple(drawn), finished, prepared.images)
 
     def about_request(self, request: Request) -> dict[str, Any]:
         return {**self.about, **dataclasses.asdict(request), "images": list(request.images)}
@@ -178,7 +178,7 @@ def main(call: cli.Call) -> None:
     seconds = time.perf_counter() - clock
     images = write_answer(out, answer, answering.about_request(request))
     report(answer, images)
-    kind = INTERLEAVED if isinstance(answer, Spoken) else answer.trajectory.mode.value
+    kind = INTERLEAVED if isinstance(answer, InterleavedAnswer) else answer.trajectory.mode.value
     print(f"{kind}, {speed(tokens, seconds)}; {out / PAGE}")
 
 
@@ -186,7 +186,7 @@ def speed(tokens: int, seconds: float) -> str:
     return f"{tokens} tokens in {seconds:.1f} s with compilation ({tokens / max(seconds, 1e-9):.0f} tokens/s)"
 
 
-def report(answer: Answer | Spoken, images: list[Path]) -> None:
+def report(answer: Answer | InterleavedAnswer, images: list[Path]) -> None:
     """One line a drawn image."""
     for number, path in enumerate(images, 1):
         verdict = ""

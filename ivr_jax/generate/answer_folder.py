@@ -22,20 +22,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
-import ivr_jax
 from ivr_jax.cli import prepare_workdir
 from ivr_jax.errors import UserError
 from ivr_jax.images import save_png
 from ivr_jax.protocol import interleaved
-from ivr_jax.report.answers import Answer as ShownAnswer
-from ivr_jax.report.gallery import Shelf, Shown
-from ivr_jax.report.pages import TEMPLATES, write_report
-from ivr_jax.report.segments import shown_segments
+from ivr_jax.report.answers import make_answer
+from ivr_jax.report.gallery import GalleryItem, GallerySection
+from ivr_jax.report.pages import render_page, write_report
 from ivr_jax.sampling.rollout import Answer
 from ivr_jax.trajectory import Sample, sample_to_json, trajectory_to_json
 
@@ -44,7 +40,7 @@ _HEADINGS = {interleaved.GLOBAL_THOUGHT: "Thought", interleaved.IMAGE_THOUGHT: "
 
 
 @dataclasses.dataclass(frozen=True)
-class Spoken:
+class InterleavedAnswer:
     """An interleaved answer: its parts, the pixels of its images in order, and whether it came to its end."""
 
     sample: Sample
@@ -54,15 +50,15 @@ class Spoken:
     images: Mapping[str, np.ndarray]
 
 
-def write_answer(out: Path, answer: Answer | Spoken, about: Mapping[str, Any]) -> list[Path]:
+def write_answer(out: Path, answer: Answer | InterleavedAnswer, about: Mapping[str, Any]) -> list[Path]:
     """Writes the folder `out`; returns the paths of the drawn images.  Raises UserError when it cannot be written."""
     with _replacing(out) as folder:
-        sample = answer.sample if isinstance(answer, Spoken) else answer.trajectory.sample
+        sample = answer.sample if isinstance(answer, InterleavedAnswer) else answer.trajectory.sample
         for number, name in enumerate(sample.sources, 1):
             save_png(folder / f"source{number}.png", answer.images[name])
-        if isinstance(answer, Spoken):
-            drawn, record = answer.drawn, _spoken_record(answer)
-            (folder / PAGE).write_bytes(_spoken_page(answer).encode("utf-8", "xmlcharrefreplace"))
+        if isinstance(answer, InterleavedAnswer):
+            drawn, record = answer.drawn, _interleaved_record(answer)
+            (folder / PAGE).write_bytes(_interleaved_page(answer).encode("utf-8", "xmlcharrefreplace"))
         else:
             drawn = tuple(answer.images[name] for name in answer.trajectory.images)
             record = trajectory_to_json(answer.trajectory)
@@ -127,13 +123,12 @@ def _replacing(out: Path) -> Iterator[Path]:
 
 def _trajectory_page(path: Path, answer: Answer) -> None:
     trajectory = answer.trajectory
-    segments = tuple(dataclasses.replace(s, loss=False) for s in shown_segments(trajectory, answer.segments))
-    shown = ShownAnswer(trajectory.sample, trajectory, "", trajectory.images, segments=segments, mode=trajectory.mode)
-    shelf = Shelf("Answer", "As it unfolded.", (Shown("answer", shown, answer.images),))
-    write_report(path, trajectory.sample.prompt, (), {}, (shelf,), (), ())
+    record = make_answer(trajectory, answer.segments)
+    section = GallerySection("Answer", "Round by round.", (GalleryItem("answer", record, answer.images),))
+    write_report(path, trajectory.sample.prompt, (), {}, (section,), (), ())
 
 
-def _spoken_record(answer: Spoken) -> dict[str, Any]:
+def _interleaved_record(answer: InterleavedAnswer) -> dict[str, Any]:
     numbers = iter(range(1, len(answer.drawn) + 1))
     parts = [
         {"kind": part.kind, "image": f"G{next(numbers)}.png"}
@@ -144,7 +139,7 @@ def _spoken_record(answer: Spoken) -> dict[str, Any]:
     return {"sample": sample_to_json(answer.sample), "parts": parts, "finished": answer.finished}
 
 
-def _spoken_page(answer: Spoken) -> str:
+def _interleaved_page(answer: InterleavedAnswer) -> str:
     pixels = iter(answer.drawn)
     parts = [
         {"uri": _uri(next(pixels)), "heading": "", "text": ""}
@@ -152,18 +147,13 @@ def _spoken_page(answer: Spoken) -> str:
         else {"uri": "", "heading": _HEADINGS.get(part.kind, ""), "text": part.text.strip()}
         for part in answer.parts
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("interleaved.html").render(
-        prompt=answer.sample.prompt,
+    return render_page(
+        "interleaved.html",
+        answer.sample.prompt,
         task=answer.sample.task,
         sources=_uris([answer.images[name] for name in answer.sample.sources]),
         parts=parts,
         finished=answer.finished,
-        version=ivr_jax.__version__,
-        style=Markup((TEMPLATES / "report.css").read_text()),
     )
 
 

@@ -25,10 +25,13 @@ import numpy as np
 
 from ivr_jax.errors import UserError
 from ivr_jax.images import load_image, save_png
+from ivr_jax.protocol import codec
 from ivr_jax.trajectory import (
     Evaluation,
     Mode,
+    Reflection,
     Sample,
+    Step,
     Trajectory,
     evaluation_from_json,
     evaluation_to_json,
@@ -139,6 +142,55 @@ class Answer:
     def names(self) -> tuple[str, ...]:
         """Every image it needs: the sources, then the drawn ones."""
         return (*self.sample.sources, *self.images)
+
+
+def make_answer(
+    trajectory: Trajectory,
+    segments: Sequence[codec.Segment] = (),
+    *,
+    error: str = "",
+    truth: Sequence[Evaluation | None] = (),
+    exact: Sequence[bool] = (),
+    rewards: Mapping[str, float] | None = None,
+    split: str = "",
+    trained: bool = False,
+) -> Answer:
+    """The record of an answer that parsed.
+
+    Args:
+      segments: of its token stream, as the codec gives them; each is stored with the text or image that it carries.
+      error: why it is structurally invalid; its mode is None then.
+      truth: evaluations of its last images, in order; earlier images are unjudged.
+      exact: for each image whether it equals the target; empty when no target is known.
+      trained: it is a training sample, so that the segments' loss is shown; an answer of a model trains nothing.
+    """
+    unjudged = len(trajectory.images) - len(truth) if truth else 0
+    return Answer(
+        sample=trajectory.sample,
+        trajectory=trajectory,
+        error=error,
+        images=trajectory.images,
+        truth=(*[None] * unjudged, *truth),
+        exact=tuple(map(bool, exact)),
+        rewards=dict(rewards or {}),
+        segments=tuple(_segment(trajectory, segment, trained) for segment in segments),
+        split=split,
+        mode=None if error else trajectory.mode,
+    )
+
+
+def _segment(trajectory: Trajectory, segment: codec.Segment, trained: bool) -> Segment:
+    """A segment of the codec with the text or image that it carries."""
+    round_ = trajectory.rounds[segment.round - 1]
+    cause, text = round_.cause, ""
+    if segment.part == "S" and isinstance(cause, Step):
+        text = cause.instruction
+    elif segment.part == "R" and isinstance(cause, Reflection):
+        text = f"{cause.failure_analysis} {cause.improvement_plan}"
+    elif segment.part == "E":
+        text = "; ".join(f"{'pass' if axis.passed else 'fail'}: {axis.reason}" for axis in round_.evaluation.axes)
+    image = round_.image if segment.part == "G" else None
+    return Segment(segment.name, text, image, segment.end - segment.start, trained and segment.loss)
 
 
 class StoredImages(Mapping[str, np.ndarray]):

@@ -2,7 +2,7 @@
 
     <workdir>/
       image_tokenizer/ base/ sft/ rl/     stages: metrics.jsonl, config.json
-        taught/                           optional: training samples as answers.jsonl + images/
+        training_samples/             optional: some of its training data as answers.jsonl + images/
       eval_base/ eval_sft/ eval_rl/       arms: evaluation.json, answers.jsonl, images/
       eval_<anything>/                    further arms (ablations, forced modes), after those three
       gates.json                          optional: the entry gates
@@ -25,7 +25,7 @@ import numpy as np
 
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import ANSWERS_FILE, Answer, read_answers, read_images, replace_file
-from ivr_jax.report.gallery import Shelf, Shown, choose
+from ivr_jax.report.gallery import GalleryItem, GallerySection, choose
 from ivr_jax.report.metrics import EVALUATION_FILE, mode_of, read_evaluation
 from ivr_jax.report.pages import Run
 from ivr_jax.report.plots import Curve
@@ -34,8 +34,8 @@ from ivr_jax.report.tables import MAIN_ARMS, Gate
 STAGES: Mapping[str, str] = {"image_tokenizer": "Image tokenizer", "base": "Base", "sft": "SFT", "rl": "RL"}
 ARMS: Mapping[str, str] = dict(zip(("eval_base", "eval_sft", "eval_rl"), MAIN_ARMS, strict=True))
 HELD: Mapping[str, str] = {"eval_direct": "SFT held to direct", "eval_multi_step": "SFT held to multi-step"}
-METRICS_FILE, CONFIG_FILE, GATES_FILE, TAUGHT_FOLDER = "metrics.jsonl", "config.json", "gates.json", "taught"
-_PROMPTS_SHOWN, _TAUGHT_SHOWN = 12, 9
+METRICS_FILE, CONFIG_FILE, GATES_FILE, SAMPLES_FOLDER = "metrics.jsonl", "config.json", "gates.json", "training_samples"
+_PROMPTS_SHOWN, _SAMPLES_SHOWN = 12, 9
 
 
 class ReportInputs(NamedTuple):
@@ -44,7 +44,7 @@ class ReportInputs(NamedTuple):
     title: str
     runs: tuple[Run, ...]
     evaluations: dict[str, dict[str, Any]]
-    gallery: tuple[Shelf, ...]
+    gallery: tuple[GallerySection, ...]
     gates: tuple[Gate, ...]
     notes: tuple[str, ...]
 
@@ -67,7 +67,7 @@ def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> 
     runs = tuple(run for name, stage in STAGES.items() if (run := _run(root / name, stage, notes)) is not None)
     evaluations, answered = _arms(root, notes)
     gallery = [
-        Shelf(
+        GallerySection(
             "What the models answered",
             "The same prompts, answered by each model as it unfolded. Prompts are drawn evenly from the kinds "
             "of answer that the last model gave, so rare kinds are over-represented here.",
@@ -75,8 +75,8 @@ def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> 
         )
     ]
     for name, stage in STAGES.items():
-        if (root / name / TAUGHT_FOLDER / ANSWERS_FILE).is_file():
-            gallery.append(_taught(root / name / TAUGHT_FOLDER, stage, seed))
+        if (root / name / SAMPLES_FOLDER / ANSWERS_FILE).is_file():
+            gallery.append(_training_samples(root / name / SAMPLES_FOLDER, stage, seed))
     gates = read_gates(root) if (root / GATES_FILE).is_file() else ()
     return ReportInputs(
         title or f"Report on {root.resolve().name}", runs, evaluations, tuple(gallery), gates, tuple(notes)
@@ -180,7 +180,7 @@ def _arms(
     return evaluations, answered
 
 
-def _taught(folder: Path, stage: str, seed: int) -> Shelf:
+def _training_samples(folder: Path, stage: str, seed: int) -> GallerySection:
     """Training samples of one stage, the modes in turn."""
     answers, images = read_answers(folder), read_images(folder)
     order = np.random.default_rng(seed).permutation(len(answers))
@@ -188,10 +188,10 @@ def _taught(folder: Path, stage: str, seed: int) -> Shelf:
     for index in order:
         by_mode.setdefault(mode_of(answers[index]), []).append(answers[index])
     turns = [group[turn] for turn in range(len(answers)) for group in by_mode.values() if turn < len(group)]
-    items = tuple(Shown("Training sample", answer, images) for answer in turns[:_TAUGHT_SHOWN])
-    return Shelf(
-        f"What {stage} was taught",
-        "Constructed training samples. Hatched segments and dashed images are context only: the model reads "
+    items = tuple(GalleryItem("Training sample", answer, images) for answer in turns[:_SAMPLES_SHOWN])
+    return GallerySection(
+        f"Training samples of {stage}",
+        "Constructed trajectories. Hatched segments and dashed images are context only: the model reads "
         "them but is never trained to produce them.",
         items,
     )

@@ -1,7 +1,7 @@
-"""Answers as they unfolded: from records to what the page's template shows.
+"""Answers round by round: from records to the values that the page's template shows.
 
-A *shelf* is a row of answers under a heading ("What the models answered", "What the model was taught").  Answers to
-the same sample stand together, one below the other, so that arms can be compared on one prompt.
+A *section* is a row of answers under a heading ("Answers", "Training samples of SFT").  Answers to the same sample
+stand together, one below the other, so that arms can be compared on one prompt.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _REWARD_ORDER = ("total", "outcome", "format", "step", "reflection", "bonus")
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """An answer on a shelf: under which arm, and where its images are (name -> uint8 [height, width, 3])."""
+class GalleryItem:
+    """An answer in a gallery section: under which arm, and where its images are (name -> uint8 [height, width, 3])."""
 
     arm: str
     answer: Answer
@@ -35,19 +35,19 @@ class Shown:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shelf:
+class GallerySection:
     """A heading, a sentence, and the answers below it."""
 
     title: str
     intro: str
-    items: tuple[Shown, ...]
+    items: tuple[GalleryItem, ...]
 
 
 def choose(
     arms: Mapping[str, tuple[Sequence[Answer], Mapping[str, np.ndarray]]],
     prompts: int,
     seed: int,
-) -> tuple[Shown, ...]:
+) -> tuple[GalleryItem, ...]:
     """A fair choice of `prompts` samples, each with its answer of every arm.
 
     Samples are taken in turn from the strata (mode, right or wrong) of the *last* arm, so that rare kinds of answer
@@ -70,17 +70,17 @@ def choose(
     for turn in range(max(map(len, strata.values()), default=0)):
         chosen += [stratum[turn] for _, stratum in sorted(strata.items(), key=str) if turn < len(stratum)]
     return tuple(
-        Shown(arm, by_key[arm][key], images)
+        GalleryItem(arm, by_key[arm][key], images)
         for key in chosen[:prompts]
         for arm, (_, images) in arms.items()
         if key in by_key[arm]
     )
 
 
-def shelf_view(shelf: Shelf) -> dict[str, Any]:
-    """What the template needs of a shelf: plain values, every text still unescaped."""
+def section_view(section: GallerySection) -> dict[str, Any]:
+    """What the template needs of a section: plain values, every text still unescaped."""
     groups: dict[str, dict[str, Any]] = {}
-    for item in shelf.items:
+    for item in section.items:
         sample = item.answer.sample
         if sample.key not in groups:
             groups[sample.key] = {
@@ -96,11 +96,11 @@ def shelf_view(shelf: Shelf) -> dict[str, Any]:
         groups[sample.key]["answers"].append(_answer_view(item))
     answers = [answer for group in groups.values() for answer in group["answers"]]
     longest = max((answer["tokens"] for answer in answers), default=0)
-    for answer in answers:  # bars of one shelf share their scale
+    for answer in answers:  # bars of one section share their scale
         answer["width"] = round(100 * answer["tokens"] / longest, 1) if longest else 0.0
     return {
-        "title": shelf.title,
-        "intro": shelf.intro,
+        "title": section.title,
+        "intro": section.intro,
         "groups": list(groups.values()),
         "count": len(answers),
         "arms": list(dict.fromkeys(answer["arm"] for answer in answers)),
@@ -115,7 +115,7 @@ def shelf_view(shelf: Shelf) -> dict[str, Any]:
     }
 
 
-def _answer_view(item: Shown) -> dict[str, Any]:
+def _answer_view(item: GalleryItem) -> dict[str, Any]:
     answer = item.answer
     own = answer.own[-1] if answer.own else None
     results = {True: ["right"], False: ["wrong"], None: []}[answer.right]
@@ -143,7 +143,7 @@ def _answer_view(item: Shown) -> dict[str, Any]:
     }
 
 
-def _parsed(item: Shown) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _parsed(item: GalleryItem) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The panels of an answer that parsed: each round's image, and what was said after it.  Nothing stands before."""
     context, rounds = _context_only(item.answer.segments), item.answer.trajectory.rounds
     panels = []
@@ -153,7 +153,7 @@ def _parsed(item: Shown) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return panels, []
 
 
-def _unparsed(item: Shown) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _unparsed(item: GalleryItem) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The panels of an answer that did not parse: its images in order with whatever was written after each.
 
     Returns also what was written before the first image.
@@ -191,7 +191,7 @@ def _colour(kind: str) -> str:
 
 
 def _panel(
-    item: Shown,
+    item: GalleryItem,
     index: int,
     texts: list[dict[str, Any]],
     own: Evaluation | None,

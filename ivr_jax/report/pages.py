@@ -24,7 +24,7 @@ import ivr_jax
 from ivr_jax.errors import UserError
 from ivr_jax.report import plots
 from ivr_jax.report.answers import replace_file
-from ivr_jax.report.gallery import Shelf, shelf_view
+from ivr_jax.report.gallery import GallerySection, section_view
 from ivr_jax.report.metrics import MODES
 from ivr_jax.report.plots import Curve
 from ivr_jax.report.tables import (
@@ -61,7 +61,7 @@ def write_report(
     title: str,
     runs: Sequence[Run],
     evaluations: Evaluations,
-    gallery: Sequence[Shelf],
+    gallery: Sequence[GallerySection],
     gates: Sequence[Gate],
     notes: Sequence[str],
     written: datetime.datetime | None = None,
@@ -73,7 +73,7 @@ def write_report(
       title: of the page.
       runs: training stages, in order.
       evaluations: arm title -> result of `metrics.evaluate`, in the order of the columns.
-      gallery: shelves of answers.
+      gallery: sections of answers.
       gates: entry gates; none means no such section.
       notes: sentences that stand at the top (what is missing, what to bear in mind).
       written: the time that the page names; now by default.
@@ -85,7 +85,7 @@ def write_report(
       UserError: when the page cannot be written, or an image cannot be read.
     """
     output = Path(output_html)
-    page = render(title, runs, evaluations, gallery, gates, notes, written or datetime.datetime.now())
+    page = render(title, runs, evaluations, gallery, gates, notes, written)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate (half a character, from a byte-level model) has no UTF-8 form; a reference does.
@@ -99,30 +99,18 @@ def render(
     title: str,
     runs: Sequence[Run],
     evaluations: Evaluations,
-    gallery: Sequence[Shelf],
+    gallery: Sequence[GallerySection],
     gates: Sequence[Gate],
     notes: Sequence[str],
-    written: datetime.datetime,
+    written: datetime.datetime | None,
 ) -> str:
     """The page as text; see `write_report`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    script = (TEMPLATES / "report.js").read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    shelves = [shelf_view(shelf) for shelf in gallery if shelf.items]
-    return environment.get_template("report.html").render(
-        title=title,
-        written=written.strftime("%d %B %Y, %H:%M"),
-        version=ivr_jax.__version__,
+    return render_page(
+        "report.html",
+        title,
+        written,
+        script=(TEMPLATES / "report.js").read_text(),
         notes=list(notes),
-        style=Markup((TEMPLATES / "report.css").read_text()),
-        script=Markup(script),
-        script_hash=digest,
         arms=list(evaluations),
         about=[(arm, _flat(result["about"])) for arm, result in evaluations.items() if result["about"]],
         tiles=[_tile(BY_NAME[name], evaluations) for name in _TILES] if evaluations else [],
@@ -134,7 +122,36 @@ def render(
         charts=[(plot.title, plots.interval_svg(plot)) for plot in plots.interval_plots(evaluations)],
         gates=list(gates),
         runs=[_run_view(run) for run in runs],
-        shelves=shelves,
+        sections=[section_view(section) for section in gallery if section.items],
+    )
+
+
+def render_page(
+    template: str, title: str, written: datetime.datetime | None = None, script: str = "", **values: Any
+) -> str:
+    """A page made from one of `templates/`, each of which extends base.html.
+
+    Args:
+      template: its file name.
+      written: the time that the page names; now by default.
+      script: JavaScript of the page, the only one that its content security policy allows.
+      values: what the template uses beside title, time, version and style sheet; texts are escaped.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(
+        title=title,
+        written=(written or datetime.datetime.now()).strftime("%d %B %Y, %H:%M"),
+        version=ivr_jax.__version__,
+        style=Markup((TEMPLATES / "report.css").read_text()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
     )
 
 
@@ -157,14 +174,14 @@ def _slug(text: str) -> str:
 
 
 def _tile(measure: Measure, evaluations: Evaluations) -> dict[str, Any]:
-    """A headline: the value of the last main arm, large, and every other arm's below."""
+    """One headline figure: the value of the last main arm, and every other arm's below it."""
     values = {arm: format_value(measure, measure.of(result["overall"])) for arm, result in evaluations.items()}
-    told = ([arm for arm in values if arm in MAIN_ARMS] or list(values))[-1]
+    headline = ([arm for arm in values if arm in MAIN_ARMS] or list(values))[-1]
     return {
         "title": measure.title,
-        "value": values[told],
-        "arm": told,
-        "trail": [(arm, value) for arm, value in values.items() if arm != told],
+        "value": values[headline],
+        "arm": headline,
+        "trail": [(arm, value) for arm, value in values.items() if arm != headline],
     }
 
 

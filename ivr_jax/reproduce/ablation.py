@@ -13,26 +13,22 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import ivr_jax
 from ivr_jax.errors import UserError
 from ivr_jax.report import tables
 from ivr_jax.report.answers import replace_file
 from ivr_jax.report.collect import METRICS_FILE, read_curves
 from ivr_jax.report.metrics import EVALUATION_FILE, read_evaluation
-from ivr_jax.report.pages import TEMPLATES
+from ivr_jax.report.pages import render_page
 from ivr_jax.report.plots import Curve
 from ivr_jax.report.tables import BY_NAME, Gate
 from ivr_jax.reproduce import ablation_plots
@@ -72,6 +68,7 @@ PAPER_SCORES = {
 SUITES = ("geneval", "kris", "omnicontext")
 _FIGURES = ("images", "exact", "first_exact", "outcome", "pass_given_right", "pass_given_wrong", "direct",
             "reflection", "multi_step")  # fmt: skip
+PNG_URI = "data:image/png;base64,"
 _CURVES = {"images": "Images per answer", "outcome": "Outcome reward"}
 
 
@@ -328,15 +325,11 @@ def write(root: Path, found: Reproduction) -> None:
 
 
 def _page(root: Path, found: Reproduction, plots: Sequence[tuple[str, Path]]) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)  # fmt: skip
-    pictures = [(title, base64.b64encode(path.read_bytes()).decode()) for title, path in plots]
-    return environment.get_template("reproduction.html").render(
-        title="Interleaved reasoning in miniature",
+    pictures = [(title, PNG_URI + base64.b64encode(path.read_bytes()).decode()) for title, path in plots]
+    return render_page(
+        "reproduction.html",
+        "Interleaved reasoning in miniature",
         folder=root.name,
-        written=datetime.datetime.now().strftime("%d %B %Y, %H:%M"),
-        version=ivr_jax.__version__,
-        style=Markup((TEMPLATES / "report.css").read_text()),
         tables=[
             ("Arms", "Mean over seeds, each seed in brackets. Images and exact match on held-out prompts; “paper” is "
              "the same ratio in the paper's table 2.", *main_rows(found)),

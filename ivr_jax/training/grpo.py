@@ -42,7 +42,7 @@ from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
-from ivr_jax.report.gallery import Shelf, Shown
+from ivr_jax.report.gallery import GalleryItem, GallerySection
 from ivr_jax.report.pages import write_report
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge_service import Judge, Verdicts
@@ -388,10 +388,10 @@ class Trainer:
         count = max(1, self.options.gallery_answers // rollout.group) * rollout.group
         rows = range(min(count, len(rollout.answers) // jax.process_count()))  # pixels are where they were drawn
         answers, images = shown_answers(rollout, samples, scored, rows)
-        shown = tuple(Shown(f"member {row % rollout.group + 1}", answers[row], images) for row in rows)
+        shown = tuple(GalleryItem(f"member {row % rollout.group + 1}", answers[row], images) for row in rows)
         intro = "Groups of answers that one update compared: rewards as judged, the bonus, and the advantage."
-        shelf = Shelf(f"Rollouts of step {step}", intro, shown)
-        write_report(self.gallery / f"step_{step:06d}.html", f"Rollouts of step {step}", (), {}, (shelf,), (), ())
+        section = GallerySection(f"Rollouts of step {step}", intro, shown)
+        write_report(self.gallery / f"step_{step:06d}.html", f"Rollouts of step {step}", (), {}, (section,), (), ())
 
 
 def _check_ratio(deviation: float) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ivr_jax.report.answers import Answer
-from ivr_jax.report.segments import shown_segments
+from ivr_jax.report.answers import Answer, make_answer
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged
 from ivr_jax.sampling.rollout import Rollout
@@ -117,15 +116,9 @@ def shown_answers(
         if drawn is None:
             records.append(Answer(samples[p], None, rollout.errors[row], rewards=rewards))
             continue
-        trajectory = drawn.trajectory
-        unknown = (None,) * (len(trajectory.images) - len(judged.truth))
-        invalid = "" if judged.format > 0 else "the answer does not go on as its verdict says."
+        invalid = "" if judged.format > 0 else "the answer does not continue as its verdict says."
         records.append(
-            Answer(
-                trajectory.sample, trajectory, invalid, trajectory.images, (*unknown, *judged.truth), (), rewards,
-                tuple(dataclasses.replace(s, loss=False) for s in shown_segments(trajectory, drawn.segments)),
-                mode=None if invalid else trajectory.mode,
-            )  # fmt: skip
+            make_answer(drawn.trajectory, drawn.segments, error=invalid, truth=judged.truth, rewards=rewards)
         )
         images |= drawn.images
     return records, images

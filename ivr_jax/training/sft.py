@@ -32,7 +32,7 @@ from ivr_jax.training.losses import following, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.state import TrainState, micro_batches, place, updated
 from ivr_jax.training.throughput import train_flops
-from ivr_jax.training.training_samples import write_taught
+from ivr_jax.training.training_samples import write_training_samples
 
 DROPOUT = 1  # folded into a step's key for its dropout
 # of config.model, these hold for a model from `init` as well
@@ -198,11 +198,11 @@ def _say(text: str) -> None:
 def _prepare(
     config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
 ) -> None:
-    """Token examples and the report's taught samples, made once."""
+    """Token examples and the report's training samples, made once."""
     dataset, folder = TrajectoryDataset(config.data.path), workdir / "examples"
     fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
     manifest = examples.read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != fingerprint:
         examples.make_examples(dataset, tokenizer, codec.encode, folder, longest, fingerprint)
-    if not (workdir / "taught").exists():
-        write_taught(workdir / "taught", dataset, tokenizer, codec.encode)
+    if not (workdir / "training_samples").exists():
+        write_training_samples(workdir / "training_samples", dataset, tokenizer, codec.encode)

@@ -1,4 +1,4 @@
-"""Training samples in the form that the report shows: what the model was taught, and which tokens carried loss."""
+"""Training samples in the form that the report shows: and which of their tokens carry loss."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import numpy as np
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.text import TextTokenizer
-from ivr_jax.report.answers import Answer, write_answers
-from ivr_jax.report.segments import shown_segments
+from ivr_jax.report.answers import make_answer, write_answers
 from ivr_jax.trajectory import Mode
 
 
-def write_taught(
+def write_training_samples(
     folder: str | os.PathLike[str],
     dataset: TrajectoryDataset,
     tokenizer: TextTokenizer,
@@ -35,15 +34,6 @@ def write_taught(
         codes = dict(zip(held, encode_images(list(held.values())), strict=True))
         _, segments = codec.encode_answer(tokenizer, trajectory, codes)
         truth = tuple(r.evaluation for r in trajectory.rounds)
-        answers.append(
-            Answer(
-                trajectory.sample,
-                trajectory,
-                images=trajectory.images,
-                truth=truth,
-                segments=shown_segments(trajectory, segments),
-                mode=trajectory.mode,
-            )
-        )
+        answers.append(make_answer(trajectory, segments, truth=truth, trained=True))
         images |= held
     write_answers(folder, answers, images)

@@ -79,7 +79,7 @@ def ask(emu, out: Path, *arguments: object) -> commands.Done:
     )  # fmt: skip
 
 
-def spoken(done: commands.Done, out: Path) -> dict:
+def interleaved(done: commands.Done, out: Path) -> dict:
     """An interleaved answer that was written; every image it names is there."""
     assert done.returncode == 0, done.stderr
     record = json.loads((out / "answer.json").read_text())
@@ -103,7 +103,7 @@ def first(emu, tmp_path_factory) -> tuple[commands.Done, Path]:
 
 def test_an_imported_model_answers_in_texts_and_images(first):
     done, out = first
-    record = spoken(done, out)
+    record = interleaved(done, out)
     assert {part["kind"] for part in record["parts"]} >= {"image"} and record["sample"]["task_word"] == "story"
     assert all(load_image(path).shape == (64, 64, 3) for path in out.glob("G*.png"))
     assert "tokens/s" in done.stdout and "interleaved" in done.stdout and str(out / "answer.html") in done.stdout
@@ -113,7 +113,7 @@ def test_an_imported_model_answers_in_texts_and_images(first):
 
 def test_the_same_seed_answers_the_same_and_another_does_not(emu, first, tmp_path):
     again, other = (
-        spoken(ask(emu, tmp_path / str(seed), "--prompt=Tell <b>a</b> story of a cat.", "--task=story",
+        interleaved(ask(emu, tmp_path / str(seed), "--prompt=Tell <b>a</b> story of a cat.", "--task=story",
                    f"--seed={seed}"), tmp_path / str(seed))
         for seed in (3, 4)
     )  # fmt: skip
@@ -126,7 +126,7 @@ def test_a_task_and_every_sampling_option_reach_the_sampler(emu, tmp_path):
     options = ("--cfg=3", "--image_cfg=1.5", "--temperature=0.9", "--image_temperature=1.2", "--text_top_k=50",
                "--text_top_p=0.9", "--image_top_k=6", "--image_top_p=0.95")  # fmt: skip
     done = ask(emu, tmp_path / "out", f"--image={photo}", "--prompt=Mirror the cup.", "--task=howto", *options)
-    record = spoken(done, tmp_path / "out")
+    record = interleaved(done, tmp_path / "out")
     about = record["about"]
     assert about["cfg"] == 3 and about["image_cfg"] == 1.5 and about["task"] == "howto" and about["image_top_k"] == 6
     assert load_image(tmp_path / "out" / "source1.png").shape == (64, 64, 3)
@@ -271,7 +271,7 @@ def test_a_file_of_requests_is_answered_line_by_line_and_only_once(emu, tmp_path
     assert all(after[name] == before[name] for name in before if not name.startswith("mirrored"))
     other = ask(emu, out, f"--prompts={file}", "--seed=2", "--cfg=2")
     assert "holds an answer to another request: cfg was 1.0, is 2.0" in other.complaint and tree(out) == after
-    alone = spoken(ask(emu, tmp_path / "alone", "--prompt=A cat.", "--seed=2"), tmp_path / "alone")
+    alone = interleaved(ask(emu, tmp_path / "alone", "--prompt=A cat.", "--seed=2"), tmp_path / "alone")
     assert alone["parts"] == records["0001"]["parts"]
 
 

@@ -32,7 +32,7 @@ def recorded() -> tuple[list[Answer], dict[str, np.ndarray]]:
     studio = Studio(seed=5)
     answers = [studio.answer(task, ARMS["eval_sft"], "kris/procedural") for task in tasks(24)]
     answers.append(studio.garbled(tasks(2)[1], "half a sentence \ud800 and a line\u2028break"))
-    answers.append(studio.taught(tasks(3)[2], Mode.REFLECTION))
+    answers.append(studio.training_sample(tasks(3)[2], Mode.REFLECTION))
     return answers, studio.images
 
 

@@ -29,9 +29,9 @@ def test_a_finished_run_is_gathered_whole(finished, tmp_path):
     assert [curve.name for curve in inputs.runs[3].curves][:2] == ["loss", "learning_rate"]
     assert inputs.runs[2].config["optimizer"]["schedule"] == "cosine"
     assert list(inputs.evaluations) == ["Base", "SFT", "SFT + RL"]
-    answered, taught = inputs.gallery
+    answered, samples = inputs.gallery
     assert {item.arm for item in answered.items} == {"Base", "SFT", "SFT + RL"} and len(answered.items) == 36
-    assert taught.title == "What SFT was taught" and len({item.answer.mode for item in taught.items}) == 3
+    assert samples.title == "Training samples of SFT" and len({item.answer.mode for item in samples.items}) == 3
     assert len(inputs.gates) == 6
     page, *plots = write_report(tmp_path / "report.html", *inputs)
     assert page.stat().st_size > 50_000 and len(plots) == 6
@@ -40,7 +40,7 @@ def test_a_finished_run_is_gathered_whole(finished, tmp_path):
 def test_what_is_missing_is_left_out_and_said(finished, tmp_path):
     root = tmp_path / "half"
     shutil.copytree(finished, root)
-    for gone in ("rl", "eval_rl", "sft/taught"):
+    for gone in ("rl", "eval_rl", "sft/training_samples"):
         shutil.rmtree(root / gone)
     for gone in ("gates.json", "base/config.json", "image_tokenizer/metrics.jsonl", "eval_base/answers.jsonl"):
         (root / gone).unlink()

@@ -19,7 +19,7 @@ from PIL import Image
 
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import Answer, Segment
-from ivr_jax.report.gallery import LONGEST_TEXT, Shelf, Shown, choose, shelf_view
+from ivr_jax.report.gallery import LONGEST_TEXT, GalleryItem, GallerySection, choose, section_view
 from ivr_jax.report.metrics import evaluate
 from ivr_jax.report.pages import Run, render, write_report
 from ivr_jax.report.plots import Curve, curve_svg, smooth, thin
@@ -87,8 +87,9 @@ def whole(studio) -> Page:
     evaluations = {arm: evaluate(answers, about={"checkpoint": "rl/90"}) for arm in ("Base", "SFT")}
     curves = (Curve("loss", tuple(range(1, 400)), tuple(1 / n for n in range(1, 400))),)
     run = Run("SFT", "17 May 2030", {"seed": 3, "optimizer": {"learning_rate": 0.0015}}, curves)
-    shelf = Shelf("Answers", "As they unfolded.", tuple(Shown("SFT", answer, made.images) for answer in answers[:8]))
-    return page("A run", [run], evaluations, [shelf], [Gate("Critique right", "≥ 50%", "", None)], ["RL is missing."])
+    items = tuple(GalleryItem("SFT", answer, made.images) for answer in answers[:8])
+    section = GallerySection("Answers", "Round by round.", items)
+    return page("A run", [run], evaluations, [section], [Gate("Critique right", "≥ 50%", "", None)], ["RL is missing."])
 
 
 def test_every_section_is_there(whole):
@@ -96,7 +97,7 @@ def test_every_section_is_there(whole):
                   "Critique right", "not measured", "optimizer.learning_rate", "0.0015", "P(passes | wrong)",
                   "By number of edits"):
         assert words in whole.text
-    assert {tag["id"] for tag in whole.all("h2")} == {"result", "gates", "training", "shelf1"}
+    assert {tag["id"] for tag in whole.all("h2")} == {"result", "gates", "training", "section1"}
     assert whole.open == []
 
 
@@ -136,7 +137,7 @@ def test_the_policy_admits_the_page_s_own_script_and_no_other(whole):
     assert f"script-src 'sha256-{digest}';" in policy
 
 
-def evil_shelf() -> Shelf:
+def evil_section() -> GallerySection:
     """Hostile text wherever a model or a user can put any."""
     sample = Sample(EVIL, EVIL, (EVIL,), EVIL, EVIL, {"edits": 2})
     fine = plain_answer().own[0]
@@ -146,14 +147,15 @@ def evil_shelf() -> Shelf:
     answer = Answer(sample, trajectory, EVIL, trajectory.images, (failed, failed), (False, False), {EVIL: 1.0},
                     (Segment(EVIL, EVIL, None, 3, True),), EVIL, Mode.REFLECTION)
     broken = Answer(sample, None, EVIL, (EVIL,), (failed,), (), {}, (Segment(EVIL, EVIL, None, 3, False),), EVIL)
-    return Shelf(EVIL, EVIL, (Shown(EVIL, answer, {EVIL: np.zeros((8, 8, 3), np.uint8)}), Shown("x", broken, {})))
+    images = {EVIL: np.zeros((8, 8, 3), np.uint8)}
+    return GallerySection(EVIL, EVIL, (GalleryItem(EVIL, answer, images), GalleryItem("x", broken, {})))
 
 
 def test_hostile_text_is_shown_and_never_run():
-    answers = [item.answer for item in evil_shelf().items]
+    answers = [item.answer for item in evil_section().items]
     run = Run(EVIL, EVIL, {EVIL: EVIL}, (Curve(EVIL, (1, 2), (0.0, 1.0)),))
     evaluations = {EVIL: evaluate(answers, about={EVIL: EVIL}), "other": evaluate(answers)}
-    result = page(EVIL, [run], evaluations, [evil_shelf()], [Gate(EVIL, EVIL, EVIL, True)], [EVIL])
+    result = page(EVIL, [run], evaluations, [evil_section()], [Gate(EVIL, EVIL, EVIL, True)], [EVIL])
     assert len(result.all("script")) == 1 and "pwned" not in result.script
     assert not any("onerror" in attributes for _, attributes in result.tags)
     assert all(tag["src"].startswith("data:") for tag in result.all("img"))
@@ -163,20 +165,20 @@ def test_hostile_text_is_shown_and_never_run():
 
 def test_half_characters_are_written_too(tmp_path):
     answer = dataclasses.replace(plain_answer(), error="torn \ud83d apart")
-    write_report(tmp_path / "r.html", "t", (), {}, [Shelf("s", "", (Shown("a", answer, {}),))], (), ())
+    write_report(tmp_path / "r.html", "t", (), {}, [GallerySection("s", "", (GalleryItem("a", answer, {}),))], (), ())
     assert "torn &#55357; apart" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_a_long_text_is_cut_and_says_so():
     answer = dataclasses.replace(plain_answer(), error="x" * (LONGEST_TEXT + 50))
-    text = page(gallery=[Shelf("s", "", (Shown("a", answer, {}),))]).text
+    text = page(gallery=[GallerySection("s", "", (GalleryItem("a", answer, {}),))]).text
     assert "x" * LONGEST_TEXT + " … (50 more characters)" in text and "x" * (LONGEST_TEXT + 1) not in text
 
 
 def test_an_answer_unfolds_image_by_image_with_both_verdicts(studio):
     made, answers = studio
     answer = next(a for a in answers if a.mode is Mode.MULTI_STEP and len(a.images) > 2)
-    view = shelf_view(Shelf("s", "", (Shown("SFT", answer, made.images),)))["groups"][0]["answers"][0]
+    view = section_view(GallerySection("s", "", (GalleryItem("SFT", answer, made.images),)))["groups"][0]["answers"][0]
     assert [panel["label"] for panel in view["panels"]] == [f"G{k + 1}" for k in range(len(answer.images))]
     steps = [r.cause.instruction for r in answer.trajectory.rounds[1:]]
     assert [text["text"] for panel in view["panels"] for text in panel["texts"]] == steps  # each below the image before
@@ -190,7 +192,7 @@ def test_an_answer_unfolds_image_by_image_with_both_verdicts(studio):
 
 def test_where_model_and_analyzer_differ_the_axis_is_marked_and_the_answer_filed():
     answer = plain_answer(exact=False, passes=True)  # wrong, yet passes itself
-    view = shelf_view(Shelf("s", "", (Shown("a", answer, {}),)))
+    view = section_view(GallerySection("s", "", (GalleryItem("a", answer, {}),)))
     shown = view["groups"][0]["answers"][0]
     assert [v["differ"] for v in shown["panels"][0]["verdicts"]] == [True, False, False, False]
     assert shown["panels"][0]["verdicts"][0]["why"] == [("truth", "wrong")]
@@ -199,39 +201,39 @@ def test_where_model_and_analyzer_differ_the_axis_is_marked_and_the_answer_filed
 
 def test_segments_show_which_tokens_carried_loss():
     made = Studio(seed=1)
-    taught = made.taught(tasks(4)[3], Mode.REFLECTION)
-    view = shelf_view(Shelf("s", "", (Shown("t", taught, made.images),)))["groups"][0]["answers"][0]
+    sample = made.training_sample(tasks(4)[3], Mode.REFLECTION)
+    view = section_view(GallerySection("s", "", (GalleryItem("t", sample, made.images),)))["groups"][0]["answers"][0]
     assert [(s["kind"], s["context"]) for s in view["segments"]] == [
         ("G1", True), ("E1", False), ("R1", False), ("G2", False), ("E2", False)]
     assert [panel["context"] for panel in view["panels"]] == [True, False]
     assert (view["trained"], view["tokens"]) == (75, 100)
-    result = page(gallery=[Shelf("s", "", (Shown("t", taught, made.images),))])
+    result = page(gallery=[GallerySection("s", "", (GalleryItem("t", sample, made.images),))])
     assert "75 of 100 tokens carry loss" in result.text
     assert [len(result.all(tag, **{"class": "context"})) for tag in ("span", "figure")] == [1, 1]
 
 
 def test_an_answer_without_loss_is_not_called_context(studio):
     made, answers = studio
-    result = page(gallery=[Shelf("s", "", (Shown("SFT", answers[0], made.images),))])
+    result = page(gallery=[GallerySection("s", "", (GalleryItem("SFT", answers[0], made.images),))])
     assert not result.all("span", **{"class": "context"}) and "carry loss" not in result.text
 
 
 def test_an_answer_that_did_not_parse_shows_what_there_is():
     made = Studio(seed=1)
     answer = made.garbled(tasks(2)[1], "and then nothing")
-    view = shelf_view(Shelf("s", "", (Shown("a", answer, made.images),)))["groups"][0]["answers"][0]
+    view = section_view(GallerySection("s", "", (GalleryItem("a", answer, made.images),)))["groups"][0]["answers"][0]
     assert view["mode"] == "invalid" and view["error"] == "token 27: expected <Evaluate>"
     assert [text["text"] for text in view["panels"][0]["texts"]] == ["and then nothing"]
     assert all(v["own"] is None and v["truth"] is not None for v in view["panels"][0]["verdicts"])
     empty = Answer(answer.sample, None, "nothing drawn", segments=(Segment("text", "only words", None, 3, False),))
-    assert "only words" in page(gallery=[Shelf("s", "", (Shown("a", empty, made.images),))]).text
+    assert "only words" in page(gallery=[GallerySection("s", "", (GalleryItem("a", empty, made.images),))]).text
 
 
 def test_small_images_keep_hard_pixels_and_photographs_are_reduced_and_smooth():
     sample = Sample("k", "Do it.", ("photo", "tiny", "gone"))
     answer = dataclasses.replace(plain_answer(), sample=sample, trajectory=None, mode=None)
     images = {"photo": photograph("astronaut", 512), "tiny": np.zeros((64, 64, 3), np.uint8)}
-    group = shelf_view(Shelf("s", "", (Shown("a", answer, images),)))["groups"][0]
+    group = section_view(GallerySection("s", "", (GalleryItem("a", answer, images),)))["groups"][0]
     photo, tiny, gone = group["sources"]
     assert (photo["size"], photo["smooth"]) == ("512 × 512", True)
     assert (tiny["size"], tiny["smooth"]) == ("64 × 64", False)
@@ -250,7 +252,7 @@ def test_the_same_prompt_stands_together_and_rare_answers_are_shown():
     assert choose({}, 4, 0) == ()
 
 
-def test_filters_list_what_is_on_the_shelf(whole):
+def test_filters_list_what_is_in_the_section(whole):
     values = {(tag["data-field"], tag["value"]) for tag in whole.all("input")}
     assert {("mode", "direct"), ("result", "right"), ("result", "wrong")} <= values
     assert not any(field == "arm" for field, _ in values)  # one arm needs no filter

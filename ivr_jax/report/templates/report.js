@@ -1,13 +1,13 @@
 "use strict";
 // Filters of the gallery. Without scripts every answer is simply shown.
-for (const shelf of document.querySelectorAll(".shelf")) {
-  const controls = shelf.querySelector(".filters");
+for (const section of document.querySelectorAll(".gallery-section")) {
+  const controls = section.querySelector(".filters");
   controls.hidden = false;
   const apply = () => {
     const wanted = {};
     for (const input of controls.querySelectorAll("input:checked")) wanted[input.dataset.field] = input.value;
     let shown = 0;
-    for (const group of shelf.querySelectorAll(".request")) {
+    for (const group of section.querySelectorAll(".request")) {
       let any = false;
       for (const answer of group.querySelectorAll(".answer")) {
         const fits = (!wanted.arm || answer.dataset.arm === wanted.arm) &&
