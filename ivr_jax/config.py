@@ -7,25 +7,23 @@ of its folder, so one config can start from a neighbour: `from . import micro_ba
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import fcntl
 import importlib.util
 import inspect
 import json
 import math
-import os
 import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -173,15 +171,7 @@ def save_config(workdir: Path, config: ConfigDict) -> None:
         except TypeError:
             raise UserError(f"the config key `{key}` holds {with_article(type(value).__name__)}.",
                             "Use numbers, texts, true/false and tuples of them.") from None
-    text = json.dumps(config.to_dict(), indent=2) + "\n"
-    scratch = workdir / f"{CONFIG_FILE}.{os.getpid()}.tmp"
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, workdir / CONFIG_FILE)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise UserError(f"{workdir / CONFIG_FILE} cannot be written: {error.strerror}.",
-                        "Make room, or use another --workdir.") from error
+    files.write_json(workdir / CONFIG_FILE, config.to_dict())
 
 
 def saved_config(workdir: Path) -> dict[str, Any] | None:
@@ -225,37 +215,6 @@ def check_same_config(saved: Mapping[str, Any], config: ConfigDict, ignore: Iter
     more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
     raise UserError(f"the work directory belongs to a run with another configuration: {'; '.join(shown)}{more}.",
                     "Use another --workdir, or the configuration that the run was started with.")
-
-
-@contextlib.contextmanager
-def only_writer(workdir: Path, wanted: bool = True) -> Iterator[None]:
-    """Holds a work directory for one run: two that write the same files would spoil both.
-
-    The lock is the system's own, on the folder, and gone with the process, however that ends.  A file system without
-    locks gives none.
-
-    Args:
-      workdir: an existing folder.
-      wanted: False for the second and further processes of one run.
-
-    Raises:
-      UserError: another process has it.
-    """
-    if not wanted:
-        yield
-        return
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {workdir}.",
-                            "Wait for it, stop it, or use another --workdir.") from None
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(folder)
 
 
 def claim_workdir(

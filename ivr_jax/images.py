@@ -6,11 +6,11 @@ equal images have one name and one file.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -18,6 +18,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 
 Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
@@ -30,12 +31,16 @@ MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height w
 
 def image_name(pixels: np.ndarray) -> str:
     """32 hexadecimal characters: the SHA-256 of shape and bytes.  `pixels` uint8 [height, width, 3]."""
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise UserError(f"an image must be uint8 [height, width, 3], not {getattr(pixels, 'dtype', type(pixels))} "
-                        f"{getattr(pixels, 'shape', '')}.", "Convert it to RGB pixels first.")
+    _check_pixels(pixels)
     digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
     digest.update(np.ascontiguousarray(pixels).tobytes())
     return digest.hexdigest()[:32]
+
+
+def _check_pixels(pixels: Pixels) -> None:
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UserError(f"an image must be uint8 [height, width, 3], not {getattr(pixels, 'dtype', type(pixels))} "
+                        f"{getattr(pixels, 'shape', '')}.", "Convert it to RGB pixels first.")
 
 
 def load_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -94,25 +99,22 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def save_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
-    """Writes uint8 [height, width, 3] as PNG under a temporary name, then renames: never half a file."""
-    path = Path(path)
-    image_name(pixels)  # the same check of shape and type
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".png")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}).", "Choose a folder that may be written.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(pixels).save(file, "PNG")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written ({error}).", "Free space, or choose another folder.") from error
-        raise
+def encode_png(pixels: Pixels, compress_level: int = 1) -> bytes:
+    """PNG of uint8 [height, width, 3]; the same pixels and level always give the same bytes."""
+    _check_pixels(pixels)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=compress_level)
+    return buffer.getvalue()
+
+
+def data_uri(pixels: Pixels) -> str:
+    """uint8 [height, width, 3] as a `data:` address of a PNG, for pages that hold their images."""
+    return "data:image/png;base64," + base64.b64encode(encode_png(pixels, 6)).decode()
+
+
+def save_png(path: str | os.PathLike[str], pixels: Pixels) -> None:
+    """Writes uint8 [height, width, 3] as a PNG file, whole or not at all.  Raises UserError when it cannot."""
+    files.write_file(path, encode_png(pixels))
 
 
 def crop_square(pixels: np.ndarray, side: int) -> np.ndarray:

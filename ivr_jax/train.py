@@ -8,14 +8,15 @@ The same command goes on where a stopped run was: checkpoints hold parameters, o
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 import jax
 from absl import flags
 
-from ivr_jax import cli, distributed, sharding
+from ivr_jax import cli, distributed, files, sharding
 from ivr_jax.checkpoints import store
-from ivr_jax.config import check_least, claim_workdir, only_writer
+from ivr_jax.config import check_least, claim_workdir
 from ivr_jax.errors import UserError
 from ivr_jax.services.config import CHANGEABLE
 from ivr_jax.training import loop
@@ -55,7 +56,7 @@ def main(call: cli.Call) -> None:
     distributed.start(call.flags)
     mesh = sharding.mesh_of(config.mesh)
     primary = distributed.is_primary()
-    with only_writer(workdir, wanted=primary), jax.set_mesh(mesh):
+    with files.Lock(workdir) if primary else contextlib.nullcontext(), jax.set_mesh(mesh):
         resuming = store.has_any(workdir)
         claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=primary)
         stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh)

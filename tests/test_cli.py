@@ -350,17 +350,6 @@ def test_a_work_directory_without_permission_is_an_error(tmp_path):
         os.seteuid(was)
 
 
-def test_a_work_directory_has_one_writer_until_its_process_ends(tmp_path):
-    with config.only_writer(tmp_path):
-        with pytest.raises(UserError, match="another process is writing to .* Wait for it, stop it, or use another"):
-            with config.only_writer(tmp_path):
-                pass
-        with config.only_writer(tmp_path, wanted=False):  # a further process of the same run
-            pass
-    with config.only_writer(tmp_path):
-        assert not list(tmp_path.iterdir())
-
-
 # The config of a run
 
 

@@ -8,12 +8,8 @@ complete.
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
 import os
-import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +21,7 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from ivr_jax import sharding
+from ivr_jax import files, sharding
 from ivr_jax.checkpoints.lazy import Index, LazyArray, place_tree
 from ivr_jax.checkpoints.safetensors_io import DTYPES, INDEX, PlannedTensor, open_directory, write_directory
 from ivr_jax.errors import UserError
@@ -111,7 +107,7 @@ def export_backbone(
     fields = config.to_hf(model_type)
     written = dtype or jnp.dtype(config.param_dtype).name
     fields |= {"torch_dtype": written, "dtype": written}
-    with new_directory(directory, overwrite) as target:
+    with files.NewFolder(directory, overwrite=overwrite) as target:
         write_directory(target, planned_tensors(backbone_slots(config), params, written), shard_bytes)
         (target / "config.json").write_text(json.dumps(fields, indent=2))
 
@@ -125,7 +121,7 @@ def export_image_tokenizer(
     overwrite: bool = False,
 ) -> None:
     """Write `model.safetensors` under PyTorch names and `config.yaml`; errors as in `export_backbone`."""
-    with new_directory(directory, overwrite) as target:
+    with files.NewFolder(directory, overwrite=overwrite) as target:
         plan = planned_tensors(image_tokenizer_slots(config), params, dtype or config.param_dtype)
         write_directory(target, plan, shard_bytes=1 << 62)
         (target / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -187,60 +183,6 @@ def open_weights(directory: Path) -> Mapping[str, Any]:
     else:
         stored = _open_torch(pickled)
     return {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
-
-
-@contextlib.contextmanager
-def new_directory(directory: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling that takes the name `directory` when the block succeeds, and vanishes when it fails.
-
-    What a killed process left of its own try at the same directory is removed as well, and what it had moved away to
-    make room for that is moved back.
-    """
-    final = Path(os.path.abspath(directory))
-    with contextlib.suppress(OSError):
-        _clean_up(final)
-    if final.exists() and not final.is_dir():
-        raise UserError(f"{final} is a file.", "Name a folder that does not exist yet.")
-    if not overwrite and final.is_dir() and any(final.iterdir()):
-        raise UserError(f"{final} exists and is not empty.", "Name another folder, or remove this one first.")
-    partial, old = (final.with_name(f".{final.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
-    missing = [folder for folder in final.parents if not folder.exists()]
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror or error}.", "Mend permissions or space.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):  # in use, or never made
-                folder.rmdir()
-
-
-def _clean_up(final: Path) -> None:
-    name = re.compile(rf"\.{re.escape(final.name)}\.(old|partial)-(\d+)")
-    for stale in sorted(final.parent.glob(f".{glob.escape(final.name)}.*")):  # "old" before "partial"
-        found = name.fullmatch(stale.name)
-        if found is None or _runs(found[2]):
-            continue
-        if found[1] == "old" and not final.exists():
-            stale.rename(final)
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
-
-
-def _runs(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)  # asks, and does nothing
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except OSError:
-        return True  # another user's
-    return True
 
 
 def planned_tensors(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:

@@ -15,14 +15,13 @@ not fit, and the last lines say what to change.
 from __future__ import annotations
 
 import ast
-import json
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from ivr_jax import cli
+from ivr_jax import cli, files
 from ivr_jax.compile import jobs, report
 from ivr_jax.compile.programs import PROGRAMS
 from ivr_jax.compile.topologies import Topology, compiler_library, parse_topology
@@ -55,7 +54,7 @@ def main(call: cli.Call) -> int:
                 report.side_by_side(console, list(configs), [outcome for _, outcome in made])
             outcomes += made
     if plan is not None:
-        plan.write_text(json.dumps([report.to_json(t, o) for t, o in outcomes], indent=2) + "\n")
+        files.write_json(plan, [report.to_json(t, o) for t, o in outcomes])
     report.summarise(console, outcomes)
     return 0 if all(outcome.ok for _, outcome in outcomes) else 1
 

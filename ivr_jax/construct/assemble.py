@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivr_jax import files
 from ivr_jax.construct.released import write_outcome
 from ivr_jax.construct.run import Pass, outcome_from_json, outcomes, trajectory_of
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
@@ -96,13 +95,7 @@ def write_summary(path: Path, found: Pass, journal: Journal, services: Sequence[
         "services": journal.usage(),
         "this_run": _this_run(services),
     }
-    scratch = path.with_suffix(".tmp")
-    try:
-        scratch.write_text(json.dumps(summary, ensure_ascii=False, indent=1), encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}.", "Make room, and run again.") from error
+    files.write_json(path, summary)
     return summary
 
 

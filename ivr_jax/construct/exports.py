@@ -12,15 +12,15 @@ of a trajectory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
+from ivr_jax import files
 from ivr_jax.construct.released import RESULT, Problem, load_result, result_from_trajectory, sample_folders
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
@@ -174,7 +174,8 @@ def export_success(
                 problems.append(Problem(folder, str(error)))
 
     list(export_records([], form))
-    return _write_lines(Path(out), records()), problems
+    with _new_lines(Path(out)) as lines:
+        return _write_lines(lines, records()), problems
 
 
 def export_dataset(
@@ -195,59 +196,41 @@ def export_dataset(
     list(export_records([], form))
     target = Path(out)
     pictures = target.with_name(f"{target.stem}_images")
-    partial, failed = target.with_name(f".{pictures.name}.partial"), 0
-    if pictures.exists():
-        raise UserError(f"{pictures} exists.", "Remove it, or name another file.")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    failed = 0
 
-        def records() -> Iterator[Record]:
-            nonlocal failed
-            for trajectory in dataset:
-                if not trajectory.rounds[-1].evaluation.passed:
-                    failed += 1
-                    continue
-                result, files = result_from_trajectory(trajectory, pictures.name, by_name=True)
-                for record in export_records([result], form, options):
-                    for name in files.values():
-                        file = partial / f"{name}.png"
-                        if not file.exists():
-                            file.write_bytes(dataset.png(name))
-                    yield record
+    def records(folder: Path) -> Iterator[Record]:
+        nonlocal failed
+        for trajectory in dataset:
+            if not trajectory.rounds[-1].evaluation.passed:
+                failed += 1
+                continue
+            result, names = result_from_trajectory(trajectory, pictures.name, by_name=True)
+            for record in export_records([result], form, options):
+                for name in names.values():
+                    file = folder / f"{name}.png"
+                    if not file.exists():
+                        file.write_bytes(dataset.png(name))
+                yield record
 
-        written = _write_lines(target, records(), before=lambda: partial.rename(pictures))
-    except OSError as error:
-        raise UserError(f"cannot write {pictures}: {error.strerror}.", "Make room, or name another file.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _new_lines(target) as lines, files.NewFolder(pictures) as folder:  # the images get their name first
+        written = _write_lines(lines, records(folder))
     return written, failed
 
 
-def _write_lines(target: Path, records: Iterable[Record], before: Callable[[], object] | None = None) -> int:
-    """Writes one JSON a line under a temporary name, calls `before`, renames; returns the number of lines."""
-    written = 0
+@contextlib.contextmanager
+def _new_lines(target: Path) -> Iterator[IO[bytes]]:
     if target.is_dir():
         raise UserError(f"{target} is a folder.", "Name a file.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror}.", "Name a file in a directory that you may write."
-        ) from error
-    try:
-        with open(descriptor, "w", encoding="utf-8") as lines:
-            for record in records:
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-                written += 1
-        os.chmod(partial, 0o644)
-        if before:
-            before()
-        os.replace(partial, target)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    with files.new_file(target) as lines:
+        yield lines
+
+
+def _write_lines(lines: IO[bytes], records: Iterable[Record]) -> int:
+    """Writes one JSON value a line; returns the number of lines."""
+    written = 0
+    for record in records:
+        lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        written += 1
     return written
 
 

@@ -23,12 +23,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ivr_jax import files
 from ivr_jax.construct.escalation import RELEASED_RULES, Drawing, Outcome, Rules
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, Pixels, image_name, load_image, save_png
@@ -350,8 +349,8 @@ def write_trajectory(
     """
     folder = Path(root) / checked_key(trajectory.sample.key, "a trajectory")
     told = folder if told_root is None else Path(told_root) / folder.name
-    result, files = result_from_trajectory(trajectory, str(told))
-    return _write_folder(folder, result, files, images)
+    result, names = result_from_trajectory(trajectory, str(told))
+    return _write_folder(folder, result, names, images)
 
 
 def write_outcome(success_dir: str | os.PathLike, fail_dir: str | os.PathLike, outcome: Outcome) -> Path:
@@ -362,8 +361,8 @@ def write_outcome(success_dir: str | os.PathLike, fail_dir: str | os.PathLike, o
     key = checked_key(outcome.sample.key, "an outcome")
     folder = Path(fail_dir if outcome.drop else success_dir) / key
     history = [d for i, d in enumerate(outcome.history) if d.kept or i == len(outcome.history) - 1]
-    result, files = _result(outcome.sample, history, outcome.drop.value if outcome.drop else None, str(folder))
-    return _write_folder(folder, result, files, outcome.images)
+    result, names = _result(outcome.sample, history, outcome.drop.value if outcome.drop else None, str(folder))
+    return _write_folder(folder, result, names, outcome.images)
 
 
 def _result(
@@ -376,7 +375,7 @@ def _result(
         f"original_image_{i}.png" if len(sample.sources) > 1 else "original_image.png": name
         for i, name in enumerate(sample.sources)
     }
-    files, reflections, steps, final = dict(sources), [], [], ""
+    names, reflections, steps, final = dict(sources), [], [], ""
     for drawing in history:
         if drawing.cause is None:
             file = "step1_direct_edit_result.png"
@@ -384,7 +383,7 @@ def _result(
             file = f"step2_reflect_edit_result_{len(reflections)}.png"
         else:
             file = f"step4_multi_step_edit_result_{len(steps)}.png"
-        files[file], final = drawing.image, told(file, drawing.image)
+        names[file], final = drawing.image, told(file, drawing.image)
         if isinstance(drawing.cause, Reflection):
             reflections.append(_reflection_json(drawing, final))
         elif drawing.cause is not None:
@@ -406,7 +405,7 @@ def _result(
     }
     if sample.explanation:
         result["explanation"] = sample.explanation
-    return result, files
+    return result, names
 
 
 def _reflection_json(drawing: Drawing, path: str) -> dict[str, Any]:
@@ -444,25 +443,16 @@ def _evaluation_json(evaluation: Evaluation | None, thresholds: Thresholds) -> d
     return record
 
 
-def _write_folder(folder: Path, result: dict[str, Any], files: Mapping[str, str], images: Images) -> Path:
-    missing = [name for name in files.values() if name not in images]
+def _write_folder(folder: Path, result: dict[str, Any], names: Mapping[str, str], images: Images) -> Path:
+    missing = [name for name in names.values() if name not in images]
     if missing:
         raise UserError(
             f"the image {missing[0]!r} of {folder} was not given.", "Pass the sources and every drawn image."
         )
-    if folder.exists():
-        raise UserError(f"{folder} exists.", "Remove it, or write somewhere else.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
-        for file, name in files.items():
+    with files.NewFolder(folder) as partial:
+        for file, name in names.items():
             save_png(partial / file, images[name])
         (partial / RESULT).write_text(
             json.dumps(result, ensure_ascii=False, indent=4, allow_nan=False), encoding="utf-8"
         )
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder

@@ -31,7 +31,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ivr_jax import cli
+from ivr_jax import cli, files
 from ivr_jax.checkpoints import hf, parity, streaming
 from ivr_jax.checkpoints.lazy import Index, LazyArray
 from ivr_jax.checkpoints.safetensors_io import digest, row_blocks
@@ -146,10 +146,10 @@ def write_hf(model: Model, folder: Path, model_type: str | None = None, dtype: s
         (folder / EXTRA).write_text(json.dumps(known, indent=1))
 
 
-def _copy(files: Sequence[Path], folder: Path) -> None:
-    if files:
+def _copy(companions: Sequence[Path], folder: Path) -> None:
+    if companions:
         folder.mkdir(exist_ok=True)
-    for file in files:
+    for file in companions:
         shutil.copyfile(file, folder / file.name)
 
 
@@ -252,7 +252,7 @@ def main(call: cli.Call) -> None:
         raise UserError(f"{target} holds what is to be converted, and would be replaced.", "Name another folder.")
     exported = source_form == "orbax"
     read = read_orbax(source) if exported else read_hf(source, call.flags.param_dtype, call.flags.vocab_multiple)
-    with hf.new_directory(target, call.flags.overwrite) as folder:
+    with files.NewFolder(target, overwrite=call.flags.overwrite) as folder:
         with shown(read) as model:
             if exported:
                 write_hf(model, folder, call.flags.model_type, call.flags.dtype)

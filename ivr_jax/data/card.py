@@ -7,13 +7,11 @@ a folder that is already there.  Everything counts trajectories unless it says i
 from __future__ import annotations
 
 import collections
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ivr_jax.errors import UserError
+from ivr_jax import files
 from ivr_jax.trajectory import AXES, Mode, Trajectory
 
 CARD, NUMBERS = "README.md", "card.json"
@@ -122,17 +120,8 @@ def card_text(numbers: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 def write_files(folder: Path, counts: CardCounts, manifest: Mapping[str, Any]) -> None:
     """Writes both files into `folder`, replacing older ones."""
     numbers = counts.to_json(manifest)
-    for name, text in (
-        (NUMBERS, json.dumps(numbers, ensure_ascii=False, indent=1) + "\n"),
-        (CARD, card_text(numbers, manifest.get("provenance") or {})),
-    ):
-        scratch = folder / f".{name}.{os.getpid()}"
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            os.replace(scratch, folder / name)
-        except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise UserError(f"cannot write {folder / name}: {error.strerror}.", "Make room, or mend rights.") from error
+    files.write_json(folder / NUMBERS, numbers)
+    files.write_file(folder / CARD, card_text(numbers, manifest.get("provenance") or {}))
 
 
 def _sorted(counts: Mapping[str, int]) -> dict[str, int]:

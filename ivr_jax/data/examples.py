@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ import numpy as np
 from array_record.python import array_record_module
 from tqdm import tqdm
 
+from ivr_jax import files
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec
@@ -63,41 +63,25 @@ def make_examples(
 
     Raises UserError for a trajectory of more than `longest` tokens, naming it.
     """
-    partial = begin(folder)
-    try:
-        write_part(dataset, tokenizer, encode_images, folder, longest, chunk=chunk)
-        return join_parts(folder, fingerprint)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def begin(folder: str | os.PathLike) -> pathlib.Path:
-    """Makes the hidden folder beside `folder` in which its parts are written, empty, and returns it."""
-    partial = _partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {partial}: {error.strerror}.", "Name a folder you may write.") from error
-    return partial
+    with files.NewFolder(folder, overwrite=True) as partial:
+        write_part(dataset, tokenizer, encode_images, partial, longest, chunk=chunk)
+        return join_parts(partial, fingerprint)
 
 
 def write_part(
     dataset: TrajectoryDataset,
     tokenizer: TextTokenizer,
     encode_images: EncodeImages,
-    folder: str | os.PathLike,
+    partial: pathlib.Path,
     longest: int,
     part: int = 0,
     parts: int = 1,
     chunk: int = CHUNK,
 ) -> None:
-    """Writes part `part` of `parts`: the chunks part, part + parts, ... of `chunk` trajectories each.
+    """Writes part `part` of `parts` into `partial`: the chunks part, part + parts, ... of `chunk` trajectories each.
 
     Raises UserError for a trajectory of more than `longest` tokens, naming it.
     """
-    partial = _partial(folder)
     writers = {
         mode: array_record_module.ArrayRecordWriter(str(partial / f"{mode.value}.{part}"), "group_size:1")
         for mode in Mode
@@ -126,18 +110,17 @@ def write_part(
     (partial / f"part.{part}").write_text(json.dumps(told))
 
 
-def join_parts(folder: str | os.PathLike, fingerprint: str, parts: int = 1) -> dict:
-    """Makes `folder` of its parts, which are all written, and returns the manifest; the bytes do not depend on `parts`.
-    """
-    folder, partial = pathlib.Path(folder), _partial(folder)
+def join_parts(partial: pathlib.Path, fingerprint: str, parts: int = 1) -> dict:
+    """Joins all parts in the folder `partial` and returns the manifest; the bytes do not depend on `parts`."""
     told = [json.loads((partial / f"part.{part}").read_text()) for part in range(parts)]
     order = [told[i % parts]["chunks"][i // parts] for i in range(sum(len(part["chunks"]) for part in told))]
     for mode in Mode:
-        files = [partial / f"{mode.value}.{part}" for part in range(parts)]
+        target = partial / f"{mode.value}.array_record"
+        sources = [partial / f"{mode.value}.{part}" for part in range(parts)]
         if parts > 1:
-            _interleave(files, [counts.get(mode.value, 0) for counts in order], partial / f"{mode.value}.array_record")
+            _interleave(sources, [counts.get(mode.value, 0) for counts in order], target)
         else:
-            files[0].rename(partial / f"{mode.value}.array_record")
+            sources[0].rename(target)
     for leftover in partial.glob("*.[0-9]*"):
         leftover.unlink()
     manifest = {
@@ -146,32 +129,25 @@ def join_parts(folder: str | os.PathLike, fingerprint: str, parts: int = 1) -> d
         "tokens": sum(part["tokens"] for part in told),
         "longest": max(part["longest"] for part in told),
     }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    files.write_json(partial / MANIFEST, manifest)
     return manifest
 
 
-def _interleave(files: Sequence[pathlib.Path], counts: Sequence[int], target: pathlib.Path) -> None:
-    """Writes the records of `files` into `target`: counts[0] of the first file, counts[1] of the second, ..., round."""
-    totals = [sum(counts[part :: len(files)]) for part in range(len(files))]
+def _interleave(sources: Sequence[pathlib.Path], counts: Sequence[int], target: pathlib.Path) -> None:
+    """Copies records into `target`: counts[0] of the first source, counts[1] of the second, ..., and round again."""
+    totals = [sum(counts[part :: len(sources)]) for part in range(len(sources))]
     readers = [
         array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0") if total else None
-        for file, total in zip(files, totals, strict=True)
+        for file, total in zip(sources, totals, strict=True)
     ]
-    writer, position = array_record_module.ArrayRecordWriter(str(target), "group_size:1"), [0] * len(files)
+    writer, position = array_record_module.ArrayRecordWriter(str(target), "group_size:1"), [0] * len(sources)
     for i, count in enumerate(counts):
-        part = i % len(files)
+        part = i % len(sources)
         if count:
             for record in readers[part].read(list(range(position[part], position[part] + count))):
                 writer.write(record)
             position[part] += count
     writer.close()
-
-
-def _partial(folder: str | os.PathLike) -> pathlib.Path:
-    folder = pathlib.Path(folder)
-    return folder.with_name(f".{folder.name}.partial")
 
 
 def _codes(

@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
+import functools
 import hashlib
 import io
 import json
 import operator
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
+from ivr_jax import files
 from ivr_jax.data import card
 from ivr_jax.errors import UserError
-from ivr_jax.images import Images, Pixels, image_name
+from ivr_jax.images import Images, Pixels, encode_png, image_name
 from ivr_jax.trajectory import Trajectory, trajectory_from_json, trajectory_to_json
 
 FORMAT = "ivr_jax.trajectories"
@@ -44,39 +44,29 @@ _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _REBUILD = "Build the dataset again, or restore it from a copy."
 
 
-def encode_png(pixels: Pixels) -> bytes:
-    """PNG of uint8 [height, width, 3]; the same pixels always give the same bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 class TrajectoryWriter:
     """Writes a dataset directory; use it as a context manager.
 
     Args:
-      path: the directory to make.  One that exists and is not empty is an error, unless `replace` is set: then it is
-        replaced when the new one is complete.
+      path: the directory to make; one that exists must be empty.
       provenance: JSON values that say how the dataset came about (configuration, seeds, versions).
-      replace: see `path`.
 
     Raises:
       UserError: `path` exists, cannot be made, or is being written by another process; the provenance is no JSON.
     """
 
-    def __init__(self, path: str | os.PathLike, provenance: Mapping[str, Any] | None = None, *, replace: bool = False):
+    def __init__(self, path: str | os.PathLike, provenance: Mapping[str, Any] | None = None):
         self.path = Path(path)
         self.provenance = _json_copy(provenance or {})
-        if not replace and self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise UserError(f"{self.path} exists.", "Name another directory, or remove this one first.")
-        self._partial = self.path.parent / f".{self.path.name}.partial"
-        self._lock = _locked_directory(self._partial)
+        self._folder = files.NewFolder(path)
+        self._partial = self._folder.partial
         self._records = array_record_module.ArrayRecordWriter(str(self._partial / _RECORDS), "group_size:1,zstd:3")
         self._pixels = array_record_module.ArrayRecordWriter(str(self._partial / _PIXELS), "group_size:1,uncompressed")
         self._names: dict[str, None] = {}
         self._keys: set[str] = set()
         self._counts = {kind: collections.Counter() for kind in ("mode", "category", "image_size")}
         self._card = card.CardCounts()
+        self._content = hashlib.sha256()
         self._open = True
 
     def add(self, trajectory: Trajectory, images: Images) -> None:
@@ -105,6 +95,7 @@ class TrajectoryWriter:
             self._names[name] = None
             self._counts["image_size"][f"{pixels.shape[1]}x{pixels.shape[0]}"] += 1
         self._wrote(self._records.write, record)
+        self._content.update(hashlib.sha256(record).digest())
         self._keys.add(key)
         self._counts["mode"][trajectory.mode.value] += 1
         self._counts["category"][trajectory.sample.category] += 1
@@ -131,13 +122,14 @@ class TrajectoryWriter:
                 "version": VERSION,
                 "trajectories": len(self._keys),
                 "images": len(self._names),
+                "content_sha256": self._content.hexdigest(),
                 **{f"by_{kind}": dict(sorted(counts.items())) for kind, counts in self._counts.items()},
                 "provenance": self.provenance,
             }
-            _write_json(self._partial / _NAMES, list(self._names))
+            files.write_json(self._partial / _NAMES, list(self._names))
             card.write_files(self._partial, self._card, manifest)
-            _write_json(self._partial / _MANIFEST, manifest)
-            self._take_place()
+            files.write_json(self._partial / _MANIFEST, manifest)
+            self._folder.publish()
         finally:
             self.abandon()
 
@@ -148,8 +140,7 @@ class TrajectoryWriter:
             for writer in (self._records, self._pixels):
                 with contextlib.suppress(RuntimeError):  # what a full disk has broken is removed all the same
                     writer.close()
-            shutil.rmtree(self._partial, ignore_errors=True)
-            os.close(self._lock)
+            self._folder.abandon()
 
     def _wrote(self, act: Callable[..., None], *data: bytes) -> None:
         try:
@@ -158,19 +149,6 @@ class TrajectoryWriter:
             raise UserError(
                 f"cannot write {self._partial}: {_first_line(error)}.", "Make room on the disk, and run again."
             ) from error
-
-    def _take_place(self) -> None:
-        old = self.path.parent / f".{self.path.name}.old"
-        try:
-            if self.path.is_dir() and any(self.path.iterdir()):
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(self.path, old)
-            os.rename(self._partial, self.path)
-        except OSError as error:
-            raise UserError(
-                f"cannot put the dataset at {self.path}: {error.strerror}.", "Name another directory."
-            ) from error
-        shutil.rmtree(old, ignore_errors=True)
 
     def __enter__(self) -> TrajectoryWriter:
         return self
@@ -255,11 +233,18 @@ class TrajectoryDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["path"])
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes when the dataset does: a short hash of its manifest and record file size."""
-        size = (self.path / _RECORDS).stat().st_size
-        return hashlib.sha256(json.dumps([self.manifest, size], sort_keys=True).encode()).hexdigest()[:16]
+        """16 hexadecimal characters that change when the content does: the records in order, which name the images by
+        their hashes.  The writer stored it; for a dataset of an older version all records are read.
+        """
+        stored = self.manifest.get("content_sha256")
+        if stored is None:
+            content = hashlib.sha256()
+            for trajectory in self:
+                content.update(hashlib.sha256(_encode_record(trajectory)).digest())
+            stored = content.hexdigest()
+        return stored[:16]
 
     @property
     def image_names(self) -> tuple[str, ...]:
@@ -348,32 +333,6 @@ def _json_copy(provenance: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(dict(provenance)))
     except (TypeError, ValueError) as error:
         raise UserError(f"the provenance of a dataset is no JSON: {error}.", "Pass plain values.") from error
-
-
-def _locked_directory(path: Path) -> int:
-    """Makes an empty `path` and locks it for this process; returns the lock's file descriptor."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.", "Name a directory that you may write.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise UserError(
-            f"{path} is being written by another process.", "Wait for it, or name another directory."
-        ) from error
-    for stale in path.iterdir():
-        stale.unlink()
-    return lock
-
-
-def _write_json(path: Path, value: Any) -> None:
-    try:
-        path.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.", "Make room on the disk, and run again.") from error
 
 
 def _read_json(path: Path) -> Any:

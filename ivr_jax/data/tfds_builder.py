@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 import ivr_jax
+from ivr_jax import files
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.codec import loss_parts
@@ -131,26 +131,25 @@ def example(trajectory: Trajectory, positions: Mapping[str, int]) -> dict[str, A
     }
 
 
-def write_tfds(source: str | os.PathLike, out: str | os.PathLike, files: str = "array_record") -> Path:
+def write_tfds(source: str | os.PathLike, out: str | os.PathLike, file_format: str = "array_record") -> Path:
     """Writes both tables of the dataset folder `source` to `out/ivr_trajectories/`, and returns that folder.
 
     Args:
-      files: "array_record", or "tfrecord" (imports TensorFlow).
+      file_format: "array_record", or "tfrecord" (imports TensorFlow).
 
     Raises:
       UserError: `source` is no dataset, `out` holds the tables already, or TensorFlow is needed and missing.
     """
-    target = Path(out) / NAME
-    if target.exists():
-        raise UserError(f"{target} exists.", "Remove it, or name another folder.")
-    if files == "tfrecord" and importlib.util.find_spec("tensorflow") is None:
+    if file_format == "tfrecord" and importlib.util.find_spec("tensorflow") is None:
         raise UserError("writing TFRecord files needs TensorFlow.", "pip install tensorflow-cpu, or use array_record.")
-    try:
+    target = Path(out) / NAME
+    with files.NewFolder(target) as partial:
         for config in _FEATURES:
-            builder = IvrTrajectories(source=source, config=config, data_dir=os.fspath(out), file_format=files)
+            options = {"config": config, "data_dir": os.fspath(partial), "file_format": file_format}
+            builder = IvrTrajectories(source=source, **options)
             with tempfile.TemporaryDirectory() as unused:  # the library makes a folder for downloads, wanted or not
                 builder.download_and_prepare(download_dir=unused)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
+        for table in (partial / NAME).iterdir():
+            table.rename(partial / table.name)
+        (partial / NAME).rmdir()
     return target

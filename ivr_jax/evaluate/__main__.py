@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivr_jax import cli
+from ivr_jax import cli, files
 from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.config import check_least, claim_workdir, only_writer
+from ivr_jax.config import check_least, claim_workdir
 from ivr_jax.evaluate import benchmark, probes
 from ivr_jax.report import metrics, tables
 from ivr_jax.report.answers import write_answers
@@ -25,7 +25,7 @@ from ivr_jax.report.answers import write_answers
 def main(call: cli.Call) -> None:
     check_least(call.config, ("batch", "answer_length", "most_edits"))
     check_least(call.config, ("prompts", "each_split", "probe_prompts"), 0)
-    with only_writer(call.workdir):
+    with files.Lock(call.workdir):
         result = finished_or_made(call.config, call.workdir)
     tables.print_table({call.workdir.name: result})
 

@@ -13,13 +13,12 @@ images, each once, in a folder beside it.  Samples that cannot be used are named
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from ivr_jax import cli
+from ivr_jax import cli, files
 from ivr_jax.construct.exports import FORMS, ExportOptions, export_dataset, export_success
 from ivr_jax.construct.released import Problem, iter_released, write_trajectory
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter, write_card
@@ -31,12 +30,8 @@ FORMATS = (*FORMS, "released", "dataset", "tfds", "card")
 
 def write_released(dataset: TrajectoryDataset, out: Path) -> tuple[int, list[Problem]]:
     """Writes `out/<key>/` for every trajectory, all of them or none; returns their number and what was left out."""
-    if out.exists():
-        raise UserError(f"{out} exists.", "Remove it, or name another folder.")
-    partial, written, problems = out.with_name(f".{out.name}.partial"), 0, []
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    written, problems = 0, []
+    with files.NewFolder(out) as partial:
         for trajectory in dataset:
             key = trajectory.sample.key
             try:
@@ -49,11 +44,6 @@ def write_released(dataset: TrajectoryDataset, out: Path) -> tuple[int, list[Pro
                 continue
             write_trajectory(partial, trajectory, dataset.images(trajectory), told_root=out)
             written += 1
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}.", "Make room, or name another folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return written, problems
 
 

@@ -10,24 +10,21 @@ one by one, `answer.json` last, and files of the user's own stay.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from ivr_jax import files
 from ivr_jax.cli import prepare_workdir
 from ivr_jax.errors import UserError
-from ivr_jax.images import save_png
+from ivr_jax.images import data_uri, save_png
 from ivr_jax.protocol import interleaved
 from ivr_jax.report.answers import make_answer
 from ivr_jax.report.gallery import GalleryItem, GallerySection
@@ -36,6 +33,7 @@ from ivr_jax.sampling.rollout import Answer
 from ivr_jax.trajectory import Sample, sample_to_json, trajectory_to_json
 
 RECORD, PAGE = "answer.json", "answer.html"
+ANSWER = ".answer"  # where a new answer is complete before it replaces an earlier one
 _HEADINGS = {interleaved.GLOBAL_THOUGHT: "Thought", interleaved.IMAGE_THOUGHT: "Thought about the next image"}
 
 
@@ -90,35 +88,27 @@ def check_writable(out: Path) -> None:
     prepare_workdir(out, "out")
     for folder in missing:
         folder.rmdir()
-    for partial in out.glob(".answer-*"):
+    for partial in out.glob(".answer*"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _replacing(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out`, or whose files replace an earlier answer's in it."""
-    there = out.exists()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=out if there else out.parent, prefix=".answer-"))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}).", "Choose a folder that may be written.") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if not there:
-            os.replace(partial, out)
-            return
+    """A new folder that becomes `out`, or whose files replace an earlier answer's in it."""
+    if not out.exists():
+        with files.NewFolder(out) as folder:
+            yield folder
+        return
+    with files.NewFolder(out / ANSWER) as folder:
+        yield folder
+    with files.writing(out):
         if (out / RECORD).exists():
             (out / RECORD).unlink()  # from here on there is no finished answer
             for old in (*out.glob("G[0-9]*.png"), *out.glob("source[0-9]*.png"), *out.glob("final.png")):
                 old.unlink()
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == RECORD):
+        for path in sorted((out / ANSWER).iterdir(), key=lambda path: path.name == RECORD):
             os.replace(path, out / path.name)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({error}).", "Free space, or choose another folder.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (out / ANSWER).rmdir()
 
 
 def _trajectory_page(path: Path, answer: Answer) -> None:
@@ -142,7 +132,7 @@ def _interleaved_record(answer: InterleavedAnswer) -> dict[str, Any]:
 def _interleaved_page(answer: InterleavedAnswer) -> str:
     pixels = iter(answer.drawn)
     parts = [
-        {"uri": _uri(next(pixels)), "heading": "", "text": ""}
+        {"uri": data_uri(next(pixels)), "heading": "", "text": ""}
         if part.kind == interleaved.IMAGE
         else {"uri": "", "heading": _HEADINGS.get(part.kind, ""), "text": part.text.strip()}
         for part in answer.parts
@@ -151,17 +141,9 @@ def _interleaved_page(answer: InterleavedAnswer) -> str:
         "interleaved.html",
         answer.sample.prompt,
         task=answer.sample.task,
-        sources=_uris([answer.images[name] for name in answer.sample.sources]),
+        sources=[data_uri(answer.images[name]) for name in answer.sample.sources],
         parts=parts,
         finished=answer.finished,
     )
 
 
-def _uris(images: Sequence[np.ndarray]) -> list[str]:
-    return [_uri(pixels) for pixels in images]
-
-
-def _uri(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

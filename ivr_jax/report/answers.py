@@ -15,7 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.images import load_image, save_png
 from ivr_jax.protocol import codec
@@ -309,15 +309,7 @@ def replace_file(path: Path, data: bytes) -> None:
     """Puts `data` at `path` in one move; leaves the file alone when it already holds the same bytes."""
     if path.is_file() and path.read_bytes() == data:
         return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; these files are for people
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.write_file(path, data)
 
 
 def _require(condition: bool, what: str) -> None:

@@ -6,15 +6,14 @@ stand together, one below the other, so that arms can be compared on one prompt.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ivr_jax.images import data_uri
 from ivr_jax.report.answers import Answer, Segment
 from ivr_jax.report.metrics import edits_of, mode_of
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Round
@@ -267,7 +266,4 @@ def _picture(name: str, images: Mapping[str, np.ndarray]) -> dict[str, Any]:
     picture = Image.fromarray(images[name])
     size, smooth = f"{picture.width} \u00d7 {picture.height}", max(picture.size) > PIXELATED_SIDE
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)  # never enlarges
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return {"name": name, "uri": uri, "size": size, "smooth": smooth}
+    return {"name": name, "uri": data_uri(np.asarray(picture)), "size": size, "smooth": smooth}

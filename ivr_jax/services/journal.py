@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import io
 import json
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
-from ivr_jax.images import Pixels, image_name, save_png
+from ivr_jax.images import Pixels, encode_png, image_name, save_png
 from ivr_jax.services.service import Recorded
 
 _SCHEMA = """
@@ -54,16 +53,10 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        try:
+        with files.writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}.", "Name a folder you may write.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise UserError(f"{self.path} is in use by another process.", "Wait for it, or stop it.") from error
+            (self.path / "lock").touch()
+        self._lock = files.Lock(self.path / "lock")
         self._file, self._database = self.path / "journal.sqlite", None
         try:
             with self._guarded():
@@ -134,7 +127,7 @@ class Journal:
         name = image_name(pixels) if small else await asyncio.to_thread(image_name, pixels)
         if self._row("select 1 from images where name=?", name) or self._image_file(name).exists():
             return name
-        png = _encode(pixels) if small else b""
+        png = encode_png(pixels) if small else b""
         if small and len(png) < _LARGE:
             self._write("insert or ignore into images values (?, ?)", name, png)
         else:
@@ -163,10 +156,7 @@ class Journal:
             for file in sorted((other.path / "images").glob("*/*.png")):
                 target = self._image_file(file.stem)
                 if not target.exists():
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    scratch = target.with_suffix(".tmp")
-                    shutil.copyfile(file, scratch)
-                    os.replace(scratch, target)
+                    files.write_file(target, file.read_bytes())
             self._database.execute("attach ? as other", (str(other._file),))
             try:
                 for table in ("images", "calls", "outcomes"):  # an outcome comes after everything that it rests on
@@ -181,7 +171,7 @@ class Journal:
         with contextlib.suppress(sqlite3.Error):
             if self._database is not None:
                 self._database.close()
-        os.close(self._lock)
+        self._lock.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -206,9 +196,3 @@ class Journal:
             if isinstance(error, sqlite3.DatabaseError) and "full" not in str(error):
                 remedy = "Check the disk; if the file is damaged, restore it, or remove it to start again."
             raise UserError(f"{self._file}: {error}.", remedy) from error
-
-
-def _encode(pixels: Pixels) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -14,17 +14,17 @@ import dataclasses
 import datetime
 import email.utils
 import functools
-import io
 import json
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import httpx2
+import numpy as np
 from PIL import Image
 
 from ivr_jax.errors import UserError
-from ivr_jax.images import Pixels, image_name
+from ivr_jax.images import Pixels, encode_png, image_name
 from ivr_jax.services.caller import Fault, Rejected, Reply
 from ivr_jax.services.replies import Unusable
 
@@ -113,9 +113,7 @@ def encode(pixels: Pixels, longest_side: int) -> bytes:
     """PNG of uint8 [height, width, 3], scaled down to at most `longest_side` a side."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)  # never enlarges
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return encode_png(np.asarray(picture))
 
 
 def decode_base64(text: Any) -> bytes:

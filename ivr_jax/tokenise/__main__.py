@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ivr_jax import cli, distributed
+from ivr_jax import cli, distributed, files
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.data import examples
 from ivr_jax.data.store import TrajectoryDataset
@@ -50,14 +50,15 @@ def main(call: cli.Call) -> None:
     codec = systems.load_image_codec(Path(given.image_tokenizer).expanduser())
     tokenizer = systems.text_tokenizer(given.text_tokenizer, codec.config.n_embed)
     part, parts = jax.process_index(), jax.process_count()
-    if distributed.is_primary():
-        examples.begin(out)
+    folder = files.NewFolder(out, overwrite=True) if distributed.is_primary() else None
     distributed.barrier("begin")
-    examples.write_part(dataset, tokenizer, codec.encode, out, given.length or _ANY_LENGTH, part, parts)
+    partial = files.partial_folder(out)
+    examples.write_part(dataset, tokenizer, codec.encode, partial, given.length or _ANY_LENGTH, part, parts)
     distributed.barrier("parts")
-    if distributed.is_primary():
+    if folder is not None:
         fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
-        manifest = examples.join_parts(out, fingerprint, parts)
+        manifest = examples.join_parts(partial, fingerprint, parts)
+        folder.publish()
         print(f"tokenise: {out}: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
     distributed.barrier("joined")
 

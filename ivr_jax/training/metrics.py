@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 
 
@@ -90,9 +91,7 @@ class MetricsLog:
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= first]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(self._path)
+            files.write_file(self._path, "".join(kept))
         self._board = _scalar_writer(workdir / "tensorboard", first + 1)
 
     def _step_of(self, line: str, number: int) -> int:

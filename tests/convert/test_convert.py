@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -233,16 +230,6 @@ def test_stopped_half_way_leaves_nothing_and_keeps_what_was_there(exported, tmp_
         convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run", "--overwrite")
     assert len(reads) > 20 and sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]
     assert contents(tmp_path / "run") == {"precious": b"old"}
-
-
-def test_what_a_killed_conversion_left_is_removed_and_a_running_one_is_not_touched(exported, tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    folders = [tmp_path / f".run.partial-{process}" for process in (dead.pid, os.getppid())]
-    for folder in folders:
-        folder.mkdir()
-    convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
-    assert [folder.exists() for folder in folders] == [False, True] and (tmp_path / "run").is_dir()
 
 
 def test_a_certificate_that_does_not_hold_leaves_nothing(exported, tmp_path, monkeypatch):

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import commands
@@ -217,26 +214,6 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(exported, tmp_path,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot write" in done.complaint and "space" in done.complaint
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-def dead_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-def test_what_a_kill_between_the_two_renames_moved_away_comes_back(exported, tmp_path):
-    assert convert("hf", exported, tmp_path / "run").returncode == 0
-    old = tmp_path / f".run.old-{dead_process()}"
-    (tmp_path / "run").rename(old)
-    for stray in (".run.mine", ".run.old-mine", ".run.old-1-2"):
-        (tmp_path / stray).mkdir()
-    said = convert("hf", exported, tmp_path / "run").complaint
-    assert "exists and is not empty" in said and (tmp_path / "run" / "checkpoints").is_dir() and not old.exists()
-    shutil.copytree(tmp_path / "run", old)
-    assert convert("hf", exported, tmp_path / "run", "--overwrite").returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.mine", ".run.old-1-2", ".run.old-mine", "model",
-                                                                "run"]  # fmt: skip
 
 
 WRONG_META = [{}, {"kind": "backbone"}, {"kind": "backbone", "model": [1]},

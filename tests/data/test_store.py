@@ -13,48 +13,12 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
+from dataset_fixtures import build, evaluation, example
 
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
-from ivr_jax.trajectory import AxisVerdict, Evaluation, Reflection, Round, Sample, Step, Trajectory
-
-
-def evaluation(passed: bool) -> Evaluation:
-    return Evaluation(*(AxisVerdict(passed, "warum – 夕暮れ", 5 if passed else 1.5) for _ in range(4)))
-
-
-def example(index: int, shape: tuple[int, int] = (6, 8)) -> tuple[Trajectory, dict[str, np.ndarray]]:
-    """Sample `index`: in turn direct, reflection and multi-step, all on one shared source."""
-    rng = np.random.default_rng(index)
-    source = np.zeros((*shape, 3), np.uint8)
-    drawn = [rng.integers(0, 256, (*shape, 3), np.uint8) for _ in range(1 + index % 3)]
-    causes = [None, Reflection("off", "mend"), Step("then")] if index % 3 == 1 else [None, Step("first"), Step("then")]
-    rounds = [
-        Round(
-            cause,
-            image_name(image),
-            evaluation(image is drawn[-1]),
-            evaluation(True) if isinstance(cause, Step) else None,
-        )
-        for cause, image in zip(causes, drawn, strict=False)
-    ]
-    sample = Sample(
-        f"key/{index}",
-        "tu es",
-        (image_name(source),),
-        "a fact",
-        ("addition", "pose")[index % 2],
-        {"target": [index, None]},
-    )
-    return Trajectory(sample, tuple(rounds)), {image_name(image): image for image in [source, *drawn]}
-
-
-def build(path: Path, count: int = 5, **options) -> Path:
-    with TrajectoryWriter(path, {"seed": 7}, **options) as writer:
-        for index in range(count):
-            writer.add(*example(index))
-    return path
+from ivr_jax.trajectory import Round, Sample, Trajectory
 
 
 def leftovers(path: Path) -> list[str]:
@@ -83,6 +47,7 @@ def test_the_manifest_counts_and_remembers(tmp_path):
         "version": 1,
         "trajectories": 5,
         "images": 10,
+        "content_sha256": manifest["content_sha256"],
         "by_mode": {"direct": 2, "multi_step": 1, "reflection": 2},
         "by_category": {"addition": 3, "pose": 2},
         "by_image_size": {"8x6": 10},
@@ -130,7 +95,7 @@ def test_an_exception_leaves_nothing_behind(tmp_path):
 
 def test_what_a_killed_writer_left_is_taken_over(tmp_path):
     code = (
-        "import os, sys; sys.path[:0] = ['tests']; from test_store import *\n"
+        "import os, sys; sys.path[:0] = ['tests']; from dataset_fixtures import *\n"
         f"w = TrajectoryWriter({str(tmp_path / 'data')!r}); w.add(*example(0)); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 9
@@ -142,24 +107,46 @@ def test_what_a_killed_writer_left_is_taken_over(tmp_path):
 def test_two_writers_of_one_place_do_not_mix(tmp_path):
     with TrajectoryWriter(tmp_path / "data") as writer:
         writer.add(*example(0))
-        with pytest.raises(UserError, match="another process"):
+        with pytest.raises(UserError):
             TrajectoryWriter(tmp_path / "data")
     assert len(TrajectoryDataset(tmp_path / "data")) == 1
 
 
-def test_an_existing_dataset_is_kept_unless_replacing_is_asked_for(tmp_path):
+def test_an_existing_dataset_is_kept(tmp_path):
     path = build(tmp_path / "data")
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError):
         TrajectoryWriter(path)
-    with pytest.raises(ZeroDivisionError), TrajectoryWriter(path, replace=True):
-        raise ZeroDivisionError
-    assert len(TrajectoryDataset(path)) == 5
-    assert len(TrajectoryDataset(build(path, 2, replace=True))) == 2
-    assert leftovers(path) == []
+    assert len(TrajectoryDataset(path)) == 5 and leftovers(path) == []
+
+
+def test_the_fingerprint_follows_the_content_and_nothing_else(tmp_path):
+    """Datasets of one size and one manifest but for the content: the fault that 40 of them had one fingerprint."""
+
+    def write(path, number, provenance):
+        with TrajectoryWriter(path, provenance) as writer:
+            pixels = np.full((6, 8, 3), number, np.uint8)
+            rounds = (Round(None, image_name(pixels), evaluation(True)),)
+            writer.add(Trajectory(Sample("key", f"prompt {number:02d}"), rounds), {image_name(pixels): pixels})
+        return TrajectoryDataset(path)
+
+    made = [write(tmp_path / str(number), number, {}) for number in range(40)]
+    assert len({dataset.fingerprint for dataset in made}) == 40
+    assert write(tmp_path / "again", 7, {"seed": 1}).fingerprint == made[7].fingerprint
+    order = [TrajectoryDataset(build(tmp_path / f"order{count}", count)) for count in (2, 3)]
+    assert order[0].fingerprint != order[1].fingerprint
+
+
+def test_a_dataset_of_an_older_version_has_the_fingerprint_of_its_records(tmp_path):
+    path = build(tmp_path / "data")
+    stored = TrajectoryDataset(path).fingerprint
+    manifest = json.loads((path / "dataset.json").read_text())
+    del manifest["content_sha256"]
+    (path / "dataset.json").write_text(json.dumps(manifest))
+    assert TrajectoryDataset(path).fingerprint == stored
 
 
 def test_a_place_that_is_taken_meanwhile_is_an_error_and_what_took_it_stays(tmp_path):
-    with pytest.raises(UserError, match="cannot put"), TrajectoryWriter(tmp_path / "data") as writer:
+    with pytest.raises(UserError), TrajectoryWriter(tmp_path / "data") as writer:
         writer.add(*example(0))
         (tmp_path / "data").write_text("mine")
     assert (tmp_path / "data").read_text() == "mine" and leftovers(tmp_path / "data") == []
@@ -226,7 +213,7 @@ def test_a_directory_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
 
 def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path):
     code = (
-        "import resource, signal, sys; sys.path[:0] = ['tests']; from test_store import *\n"
+        "import resource, signal, sys; sys.path[:0] = ['tests']; from dataset_fixtures import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"with TrajectoryWriter({str(tmp_path / 'data')!r}) as writer:\n"
         "    for index in range(100): writer.add(*example(index, (64, 64)))"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run, succeed
+from dataset_fixtures import build, example
 from photographs import write_success
-from test_store import build, example
 
 from ivr_jax.construct.exports import FORMS
 from ivr_jax.construct.released import iter_released

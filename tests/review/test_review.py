@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run, succeed
+from dataset_fixtures import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from review_server import ROOT, Server, serving
 from sklearn.metrics import cohen_kappa_score
-from test_store import build
 
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError

@@ -10,7 +10,7 @@ import commands
 import numpy as np
 import pytest
 from construct_worker import contents
-from test_store import build
+from dataset_fixtures import build
 from tiny_runs import prepare, sft_settings, trained
 
 from ivr_jax.data import examples
@@ -28,7 +28,7 @@ def test_the_number_of_parts_does_not_matter(tmp_path, parts):
         return [np.full((1, 2), int(image.sum()) % 8, np.int32) for image in images]
 
     expected = examples.make_examples(dataset, tokenizer, encode, tmp_path / "one", 10_000, "f", chunk=2)
-    examples.begin(tmp_path / "many")
+    (tmp_path / "many").mkdir()
     for part in range(parts):
         examples.write_part(dataset, tokenizer, encode, tmp_path / "many", 10_000, part, parts, chunk=2)
     assert examples.join_parts(tmp_path / "many", "f", parts) == expected

@@ -10,13 +10,13 @@ end, which the next one removes; a later line replaces an earlier one with the s
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks.interface import Judgement, State
 
@@ -74,15 +74,14 @@ class Writer:
 
     def __init__(self, folder: Path):
         self.path = folder / FILE
-        try:
+        with files.writing(self.path):
             self._file = open(self.path, "ab", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                self._lock = files.Lock(self.path)
+            except UserError:
+                self._file.close()
+                raise
             _cut_half_line(self.path)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(f"{self.path} is in use by another process.", "Wait for it, or stop it.") from None
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error}).", "Choose another --workdir.") from None
 
     def add(self, judgement: Judgement) -> None:
         """Writes one judgement, whole and at once."""
@@ -102,6 +101,7 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        self._lock.close()
 
 
 def _cut_half_line(path: Path) -> None:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import datafiles
 from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item
@@ -58,30 +57,6 @@ class AnswerRecord:
     content: Mapping[str, Any] | None = None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name, then renames.  Raises UserError when the disk is full or may not be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}).", "Choose a folder that may be written.") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="xmlcharrefreplace", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{path} cannot be written ({error}).",
-                            "Make room on the disk, and give the same command again.") from None
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-
-
 def claim(workdir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     """Writes `run.json`, or checks that the one that is there describes the same run.
 
@@ -94,7 +69,7 @@ def claim(workdir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
     path = workdir / RUN
     wanted = json.loads(json.dumps(dict(run)))
     if not path.exists():
-        write_json(path, wanted)
+        files.write_json(path, wanted)
         return wanted
     found = read_run(workdir)
     for name in _FIXED:
@@ -107,7 +82,7 @@ def claim(workdir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{workdir} holds another run: {name} was {_short(found.get(name))}, is "
                         f"{_short(wanted.get(name))}.", "Name another --workdir.")
     if found != wanted:
-        write_json(path, wanted)
+        files.write_json(path, wanted)
     return wanted
 
 
@@ -135,7 +110,7 @@ def answer_folder(workdir: Path, item: Item, sample: int) -> Path:
 
 def write_answer(workdir: Path, item: Item, record: AnswerRecord) -> None:
     """Writes `answer.json`, the mark of a finished answer; its images must have been written before."""
-    write_json(answer_folder(workdir, item, record.sample) / ANSWER_FILE, dataclasses.asdict(record))
+    files.write_json(answer_folder(workdir, item, record.sample) / ANSWER_FILE, dataclasses.asdict(record))
 
 
 def read_answer(workdir: Path, item: Item, sample: int) -> AnswerRecord | None:

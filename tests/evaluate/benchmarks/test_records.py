@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -327,12 +326,3 @@ def test_no_image_at_all_is_told(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError):
         run_folder.find_images(wise, tmp_path / "images", items, 1)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep/x.json"
-    run_folder.write_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in path.parent.iterdir()] == ["x.json"]
-    with pytest.raises(ValueError):
-        run_folder.write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}

@@ -1,0 +1,146 @@
+"""Files and folders appear whole or not at all; locks; modes by the umask."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ivr_jax import files
+from ivr_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("mask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700),
+                                                          (0o002, 0o664, 0o775)])  # fmt: skip
+def test_modes_follow_the_umask(tmp_path, mask, file_mode, folder_mode):
+    before = os.umask(mask)
+    try:
+        files.write_file(tmp_path / "file", "text")
+        with files.NewFolder(tmp_path / "folder") as folder:
+            files.write_json(folder / "value.json", {"a": "é"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == file_mode
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == folder_mode
+    assert (tmp_path / "folder/value.json").read_text("utf-8") == '{\n "a": "é"\n}\n'
+
+
+def test_a_file_that_fails_leaves_the_earlier_one(tmp_path):
+    files.write_file(tmp_path / "a" / "file", b"old")
+    with pytest.raises(ZeroDivisionError), files.new_file(tmp_path / "a" / "file", durable=True) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert (tmp_path / "a" / "file").read_bytes() == b"old" and names(tmp_path / "a") == ["file"]
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a" / "file", float("nan"))
+    assert (tmp_path / "a" / "file").read_bytes() == b"old"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        files.write_file(tmp_path / "file" / "inner", "text")
+    assert str(tmp_path / "file" / "inner") in caught.value.what
+    with pytest.raises(UserError) as caught:
+        files.NewFolder(tmp_path / "file")
+    assert str(tmp_path / "file") in caught.value.what
+
+
+def test_a_folder_is_published_whole_and_never_over_content(tmp_path):
+    place = tmp_path / "deep" / "er" / "folder"
+    with pytest.raises(ZeroDivisionError), files.NewFolder(place) as folder:
+        (folder / "part").write_text("")
+        assert not place.exists()
+        raise ZeroDivisionError
+    assert names(tmp_path) == [], "the folders around it go as well"
+    with files.NewFolder(place) as folder:
+        (folder / "whole").write_text("1")
+    assert names(place.parent) == ["folder"] and names(place) == ["whole"]
+    with pytest.raises(UserError):
+        files.NewFolder(place)
+    with files.NewFolder(tmp_path / "late") as folder:  # taken meanwhile
+        (folder / "mine").write_text("")
+        (tmp_path / "late").mkdir()
+    assert names(tmp_path / "late") == ["mine"], "an empty folder is no content"
+    with pytest.raises(UserError), files.NewFolder(tmp_path / "taken"):
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "theirs").write_text("")
+    assert names(tmp_path / "taken") == ["theirs"] and names(tmp_path) == ["deep", "late", "taken"]
+
+
+def test_overwriting_keeps_the_earlier_folder_until_the_new_one_is_complete(tmp_path):
+    place = tmp_path / "folder"
+    place.mkdir()
+    (place / "old").write_text("")
+    with pytest.raises(ZeroDivisionError), files.NewFolder(place, overwrite=True):
+        raise ZeroDivisionError
+    assert names(place) == ["old"]
+    with files.NewFolder(place, overwrite=True) as folder:
+        (folder / "new").write_text("")
+        assert names(place) == ["old"]
+    assert names(place) == ["new"] and names(tmp_path) == ["folder"]
+
+
+def test_what_a_kill_between_the_two_renames_moved_away_comes_back(tmp_path):
+    old = tmp_path / ".folder.old"
+    old.mkdir()
+    (old / "content").write_text("")
+    with pytest.raises(UserError):
+        files.NewFolder(tmp_path / "folder")
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["content"]
+
+
+def test_one_writer_a_folder_and_what_a_killed_one_left_is_removed(tmp_path):
+    place = tmp_path / "folder"
+    code = (
+        "import time; from ivr_jax import files\n"
+        f"with files.NewFolder({str(place)!r}) as folder:\n"
+        "    (folder / 'part').mkdir(); print('ready', flush=True); time.sleep(60)"
+    )
+    writer = run_python(code)
+    try:
+        assert writer.stdout.readline() == "ready\n"
+        with pytest.raises(UserError):
+            files.NewFolder(place)
+        assert names(files.partial_folder(place)) == ["part"], "what the other one writes is not touched"
+    finally:
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert names(tmp_path) == [".folder.partial"]
+    with files.NewFolder(place) as folder:
+        assert names(folder) == []
+        (folder / "whole").write_text("")
+    assert names(tmp_path) == ["folder"] and names(place) == ["whole"]
+
+
+def test_a_lock_is_gone_with_its_process(tmp_path):
+    with files.Lock(tmp_path):
+        with pytest.raises(UserError) as caught:
+            files.Lock(tmp_path)
+        assert str(tmp_path) in caught.value.what
+    code = f"import time; from ivr_jax import files; lock = files.Lock({str(tmp_path)!r})\n"
+    holder = run_python(code + "print('ready', flush=True); time.sleep(60)")
+    try:
+        assert holder.stdout.readline() == "ready\n"
+        with pytest.raises(UserError):
+            files.Lock(tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+    time.sleep(0)
+    files.Lock(tmp_path).close()
