@@ -186,7 +186,7 @@ def test_two_processes_do_not_write_one_journal(samples, tmp_path):
         first = start(command, tmp_path / "log")
         while not (tmp_path / "run" / "journal" / "journal.sqlite").exists():
             first.join(0.05)
-        assert "in use by another process" in commands.run("construct", *command).complaint
+        assert "another process" in commands.run("construct", *command).complaint
         kill(first, 0)
 
 

@@ -82,7 +82,7 @@ def test_what_does_not_belong_together_is_not_merged(tmp_path):
         assert "is a part" in commands.run("construct", *whole, "--shard=0/2", "--merge=x").complaint
         with Journal(tmp_path / "part" / "journal"):
             used = commands.run("construct", *whole, f"--merge={tmp_path / 'part'}")
-            assert "in use by another process" in used.complaint
+            assert "another process" in used.complaint
 
 
 def test_the_micro_world_s_parts_fill_their_shares_and_the_merged_set_is_the_whole(tmp_path):
