@@ -111,9 +111,9 @@ def sft_step(placed: Placed) -> Program:
     config, model = placed.config, placed.model
     rows, length = config.batch, min(config.data.length, model.max_position_embeddings)
     if rows % config.grad_accum_steps:
-        raise UserError(f"a batch of {rows} does not divide into {config.accumulation} parts.",
+        raise UserError(f"a batch of {rows} does not divide into {config.grad_accum_steps} parts.",
                         "Make config.batch a multiple of config.grad_accum_steps.")
-    part = rows // config.accumulation
+    part = rows // config.grad_accum_steps
     sharding.check_batch(placed.mesh, part, "config.batch / config.grad_accum_steps", model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = placed.state(optimizer)

@@ -14,17 +14,21 @@ from ivr_jax.errors import UserError
 
 
 def schedule(config: Any, steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_ratio` (a share of `steps`), then cosine from `learning_rate` to
-    `final_learning_rate`."""
+    """The learning rate of update 0, 1, … `steps` - 1.
+
+    Linear warm-up over the first `warmup_ratio` (a share) of the updates, then cosine decay.  The first update has
+    1 / warm-up updates of `learning_rate` (all of it without warm-up), the last one has `final_learning_rate`.
+    """
     warmup = max(1, round(config.warmup_ratio * steps))
-    return optax.warmup_cosine_decay_schedule(
+    after = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(steps, warmup + 1), config.final_learning_rate
     )
+    return lambda count: after(count + 1)  # rate 0 would waste the first update
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-    """The optimiser of a config section with kind, peak, final, warmup, b1, b2, eps, weight_decay, clip_norm,
-    moment_dtype.
+    """The optimiser of a config section with kind, learning_rate, final_learning_rate, warmup_ratio, b1, b2, eps,
+    weight_decay, clip_norm, moment_dtype.
 
     `kind` is "adamw", or "muon": orthogonalised momentum for kernels of convolutions and dense layers (updates scaled
     to the size of Adam's), Adam for the rest.  Vectors, norms and embeddings do not decay.
@@ -53,8 +57,8 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
         raise UserError(f"unknown optimizer.moment_dtype {config.moment_dtype!r}.", 'Use "float32" or "bfloat16".')
     if config.moment_dtype == "bfloat16":
         if max(config.b1, config.b2) > 0.99:
-            raise UserError(f"bfloat16 moments with b1 = {config.b1}, b2 = {config.b2} would stand still: a step "
-                            "changes them by less than their last digit.", "Use at most 0.99, or float32 moments.")
+            raise UserError(f"bfloat16 moments with b1 = {config.b1}, b2 = {config.b2} would not change: a step "
+                            "moves them by less than their precision.", "Use at most 0.99, or float32 moments.")
         core = stored_in(core, jnp.bfloat16)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
 

@@ -130,10 +130,10 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         raise UserError("no dataset was named.", "Give --config.data.path=WORKDIR/dataset of ivr_jax.construct.")
     if config.batch % config.grad_accum_steps:
         raise UserError(
-            f"a batch of {config.batch} does not divide into {config.accumulation} parts.",
+            f"a batch of {config.batch} does not divide into {config.grad_accum_steps} parts.",
             "Make config.batch a multiple of config.grad_accum_steps.",
         )
-    part = config.batch // config.accumulation
+    part = config.batch // config.grad_accum_steps
     sharding.check_batch(mesh, part, "config.batch / config.grad_accum_steps", config.model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)  # before the images are tokenised: it may be refused
     codec = systems.load_image_codec(config.image_tokenizer)

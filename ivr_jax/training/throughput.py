@@ -45,26 +45,27 @@ class Throughput:
     A stage's steps may return "work_tokens" and "work_flops", sums over all devices of one step.
     """
 
-    def __init__(self, peak: float | None = None):
-        """`peak`: operations a second of one device; by default what is published of it."""
+    def __init__(self, peak: float | None = None, devices: int = 1):
+        """`peak`: operations a second of one device, by default as published; `devices`: how many the steps run on."""
         self._peak = peak or peak_flops(jax.devices()[0].device_kind)
+        self._devices = devices
 
     def row(self, means: Mapping[str, float], seconds: float) -> dict[str, float]:
         """Rates of a log line, from the means of the metrics of its steps, and the seconds that one took.
 
-        tokens_per_second; mfu (share of all devices' peak) where the peak is known; device_gib and device_peak_gib of
+        tokens_per_second; mfu (share of the peak of the devices in use) where the peak is known; device_gib and device_peak_gib of
         the fullest device of this process, where the platform tells.
         """
-        found = {}
+        rates = {}
         if "work_tokens" in means:
-            found["tokens_per_second"] = means["work_tokens"] / seconds
+            rates["tokens_per_second"] = means["work_tokens"] / seconds
         if "work_flops" in means and self._peak:
-            found["mfu"] = means["work_flops"] / (seconds * self._peak * jax.device_count())
+            rates["mfu"] = means["work_flops"] / (seconds * self._peak * self._devices)
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         for name, key in (("device_gib", "bytes_in_use"), ("device_peak_gib", "peak_bytes_in_use")):
             if all(key in s for s in stats):
-                found[name] = max(s[key] for s in stats) / 2**30
-        return found
+                rates[name] = max(s[key] for s in stats) / 2**30
+        return rates
 
 
 def parse_window(text: str) -> tuple[int, int]:
