@@ -18,7 +18,7 @@ import numpy as np
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, GRID, Grammar, GrammarState, Tables, advance, legal_row
 from ivr_jax.sampling.batch import Samples
-from ivr_jax.sampling.logits_processors import SamplingOptions, draw, log_probabilities, pack_kept
+from ivr_jax.sampling.logits_processors import SamplingOptions, log_probabilities, pack_kept, sample_ids
 
 
 class _Loop(NamedTuple):
@@ -118,8 +118,8 @@ def _sample(
         given, *others = jnp.split(loop.logits, 1 + len(unconditional))
         log_probs = log_probabilities(given, tables, row, options, tuple(others))
         drawn_with = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
-        text = draw(log_probs[:, :visual_start], drawn_with, options)
-        visual = draw(log_probs[:, visual_start:], drawn_with, options) + visual_start
+        text = sample_ids(log_probs[:, :visual_start], drawn_with, options)
+        visual = sample_ids(log_probs[:, visual_start:], drawn_with, options) + visual_start
         token = jnp.where(tables.kind[before.node] == GRID, visual, text)
         token = jnp.where(active, token, pad)
         drawn = jnp.where(active, jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0], 0.0)

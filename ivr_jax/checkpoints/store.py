@@ -7,7 +7,6 @@ used without the config file that made it.  Only committed steps are ever seen: 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import pathlib
 from typing import Any
@@ -41,7 +40,6 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2, staging_gib: int = 0):
-        logging.getLogger("absl").setLevel(logging.WARNING)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=True, enable_async_checkpointing=True)
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(save_device_host_concurrent_gb=staging_gib or None),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, GRID, GrammarState, Tables, advance, legal_row
-from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, draw, log_probabilities, pack_kept
+from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, log_probabilities, pack_kept, sample_ids
 from ivr_jax.sampling.slots import Rules, Slots, is_full
 
 
@@ -54,31 +54,35 @@ def choose(
     row = legal_row(rules.tables, state, jnp)
     forced = rules.forced[row]
     in_grid = rules.tables.kind[state.node] == GRID
-    open_ = wanted & (forced < 0)
+    undecided = wanted & (forced < 0)
     keys = jax.vmap(jax.random.fold_in)(keys, number)
     size = parts[0].first + parts[0].kernel.shape[1]
     kept = jnp.full((*row.shape, -(-size // 8)), 255, jnp.uint8) if options.truncates else None
     chosen = Drawn(jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32), kept)
-    for part, wanted in zip(parts, (open_ & in_grid, open_ & ~in_grid), strict=True):
+    for part, here in zip(parts, (undecided & in_grid, undecided & ~in_grid), strict=True):
 
-        def score(part: Part = part, before: Drawn = chosen, wanted: jax.Array = wanted) -> Drawn:
+        def score(part: Part = part, before: Drawn = chosen, here: jax.Array = here) -> Drawn:
             logits = jnp.matmul(hidden, part.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
             log_probs = log_probabilities(logits[0], part.tables, row, options, tuple(logits[1:]))
-            drawn, kept = draw(log_probs, keys, options), None
+            ids = sample_ids(log_probs, keys, options)
+            log_prob = jnp.take_along_axis(log_probs, ids[:, None], axis=1)[:, 0]
+            kept = None
             if before.kept is not None:
-                after = (part.first, size - part.first - part.kernel.shape[1])
-                whole = jnp.pad(log_probs, ((0, 0), after), constant_values=MASKED)
-                kept = pack_kept(whole)
-            found = Drawn(drawn + part.first, jnp.take_along_axis(log_probs, drawn[:, None], axis=1)[:, 0], kept)
-            return jax.tree.map(lambda new, old: jnp.where(like(wanted, new), new, old), found, before)
+                others = (part.first, size - part.first - part.kernel.shape[1])
+                kept = pack_kept(jnp.pad(log_probs, ((0, 0), others), constant_values=MASKED))
+            return where_rows(here, Drawn(ids + part.first, log_prob, kept), before)
 
-        chosen = jax.lax.cond(wanted.any(), score, lambda before=chosen: before)
+        chosen = jax.lax.cond(here.any(), score, lambda before=chosen: before)
     return chosen
 
 
-def like(flags: jax.Array, values: jax.Array) -> jax.Array:
-    """flags [B] as [B, 1, ...], to choose between rows of `values`."""
-    return flags.reshape(-1, *(1,) * (values.ndim - 1))
+def where_rows(flags: jax.Array, new: Any, old: Any) -> Any:
+    """Row b of every array [B, ...] of two equal trees: that of `new` where flags bool [B] is True, else `old`'s."""
+
+    def choose_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(flags.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
+
+    return jax.tree.map(choose_rows, new, old)
 
 
 def extend(rules: Rules, slots: Slots, drawn: Drawn) -> Slots:
@@ -91,8 +95,7 @@ def extend(rules: Rules, slots: Slots, drawn: Drawn) -> Slots:
         follows = rules.forced[legal_row(rules.tables, state, jnp)]
         going &= (follows >= 0) & (state.node != ACCEPT)
         window.append(follows)
-        following = advance(rules.tables, state, jnp.maximum(follows, 0), jnp)
-        state = jax.tree.map(lambda new, old, on=going: jnp.where(on, new, old), following, state)
+        state = where_rows(going, advance(rules.tables, state, jnp.maximum(follows, 0), jnp), state)
         answered, known = answered + going, known + going
         going &= ~is_full(rules.tables, state, answered, slots.limit, jnp)
     steps = jnp.arange(width)[None, :]
@@ -102,9 +105,8 @@ def extend(rules: Rules, slots: Slots, drawn: Drawn) -> Slots:
     ended = (state.node == ACCEPT) | is_full(rules.tables, state, answered, slots.limit, jnp)
     moved = {"state": state, "answered": answered, "window": window, "known": known, "ended": ended}
     stayed = {name: getattr(slots, name) for name in moved}
-    moved = jax.tree.map(lambda new, old: jnp.where(like(active, new), new, old), moved, stayed)
     return slots._replace(
-        **moved,
+        **where_rows(active, moved, stayed),
         tokens=slots.tokens.at[batch[:, None], place].set(window, mode="drop"),
         log_probs=slots.log_probs.at[batch, place[:, 0]].set(drawn.log_prob, mode="drop"),
         kept=None if slots.kept is None else slots.kept.at[batch, place[:, 0]].set(drawn.kept, mode="drop"),

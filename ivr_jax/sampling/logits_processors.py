@@ -1,6 +1,6 @@
 """The sampled distribution, defined once.
 
-`log_probabilities` is what the sampler draws from and what the trainer replays: the chain of processors that
+The sampler samples from `log_probabilities`, and the trainer computes them again: the chain of processors that
 `SamplingOptions.chain` names (guidance, then the grammar mask, then temperature, then top-k and top-p per modality,
 each left out when it is switched off), and a log-softmax.  With the default options it is the bare policy: a
 log-softmax over the *legal* ids at temperature 1.
@@ -29,12 +29,12 @@ class Context(NamedTuple):
 
     legal bool [..., V]: ids that the grammar allows.
     visual bool [..., 1]: where a visual token comes next.
-    others: float32 [..., V] logits of the unconditional passes, as many as `SamplingOptions.passes`.
+    uncond_logits: float32 [..., V] of the unconditional passes, as many as `SamplingOptions.passes`.
     """
 
     legal: jax.Array
     visual: jax.Array
-    others: tuple[jax.Array, ...]
+    uncond_logits: tuple[jax.Array, ...]
 
 
 Processor = Callable[[jax.Array, Context], jax.Array]
@@ -52,9 +52,9 @@ class Guidance:
     image: float | None = None
 
     def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
-        given, *others = (jax.nn.log_softmax(x) for x in (scores, *context.others))
-        start = others[0] if self.image is None else others[1] + self.image * (others[0] - others[1])
-        return jnp.where(context.visual, start + self.text * (given - others[0]), scores)
+        given, *uncond = (jax.nn.log_softmax(x) for x in (scores, *context.uncond_logits))
+        start = uncond[0] if self.image is None else uncond[1] + self.image * (uncond[0] - uncond[1])
+        return jnp.where(context.visual, start + self.text * (given - uncond[0]), scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,32 +90,51 @@ class TopK:
     image: int
 
     def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
-        size = scores.shape[-1]
+        largest = min(max(self.text, self.image), scores.shape[-1])
+        ordered, _ = jax.lax.top_k(scores, largest)  # no sort of the whole vocabulary
         limit = jnp.where(context.visual, self.image, self.text)
-        index = jnp.clip(jnp.where(limit > 0, limit, size) - 1, 0, size - 1)
-        threshold = jnp.take_along_axis(-jnp.sort(-scores, axis=-1), index, axis=-1)
-        return jnp.where(scores >= threshold, scores, MASKED)
+        threshold = jnp.take_along_axis(ordered, jnp.clip(limit, 1, largest) - 1, axis=-1)
+        keeps_all = (limit == 0) | (limit > largest)
+        return jnp.where(keeps_all | (scores >= threshold), scores, MASKED)
 
 
 @dataclasses.dataclass(frozen=True)
 class TopP:
-    """Keeps the smallest set of likeliest ids that holds this much probability; 1 keeps all."""
+    """Keeps the smallest set of likeliest ids that holds this much probability (with ties); 1 keeps all."""
 
     text: float
     image: float
 
     def __call__(self, scores: jax.Array, context: Context) -> jax.Array:
         scores = jax.nn.log_softmax(scores)
-        ordered = -jnp.sort(-scores, axis=-1)
-        before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
-        kept = before < jnp.where(context.visual, self.image, self.text)
-        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        threshold = _nucleus_threshold(scores, jnp.where(context.visual, self.image, self.text))
         return jnp.where(scores >= threshold, scores, MASKED)
+
+
+def _nucleus_threshold(log_probs: jax.Array, mass: jax.Array) -> jax.Array:
+    """float32 [..., 1]: an id belongs to the nucleus where `log_probs` [..., V] is at least this.
+
+    An id belongs to it where the ids that are likelier hold less than `mass` [..., 1].  Their probability falls as the
+    threshold rises, so 31 bisections over the bits of a float32 find the exact threshold; sorting would cost more.
+    """
+    rank = jax.lax.bitcast_convert_type(jnp.maximum(-log_probs, 0.0), jnp.int32)  # of floats >= 0 bits keep the order
+    probs = jnp.exp(log_probs)
+
+    def bisect(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # the ids of rank below `low` hold less than `mass`; those of rank below `high` may not
+        middle = low + (high - low + 1) // 2
+        held = jnp.where(rank < middle, probs, 0.0).sum(-1, keepdims=True)
+        return jnp.where(held < mass, middle, low), jnp.where(held < mass, high, middle - 1)
+
+    largest = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+    start = jnp.zeros_like(mass, jnp.int32), jnp.full_like(mass, largest, jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, bisect, start)
+    return -jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How ids are drawn.  A config may leave out the options that are None here.
+    """How ids are sampled.  A config may leave out the options that are None here.
 
     Attributes:
       temperature: 0 takes the likeliest id.
@@ -188,28 +207,28 @@ def log_probabilities(
     tables: Tables,
     rows: jax.Array,
     options: SamplingOptions,
-    others: tuple[jax.Array, ...] = (),
-    kept: jax.Array | None = None,
+    uncond_logits: tuple[jax.Array, ...] = (),
+    kept_mask: jax.Array | None = None,
 ) -> jax.Array:
     """float32 [..., V] log-probabilities of the next id.
 
     Args:
       logits: float [..., V] of the conditional pass.
       rows: int [...], `grammar.legal_row` of each position.
-      others: float [..., V] logits of the unconditional passes, `options.passes` of them: with the references alone
+      uncond_logits: float [..., V] of the unconditional passes, `options.passes` of them: with the references alone
         and, for the three-way form, with nothing.
-      kept: uint8 [..., ceil(V / 8)], what `pack_kept` made when the ids were drawn: replaces top-k and top-p, so that a
-        model that has changed since is compared over the same set of ids.
+      kept_mask: uint8 [..., ceil(V / 8)], what `pack_kept` made when the ids were sampled: replaces top-k and top-p, so
+        that a model that has changed since is compared over the same set of ids.
     """
-    if len(others) != options.passes:
-        raise ValueError(f"guidance needs the logits of {options.passes} unconditional passes, not {len(others)}")
+    if len(uncond_logits) != options.passes:
+        raise ValueError(f"guidance needs the logits of {options.passes} unconditional passes, not {len(uncond_logits)}")
     visual = jnp.asarray(tables.legal)[rows][..., VISUAL, None]
-    context = Context(legal_ids(tables, rows), visual, tuple(x.astype(jnp.float32) for x in others))
+    context = Context(legal_ids(tables, rows), visual, tuple(x.astype(jnp.float32) for x in uncond_logits))
     scores = logits.astype(jnp.float32)
     chain = options.chain
-    if kept is not None:
-        same = jnp.unpackbits(kept, axis=-1, count=scores.shape[-1]).astype(bool)
-        context = context._replace(legal=context.legal & same)
+    if kept_mask is not None:
+        kept = jnp.unpackbits(kept_mask, axis=-1, count=scores.shape[-1]).astype(bool)
+        context = context._replace(legal=context.legal & kept)
         chain = tuple(processor for processor in chain if not isinstance(processor, (TopK, TopP)))
     for processor in chain:
         scores = processor(scores, context)
@@ -221,7 +240,7 @@ def pack_kept(log_probs: jax.Array) -> jax.Array:
     return jnp.packbits(log_probs > MASKED / 2, axis=-1)
 
 
-def draw(log_probs: jax.Array, keys: jax.Array, options: SamplingOptions) -> jax.Array:
+def sample_ids(log_probs: jax.Array, keys: jax.Array, options: SamplingOptions) -> jax.Array:
     """One id a row: int32 [B] from float [B, V]; `keys` [B] PRNG keys, one a row."""
     if options.greedy:
         return jnp.argmax(log_probs, axis=-1).astype(jnp.int32)

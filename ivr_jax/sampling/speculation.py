@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ivr_jax.protocol.grammar import ACCEPT, GRID, GrammarState, advance, legal_row
-from ivr_jax.sampling.drawing import Drawn, Part, choose, extend
+from ivr_jax.sampling.drawing import Drawn, Part, choose, extend, where_rows
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work, is_full
 
@@ -45,7 +45,7 @@ def speculate(
     last = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), accepted], (drawn, states))
     moved = _record(slots, drawn, right > 0)
     moved = moved._replace(
-        state=jax.tree.map(lambda new, old: jnp.where(active, new, old), last[1], slots.state),
+        state=where_rows(active, last[1], slots.state),
         answered=slots.answered + accepted,
     )
     cells = slots.drafts.reference.shape[1]
@@ -97,8 +97,7 @@ def _draft(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array) -> 
         adds = going & ~before
         token = jnp.where(forced >= 0, forced, guess)
         window = window.at[:, column].set(jnp.where(adds, token, window[:, column]))
-        following = advance(rules.tables, state, token, jnp)
-        state = jax.tree.map(lambda new, old, on=adds: jnp.where(on, new, old), following, state)
+        state = where_rows(adds, advance(rules.tables, state, token, jnp), state)
         answered, count = answered + adds, count + adds
         going &= before | ~is_full(rules.tables, state, answered, slots.limit, jnp)
     return slots._replace(window=window, drafts=slots.drafts._replace(count=count))

@@ -121,8 +121,8 @@ def spherical_k_means(cells: jax.Array, count: int, rounds: int = 10) -> jax.Arr
     length = jnp.linalg.norm(cells, axis=1)
     directions = cells / jnp.maximum(length, 1e-6)[:, None]
 
-    def farthest(i: int, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        codes, nearest = found
+    def farthest(i: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        codes, nearest = carry
         codes = codes.at[i].set(directions[jnp.argmin(nearest)])
         return codes, jnp.maximum(nearest, directions @ codes[i])
 
@@ -143,17 +143,32 @@ def _perplexity(usage: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(share * jnp.log(jnp.maximum(share, 1e-12))))
 
 
-def image_source(data: Any, seed: int, resolution: int) -> pipeline.Indexed:
-    """Images to train on: random boards of the micro-world (`data.source` "world"), or those of a dataset.
+def image_sources(data: Any, seed: int, resolution: int, held_out: int) -> tuple[pipeline.Indexed, np.ndarray]:
+    """Images to train on, and others uint8 [n, height, width, 3] that are never trained on.
 
-    A batch needs images of one size, a dataset has several: of each image the middle square is taken, at the model's
-    training resolution.  The network is convolutional, so what it learns holds for images of any shape.
+    Random boards of the micro-world (`data.source` "world"), or the images of a dataset.  A batch needs images of one
+    size and a dataset has several sizes, so of each image the middle square is taken, at the model's training
+    resolution; the network is convolutional, so what it learns holds for images of any shape.  n is `held_out`, or a
+    tenth of a dataset that has fewer than ten times as many.
+
+    Raises UserError for a dataset of fewer than two images.
     """
     if data.source == "world":
-        return pipeline.Indexed(functools.partial(_board, data.level, seed), data.size)
+        boards = pipeline.Indexed(functools.partial(_board, data.level, seed), data.size)
+        return boards, np.stack([_board(data.level, seed, data.size + i) for i in range(held_out)])
     dataset = TrajectoryDataset(data.source)
-    names = dataset.image_names
-    return pipeline.Indexed(lambda index: crop_square(dataset.image(names[index]), resolution), len(names))
+    names = sorted(dataset.image_names)  # content hashes: their order is random, and the same for every process
+    count = min(held_out, max(1, len(names) // 10))
+    if len(names) <= count:
+        raise UserError(
+            f"{data.source} holds {len(names)} image(s), and one at least is held out.", "Name a dataset with more."
+        )
+
+    def image(index: int) -> np.ndarray:
+        return crop_square(dataset.image(names[index]), resolution)
+
+    others = np.stack([image(index) for index in range(count)])
+    return pipeline.Indexed(lambda index: image(count + index), len(names) - count), others
 
 
 def _board(level: int, seed: int, index: int) -> np.ndarray:
@@ -178,12 +193,10 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     axes = model_lib.param_axes(model)
     first, placed = place(mesh, axes, lambda: model_lib.init_params(model, jax.random.key(config.seed)), optimizer)
     steps = make_steps(model, optimizer, config.loss, placed)
-    source = image_source(config.data, config.seed, model.resolution)
+    source, held_out = image_sources(config.data, config.seed, model.resolution, config.eval_images)
     data = pipeline.indexed_batches(source, config.batch, config.seed)
     mine = sharding.local_rows(mesh, config.batch)
     meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(model), "run": config.to_dict()}
-    fresh = pipeline.indexed_batches(dataclasses.replace(source), config.eval_images, config.seed + 1)
-    held_out = np.asarray(next(fresh))
     measure = jax.jit(functools.partial(_reconstruct, model), out_shardings=sharding.whole(mesh))
 
     def summary(state: TrainState, _: int) -> dict[str, float]:

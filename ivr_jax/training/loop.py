@@ -9,10 +9,12 @@ Of several processes all take every step, and process 0 alone prints and logs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -49,6 +51,8 @@ class Stage:
       meta: JSON values stored in every checkpoint; `kind` says what the parameters are.
       summary: called with (state, step) at every log line for extra metrics, may be slow.
       zero_gradient: whether gradients of exactly zero stop the run (not in RL, where all answers may be alike).
+      activity: what a long step is doing at the moment, for the progress bar; called from another thread.
+      close: called once when the run ends, also after an error.
     """
 
     state: Any
@@ -57,6 +61,8 @@ class Stage:
     meta: Mapping[str, Any]
     summary: Callable[[Any, int], Mapping[str, float]] | None = None
     zero_gradient: bool = True
+    activity: Callable[[], str] = lambda: ""
+    close: Callable[[], None] = lambda: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +72,11 @@ class Plan:
     Attributes:
       steps: train up to this step.
       log_every, checkpoint_every: in steps.
-      max_checkpoints: newest checkpoints that stay (0: all).
+      max_checkpoints: newest checkpoints that are kept (0: all).
       staging_gib: most host memory a process fills with arrays on their way to a checkpoint; 0: no bound.
       profile: a window of steps "START:STOP", or None.
-      peak: operations a second of one device, for MFU; None: what is published of it.
+      peak: operations a second of one device, for MFU; None: the published figure.
+      devices: devices of the mesh, for MFU.
     """
 
     steps: int
@@ -79,42 +86,45 @@ class Plan:
     staging_gib: int = 0
     profile: str | None = None
     peak: float | None = None
+    devices: int = 1
 
     def __post_init__(self) -> None:
         if self.profile:
-            parse_window(self.profile)  # a wrong one is said before anything is loaded
+            parse_window(self.profile)  # a wrong window is an error before anything is loaded
 
 
 def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
     """Trains as planned and returns the final state.  Writes metrics.jsonl, TensorBoard files and checkpoints.
 
     SIGTERM (pre-emption) saves a checkpoint and ends the process with status 0; one process that gets it is enough.
+    The checkpointer, the profiler, the log and the stage are closed however the run ends.
     """
     workdir, primary = pathlib.Path(workdir), distributed.is_primary()
     say = print if primary else lambda text: None
-    profile = Profile(workdir, plan.profile if primary else None)
-    checkpointer = Checkpointer(workdir, plan.max_checkpoints, plan.staging_gib)
-    state, first = stage.state, 0
-    like = jax.tree.map(_like, state)
-    if checkpointer.latest() is not None:
-        for leaf in jax.tree.leaves(state):  # there is no room for both
-            if isinstance(leaf, jax.Array):
-                leaf.delete()
-    restored = checkpointer.restore(like)
-    if restored is not None:
-        state, first = restored.state, restored.step
-        stage.data.set_state(restored.data["iterator"])
-        resumed = first < plan.steps
-        say(f"{name}: resumed at step {first} of {plan.steps}" if resumed else f"{name}: already trained {first} steps")
-    if first >= plan.steps:  # nothing is touched, the date of the curves included
-        checkpointer.close()
-        return state
-    log, throughput = MetricsLog(workdir, first, primary), Throughput(plan.peak)
-    bar = tqdm(total=plan.steps, initial=first, desc=name, unit="step", mininterval=1.0, disable=not primary)
-    with _Preemption() as preempted, bar:
-        pending = Pending(restored.data["pending"] if restored is not None else None)
+    with contextlib.ExitStack() as stack:
+        stack.callback(stage.close)
+        checkpointer = Checkpointer(workdir, plan.max_checkpoints, plan.staging_gib)
+        stack.callback(checkpointer.close)
+        state, first, sums = _restore(stage, checkpointer)
+        if first:
+            done = f"resumed at step {first} of {plan.steps}" if first < plan.steps else f"already trained {first} steps"
+            say(f"{name}: {done}")
+        if first >= plan.steps:  # nothing is touched, the date of the curves included
+            return state
+        profile = Profile(workdir, plan.profile if primary else None)
+        stack.callback(profile.close)
+        log = MetricsLog(workdir, first, primary)
+        stack.callback(log.close)
+        throughput = Throughput(plan.peak, plan.devices)
+        bar = tqdm(total=plan.steps, initial=first, desc=name, unit="step", mininterval=1.0, disable=not primary)
+        stack.enter_context(bar)
+        heartbeat = stack.enter_context(_Heartbeat(bar, stage.activity))
+        preempted = stack.enter_context(_Preemption(name))
+        pending = Pending(sums)
         clock, timed = time.perf_counter(), first
         for step in range(first, plan.steps):
+            done = step + 1
+            heartbeat.begin("compiling" if step == first else "")
             waiting = time.perf_counter()
             batch = next(stage.data)
             waited = time.perf_counter() - waiting
@@ -122,14 +132,9 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
             state, values = stage.step(state, batch, step)
             profile.after(step, state)
             pending.add({**values, "data_seconds": waited})
-            done = step + 1
             if done % plan.log_every == 0 or done == plan.steps:
-                means = pending.means()
                 seconds = (time.perf_counter() - clock) / (done - timed)
-                row = {key: value for key, value in means.items() if not key.startswith("work_")}
-                row |= {"seconds_per_step": seconds, **throughput.row(means, seconds)}
-                if stage.summary is not None:
-                    row |= stage.summary(state, done)
+                row = _log_row(stage, state, done, pending.means(), seconds, throughput)
                 log.write(done, row)
                 check(done, row, stage.zero_gradient)
                 bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in list(row)[:4]), refresh=False)
@@ -137,40 +142,97 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
             bar.update()
             stop = preempted(done)
             if done % plan.checkpoint_every == 0 or done == plan.steps or stop:
-                check(done, pending.means(), stage.zero_gradient)  # what is saved is sound
+                check(done, pending.means(), stage.zero_gradient)  # only a sound state is saved
                 position = {"iterator": stage.data.get_state(), "pending": pending.pack()}
                 checkpointer.save(done, state, position, dict(stage.meta))
             if stop and done < plan.steps:
                 checkpointer.wait()
-                say(f"{name}: asked to stop; saved step {done}. Run the same command to go on.")
+                say(f"{name}: stopped; step {done} is saved. Run the same command to resume.")
                 raise SystemExit(0)
         checkpointer.wait()
-    profile.close()
-    checkpointer.close()
-    log.close()
-    return state
+        return state
 
 
-def _like(value: Any) -> Any:
-    return (
-        jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
-        if isinstance(value, jax.Array)
-        else value
-    )
+def _restore(stage: Stage, checkpointer: Checkpointer) -> tuple[Any, int, Mapping[str, Any] | None]:
+    """The newest checkpoint's state, its step, and its metric sums; the stage's own state and 0 without one."""
+    shapes = jax.tree.map(_abstract, stage.state)
+    if checkpointer.latest() is not None:
+        for leaf in jax.tree.leaves(stage.state):  # there is no room for both
+            if isinstance(leaf, jax.Array):
+                leaf.delete()
+    restored = checkpointer.restore(shapes)
+    if restored is None:
+        return stage.state, 0, None
+    stage.data.set_state(restored.data["iterator"])
+    return restored.state, restored.step, restored.data["pending"]
+
+
+def _abstract(value: Any) -> Any:
+    if isinstance(value, jax.Array):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding)
+    return value
+
+
+def _log_row(
+    stage: Stage, state: Any, done: int, means: Mapping[str, float], seconds: float, throughput: Throughput
+) -> dict[str, float]:
+    """One line of the log: mean metrics, rates, and the stage's summary."""
+    row = {key: value for key, value in means.items() if not key.startswith("work_")}
+    row |= {"seconds_per_step": seconds, **throughput.row(means, seconds)}
+    if stage.summary is not None:
+        row |= stage.summary(state, done)
+    return row
+
+
+class _Heartbeat:
+    """Says on the progress bar what a step is doing and for how long, once it takes long."""
+
+    EVERY = 10.0  # seconds
+
+    def __init__(self, bar: tqdm, activity: Callable[[], str]):
+        self._bar, self._activity = bar, activity
+        self._began, self._first = time.monotonic(), ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def begin(self, first: str) -> None:
+        """A step begins; `first` is shown while its activity is not known."""
+        self._began, self._first = time.monotonic(), first
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.EVERY):
+            seconds = time.monotonic() - self._began
+            if seconds >= self.EVERY:
+                words = self._activity() or self._first or "step"
+                self._bar.set_postfix_str(f"{words}, {seconds:.0f} s")
+
+    def __enter__(self) -> _Heartbeat:
+        if not self._bar.disable:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
 
 class _Preemption:
     """Remembers SIGTERM; calling it after a step says whether to stop there, on all processes at the same step."""
 
-    def __enter__(self) -> _Preemption:
+    def __init__(self, name: str):
+        self._name = name
         self._asked = False
         # With several processes JAX's coordination service watches for the signal, and agrees on a step.
         self._alone = jax.process_count() == 1
+
+    def __enter__(self) -> _Preemption:
         self._previous = signal.signal(signal.SIGTERM, self._remember) if self._alone else None
         return self
 
     def _remember(self, *_: Any) -> None:
         self._asked = True
+        os.write(2, f"\n{self._name}: asked to stop; saving after this step.\n".encode())  # print is not re-entrant
 
     def __call__(self, done: int) -> bool:
         return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(done)

@@ -27,7 +27,7 @@ from ivr_jax.protocol.grammar import ACCEPT, FREE, VISUAL, Grammar, GrammarOptio
 from ivr_jax.protocol.interleaved import parse_interleaved
 from ivr_jax.sampling.batch import Samples, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
-from ivr_jax.sampling.logits_processors import GrammarMask, SamplingOptions, draw, log_probabilities
+from ivr_jax.sampling.logits_processors import GrammarMask, SamplingOptions, log_probabilities, sample_ids
 from ivr_jax.sampling.rollout import draw_first_images, roll_out
 from ivr_jax.trajectory import Mode
 
@@ -307,7 +307,7 @@ def test_the_chain_equals_a_plain_reference(options):
 
 def test_a_draw_is_one_of_the_kept_ids():
     scores = np.log(np.array([[0.5, 0.5, 1e-30], [1e-30, 1e-30, 1.0]], np.float32))
-    found = [np.asarray(draw(scores, keys(2, seed), SamplingOptions())) for seed in range(20)]
+    found = [np.asarray(sample_ids(scores, keys(2, seed), SamplingOptions())) for seed in range(20)]
     assert {int(f[0]) for f in found} == {0, 1} and {int(f[1]) for f in found} == {2}
 
 
