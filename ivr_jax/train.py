@@ -9,6 +9,7 @@ The same command goes on where a stopped run was: checkpoints hold parameters, o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 
 import jax
@@ -55,6 +56,7 @@ def main(call: cli.Call) -> None:
     plan = loop.Plan(**{name: config[name] for name in names}, profile=call.flags.profile, peak=peak)
     distributed.start(call.flags)
     mesh = sharding.mesh_of(config.mesh)
+    plan = dataclasses.replace(plan, devices=mesh.devices.size)
     primary = distributed.is_primary()
     with files.Lock(workdir) if primary else contextlib.nullcontext(), jax.set_mesh(mesh):
         resuming = store.has_any(workdir)

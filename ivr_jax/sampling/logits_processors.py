@@ -221,7 +221,7 @@ def log_probabilities(
         that a model that has changed since is compared over the same set of ids.
     """
     if len(uncond_logits) != options.passes:
-        raise ValueError(f"guidance needs the logits of {options.passes} unconditional passes, not {len(uncond_logits)}")
+        raise ValueError(f"guidance needs logits of {options.passes} unconditional passes, not {len(uncond_logits)}")
     visual = jnp.asarray(tables.legal)[rows][..., VISUAL, None]
     context = Context(legal_ids(tables, rows), visual, tuple(x.astype(jnp.float32) for x in uncond_logits))
     scores = logits.astype(jnp.float32)

@@ -107,8 +107,8 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
         stack.callback(checkpointer.close)
         state, first, sums = _restore(stage, checkpointer)
         if first:
-            done = f"resumed at step {first} of {plan.steps}" if first < plan.steps else f"already trained {first} steps"
-            say(f"{name}: {done}")
+            resumed = f"resumed at step {first} of {plan.steps}"
+            say(f"{name}: {resumed if first < plan.steps else f'already trained {first} steps'}")
         if first >= plan.steps:  # nothing is touched, the date of the curves included
             return state
         profile = Profile(workdir, plan.profile if primary else None)

@@ -31,7 +31,8 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
     weight_decay, clip_norm, moment_dtype.
 
     `kind` is "adamw", or "muon": orthogonalised momentum for kernels of convolutions and dense layers (updates scaled
-    to the size of Adam's), Adam for the rest.  Vectors, norms and embeddings do not decay.
+    to the size of Adam's), Adam for the rest.  Vectors, norms and embeddings do not decay; with "muon" only the kernels
+    that it orthogonalises do.
     With `moment_dtype` "bfloat16" the moments take half the memory; they are rounded after every step, so `b2` may not
     be so large that its changes vanish.
     """

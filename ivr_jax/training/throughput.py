@@ -53,8 +53,8 @@ class Throughput:
     def row(self, means: Mapping[str, float], seconds: float) -> dict[str, float]:
         """Rates of a log line, from the means of the metrics of its steps, and the seconds that one took.
 
-        tokens_per_second; mfu (share of the peak of the devices in use) where the peak is known; device_gib and device_peak_gib of
-        the fullest device of this process, where the platform tells.
+        tokens_per_second; mfu (share of the peak of the devices in use) where the peak is known; device_gib and
+        device_peak_gib of the fullest device of this process, where the platform tells.
         """
         rates = {}
         if "work_tokens" in means:

@@ -27,7 +27,16 @@ from ivr_jax.protocol.grammar import ACCEPT, FREE, VISUAL, Grammar, GrammarOptio
 from ivr_jax.protocol.interleaved import parse_interleaved
 from ivr_jax.sampling.batch import Samples, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
-from ivr_jax.sampling.logits_processors import GrammarMask, SamplingOptions, log_probabilities, sample_ids
+from ivr_jax.sampling.logits_processors import (
+    MASKED,
+    Context,
+    GrammarMask,
+    SamplingOptions,
+    TopK,
+    TopP,
+    log_probabilities,
+    sample_ids,
+)
 from ivr_jax.sampling.rollout import draw_first_images, roll_out
 from ivr_jax.trajectory import Mode
 
@@ -305,16 +314,54 @@ def test_the_chain_equals_a_plain_reference(options):
     assert found[2].max() == 1.0
 
 
+def contains_sort(jaxpr) -> bool:
+    """Whether a program, its inner ones included, sorts."""
+    for equation in jaxpr.eqns:
+        inner = [getattr(x, "jaxpr", x) for x in equation.params.values() if hasattr(x, "eqns") or hasattr(x, "jaxpr")]
+        if equation.primitive.name == "sort" or any(map(contains_sort, inner)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("chosen", [TopK(7, 3), TopP(0.4, 0.9)], ids=str)
+def test_truncation_keeps_the_ids_that_sorting_keeps_without_sorting(chosen):
+    """Many ids, ties among them, some masked; every second position is visual."""
+    rng = np.random.default_rng(1)
+    scores = np.round(rng.normal(0, 2, (6, 5000)), 2).astype(np.float32)
+    scores[:, ::7] = MASKED
+    visual = (np.arange(6) % 2 == 1)[:, None]
+    context = Context(None, visual, ())
+    kept = np.asarray(chosen(scores, context)) > MASKED / 2
+    assert not contains_sort(jax.make_jaxpr(lambda x: chosen(x, context))(scores).jaxpr)
+    for row, is_visual, found in zip(scores.astype(np.float64), visual[:, 0], kept, strict=True):
+        limit, ordered = (chosen.image if is_visual else chosen.text), np.sort(row)[::-1]
+        if isinstance(chosen, TopK):
+            threshold = ordered[limit - 1]
+        else:
+            probabilities = np.exp(log_softmax(ordered))
+            threshold = ordered[np.flatnonzero(np.cumsum(probabilities) - probabilities < limit)[-1]]
+        np.testing.assert_array_equal(found, row >= threshold)
+
+
 def test_a_draw_is_one_of_the_kept_ids():
     scores = np.log(np.array([[0.5, 0.5, 1e-30], [1e-30, 1e-30, 1.0]], np.float32))
     found = [np.asarray(sample_ids(scores, keys(2, seed), SamplingOptions())) for seed in range(20)]
     assert {int(f[0]) for f in found} == {0, 1} and {int(f[1]) for f in found} == {2}
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("temperature", float("nan")), ("guidance", float("inf")), ("image_guidance", -1.0), ("image_temperature", -0.1),
-    ("text_top_k", -1), ("text_top_p", 0.0), ("image_top_p", 1.5), ("image_top_p", float("nan")),
-])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", float("nan")),
+        ("guidance", float("inf")),
+        ("image_guidance", -1.0),
+        ("image_temperature", -0.1),
+        ("text_top_k", -1),
+        ("text_top_p", 0.0),
+        ("image_top_p", 1.5),
+        ("image_top_p", float("nan")),
+    ],
+)
 def test_options_that_no_distribution_has_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=rf"{field} .*is {value}\. It must be"):
         SamplingOptions(**{field: value})

@@ -17,7 +17,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.training import loop
 from ivr_jax.training.metrics import MetricsLog, NonFinite, Pending, ZeroGradient, check
-from ivr_jax.training.optimizer import make_optimizer, stored_in
+from ivr_jax.training.optimizer import make_optimizer, schedule, stored_in
 from ivr_jax.training.throughput import Profile, Throughput, peak_flops, train_flops
 
 
@@ -55,8 +55,9 @@ def test_utilisation_by_hand():
     config = BackboneConfig(10, 8, 16, 2, 2, 1, 4)
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
     assert train_flops(config, 5, 15) == 6 * (2 * layer + 8 * 10) * 5 + 12 * 2 * 2 * 4 * 15
-    rates = Throughput(peak=1e6).row({"work_tokens": 50.0, "work_flops": 2e6 * jax.device_count()}, 4.0)
-    assert rates["mfu"] == 0.5 and rates["tokens_per_second"] == 12.5
+    rates = Throughput(peak=1e6).row({"work_tokens": 50.0, "work_flops": 2e6}, 4.0)
+    assert rates["mfu"] == 0.5 and rates["tokens_per_second"] == 12.5  # of one device, however many the host has
+    assert Throughput(peak=1e6, devices=4).row({"work_flops": 2e6}, 4.0)["mfu"] == 0.125
     assert "mfu" not in Throughput().row({"work_tokens": 50.0, "work_flops": 2e6}, 4.0)  # nobody knows a CPU's peak
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5") == 459e12 and peak_flops("TPU v6e") == 918e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("cpu") is None
@@ -71,6 +72,74 @@ def test_a_profile_of_some_steps(tmp_path):
     for wrong in ("3", "4:4", "a:b"):
         with pytest.raises(UserError, match="no window of steps"):
             loop.Plan(steps=1, log_every=1, checkpoint_every=1, max_checkpoints=1, profile=wrong)
+
+
+def optimizer_config(**changes) -> ConfigDict:
+    return ConfigDict({"kind": "adamw", "learning_rate": 1e-3, "final_learning_rate": 1e-4, "warmup_ratio": 0.1,
+                       "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0,
+                       "moment_dtype": "float32"} | changes)  # fmt: skip
+
+
+def test_the_learning_rate_of_every_update():
+    """10 updates, 4 of them warm-up: quarters of the full rate, then a cosine over the last six."""
+    rate = schedule(optimizer_config(warmup_ratio=0.4), 10)
+    cosine = [1e-4 + 9e-4 * (1 + np.cos(np.pi * k / 6)) / 2 for k in range(1, 7)]
+    expected = [2.5e-4, 5e-4, 7.5e-4, 1e-3, *cosine]
+    np.testing.assert_allclose([float(rate(k)) for k in range(10)], expected, rtol=1e-5)
+
+
+def test_the_first_update_learns_without_warm_up_too():
+    config = optimizer_config(warmup_ratio=0.0)
+    assert float(schedule(config, 10)(0)) == pytest.approx(1e-3) and float(schedule(config, 1)(0)) > 0
+    optimizer = make_optimizer(config, 10)
+    params = {"w": jnp.ones((2, 2))}
+    updates, _ = optimizer.update({"w": jnp.ones((2, 2))}, optimizer.init(params), params)
+    assert float(jnp.abs(updates["w"]).min()) == pytest.approx(1e-3, rel=1e-3)  # Adam's first step is the rate
+
+
+TREE = {
+    "embed": jnp.ones((5, 4)),
+    "final_norm": jnp.ones(4),
+    "layers": {"norm": jnp.ones((2, 4)), "mlp": {"gate": jnp.ones((2, 4, 6))}},
+    "lm_head": jnp.ones((4, 5)),
+    "conv_in": {"kernel": jnp.ones((3, 3, 4, 4))},
+    "conv": {"kernel": jnp.ones((3, 3, 4, 4)), "bias": jnp.ones(4)},
+}
+
+
+def moved_without_gradient(kind: str) -> dict:
+    """Whether one update with gradients of 0 moves each parameter: by weight decay alone."""
+    optimizer = make_optimizer(optimizer_config(kind=kind, weight_decay=0.1, warmup_ratio=0.0), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, TREE), optimizer.init(TREE), TREE)
+    return jax.tree.map(lambda x: bool(jnp.abs(x).max() > 0), updates)
+
+
+@pytest.mark.parametrize(("kind", "by_adam"), [("adamw", True), ("muon", False)])
+def test_matrices_decay_and_vectors_norms_and_embeddings_do_not(kind, by_adam):
+    assert moved_without_gradient(kind) == {
+        "embed": False, "final_norm": False, "layers": {"norm": False, "mlp": {"gate": True}}, "lm_head": by_adam,
+        "conv_in": {"kernel": by_adam}, "conv": {"kernel": True, "bias": False},
+    }  # fmt: skip
+
+
+def test_muon_orthogonalises_hidden_kernels_and_leaves_the_rest_to_adam():
+    """Of a gradient of rank one: Muon's update of a kernel keeps its rank, Adam's takes the sign of every entry."""
+    optimizer = make_optimizer(optimizer_config(kind="muon", warmup_ratio=0.0, clip_norm=1e9), 10)
+    column = jnp.array([1.0, 2.0, 3.0, 4.0])
+
+    def rank_one(x: jax.Array) -> jax.Array:
+        scale = column[: x.shape[-1]] if x.shape[-1] <= 4 else jnp.arange(1.0, x.shape[-1] + 1)
+        return jnp.broadcast_to(scale, x.shape) * (1 + jnp.arange(x.shape[0]).reshape(-1, *(1,) * (x.ndim - 1)))
+
+    updates, _ = optimizer.update(jax.tree.map(rank_one, TREE), optimizer.init(TREE), TREE)
+
+    def is_adam(x: jax.Array) -> bool:
+        return bool(jnp.allclose(jnp.abs(x), 1e-3, rtol=1e-2))
+
+    assert jax.tree.map(is_adam, updates) == {
+        "embed": True, "final_norm": True, "layers": {"norm": True, "mlp": {"gate": False}}, "lm_head": True,
+        "conv_in": {"kernel": True}, "conv": {"kernel": False, "bias": True},
+    }  # fmt: skip
 
 
 def test_moments_in_bfloat16_are_those_of_float32_rounded_after_every_step():
