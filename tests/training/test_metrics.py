@@ -134,7 +134,7 @@ def test_muon_orthogonalises_hidden_kernels_and_leaves_the_rest_to_adam():
     updates, _ = optimizer.update(jax.tree.map(rank_one, TREE), optimizer.init(TREE), TREE)
 
     def is_adam(x: jax.Array) -> bool:
-        return bool(jnp.allclose(jnp.abs(x), 1e-3, rtol=1e-2))
+        return bool(jnp.allclose(jnp.abs(x), jnp.abs(x).mean(), rtol=1e-2))
 
     assert jax.tree.map(is_adam, updates) == {
         "embed": True, "final_norm": True, "layers": {"norm": True, "mlp": {"gate": False}}, "lm_head": True,

@@ -50,7 +50,7 @@ def test_sft_killed_then_stopped_then_finished_equals_an_undisturbed_run(runs, s
     status, output = disturbed(argv, workdir, signal.SIGTERM, after=killed_at + 1)
     stopped_at = newest_checkpoint(workdir)
     assert status == 0, output
-    assert f"resumed at step {killed_at} of 20" in output and f"asked to stop; saved step {stopped_at}." in output
+    assert f"resumed at step {killed_at} of 20" in output and f"step {stopped_at} is saved" in output
     assert killed_at < stopped_at < 20
     trained(workdir, "micro_base", sft_settings(runs))
     assert f"resumed at step {stopped_at} of 20" in capsys.readouterr().out
