@@ -70,12 +70,22 @@ class AxisVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`E`: the four axes, in the order of `AXES`."""
+    """`E`: the four axes, in the order of `AXES`, after an observation.
+
+    Attributes:
+      observation: what the evaluator notes of the image before any verdict, so that the verdicts can follow from it;
+        "" for none.
+    """
 
     instruction: AxisVerdict
     consistency: AxisVerdict
     quality: AxisVerdict
     knowledge: AxisVerdict
+    observation: str = ""
+
+    def __post_init__(self) -> None:
+        if self.observation != "":
+            _text(self.observation, "an observation")
 
     @property
     def axes(self) -> tuple[AxisVerdict, ...]:
@@ -90,8 +100,9 @@ class Evaluation:
         return tuple(axis.score for axis in self.axes)
 
     def without_scores(self) -> Evaluation:
-        """The part that is spoken in tokens: verdicts and reasons."""
-        return Evaluation(*(dataclasses.replace(axis, score=None) for axis in self.axes))
+        """The part that is spoken in tokens: observation, verdicts and reasons."""
+        axes = (dataclasses.replace(axis, score=None) for axis in self.axes)
+        return Evaluation(*axes, observation=self.observation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,11 +229,14 @@ def _verdict_to_json(verdict: AxisVerdict) -> dict[str, Any]:
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
-    return {axis: _verdict_to_json(verdict) for axis, verdict in zip(AXES, evaluation.axes, strict=True)}
+    axes = {axis: _verdict_to_json(verdict) for axis, verdict in zip(AXES, evaluation.axes, strict=True)}
+    # Records without an observation are as they were before there were any.
+    return axes | ({"observation": evaluation.observation} if evaluation.observation else {})
 
 
 def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(**{axis: AxisVerdict(**_fields(value, axis, AxisVerdict)) for axis in AXES})
+    axes = {axis: AxisVerdict(**_fields(value, axis, AxisVerdict)) for axis in AXES}
+    return Evaluation(**axes, observation=value.get("observation", ""))
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:

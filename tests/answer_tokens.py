@@ -89,7 +89,9 @@ def answered(draw, tokenizer: TextTokenizer, alphabet: str | None = None, longes
     def judged(passed: bool) -> Evaluation:
         failing = frozenset() if passed else draw(st.frozensets(st.integers(0, 3), min_size=1))
         closes = [*(markers.AXIS[axis] for axis in AXES[1:]), markers.EVALUATE_CLOSE]
-        return Evaluation(*(AxisVerdict(i not in failing, text(close)) for i, close in enumerate(closes)))
+        verdicts = [AxisVerdict(i not in failing, text(close)) for i, close in enumerate(closes)]
+        said = text(markers.AXIS[AXES[0]]) if draw(st.booleans()) else ""
+        return Evaluation(*verdicts, observation=said)
 
     mode = draw(st.sampled_from(Mode))
     most = {Mode.DIRECT: 0, Mode.REFLECTION: 3, Mode.MULTI_STEP: 5}[mode]
@@ -147,7 +149,8 @@ class Recogniser:
 
     def _evaluation(self, verdict: str) -> str:
         closes = [*(markers.AXIS[axis] for axis in AXES[1:]), markers.EVALUATE_CLOSE]
-        opening = self._marker(markers.EVALUATE_OPEN) + self._marker(markers.AXIS[AXES[0]])
+        first = markers.AXIS[AXES[0]]
+        opening = f"{self._marker(markers.EVALUATE_OPEN)}(?:{self._marker(first)}|{self._free(first)})"
         return opening + "".join(f"(?:{verdict}){self._free(close)}" for close in closes)
 
     def _control(self, round_: int, mode: Mode | None) -> str:

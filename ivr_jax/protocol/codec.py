@@ -212,7 +212,10 @@ def encode_trajectory(tokenizer: TextTokenizer, trajectory: Trajectory, codes: C
 
 
 def _encode_evaluation(tokenizer: TextTokenizer, evaluation: Evaluation) -> list[int]:
-    ids = [*tokenizer.marker(markers.EVALUATE_OPEN), *tokenizer.marker(markers.AXIS[AXES[0]])]
+    first = markers.AXIS[AXES[0]]
+    said = evaluation.observation
+    ids = [*tokenizer.marker(markers.EVALUATE_OPEN)]
+    ids += _free_text(tokenizer, said, first) if said else tokenizer.marker(first)
     closes = [*(markers.AXIS[axis] for axis in AXES[1:]), markers.EVALUATE_CLOSE]
     for verdict, close in zip(evaluation.axes, closes, strict=True):
         ids += tokenizer.marker(markers.PASS if verdict.passed else markers.FAIL)
@@ -274,12 +277,13 @@ def parse_answer(
     rounds = []
     for k in range(1, len(codes) + 1):
         axes = (AxisVerdict(fields["E", k, f"{axis}.verdict"], fields["E", k, f"{axis}.reason"]) for axis in AXES)
+        evaluation = Evaluation(*axes, observation=fields["E", k, "observation"])
         cause: Reflection | Step | None = None
         if ("S", k, "instruction") in fields:
             cause = Step(fields["S", k, "instruction"])
         elif ("R", k, "improvement_plan") in fields:
             cause = Reflection(fields["R", k, "failure_analysis"], fields["R", k, "improvement_plan"])
-        rounds.append(Round(cause, f"G{k}", Evaluation(*axes)))
+        rounds.append(Round(cause, f"G{k}", evaluation))
     trajectory = Trajectory(sample, tuple(rounds))
     return ParsedAnswer(trajectory, codes, _segments(runs, trajectory))
 

@@ -217,6 +217,12 @@ class Grammar:
             self._capped[node] = forced[size]
         return opening[0]
 
+    def _optional_text(self, slot: int, close: str, following: int) -> int:
+        """A free text or nothing, up to the closing marker; a text does not begin like the marker."""
+        entry, (first, *rest) = self._free_text(slot, close, following), self._classes_of(close)
+        self._transitions[entry][first] = self._choice(slot, [(tuple(rest), following)]) if rest else following
+        return entry
+
     def _image(self, round_: int, following: int) -> int:
         slot = self._slot("G", round_, "image")
         return self._literal_token(slot, self.tokenizer.vocab.boi, self._after_boi(slot, following))
@@ -255,8 +261,9 @@ class Grammar:
             texts = [self._free_text(reasons[fail], close, after[fail]) for fail in range(2)]
             one = (self._classes_of(markers.PASS), self._classes_of(markers.FAIL))
             after = tuple(self._choice(verdict, [(one[0], texts[fail]), (one[1], texts[1])]) for fail in range(2))
-        opening = self._slot("E", round_, "open")
-        return self._literal(opening, markers.EVALUATE_OPEN, self._literal(opening, markers.AXIS[AXES[0]], after[0]))
+        observation = self._slot("E", round_, "observation", markers.AXIS[AXES[0]])
+        said = self._optional_text(observation, markers.AXIS[AXES[0]], after[0])
+        return self._literal(self._slot("E", round_, "open"), markers.EVALUATE_OPEN, said)
 
     # -- the answer -----------------------------------------------------------------------------------------------
 

@@ -188,7 +188,9 @@ def _segment(trajectory: Trajectory, segment: codec.Segment, trained: bool) -> S
     elif segment.part == "R" and isinstance(cause, Reflection):
         text = f"{cause.failure_analysis} {cause.improvement_plan}"
     elif segment.part == "E":
-        text = "; ".join(f"{'pass' if axis.passed else 'fail'}: {axis.reason}" for axis in round_.evaluation.axes)
+        verdicts = [f"{'pass' if axis.passed else 'fail'}: {axis.reason}" for axis in round_.evaluation.axes]
+        said = round_.evaluation.observation
+        text = "; ".join([said, *verdicts] if said else verdicts)
     image = round_.image if segment.part == "G" else None
     return Segment(segment.name, text, image, segment.end - segment.start, trained and segment.loss)
 

@@ -35,26 +35,45 @@ class WorldAnalyzer:
         of 5 accepts no wrong place at all.
       most_named: reflections name at most this many wrong places, in reading order, so that the critique of a ruined
         image stays short.
+      observe: whether evaluations begin with an observation: what is wanted and seen, place by place.
     """
 
-    def __init__(self, threshold: float | Mapping[str, float] = 5.0, most_named: int = 9):
+    def __init__(self, threshold: float | Mapping[str, float] = 5.0, most_named: int = 9, observe: bool = False):
         thresholds = dict(threshold) if isinstance(threshold, Mapping) else dict.fromkeys(AXES, float(threshold))
         if set(thresholds) != set(AXES) or not all(1 <= value <= 5 for value in thresholds.values()):
             raise UserError(f"{threshold!r} is no threshold.",
                             f"Give a number from 1 to 5, or one for each of {', '.join(AXES)}.")
         self.thresholds = thresholds
         self.most_named = most_named
+        self.observe = observe
+
+    # -- scenes --
+
+    def evaluate_view(self, facts: Facts, view: judgement.View) -> Evaluation:
+        """The evaluation of what an image shows."""
+        said = ""
+        if self.observe:
+            said = judgement.observe(view, facts.canvas, facts.edits, facts.sources, facts.level)
+        return judgement.compare(view, facts.target, facts.touches()).evaluation(self.thresholds, said)
+
+    def reflect_view(self, facts: Facts, view: judgement.View) -> Reflection:
+        """Failure types and places, then what each wrong place should hold, in reading order."""
+        touched = facts.touches()
+        named = judgement.compare(view, facts.target, touched).wrong[: self.most_named]
+        found = judgement.faults(view, facts.canvas, facts.target, touched, named)
+        entries = [(name, judgement.content_words(facts.target, name)) for name in named]
+        return Reflection(language.failure_analysis(found), language.plan(entries))
 
     # -- images --
 
     def evaluate_sync(self, sample: Sample, images: Images, image: Pixels) -> Evaluation:
         """See `Analyzer.evaluate`.  Raises UserError for a sample without the world's facts, never for an image."""
         facts = facts_of(sample)
-        return self._find(facts, judgement.look(image, facts.level)).evaluation(self.thresholds)
+        return self.evaluate_view(facts, judgement.look(image, facts.level))
 
     def evaluate_all(self, samples: Sequence[Sample], images: Sequence[Pixels]) -> list[Evaluation]:
         """`evaluate_sync` of images[i] as an answer to samples[i], for all i at once."""
-        return [finding.evaluation(self.thresholds) for finding in _find_all(samples, images)]
+        return [self.evaluate_view(facts, view) for facts, view in _look_at_all(samples, images)]
 
     def is_exact(self, sample: Sample, image: Pixels) -> bool:
         """Whether the image shows exactly what was asked for, ruler included."""
@@ -84,14 +103,9 @@ class WorldAnalyzer:
     # -- critique and planning --
 
     def reflect_sync(self, sample: Sample, images: Images, image: Pixels, evaluation: Evaluation) -> Reflection:
-        """See `Analyzer.reflect`: failure types and cells, then what each wrong cell should hold, in reading order."""
+        """See `Analyzer.reflect`, and `reflect_view`."""
         facts = facts_of(sample)
-        view = judgement.look(image, facts.level)
-        touched = facts.touches()
-        named = judgement.compare(view, facts.target, touched).wrong[: self.most_named]
-        found = judgement.faults(view, facts.canvas, facts.target, touched, named)
-        entries = [(name, judgement.content_words(facts.target, name)) for name in named]
-        return Reflection(language.failure_analysis(found), language.plan(entries))
+        return self.reflect_view(facts, judgement.look(image, facts.level))
 
     def root_cause_sync(self, sample: Sample, images: Images, attempts: Sequence[Attempt]) -> RootCause:
         """See `Analyzer.root_cause`: several edits are too complex a prompt, a single one should have been drawn."""
@@ -170,15 +184,18 @@ def step_edits(facts: Facts) -> tuple[Edit, ...]:
     return steps if whole and 2 <= len(steps) <= MAX_STEPS else facts.edits
 
 
-def _find_all(samples: Sequence[Sample], images: Sequence[Pixels]) -> list[judgement.Finding]:
+def _look_at_all(samples: Sequence[Sample], images: Sequence[Pixels]) -> list[tuple[Facts, judgement.View]]:
+    """The facts of samples[i] and what images[i] shows, for all i at once."""
     everything = [facts_of(sample) for sample in samples]
-    findings: dict[int, judgement.Finding] = {}
+    found: dict[int, judgement.View] = {}
     for level in {facts.level for facts in everything}:
         chosen = [i for i, facts in enumerate(everything) if facts.level == level]
-        views = judgement.look_at_all([images[i] for i in chosen], level)
-        for i, view in zip(chosen, views, strict=True):
-            findings[i] = judgement.compare(view, everything[i].target, everything[i].touches())
-    return [findings[i] for i in range(len(everything))]
+        found |= dict(zip(chosen, judgement.look_at_all([images[i] for i in chosen], level), strict=True))
+    return [(facts, found[i]) for i, facts in enumerate(everything)]
+
+
+def _find_all(samples: Sequence[Sample], images: Sequence[Pixels]) -> list[judgement.Finding]:
+    return [judgement.compare(view, facts.target, facts.touches()) for facts, view in _look_at_all(samples, images)]
 
 
 def _judge_step(facts: Facts, text: str, previous: Sequence[Pixels]) -> float:

@@ -22,7 +22,7 @@ from ivr_jax.world import language
 from ivr_jax.world.edits import Edit, EditError, changes
 from ivr_jax.world.levels import level_of
 from ivr_jax.world.recognise import read
-from ivr_jax.world.scene import FOREIGN, Scene
+from ivr_jax.world.scene import FOREIGN, Object, Scene
 
 BEST, WORST, COST = 5, 1, 2  # scores, and what one wrong place costs
 
@@ -42,15 +42,15 @@ class Finding:
     wrong: tuple[str, ...]
     by_axis: Mapping[str, tuple[str, ...]]
 
-    def evaluation(self, thresholds: Mapping[str, float]) -> Evaluation:
-        """Scores, verdicts and reasons; an axis passes at its threshold or above."""
+    def evaluation(self, thresholds: Mapping[str, float], observation: str = "") -> Evaluation:
+        """Scores, verdicts and reasons after an observation; an axis passes at its threshold or above."""
         verdicts = []
         for axis in AXES:
             names = self.by_axis[axis]
             everything = language.SIZE in names
             score = WORST if everything else max(WORST, BEST - COST * len(names))
             verdicts.append(AxisVerdict(score >= thresholds[axis], language.reason(names), float(score)))
-        return Evaluation(*verdicts)
+        return Evaluation(*verdicts, observation=observation)
 
 
 def look(image: np.ndarray, level: int) -> View:
@@ -110,12 +110,40 @@ def faults(view: View, canvas: Scene, target: Scene, touches: Mapping[int, int],
     return found
 
 
+def observe(view: View, canvas: Scene, edits: Sequence[Edit], references: Sequence[Scene], level: int) -> str:
+    """What can be said of an image before it is judged: what each edit changes, then place by place what the request
+    wants there, what the image shows, and whether they agree (`language.Observation` in words).
+
+    Attributes of the whole image are places where the level has several values of them.
+    """
+    rules, changed, scene = level_of(level), [], canvas
+    for edit in edits:
+        after = edit.apply(scene, references)
+        changed += [(after.places[i], value_words(after.values[i])) for i in changes(scene, after)]
+        scene = after
+    if view.scene is None:
+        return language.observation(language.Observation(tuple(changed), (), (language.SIZE,)))
+    count = len(scene.cells)
+    shown = [*range(count), *(count + i for i, values in enumerate((rules.backgrounds, rules.styles, rules.tones))
+                              if len(values) > 1)]
+    pairs = [(scene.values[i], view.scene.values[i]) for i in shown]
+    places = tuple((value_words(wanted), value_words(seen), wanted == seen) for wanted, seen in pairs)
+    broken = () if view.ruler else (language.RULER,)
+    return language.observation(language.Observation(tuple(changed), places, broken))
+
+
 def content_words(target: Scene, name: str) -> str:
     """What a place should hold, as a plan says it."""
     if name in (language.RULER, language.SIZE):
         return language.REDRAWN
-    value = target.values[target.places.index(name)]
-    return language.EMPTY if value is None else value if isinstance(value, str) else value.words
+    return value_words(target.values[target.places.index(name)])
+
+
+def value_words(value: Object | str | None) -> str:
+    """A place's content in words."""
+    if value is None:
+        return language.EMPTY
+    return value if isinstance(value, str) else language.BLOT if value == FOREIGN else value.words
 
 
 def f1(named: Sequence[str], truth: Sequence[str]) -> float:

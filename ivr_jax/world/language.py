@@ -13,6 +13,7 @@ greedy longest-match tokenizer: "Put a" " red" " circle at" " b2" ". " - a space
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,72 @@ def parse_plan(text: str) -> tuple[tuple[str, str], ...] | None:
     return None if None in matches else tuple((m["place"], m["content"]) for m in matches)
 
 
+# -- observations -----------------------------------------------------------------------------------------------------
+
+CHANGES, CELLS = "Changes", ". Wanted, seen:"
+SAME, DIFFERENT = "matches.", "differs."  # the mark that closes what is said of a cell
+BLOT = "unknown blot"  # what a cell shows that holds no object of the world
+_SEEN = rf"{_CONTENT}|{BLOT}"
+_CHANGE = re.compile(rf" (?P<place>{_PLACE}) (?P<content>{_CONTENT})")
+_CELL_ROW = re.compile(rf" (?P<wanted>{_CONTENT}) (?P<seen>{_SEEN}) (?P<mark>matches|differs)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What an evaluation writes down before its verdicts.
+
+    Attributes:
+      changes: (place, content) for every change that the request makes, edit by edit; a later change of the same
+        place replaces an earlier one.
+      places: (wanted content, seen content, whether they agree) for every place in reading order.
+      broken: what else is wrong: the ruler, or the size of the image, of which then no place can be said.
+    """
+
+    changes: tuple[tuple[str, str], ...]
+    places: tuple[tuple[str, str, bool], ...]
+    broken: tuple[str, ...] = ()
+
+
+def observation(found: Observation) -> str:
+    """"Changes b2 red circle a1 empty. Wanted, seen: empty empty matches. red circle empty differs. ..." """
+    changes = "".join(f" {place} {content}" for place, content in found.changes)
+    places = "".join(f" {wanted} {seen} {SAME if same else DIFFERENT}" for wanted, seen, same in found.places)
+    return f"{CHANGES}{changes}{CELLS}{places}" + "".join(f" {name} {DIFFERENT}" for name in found.broken)
+
+
+def parse_observation(text: str) -> Observation | None:
+    """The inverse of `observation`; None when the text is something else."""
+    head, separator, body = text.partition(CELLS)
+    if not separator or not head.startswith(CHANGES):
+        return None
+    changes = _matches(_CHANGE, head.removeprefix(CHANGES))
+    broken = []
+    for name in (SIZE, RULER):
+        if body.endswith(ending := f" {name} {DIFFERENT}"):
+            body = body.removesuffix(ending)
+            broken.insert(0, name)
+    places = _matches(_CELL_ROW, body)
+    if changes is None or places is None:
+        return None
+    return Observation(
+        tuple((m["place"], m["content"]) for m in changes),
+        tuple((m["wanted"], m["seen"], m["mark"] == "matches") for m in places),
+        tuple(broken),
+    )
+
+
+def _matches(pattern: re.Pattern[str], text: str) -> list[re.Match[str]] | None:
+    """Matches of `pattern` that make up the whole text one after the other; None when they do not."""
+    found, at = [], 0
+    while at < len(text):
+        match = pattern.match(text, at)
+        if match is None:
+            return None
+        found.append(match)
+        at = match.end()
+    return found
+
+
 # -- phrases -----------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +304,10 @@ def _phrases() -> tuple[str, ...]:
              *BACKGROUNDS, *STYLES, *TONES, *ATTRIBUTES, EMPTY, REDRAWN, RULER, SIZE]
     cells = [f" {letter}{i + 1}" for i in range(MAX_SIDE) for letter in COLUMN_LETTERS]
     fixed = [FULL_STOP, NEXT, STEP_END, ",", PASSED, WRONG, MORE, *(f"{fault} at" for fault in FAULTS), "Make",
-             NO_FAULT, NO_PLAN]
+             NO_FAULT, NO_PLAN, CHANGES, CELLS, f" {SAME}", f" {DIFFERENT}", f" {BLOT}"]
+    # Colour and shape in one piece, so that what a cell holds is one token.
+    fixed += [f" {colour} {shape}" for colour in COLOURS for shape in SHAPES + LETTERS]
+    fixed += [f" {colour} {things} in" for colour in COLOURS for things in _SINGULAR]
     return tuple(dict.fromkeys([*fixed, *cells, *(f" {word}" for word in words), *_pieces()]))
 
 

@@ -138,7 +138,7 @@ def test_reasons_name_the_wrong_places_and_stay_short():
 
 
 def test_phrases_are_few_and_distinct():
-    assert len(language.PHRASES) == len(set(language.PHRASES)) <= 250
+    assert len(language.PHRASES) == len(set(language.PHRASES)) <= 350
     assert all(language.PHRASES)
 
 
@@ -182,3 +182,18 @@ def test_critiques_and_steps_of_level_0_are_short():
         assert len(cut(reflection.failure_analysis)) <= 3 * wrong  # type, cell, full stop
         assert len(cut(reflection.improvement_plan)) <= 1 + 4 * wrong  # "Make", then cell, colour, shape, comma
         assert all(len(cut(step)) <= 6 for step in analyzer.decompose_sync(task.sample, task.images))
+
+
+def test_an_observation_is_read_back():
+    found = language.Observation(
+        (("b2", "red circle"), ("a1", "empty"), ("background", "sky")),
+        (("empty", "unknown blot", False), ("small dotted red triangle pointing left", "red circle", False),
+         ("empty", "empty", True), ("sky", "white", False)),
+        ("the ruler",),
+    )
+    text = language.observation(found)
+    assert language.parse_observation(text) == found
+    assert language.parse_observation(text + " red circle") is None
+    assert language.parse_observation(text.replace("Changes", "Change")) is None
+    without_places = language.Observation((("c3", "empty"),), (), ("the image size",))
+    assert language.parse_observation(language.observation(without_places)) == without_places
