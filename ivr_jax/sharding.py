@@ -1,23 +1,28 @@
-"""Where every array lives: one table from logical axes to mesh axes, and the mesh.
+"""Logical-to-mesh axis rules, and the mesh.
 
-Arrays name their axes for what they mean ("vocab", "mlp", "batch"); the table below alone says which mesh axis splits
-them:
+Arrays name their axes for what they mean ("vocab", "mlp", "batch"); `RULES` alone says which mesh axis splits them:
 
     data      copies of the model, each with its part of the batch
-    fsdp      parameters and optimiser state cut along the model width, the batch as well
-    tensor    heads, mlp width and vocabulary
+    fsdp      parameters and optimizer state along the model width, and the batch
+    tensor    heads, MLP width and vocabulary
     sequence  tokens of one row (long rollouts)
 
-The same path runs on one CPU device with a mesh of 1×1×1×1.
+One CPU device is a mesh of 1×1×1×1 and runs the same code.
 
-Training may use the tensor shards in a second way (`gathered`): each takes rows of the batch of its own, like an fsdp
-shard, and kernels are gathered along both of their axes for use.  The vocabulary is cut either way.
+`pjit` is here under its present name: since JAX 0.4 `jax.jit` with `in_shardings` and `out_shardings` on a mesh is what
+`pjit` was.  `training.state.shard_state` initialises parameters and optimizer state with `jax.jit(..., out_shardings=
+shardings(mesh, axes, shapes))`, every training step is a `jax.jit` with the same `out_shardings` under `jax.set_mesh`,
+and `constrain` pins activations inside of it.  Parameters carry their logical axes as Flax metadata:
+`nnx.get_partition_spec` reads them, and gives mesh axes under `nnx.logical_axis_rules(tuple(RULES.items()))`.
+
+With `fsdp_over_tensor` training uses the tensor shards in a second way: each takes rows of the batch of its own, like
+an fsdp shard, and kernels are all-gathered along both of their axes for use.  The vocabulary is split either way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,14 +32,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ivr_jax.errors import UserError
 
+Axes = Sequence[str | None]
+Part = str | tuple[str, ...] | None  # one entry of a PartitionSpec
+
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-RULES: dict[str, str | tuple[str, ...] | None] = {
+RULES: dict[str, Part] = {
     # parameters of the decoder
     "layers": None, "vocab": "tensor", "embed": "fsdp", "q_heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
     "head_dim": None,
-    # rows of kernels that lead back to the model width, which is left whole: 5120 / 32 would fill 160 of 256 lanes
+    # rows of kernels that lead back to the model width, which is not split: 5120 / 32 would fill 160 of 256 lanes
     "vocab_rows": ("tensor", "fsdp"), "q_rows": ("tensor", "fsdp"), "mlp_rows": ("tensor", "fsdp"),
-    "rank": None,  # of adapters, which may be whole on every device
+    "rank": None,  # of adapters, which may be replicated
     # parameters of the image tokenizer
     "codes": "fsdp", "code_dim": None, "kernel_height": None, "kernel_width": None, "conv_in": None, "conv_out": "fsdp",
     # activations and caches
@@ -42,9 +50,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "residual": ("sequence", "tensor"),  # tokens between the halves of a layer
     "height": None, "columns": None, "channels": None,
 }  # fmt: skip
-LARGE = 1 << 20  # entries from which an array must not be left whole by accident
-
-Axes = Sequence[str | None]
+LARGE = 1 << 20  # entries from which an array must not be replicated by accident
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -92,39 +98,46 @@ def local_mesh() -> Mesh:
     return make_mesh({"fsdp": -1}, jax.local_devices())
 
 
-def partition(axes: Axes, gathered: bool = False) -> PartitionSpec:
+def partition(axes: Axes, fsdp_over_tensor: bool = False) -> PartitionSpec:
     """The partition of an array with these logical axes (None: an axis that is never split).
 
     Args:
-      gathered: of an activation in layers that gather their kernels: "tensor" cuts the batch, and nothing else.
+      fsdp_over_tensor: of an activation in layers that gather their kernels: "tensor" splits the batch, and nothing
+        else.
 
     Raises:
       ValueError: a logical axis that the table does not know, or two axes of one array on the same mesh axis.
     """
     used: set[str] = set()
-    parts: list[str | tuple[str, ...] | None] = []
+    parts: list[Part] = []
     for axis in axes:
         if axis is not None and axis not in RULES:
             raise ValueError(f"logical axis {axis!r} is not in the sharding table")
         rule = RULES[axis] if axis is not None else None
-        if gathered:
-            rule = (*RULES["batch"], "tensor") if axis == "batch" else _without(rule, {"tensor"})
-        names = (rule,) if isinstance(rule, str) else rule or ()
-        if clash := used & set(names):
+        if fsdp_over_tensor:
+            rule = (*RULES["batch"], "tensor") if axis == "batch" else _without(rule, "tensor")
+        if clash := used & set(mesh_axes(rule)):
             raise ValueError(f"logical axes {tuple(axes)} put two axes of one array on mesh axis {min(clash)!r}")
-        used |= set(names)
+        used |= set(mesh_axes(rule))
         parts.append(rule)
     return PartitionSpec(*parts)
 
 
-def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array") -> NamedSharding:
-    """How an array of this shape lies on the mesh.
+def mesh_axes(part: Part) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
-    An axis that does not divide is left whole in an array of fewer than `LARGE` entries, and is an error in a larger
-    one; so is a larger one that a mesh with fsdp or tensor shards would leave whole altogether, unless it is an adapter
-    of low rank, small beside its kernel.
+
+def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array") -> NamedSharding:
+    """The sharding of an array of this shape.
+
+    An axis that does not divide is not split in an array of fewer than `LARGE` entries.
+
+    Raises:
+      UserError: an axis of a larger array that does not divide; or a larger array that a mesh with fsdp or tensor
+        shards would replicate, unless it is an adapter of low rank, small beside its kernel.
     """
-    parts: list[str | tuple[str, ...] | None] = []
+    parts: list[Part] = []
     large = math.prod(shape) >= LARGE
     for axis, size, part in zip(axes, shape, partition(axes), strict=True):
         shards = _shards(mesh, part)
@@ -138,7 +151,7 @@ def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array
     must_split = large and _shards(mesh, ("fsdp", "tensor")) > 1
     must_split = must_split and not {"batch", "length", "slots", "rank"} & set(axes)
     if must_split and all(_shards(mesh, part) == 1 for part in parts):
-        raise UserError(f"{name} of shape {tuple(shape)} with axes {tuple(axes)} would be whole on every device.",
+        raise UserError(f"{name} of shape {tuple(shape)} with axes {tuple(axes)} would be replicated on every device.",
                         "Give one of its axes a mesh axis in ivr_jax/sharding.py, or use another mesh.")
     return NamedSharding(mesh, PartitionSpec(*parts))
 
@@ -150,12 +163,6 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
         return sharding(mesh, names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/"))
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
-
-
-def sharded_init(mesh: Mesh, init: Callable[..., Any], axes: Any, *args: Any) -> Any:
-    """Run `init(*args)` so that each of its arrays is made in place, shard by shard, never whole on one device."""
-    placed = shardings(mesh, axes, jax.eval_shape(init, *args))
-    return jax.jit(init, out_shardings=placed)(*args)
 
 
 def state_axes(axes: Any, params: Any, state: Any) -> Any:
@@ -184,23 +191,23 @@ def state_axes(axes: Any, params: Any, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def like(mesh: Mesh, axes: Any, shapes: Any) -> Any:
-    """`shapes` with the place of each array, as ShapeDtypeStructs: what a checkpoint is restored into."""
+def abstract_sharded(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """`shapes` with the sharding of each array, as ShapeDtypeStructs: what a checkpoint is restored into."""
     return jax.tree.map(
-        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, shardings(mesh, axes, shapes)
+        lambda x, held: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held), shapes, shardings(mesh, axes, shapes)
     )
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device: scalars, metrics."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(mesh: Mesh, rows: int, name: str, gathered: bool = False) -> None:
-    """Raises UserError unless `rows` rows divide evenly over the mesh; `gathered`: see `partition`."""
-    shards = _shards(mesh, partition(("batch",), gathered)[0])
+def check_batch(mesh: Mesh, rows: int, name: str, fsdp_over_tensor: bool = False) -> None:
+    """Raises UserError unless `rows` rows divide evenly over the mesh; `fsdp_over_tensor`: see `partition`."""
+    shards = _shards(mesh, partition(("batch",), fsdp_over_tensor)[0])
     if rows % shards:
-        over = "data x fsdp x tensor, because of model.fsdp_over_tensor" if gathered else "data x fsdp"
+        over = "data x fsdp x tensor, because of model.fsdp_over_tensor" if fsdp_over_tensor else "data x fsdp"
         raise UserError(f"{name} is {rows}, which does not divide over {shards} shards (mesh {over}).",
                         _advice("batch", rows, shards))
 
@@ -226,23 +233,23 @@ def global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int) -> dict
     return {name: one(name, np.asarray(x)) for name, x in batch.items()}
 
 
-def constrain(x: jax.Array, axes: Axes, gathered: bool = False) -> jax.Array:
+def constrain(x: jax.Array, axes: Axes, fsdp_over_tensor: bool = False) -> jax.Array:
     """Pin an activation inside a jitted function to the mesh in force (`jax.set_mesh`); without one, do nothing.
 
-    `gathered`: see `partition`.
+    `fsdp_over_tensor`: see `partition`.
     """
-    return _pin(x, partition(axes, gathered))
+    return _pin(x, partition(axes, fsdp_over_tensor))
 
 
 def gather(x: jax.Array, axes: Axes) -> jax.Array:
-    """`constrain`, with what "fsdp" splits made whole: a parameter as a layer uses it."""
+    """A parameter as a layer uses it: all-gathered over "fsdp", still split over the other mesh axes."""
     parts = partition(axes)
-    return _pin(_pin(x, parts), PartitionSpec(*(_without(part, {"fsdp"}) for part in parts)))
+    return _pin(_pin(x, parts), PartitionSpec(*(_without(part, "fsdp") for part in parts)))
 
 
-def spec(shape: Sequence[int], axes: Axes, gathered: bool = False) -> PartitionSpec:
-    """The partition of an activation of this shape on the mesh in force; an axis that does not divide stays whole."""
-    return _dividing(shape, partition(axes, gathered))
+def spec(shape: Sequence[int], axes: Axes, fsdp_over_tensor: bool = False) -> PartitionSpec:
+    """The partition of an activation of this shape on the mesh in force; an axis that does not divide is not split."""
+    return _dividing(shape, partition(axes, fsdp_over_tensor))
 
 
 def _dividing(shape: Sequence[int], parts: PartitionSpec) -> PartitionSpec:
@@ -259,18 +266,16 @@ def _pin(x: jax.Array, parts: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _dividing(x.shape, parts))
 
 
-def _without(part: str | tuple[str, ...] | None, names: set[str]) -> tuple[str, ...] | None:
-    """A rule without some mesh axes."""
-    return tuple(name for name in ((part,) if isinstance(part, str) else part or ()) if name not in names) or None
+def _without(part: Part, name: str) -> tuple[str, ...] | None:
+    return tuple(axis for axis in mesh_axes(part) if axis != name) or None
 
 
 def _words(path: Any) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _shards(mesh: Any, part: str | tuple[str, ...] | None) -> int:
-    names = (part,) if isinstance(part, str) else part or ()
-    return math.prod(mesh.shape[name] for name in names)
+def _shards(mesh: Any, part: Part) -> int:
+    return math.prod(mesh.shape[name] for name in mesh_axes(part))
 
 
 def _advice(axis: str | None, size: int, shards: int) -> str:

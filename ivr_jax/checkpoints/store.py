@@ -146,7 +146,7 @@ def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dic
         )
     wanted = jax.tree.map(_abstract, like)
     if "lora" in meta:
-        wanted = lora.like(wanted, lora.LoraOptions(**meta["lora"]))
+        wanted = lora.abstract_sharded(wanted, lora.LoraOptions(**meta["lora"]))
     tree = {"params": wanted}
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)

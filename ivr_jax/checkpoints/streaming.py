@@ -89,7 +89,7 @@ def open_params(path: str | os.PathLike[str], like: Any) -> Any:
     state = store.resolve(path).absolute() / "state"
     adapted = store.read_meta(path).get("lora")
     if adapted:
-        like = lora.like(like, lora.LoraOptions(**adapted))
+        like = lora.abstract_sharded(like, lora.LoraOptions(**adapted))
     held: dict[str, np.ndarray] = {}
     is_ocdbt = ocp.type_handlers.is_ocdbt_checkpoint(state)
 

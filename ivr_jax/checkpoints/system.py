@@ -82,7 +82,7 @@ def load_image_codec(path: str | os.PathLike) -> ImageCodec:
             "Name the workdir of an image_tokenizer run.",
         )
     config = image_tokenizer.ImageTokenizerConfig(**_tuples(meta["model"]))
-    like = sharding.like(
+    like = sharding.abstract_sharded(
         sharding.local_mesh(), image_tokenizer.param_axes(config), image_tokenizer.param_shapes(config)
     )
     params, _ = store.read_params(path, IMAGE_TOKENIZER, like)
@@ -134,7 +134,7 @@ def load(
     check_vocabulary(tokenizer, config, meta, path)
     like = backbone.param_shapes(config)
     if mesh is not None:
-        like = sharding.like(mesh, backbone.param_axes(config), like)
+        like = sharding.abstract_sharded(mesh, backbone.param_axes(config), like)
     params, meta = store.read_params(path, BACKBONE, like)
     return System(config, params, tokenizer, codec, meta)
 

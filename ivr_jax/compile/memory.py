@@ -123,7 +123,7 @@ def advice(kinds: Mapping[str, int], config: Mapping, mesh: Mapping[str, int], m
         if model["num_key_value_heads"] % tensor == 0:
             tips.append(f"config.mesh.tensor={tensor}")
         if config.get("loss_chunk_tokens", 0) > 4096:
-            tips.append(f"config.loss_chunk_tokens={config['chunk'] // 2}")
+            tips.append(f"config.loss_chunk_tokens={config['loss_chunk_tokens'] // 2}")
     optimizer = config.get("optimizer", {})
     if static > moving and optimizer.get("moment_dtype", "bfloat16") != "bfloat16":
         tips.append("config.optimizer.moment_dtype=bfloat16")

@@ -78,7 +78,8 @@ class Placed:
     def __init__(self, config: Any, mesh: Mesh, model: BackboneConfig | None = None):
         self.config, self.mesh, self.model = config, mesh, model or model_of(config)
         self.vocabulary = vocabulary_of(config)
-        self.params = sharding.like(mesh, backbone.param_axes(self.model), backbone.param_shapes(self.model))
+        axes, shapes = backbone.param_axes(self.model), backbone.param_shapes(self.model)
+        self.params = sharding.abstract_sharded(mesh, axes, shapes)
 
     def array(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding(self.mesh, axes, shape))
@@ -99,7 +100,7 @@ class Placed:
             axes = lora.axes(axes, options)
         moments = jax.eval_shape(optimizer.init, lora.split(shapes)[0])
         state = TrainState(shapes, moments)
-        return sharding.like(self.mesh, sharding.state_axes(axes, shapes, state), state)
+        return sharding.abstract_sharded(self.mesh, sharding.state_axes(axes, shapes, state), state)
 
 
 def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -117,7 +118,7 @@ def sft_step(placed: Placed) -> Program:
     sharding.check_batch(placed.mesh, part, "config.batch / config.grad_accum_steps", model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = placed.state(optimizer)
-    lies = jax.tree.map(lambda x: x.sharding, state), sharding.whole(placed.mesh)
+    lies = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(placed.mesh)
     step = sft.make_step(model, optimizer, config.loss_chunk_tokens, config.grad_accum_steps,
                          placed.vocabulary.visual_start, lies, config.gradient_dtype)  # fmt: skip
     batch = {name: placed.array((rows, length), dtype, ("batch", "length"))

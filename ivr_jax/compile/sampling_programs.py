@@ -57,7 +57,7 @@ def decode(placed: Placed) -> Program:
     engine = as_dataclass(EngineOptions, config.engine)
     options, wide = as_dataclass(SamplingOptions, config.sampling), max(config.buckets)
     grammar = Grammar(Spelling(placed.vocabulary), as_dataclass(GrammarOptions, config.grammar))
-    whole = sharding.whole(placed.mesh)
+    whole = sharding.replicated(placed.mesh)
     state = GrammarState(*(jax.ShapeDtypeStruct((), jnp.int32) for _ in GrammarState._fields))
     shapes = jax.eval_shape(
         lambda key, state: slots.empty(

@@ -1,8 +1,16 @@
 """The decoder: Emu3.5's architecture (arXiv 2510.26583) at any size, one code for 1 M and 34 B parameters.
 
 Pre-norm decoder with RMSNorm on q and k before rotary positions, grouped kv heads, SwiGLU, no biases, an output matrix
-of its own.  Layers are stacked on a leading L axis and scanned.  The module is Flax NNX and used functionally:
-parameters live outside as a plain nested dict, and every function here takes them as an argument:
+of its own.  `Backbone` is a Flax NNX module whose layers are stacked on a leading L axis and scanned; each of its parts
+runs by itself:
+
+    model = Backbone(config, rngs=nnx.Rngs(0))
+    hidden, _ = model(tokens, positions)
+    layer = model.layers[3]
+    x, _ = layer(x, layer_inputs(config, positions))
+    y = layer.mlp(x)
+
+Training and sampling use it functionally, with parameters as a plain nested dict that every function here takes:
 
     params = init_params(config, key)
     hidden, _ = apply(config, params, tokens, positions, segment_ids)         training, packed rows
@@ -11,11 +19,12 @@ parameters live outside as a plain nested dict, and every function here takes th
     hidden, cache = apply(config, params, tokens, positions, cache=cache)     one token a row
     scores = logits(config, params, hidden)
 
-Shapes follow the legend of `layers.py`.
+Axes of shapes are named in `layers.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -40,121 +49,202 @@ class KVCache(NamedTuple):
     v: jax.Array
 
 
-class Around(NamedTuple):
-    """What all layers share: rotary tables, the attention function (a pytree, masks and segments are its leaves), the
-    slots [B, T] of the cache that are written (or None), and the key of dropout (or None)."""
-
-    tables: tuple[jax.Array, jax.Array]
-    attend: jax.tree_util.Partial
-    write: jax.Array | None
-    dropout_key: jax.Array | None
-
-
 CACHE_AXES = KVCache(*(("layers", "batch", "kv_heads", "slots", "head_dim"),) * 2)
 
 
+class LayerInputs(NamedTuple):
+    """What all layers share; `layer_inputs` makes it.
+
+    Attributes:
+      rotary: cosines and sines, float32 [B, T, h/2] each.
+      mask: bool [B or 1, T, S], which key each query sees; None where a fused kernel makes its own.
+      segment_ids: int32 [B, T] of packed rows, or None.
+      slots: int32 [B, T], the cache slot that each token is written to, or None without a cache.
+      dropout_key: None turns dropout off.
+    """
+
+    rotary: tuple[jax.Array, jax.Array]
+    mask: jax.Array | None
+    segment_ids: jax.Array | None
+    slots: jax.Array | None
+    dropout_key: jax.Array | None
+
+
+def layer_inputs(
+    config: BackboneConfig,
+    positions: jax.Array,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    dropout_key: jax.Array | None = None,
+) -> LayerInputs:
+    """The inputs of a layer beside x; arguments as in `apply`."""
+    if cache is not None and segment_ids is not None:
+        raise ValueError("packed rows and a cache do not go together: segment_ids must be None with a cache")
+    rotary = layers.rotary_tables(
+        positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
+    )
+    mask, slots = None, None
+    if cache is not None:
+        count = cache.k.shape[3]
+        mask = jnp.arange(count)[None, None, :] <= positions[:, :, None]
+        slots = jnp.where(positions < 0, count, positions)  # padding is written past the end, which drops it
+    elif _kernel(config, positions.shape[1], dropout_key) == "plain":
+        mask = layers.causal_mask(positions.shape[1], segment_ids)
+    return LayerInputs(rotary, mask, segment_ids, slots, dropout_key)
+
+
+def _kernel(config: BackboneConfig, length: int, dropout_key: jax.Array | None) -> str:
+    return fused_attention.choose(config, length, config.attention_dropout if dropout_key is not None else 0.0)
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention of all layers (leading L); `project` and `output` act on one layer's slice."""
+    """Grouped-query attention.  Like all parts of a layer it holds one layer's parameters, or all layers' stacked."""
 
-    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs, num_layers: int | None = None):
         self.config = config
-        count, width, dim = config.num_hidden_layers, config.hidden_size, config.head_dim
+        width, dim = config.hidden_size, config.head_dim
         query, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
-        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
-        into, ones = layers.fan_in_normal(width), jax.nn.initializers.ones
-        back = layers.fan_in_normal(query, 1 / math.sqrt(2 * count))
-        self.q = new((count, width, query), ("layers", "embed", "q_heads"), into)
-        self.k = new((count, width, kv), ("layers", "embed", "kv_heads"), into)
-        self.v = new((count, width, kv), ("layers", "embed", "kv_heads"), into)
-        self.o = new((count, query, width), ("layers", "q_rows", "width"), back)
-        self.q_norm = new((count, dim), ("layers", "head_dim"), ones)
-        self.k_norm = new((count, dim), ("layers", "head_dim"), ones)
+        new = functools.partial(layers.param, rngs, dtype=config.param_dtype, num_layers=num_layers)
+        in_init = layers.fan_in_normal(width)
+        out_init = layers.fan_in_normal(query, 1 / math.sqrt(2 * config.num_hidden_layers))
+        self.q = new((width, query), ("embed", "q_heads"), in_init)
+        self.k = new((width, kv), ("embed", "kv_heads"), in_init)
+        self.v = new((width, kv), ("embed", "kv_heads"), in_init)
+        self.o = new((query, width), ("q_rows", "width"), out_init)
+        self.q_norm = new((dim,), ("head_dim",), jax.nn.initializers.ones)
+        self.k_norm = new((dim,), ("head_dim",), jax.nn.initializers.ones)
 
-    def project(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, gathered: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(
+        self,
+        x: jax.Array,
+        inputs: LayerInputs,
+        cache: KVCache | None = None,
+        layer: int | jax.Array = 0,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, T, D] → [B, T, D], and the cache with these keys and values at layer `layer` (or None)."""
+        q, k, v = self.project(x, *inputs.rotary)
+        if cache is None:
+            mixed = self._attend(q, k, v, inputs, dropout_key)
+        else:
+            # The whole cache is carried, so that XLA updates it in place.
+            cache = KVCache(*(_written(stored, new, layer, inputs.slots)
+                              for stored, new in zip(cache, (k, v), strict=True)))  # fmt: skip
+            k, v = (stored[layer].astype(q.dtype).swapaxes(1, 2) for stored in cache)
+            rate = self.config.attention_dropout
+            mixed = layers.attention(q, k, v, inputs.mask, dropout_rate=rate, key=dropout_key)
+        fsdp_over_tensor = self.config.fsdp_over_tensor
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        mixed = sharding.constrain(mixed, ("batch", "length", "q_heads"), fsdp_over_tensor)
+        return layers.project(mixed, self.o[...], ("q_rows", "width"), fsdp_over_tensor), cache
+
+    def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] → q [B, T, H, h] and k, v [B, T, K, h]; q and k normalised, then rotated."""
-        config, (batch, length, _) = self.config, x.shape
-        shape = (batch, length, -1, config.head_dim)
-        heads = (self.q, "q_heads"), (self.k, "kv_heads"), (self.v, "kv_heads")
-        q, k, v = (
-            checkpoint_name(layers.project(x, kernel[...], ("embed", axis), None, gathered), "qkv").reshape(shape)
-            for kernel, axis in heads
-        )
+        config = self.config
+        fsdp_over_tensor, eps = config.fsdp_over_tensor, config.rms_norm_eps
         # XLA:TPU aborts where it fuses these with each other and the reshapes of a batch of one row.
-        apart = jax.lax.optimization_barrier if gathered else lambda x: x
-        q, k, v = apart((q, k, v))
-        q = layers.rotate(apart(layers.rms_norm(q, self.q_norm[...], config.rms_norm_eps)), cos, sin)
-        k = layers.rotate(apart(layers.rms_norm(k, self.k_norm[...], config.rms_norm_eps)), cos, sin)
-        return apart(tuple(sharding.constrain(x, ("batch", "length", axis, "head_dim"), gathered)
-                           for x, (_, axis) in zip((q, k, v), heads, strict=True)))  # fmt: skip
+        separate = jax.lax.optimization_barrier if fsdp_over_tensor else lambda x: x
 
-    def output(self, mixed: jax.Array, gathered: bool) -> jax.Array:
-        """mixed [B, T, H, h] → [B, T, D]."""
-        mixed = sharding.constrain(mixed.reshape(*mixed.shape[:2], -1), ("batch", "length", "q_heads"), gathered)
-        return layers.project(mixed, self.o[...], ("q_rows", "width"), None, gathered)
+        def heads(kernel: nnx.Param, axis: str) -> jax.Array:
+            made = layers.project(x, kernel[...], ("embed", axis), fsdp_over_tensor)
+            return checkpoint_name(made, "qkv").reshape(*x.shape[:2], -1, config.head_dim)
+
+        q, k, v = separate((heads(self.q, "q_heads"), heads(self.k, "kv_heads"), heads(self.v, "kv_heads")))
+        q = layers.rotate(separate(layers.rms_norm(q, self.q_norm[...], eps)), cos, sin)
+        k = layers.rotate(separate(layers.rms_norm(k, self.k_norm[...], eps)), cos, sin)
+        q = sharding.constrain(q, ("batch", "length", "q_heads", "head_dim"), fsdp_over_tensor)
+        k = sharding.constrain(k, ("batch", "length", "kv_heads", "head_dim"), fsdp_over_tensor)
+        v = sharding.constrain(v, ("batch", "length", "kv_heads", "head_dim"), fsdp_over_tensor)
+        return separate((q, k, v))
+
+    def _attend(self, q, k, v, inputs: LayerInputs, dropout_key) -> jax.Array:
+        config = self.config
+        kernel = "plain" if inputs.mask is not None else _kernel(config, q.shape[1], dropout_key)
+
+        def attend(q, k, v, inputs, key):
+            if kernel != "plain":
+                return fused_attention.KERNELS[kernel](q, k, v, inputs.segment_ids, config.fsdp_over_tensor)
+            rate = config.attention_dropout
+            return layers.attention(q, k, v, inputs.mask, causal=True, dropout_rate=rate, key=key)
+
+        if config.remat == "none":
+            attend = jax.checkpoint(attend)  # weights [B, H, T, S] cost more to store than to compute again
+        return attend(q, k, v, inputs, dropout_key)
 
 
 class Mlp(nnx.Module):
-    """SwiGLU of all layers (leading L)."""
+    """SwiGLU."""
 
-    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
-        count, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
-        into, back = layers.fan_in_normal(width), layers.fan_in_normal(inner, 1 / math.sqrt(2 * count))
-        self.gate = new((count, width, inner), ("layers", "embed", "mlp"), into)
-        self.up = new((count, width, inner), ("layers", "embed", "mlp"), into)
-        self.down = new((count, inner, width), ("layers", "mlp_rows", "width"), back)
-
-    def __call__(self, x: jax.Array, gathered: bool) -> jax.Array:
-        def inner(kernel: jax.Array, name: str) -> jax.Array:
-            made = layers.project(x, kernel, ("embed", "mlp"), None, gathered)
-            return checkpoint_name(sharding.constrain(made, ("batch", "length", "mlp"), gathered), name)
-
-        gate, up = inner(self.gate[...], "gate"), inner(self.up[...], "up")
-        product = jax.nn.silu(gate) * up
-        if gathered:  # XLA:TPU would make it once for each block of the matrix product
-            product = jax.lax.optimization_barrier(product)
-        return layers.project(product, self.down[...], ("mlp_rows", "width"), None, gathered)
-
-
-class Layers(nnx.Module):
-    """All decoder layers; `nnx.split` it, scan over the leading axis, and merge one slice to run one layer."""
-
-    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs):
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs, num_layers: int | None = None):
         self.config = config
-        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
-        shape, axes = (config.num_hidden_layers, config.hidden_size), ("layers", "embed")
-        self.attention_norm = new(shape, axes, jax.nn.initializers.ones)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = new(shape, axes, jax.nn.initializers.ones)
-        self.mlp = Mlp(config, rngs)
+        width, inner = config.hidden_size, config.intermediate_size
+        new = functools.partial(layers.param, rngs, dtype=config.param_dtype, num_layers=num_layers)
+        in_init = layers.fan_in_normal(width)
+        out_init = layers.fan_in_normal(inner, 1 / math.sqrt(2 * config.num_hidden_layers))
+        self.gate = new((width, inner), ("embed", "mlp"), in_init)
+        self.up = new((width, inner), ("embed", "mlp"), in_init)
+        self.down = new((inner, width), ("mlp_rows", "width"), out_init)
 
-    def __call__(self, x, tables, attend, keys, cache, write) -> tuple[jax.Array, KVCache | None]:
-        """One layer. `cache` is all layers' (or None); `write` = (layer, slots [B, T]).
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, T, D] → [B, T, D]."""
+        fsdp_over_tensor = self.config.fsdp_over_tensor
+
+        def inner(kernel: nnx.Param, name: str) -> jax.Array:
+            made = layers.project(x, kernel[...], ("embed", "mlp"), fsdp_over_tensor)
+            return checkpoint_name(sharding.constrain(made, ("batch", "length", "mlp"), fsdp_over_tensor), name)
+
+        gate, up = inner(self.gate, "gate"), inner(self.up, "up")
+        product = jax.nn.silu(gate) * up
+        if fsdp_over_tensor:  # XLA:TPU would compute it once for each block of the matrix product
+            product = jax.lax.optimization_barrier(product)
+        return layers.project(product, self.down[...], ("mlp_rows", "width"), fsdp_over_tensor)
+
+
+class DecoderLayer(nnx.Module):
+    """One decoder layer; with `num_layers` the parameters of that many, stacked, of which `layers[n]` is one."""
+
+    def __init__(self, config: BackboneConfig, rngs: nnx.Rngs, num_layers: int | None = None):
+        self.config = config
+        new = functools.partial(layers.param, rngs, dtype=config.param_dtype, num_layers=num_layers)
+        self.attention_norm = new((config.hidden_size,), ("embed",), jax.nn.initializers.ones)
+        self.attention = Attention(config, rngs, num_layers)
+        self.mlp_norm = new((config.hidden_size,), ("embed",), jax.nn.initializers.ones)
+        self.mlp = Mlp(config, rngs, num_layers)
+
+    def __getitem__(self, layer: int) -> DecoderLayer:
+        """Layer `layer` of stacked ones."""
+        state = nnx.to_pure_dict(nnx.state(self))
+        return nnx.merge(_abstract(DecoderLayer, self.config)[0], jax.tree.map(lambda x: x[layer], state))
+
+    def __call__(
+        self, x: jax.Array, inputs: LayerInputs, cache: KVCache | None = None, layer: int | jax.Array = 0
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, T, D] → [B, T, D].
 
         On a mesh the residual x is split by tokens over the tensor shards, and gathered for each half of the layer;
         with `config.fsdp_over_tensor` it is split by rows, and stays so.
+
+        Args:
+          cache: of all layers, or None; returned with this layer's keys and values.
+          layer: this layer's number, which says where its cache is, and which dropout it has.
         """
-        config, (drop_mix, drop_attention, drop_mlp) = self.config, keys
-        gathered = config.fsdp_over_tensor and cache is None
-        whole, residual = ("batch", "length", "width"), ("batch", "residual", "width")
-        normed = layers.rms_norm(x, self.attention_norm[...], config.rms_norm_eps)
-        q, k, v = self.attention.project(sharding.constrain(normed, whole, gathered), *tables, gathered)
-        if cache is not None:
-            # Slots outside the cache (padding) are dropped. Carrying the whole cache lets XLA update it in place.
-            layer, slots = write
-            cache = KVCache(*(_written(stored, new, layer, slots) for stored, new in zip(cache, (k, v), strict=True)))
-            k, v = (stored[layer].astype(q.dtype).swapaxes(1, 2) for stored in cache)
-        if config.remat == "none" and cache is None:
-            attend = jax.checkpoint(attend)  # weights [B, H, T, S] are dearer to store than to compute again
-        mixed = self.attention.output(attend(q, k, v, key=drop_attention), gathered)
-        mixed = checkpoint_name(sharding.constrain(mixed, residual, gathered), "output")
-        x = x + layers.drop(mixed, config.dropout, drop_mix)
-        normed = layers.rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-        inner = self.mlp(sharding.constrain(normed, whole, gathered), gathered)
-        inner = sharding.constrain(inner, residual, gathered)
-        return x + layers.drop(inner, config.dropout, drop_mlp), cache
+        config = self.config
+        keys: Any = (None, None, None)
+        if inputs.dropout_key is not None:
+            keys = jax.random.split(jax.random.fold_in(inputs.dropout_key, layer), 3)
+
+        def split(x: jax.Array) -> jax.Array:
+            return sharding.constrain(x, ("batch", "residual", "width"), config.fsdp_over_tensor)
+
+        def normed(x: jax.Array, scale: nnx.Param) -> jax.Array:
+            x = layers.rms_norm(x, scale[...], config.rms_norm_eps)
+            return sharding.constrain(x, ("batch", "length", "width"), config.fsdp_over_tensor)
+
+        x = split(x)
+        mixed, cache = self.attention(normed(x, self.attention_norm), inputs, cache, layer, keys[1])
+        x = x + layers.dropout(checkpoint_name(split(mixed), "output"), config.dropout, keys[0])
+        inner = split(self.mlp(normed(x, self.mlp_norm)))
+        return x + layers.dropout(inner, config.dropout, keys[2]), cache
 
 
 class Backbone(nnx.Module):
@@ -163,9 +253,9 @@ class Backbone(nnx.Module):
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
         self.config = config
         rows, width = config.padded_vocab_size, config.hidden_size
-        new = functools.partial(layers.declare, rngs, dtype=config.param_dtype)
+        new = functools.partial(layers.param, rngs, dtype=config.param_dtype)
         self.embed = new((rows, width), ("vocab_rows", "width"), layers.fan_in_normal(width))
-        self.layers = Layers(config, rngs)
+        self.layers = DecoderLayer(config, rngs, config.num_hidden_layers)
         self.final_norm = new((width,), ("embed",), jax.nn.initializers.ones)
         if not config.tie_word_embeddings:
             self.lm_head = new((width, rows), ("embed", "vocab"), layers.fan_in_normal(width))
@@ -176,75 +266,41 @@ class Backbone(nnx.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
+        *,
         dropout_key: jax.Array | None = None,
         adapters: Params | None = None,
-        sums: Params | None = None,
-        apart: tuple[Params, ...] | None = None,
+        grad_accum: Params | None = None,
+        unstacked_layers: tuple[Params, ...] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states after the final norm; see `apply`."""
+        """Hidden states after the final norm; arguments as in `apply`, `adapters` as `lora.scaled` makes them."""
         config = self.config
-        gathered = config.fsdp_over_tensor and cache is None
-        x = layers.look_up(self.embed[...], tokens, config.dtype, gathered)
-        tables = layers.rotary_tables(
-            positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
-        )
-        dropout = config.attention_dropout if dropout_key is not None else 0.0
-        attend = functools.partial(layers.attention, dropout=dropout)
-        if cache is None:
-            kernel = fused_attention.choose(config, tokens.shape[1], dropout)
-            mask, write = _packed_mask(tokens.shape, segment_ids) if kernel == "plain" else None, None
-            attend = functools.partial(attend, causal=True, kernel=kernel, gathered=gathered)
-            attend = jax.tree_util.Partial(attend, mask=mask, segment_ids=segment_ids)
-        elif segment_ids is not None:
-            raise ValueError("packed rows and a cache do not go together: segment_ids must be None with a cache")
-        else:
-            slots = cache.k.shape[3]
-            seen = jnp.arange(slots)[None, None, :] <= positions[:, :, None]
-            attend = jax.tree_util.Partial(attend, mask=seen)
-            write = jnp.where(positions < 0, slots, positions)  # padding is sent past the end
-        around = Around(tables, attend, write, dropout_key)
-        if sums is None:
-            x, cache = self._scan(x, around, cache, adapters or {}, apart)
-        else:
-            x = self._scan_adding(x, around, sums)
-        return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
-
-    def _one_layer(self, graph, around: Around, number, params, x, cache) -> tuple[jax.Array, KVCache | None]:
-        gathered, key = self.config.fsdp_over_tensor and cache is None, around.dropout_key
-        x = sharding.constrain(x, ("batch", "residual", "width"), gathered)
-        keys = (None,) * 3 if key is None else jax.random.split(jax.random.fold_in(key, number), 3)
-        place = None if around.write is None else (number, around.write)
-        return nnx.merge(graph, params)(x, around.tables, around.attend, keys, cache, place)
-
-    def _scan(self, x, around: Around, cache, adapters, apart) -> tuple[jax.Array, KVCache | None]:
+        inputs = layer_inputs(config, positions, segment_ids, cache, dropout_key)
+        x = layers.embed_lookup(self.embed[...], tokens, config.dtype, config.fsdp_over_tensor)
         graph, stacked = nnx.split(self.layers)
+        stacked = nnx.to_pure_dict(stacked)
+        if grad_accum is not None:
 
-        def one_layer(carry, inputs):
-            number, params, adapters = inputs
+            def run(inputs: LayerInputs, number: jax.Array, params: Params, x: jax.Array) -> jax.Array:
+                return nnx.merge(graph, params)(x, inputs, None, number)[0]
+
+            x = accumulate_scan.scan(run, x, stacked, grad_accum, inputs)
+            return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), None
+
+        def one_layer(carry: tuple, layer: tuple) -> tuple[tuple, None]:
+            number, params, adapters = layer
             params = lora.adapted(params, adapters) if adapters else params
-            return self._one_layer(graph, around, number, params, *carry), None
+            return nnx.merge(graph, params)(carry[0], inputs, carry[1], number), None
 
-        if self.config.remat != "none":
-            policies = jax.checkpoint_policies
-            kept = policies.save_only_these_names(*self.config.kept)
-            if self.config.remat == "dots":
-                attended = policies.save_only_these_names(fused_attention.SAVED)
-                kept = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attended)
-            one_layer = jax.checkpoint(one_layer, policy=kept, prevent_cse=False)
-        if apart is not None:
-            for number, layer in enumerate(apart):
-                (x, cache), _ = one_layer((x, cache), (number, layer, jax.tree.map(lambda a, n=number: a[n], adapters)))
-            return x, cache
-        inputs = jnp.arange(self.config.num_hidden_layers), nnx.to_pure_dict(stacked), adapters
-        return jax.lax.scan(one_layer, (x, cache), inputs, unroll=self.config.unroll)[0]
-
-    def _scan_adding(self, x, around: Around, sums) -> jax.Array:
-        graph, stacked = nnx.split(self.layers)
-
-        def one_layer(around, number, params, x):
-            return self._one_layer(graph, around, number, params, x, None)[0]
-
-        return accumulate_scan.scan(one_layer, x, nnx.to_pure_dict(stacked), sums, around)
+        one_layer = _rematerialised(config, one_layer)
+        adapters = adapters or {}
+        if unstacked_layers is None:
+            numbers = jnp.arange(config.num_hidden_layers)
+            (x, cache), _ = jax.lax.scan(one_layer, (x, cache), (numbers, stacked, adapters), unroll=config.unroll)
+        else:
+            for number, params in enumerate(unstacked_layers):
+                own = jax.tree.map(lambda a, n=number: a[n], adapters)
+                (x, cache), _ = one_layer((x, cache), (number, params, own))
+        return layers.rms_norm(x, self.final_norm[...], config.rms_norm_eps), cache
 
     def lm_head_kernel(self) -> jax.Array:
         """[D, padded V] in the parameter's dtype; columns from `vocab_size` on are padding."""
@@ -255,6 +311,18 @@ class Backbone(nnx.Module):
         kernel = self.lm_head_kernel().astype(hidden.dtype)
         scores = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
         return scores[..., : self.config.vocab_size]
+
+
+def _rematerialised(config: BackboneConfig, one_layer: Any) -> Any:
+    """`one_layer` that stores what `config.remat` says for the backward pass, and computes the rest again."""
+    if config.remat == "none":
+        return one_layer
+    policies = jax.checkpoint_policies
+    policy = policies.save_only_these_names(*config.kept)
+    if config.remat == "dots":
+        attended = policies.save_only_these_names(fused_attention.SAVED)
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attended)
+    return jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
 
 
 def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
@@ -282,21 +350,14 @@ def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Arr
     return jax.shard_map(local, in_specs=given, out_specs=place, check_vma=False)(stored, new, layer, slots)
 
 
-def _packed_mask(shape: tuple[int, int], segment_ids: jax.Array | None) -> jax.Array:
-    """bool [B or 1, T, T]: causal, and within one segment (0, padding, sees padding only)."""
-    order = jnp.arange(shape[1])
-    causal = (order[None, :] <= order[:, None])[None]
-    return causal if segment_ids is None else causal & (segment_ids[:, None, :] == segment_ids[:, :, None])
-
-
 @functools.lru_cache(maxsize=32)
-def _abstract(config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Backbone(config, rngs=nnx.Rngs(0))))
+def _abstract(module: type[Backbone | DecoderLayer], config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
 
 
 def module(config: BackboneConfig, params: Params) -> Backbone:
     """The module that holds these parameters; cheap, meant for use inside `jax.jit`."""
-    return nnx.merge(_abstract(config)[0], lora.base(params))
+    return nnx.merge(_abstract(Backbone, config)[0], lora.base(params))
 
 
 def init_params(config: BackboneConfig, key: jax.Array) -> Params:
@@ -306,13 +367,14 @@ def init_params(config: BackboneConfig, key: jax.Array) -> Params:
 
 def param_shapes(config: BackboneConfig) -> Params:
     """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
-    held = nnx.to_pure_dict(_abstract(config)[1])
+    held = nnx.to_pure_dict(_abstract(Backbone, config)[1])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)  # without the mesh that was in force
 
 
 def param_axes(config: BackboneConfig) -> Params:
     """The tree of `init_params` with each array's logical axes, a tuple of one name a dimension."""
-    return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda variable: variable.get_metadata("axes"))
+    held = _abstract(Backbone, config)[1]
+    return nnx.to_pure_dict(held, extract_fn=lambda variable: variable.get_metadata("out_sharding"))
 
 
 def init_cache(config: BackboneConfig, batch: int, slots: int, dtype: str | None = None) -> KVCache:
@@ -330,8 +392,8 @@ def apply(
     cache: KVCache | None = None,
     *,
     dropout_key: jax.Array | None = None,
-    sums: Params | None = None,
-    apart: tuple[Params, ...] | None = None,
+    grad_accum: Params | None = None,
+    unstacked_layers: tuple[Params, ...] | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Run the decoder.
 
@@ -345,15 +407,20 @@ def apply(
         padding. None: plain causal attention.
       cache: keys and values so far; a query at position p sees the slots 0 … p.
       dropout_key: turns on the configured dropout.
-      sums: a tree like `params["layers"]`: the gradient with respect to it is `sums` plus the gradient of the layers'
-        parameters, and that of the parameters themselves is lost (`accumulate_scan.scan`). No cache, no adapters, and
-        everything is recomputed.
-      apart: `unstack_layers(params)`, which is used in place of the stacked layers.
+      grad_accum: a tree like `params["layers"]`, sums of earlier gradients: the gradient with respect to it is
+        `grad_accum` plus the gradient of the layers' parameters, and that of the parameters themselves is lost
+        (`accumulate_scan.scan`). No cache, no adapters, and everything is recomputed.
+      unstacked_layers: `unstack_layers(params)`, which is used in place of the stacked layers.
 
     Returns:
       hidden [B, T, D] after the final norm, in the compute dtype, and the cache with these tokens added (or None).
     """
-    return module(config, params)(tokens, positions, segment_ids, cache, dropout_key, lora.scaled(params), sums, apart)
+    if cache is not None and config.fsdp_over_tensor:  # which is a layout of training
+        config = dataclasses.replace(config, fsdp_over_tensor=False)
+    return module(config, params)(
+        tokens, positions, segment_ids, cache, dropout_key=dropout_key, adapters=lora.scaled(params),
+        grad_accum=grad_accum, unstacked_layers=unstacked_layers,
+    )  # fmt: skip
 
 
 def unstack_layers(params: Params) -> tuple[Params, ...]:
@@ -373,12 +440,8 @@ def apply_layer(config: BackboneConfig, layer: Params, x: jax.Array, positions: 
 
     `layer` is a slice of `params["layers"]`, without its leading axis; positions int32 [B, T].
     """
-    tables = layers.rotary_tables(
-        positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
-    )
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Layers(config, nnx.Rngs(0))))
-    attend = functools.partial(layers.attention, mask=_packed_mask(positions.shape, None))
-    return nnx.merge(graph, layer)(x, tables, attend, (None,) * 3, None, None)[0]
+    model = nnx.merge(_abstract(DecoderLayer, config)[0], layer)
+    return model(x, layer_inputs(config, positions))[0]
 
 
 def logits(config: BackboneConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -1,12 +1,13 @@
-"""Fused causal attention for training: Pallas splash attention on TPU, cuDNN on GPU.
+"""Fused causal attention for training: Pallas splash attention on TPU, cuDNN on GPU (untested on a GPU).
 
 Both take q [B, T, H, h] and k, v [B, T, K, h] with H a multiple of K, and segment ids int [B, T] (a token sees earlier
 tokens of its own segment; None: of its row), and return [B, T, H, h]; scores [T, T] are never stored.  `choose` says
-which one runs; `layers.attention` calls it.
+which one runs; `backbone.Attention` calls it.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -30,23 +31,29 @@ def platform() -> str:
 def choose(config: Any, length: int, dropout: float = 0.0) -> str:
     """The kernel for `length` tokens a row: what `config.attention` says, for "auto" the platform's where it fits.
 
-    Fused kernels know no dropout of attention weights.
+    Fused kernels have no dropout of attention weights.  Where none fits on an accelerator, Python warns that attention
+    will store scores [T, T].
 
     Raises:
       UserError: the config names a kernel that cannot do this.
     """
     where, wanted = platform(), config.attention
-    splash_fits = length % LANES == 0 and config.head_dim % (LANES // 2) == 0 and not dropout
-    cudnn_fits = config.dtype in ("bfloat16", "float16") and config.head_dim <= 128 and not dropout
-    if wanted == "auto":
-        if where == "tpu" and splash_fits:
-            return "splash"
-        return "cudnn" if where in ("gpu", "cuda") and cudnn_fits else "plain"
-    fits = {"splash": splash_fits, "cudnn": cudnn_fits, "plain": True}[wanted]
-    if not fits:
-        what = f"attention={wanted!r} cannot do rows of {length} tokens, head_dim {config.head_dim}, {config.dtype}"
-        raise UserError(f"{what}{' and dropout' if dropout else ''}.", 'Use config.model.attention="auto".')
-    return wanted
+    fits = {
+        "plain": True,
+        "splash": config.head_dim % (LANES // 2) == 0 and not dropout,
+        "cudnn": config.dtype in ("bfloat16", "float16") and config.head_dim <= 128 and not dropout,
+    }
+    case = f"head_dim {config.head_dim}, {config.dtype}, attention_dropout {dropout}"
+    if wanted != "auto":
+        if not fits[wanted]:
+            raise UserError(f"attention={wanted!r} does not support {case}.", 'Use config.model.attention="auto".')
+        return wanted
+    kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(where, "plain")
+    if not fits[kernel]:
+        warnings.warn(f"{kernel} attention on {where} does not support {case}: plain attention runs, whose memory and "
+                      f"time grow with the square of the row's length ({length} tokens).", stacklevel=2)
+        return "plain"
+    return kernel
 
 
 def splash_attention(
@@ -54,44 +61,48 @@ def splash_attention(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
-    gathered: bool = False,
+    fsdp_over_tensor: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
     """Pallas splash attention, each device on its own rows, heads and (over "sequence") queries.
 
-    `gathered`: on a mesh heads are whole and rows cut further, see `sharding.partition`.  `interpret` runs the kernel's
-    program on any platform, slowly.
+    Rows are padded at their end to what the kernel takes, a multiple of `LANES` tokens for each sequence shard; no
+    query of the row sees the padding, because it is later.
+
+    Args:
+      fsdp_over_tensor: on a mesh heads are not split, but rows more, see `sharding.partition`.
+      interpret: runs the kernel's program on any platform, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone
 
     length, heads, dim = q.shape[1:]
     mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty or gathered else mesh.shape["tensor"]
+    tensor = 1 if mesh.empty or fsdp_over_tensor else mesh.shape["tensor"]
     queries = 1 if mesh.empty else mesh.shape["sequence"]
     if heads % tensor or k.shape[2] % tensor:
         raise UserError(f"{k.shape[2]} kv heads do not divide over {tensor} tensor shards.",
                         f"Lower mesh.tensor to a divisor of {k.shape[2]}.")
-    if length // queries % LANES:
-        raise UserError(f"rows of {length} tokens do not divide over {queries} sequence shards.",
-                        f"Make the length a multiple of {LANES * queries}.")
-    kernel = _splash_kernel(heads, length, tensor, queries, interpret)
     q = q * jnp.asarray(dim**-0.5, q.dtype)
     segments = jnp.ones(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    if padding := -length % (LANES * queries):
+        q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
+        segments = jnp.pad(segments, ((0, 0), (0, padding)))
+    kernel = _splash_kernel(heads, length + padding, tensor, queries, interpret)
 
-    def run(kernel, q, k, v, own, all_segments):
+    def run(kernel, q, k, v, own_segments, all_segments):
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-        mixed = jax.vmap(kernel)(q, k, v, splash.SegmentIds(own, all_segments))
+        mixed = jax.vmap(kernel)(q, k, v, splash.SegmentIds(own_segments, all_segments))
         return mixed.transpose(0, 2, 1, 3)
 
-    if mesh.empty:
-        return run(kernel, q, k, v, segments, segments)
-    own = sharding.partition(("batch", "length", "q_heads", "head_dim"), gathered)
-    rows, _, across, _ = own
-    everyone = PartitionSpec(rows, None, across, None)
-    lies = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(across, "sequence")))
-    specs = (lies, own, everyone, everyone, PartitionSpec(rows, "sequence"), PartitionSpec(rows, None))
-    mapped = jax.shard_map(run, in_specs=specs, out_specs=own, check_vma=False)
-    return mapped(kernel, q, k, v, segments, segments)
+    if not mesh.empty:
+        q_spec = sharding.partition(("batch", "length", "q_heads", "head_dim"), fsdp_over_tensor)
+        rows, _, across, _ = q_spec
+        kv_spec = PartitionSpec(rows, None, across, None)
+        kernel_spec = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(across, "sequence")))
+        segment_specs = PartitionSpec(rows, "sequence"), PartitionSpec(rows, None)
+        specs = (kernel_spec, q_spec, kv_spec, kv_spec, *segment_specs)
+        run = jax.shard_map(run, in_specs=specs, out_specs=q_spec, check_vma=False)
+    return run(kernel, q, k, v, segments, segments)[:, :length]
 
 
 def _splash_kernel(heads: int, length: int, head_shards: int, query_shards: int, interpret: bool) -> Any:
@@ -113,14 +124,20 @@ def _splash_kernel(heads: int, length: int, head_shards: int, query_shards: int,
 
 
 def cudnn_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None, gathered: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    fsdp_over_tensor: bool = False,
+    implementation: str = "cudnn",
 ) -> jax.Array:
     """cuDNN's flash attention; packed rows need a mask of one bit a pair of tokens, bool [B, 1, T, T].
 
-    XLA cuts it as its operands lie, `gathered` or not.
+    XLA shards it as its operands are, with `fsdp_over_tensor` or without.  `implementation="xla"` computes the same
+    function of the same arguments on any platform, storing scores.
     """
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
 
 
 KERNELS = {"splash": splash_attention, "cudnn": cudnn_attention}

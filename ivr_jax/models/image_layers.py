@@ -23,8 +23,8 @@ class Conv(nnx.Module):
     def __init__(self, inputs: int, outputs: int, size: int, rngs: nnx.Rngs, dtype: str, stride: int = 1):
         init = layers.fan_in_normal(size * size * inputs)
         axes = ("kernel_height", "kernel_width", "conv_in", "conv_out")
-        self.kernel = layers.declare(rngs, (size, size, inputs, outputs), axes, init, dtype)
-        self.bias = layers.declare(rngs, (outputs,), ("conv_out",), jax.nn.initializers.zeros, dtype)
+        self.kernel = layers.param(rngs, (size, size, inputs, outputs), axes, init, dtype)
+        self.bias = layers.param(rngs, (outputs,), ("conv_out",), jax.nn.initializers.zeros, dtype)
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,8 +42,8 @@ class GroupNorm(nnx.Module):
     """Group norm over [height, width, channels of a group], computed in float32."""
 
     def __init__(self, channels: int, groups: int, rngs: nnx.Rngs, dtype: str):
-        self.scale = layers.declare(rngs, (channels,), ("conv_out",), jax.nn.initializers.ones, dtype)
-        self.bias = layers.declare(rngs, (channels,), ("conv_out",), jax.nn.initializers.zeros, dtype)
+        self.scale = layers.param(rngs, (channels,), ("conv_out",), jax.nn.initializers.ones, dtype)
+        self.bias = layers.param(rngs, (channels,), ("conv_out",), jax.nn.initializers.zeros, dtype)
         self.groups = groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,7 +73,7 @@ class ResBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
-        y = self.conv2(layers.drop(jax.nn.silu(self.norm2(y)), self.dropout, key))
+        y = self.conv2(layers.dropout(jax.nn.silu(self.norm2(y)), self.dropout, key))
         return (self.nin_shortcut(x) if self.changes else x) + y
 
 

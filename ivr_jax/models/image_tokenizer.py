@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
 class _Embedding(nnx.Module):
     def __init__(self, config: ImageTokenizerConfig, rngs: nnx.Rngs):
         shape, init = (config.n_embed, config.embed_dim), layers.fan_in_normal(config.embed_dim)
-        self.weight = layers.declare(rngs, shape, ("codes", "code_dim"), init, config.param_dtype)
+        self.weight = layers.param(rngs, shape, ("codes", "code_dim"), init, config.param_dtype)
 
 
 class _Quantizer(nnx.Module):
@@ -326,7 +326,9 @@ def param_shapes(config: ImageTokenizerConfig) -> Params:
 
 def param_axes(config: ImageTokenizerConfig) -> Params:
     """The tree of `init_params` with each array's logical axes, a tuple of one name a dimension."""
-    return nnx.to_pure_dict(_abstract(config)[1], extract_fn=lambda variable: variable.get_metadata("axes"))
+    return nnx.to_pure_dict(
+        _abstract(config)[1], extract_fn=lambda variable: variable.get_metadata("out_sharding")
+    )
 
 
 def with_codebook(params: Params, codebook: jax.Array) -> Params:

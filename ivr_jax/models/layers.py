@@ -1,7 +1,10 @@
-"""What the decoder is made of: declared parameters, RMSNorm, rotary positions, attention, dropout.
+"""Parts of the decoder: parameters, projections, embedding, RMSNorm, rotary positions, attention, dropout.
 
-Shapes follow the repository's legend: B batch, T queries, S keys (cache slots), D model width, H query heads,
-K kv heads, G = H / K queries a kv head, h head dim, F mlp width, V vocabulary, L layers.
+Axes of shapes, here and in all of the package:
+
+    B  rows of a batch     T  tokens of a row (queries)     S  cache slots (keys)     L  layers     V  vocabulary
+    D  model width         F  MLP width                     h  width of a head
+    H  query heads         K  key and value heads           G = H / K, queries of one key head
 """
 
 from __future__ import annotations
@@ -18,19 +21,33 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
-from ivr_jax.models import fused_attention
 
 MASKED = -1e30  # a finite minus infinity: a row that may see nothing stays free of NaN
 CAUSAL_BLOCKS = 4  # causal attention leaves out the blocks above the diagonal of this many: 10/16 of the work
 
 
-def declare(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], init: jax.nn.initializers.Initializer, dtype: str
+def param(
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    init: jax.nn.initializers.Initializer,
+    dtype: str,
+    num_layers: int | None = None,
 ) -> nnx.Param:
-    """A parameter and all there is to know of it: shape, logical axes (one name a dimension), initialiser, dtype."""
+    """A parameter with its logical axes (one name a dimension), which `nnx.get_partition_spec` reads.
+
+    `num_layers`: that many stacked along a leading axis "layers".  Flax places nothing: `jit` with out_shardings does.
+    """
+    if num_layers is not None:
+        shape, axes = (num_layers, *shape), ("layers", *axes)
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} and logical axes {axes} differ in length")
-    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), **sharding_metadata(axes))
+
+
+def sharding_metadata(axes: tuple[str, ...]) -> dict[str, Any]:
+    """Keyword arguments of an `nnx.Variable` with these logical axes, not placed when it is created."""
+    return {"out_sharding": axes, "eager_sharding": False}
 
 
 def fan_in_normal(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:
@@ -38,128 +55,80 @@ def fan_in_normal(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initial
     return jax.nn.initializers.normal(gain / math.sqrt(fan_in))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def project(
-    x: jax.Array, kernel: jax.Array, axes: tuple[str, str], dtype: str | None = None, gathered: bool = False
-) -> jax.Array:
-    """x [..., in] times kernel [in, out] → [..., out], in the dtype of `x` (or `dtype`); `axes`: the kernel's.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(x: jax.Array, kernel: jax.Array, axes: tuple[str, str], fsdp_over_tensor: bool = False) -> jax.Array:
+    """x [..., in] times kernel [in, out] → [..., out], in the dtype of `x`; `axes`: the kernel's.
 
-    On a mesh the kernel is gathered in the dtype of `x` (whole when `gathered`, see `sharding.partition`), and its
-    gradient goes straight back to where the kernel lies (a reduce-scatter).  The gradient is written out as one
-    contraction over all leading axes; the one that JAX derives makes XLA transpose the large operand in memory first, a
-    quarter of a small model's training step on a CPU.
+    On a mesh the kernel is all-gathered in the dtype of `x` (over both of its axes with `fsdp_over_tensor`, see
+    `sharding.partition`), and its gradient is reduce-scattered to the kernel's shards.  The gradient is written out as
+    one contraction over all leading axes; the one that JAX derives makes XLA transpose the large operand in memory
+    first, a quarter of a small model's training step on a CPU.
     """
-    kernel, wanted = kernel.astype(x.dtype), jnp.dtype(dtype or x.dtype)
-    if (own := _own_rows(x, kernel, axes, gathered)) is not None:
-        return own.product(x, kernel, wanted, transposed=False)
-    return jnp.matmul(x, sharding.gather(kernel, axes), preferred_element_type=wanted)
+    kernel = kernel.astype(x.dtype)
+    layout = _fsdp_layout(x, kernel, axes, fsdp_over_tensor)
+    if layout is not None:
+        return layout.product(x, kernel, transposed=False)
+    return jnp.matmul(x, sharding.gather(kernel, axes), preferred_element_type=x.dtype)
 
 
-def _project_forward(x, kernel, axes, dtype, gathered) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, kernel, axes, dtype, gathered), (x, kernel)
+def _project_forward(x, kernel, axes, fsdp_over_tensor) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, kernel, axes, fsdp_over_tensor), (x, kernel)
 
 
-def _project_backward(
-    axes, dtype, gathered, saved: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _project_backward(axes, fsdp_over_tensor, saved, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     g = g.astype(x.dtype)
-    if (own := _own_rows(x, kernel, axes, gathered)) is not None:
-        back = own.product(g, kernel.astype(g.dtype), g.dtype, transposed=True)
-        return back, own.gradient(x, g).astype(kernel.dtype)
-    whole = sharding.gather(kernel.astype(g.dtype), axes)
-    back = jax.lax.dot_general(g, whole, (((g.ndim - 1,), (1,)), ((), ())))
-    return back, _kernel_gradient(x, g, axes).astype(kernel.dtype)
+    layout = _fsdp_layout(x, kernel, axes, fsdp_over_tensor)
+    if layout is not None:
+        x_gradient = layout.product(g, kernel.astype(g.dtype), transposed=True)
+        return x_gradient, layout.kernel_gradient(x, g).astype(kernel.dtype)
+    return _project_gradients(x, kernel, sharding.gather(kernel.astype(g.dtype), axes), g, axes)
+
+
+project.defvjp(_project_forward, _project_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def project_gathered(
-    x: jax.Array, kernel: jax.Array, whole: jax.Array, axes: tuple[str, str], dtype: str
+    x: jax.Array, kernel: jax.Array, gathered: jax.Array, axes: tuple[str, str], dtype: str
 ) -> jax.Array:
-    """`project` in a loop, with `whole`, the kernel as `sharding.gather` made it before the loop in the dtype of `x`.
+    """`project` to `dtype` in a loop: `gathered` is what `sharding.gather` made of the kernel before the loop.
 
-    The gradient is that of `kernel`, in its own dtype, and `whole` gets none.
+    The gradient is that of `kernel`, in its own dtype; `gathered`, in the dtype of `x`, gets none.
     """
-    return jnp.matmul(x, whole, preferred_element_type=jnp.dtype(dtype))
+    return jnp.matmul(x, gathered, preferred_element_type=jnp.dtype(dtype))
 
 
-def _project_gathered_forward(x, kernel, whole, axes, dtype) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return project_gathered(x, kernel, whole, axes, dtype), (x, kernel, whole)
+def _project_gathered_forward(x, kernel, gathered, axes, dtype) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return project_gathered(x, kernel, gathered, axes, dtype), (x, kernel, gathered)
 
 
 def _project_gathered_backward(axes, dtype, saved, g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, kernel, whole = saved
-    g = g.astype(x.dtype)
-    back = jax.lax.dot_general(g, whole, (((g.ndim - 1,), (1,)), ((), ())))
-    return back, _kernel_gradient(x, g, axes).astype(kernel.dtype), None
+    x, kernel, gathered = saved
+    return *_project_gradients(x, kernel, gathered, g.astype(x.dtype), axes), None
 
 
 project_gathered.defvjp(_project_gathered_forward, _project_gathered_backward)
 
 
-class _OwnRows(NamedTuple):
-    """Products of devices that each hold rows of their own and gather the kernel: all its collectives are written out.
-
-    Rows and tokens become one axis first: XLA:TPU cannot fuse the products of a batch of one row.
-    `rows`: mesh axes that cut B and T; `shards`: those that cut each axis of the kernel.
-    """
-
-    rows: tuple[tuple[str, ...], ...]
-    shards: tuple[tuple[str, ...], ...]
-
-    def product(self, x: jax.Array, kernel: jax.Array, dtype: Any, transposed: bool) -> jax.Array:
-        """x [B, T, in] times the kernel [in, out], or [B, T, out] times its transpose."""
-
-        def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            for axis, names in enumerate(self.shards):
-                for name in reversed(names):  # one after the other: of two at once XLA makes a sum of zeros
-                    kernel = jax.lax.all_gather(kernel, name, axis=axis, tiled=True)
-            flat, contracted = x.reshape(-1, x.shape[-1]), int(transposed)
-            made = jax.lax.dot_general(flat, kernel, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
-            return made.reshape(*x.shape[:-1], -1)
-
-        specs = PartitionSpec(*self.rows, None), PartitionSpec(*self.shards)
-        return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(x, kernel)
-
-    def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """x [B, T, in] and g [B, T, out] → [in, out], added up over all devices where the kernel's shards lie."""
-        others = tuple(name for names in self.rows for name in names if name not in ("fsdp", "tensor"))
-
-        def local(x: jax.Array, g: jax.Array) -> jax.Array:
-            x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
-            share = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
-            for axis, names in enumerate(self.shards):
-                for name in names:
-                    share = jax.lax.psum_scatter(share, name, scatter_dimension=axis, tiled=True)
-            return jax.lax.psum(share, others)
-
-        given, lies = PartitionSpec(*self.rows, None), PartitionSpec(*self.shards)
-        return jax.shard_map(local, in_specs=(given, given), out_specs=lies, check_vma=False)(x, g)
-
-
-def _own_rows(x: jax.Array, kernel: jax.Array, axes: tuple[str, str], gathered: bool) -> _OwnRows | None:
-    """How `gathered` products lie on the mesh in force; None where there is no mesh, or shapes do not divide."""
-    mesh, lies = jax.sharding.get_abstract_mesh(), sharding.spec(kernel.shape, axes)
-    if not gathered or mesh.empty or mesh.size == 1 or x.ndim != 3:
-        return None
-    rows = sharding.spec(x.shape[:-1], ("batch", "length"), gathered)
-    if None in rows or lies != sharding.partition(axes):
-        return None
-    rows, shards = (tuple((p,) if isinstance(p, str) else tuple(p or ()) for p in parts) for parts in (rows, lies))
-    return _OwnRows(rows, shards)
+def _project_gradients(x, kernel, gathered, g, axes) -> tuple[jax.Array, jax.Array]:
+    """Gradients of x [..., in] and of the kernel, from g [..., out] and the gathered kernel [in, out]."""
+    x_gradient = jax.lax.dot_general(g, gathered, (((g.ndim - 1,), (1,)), ((), ())))
+    return x_gradient, _kernel_gradient(x, g, axes).astype(kernel.dtype)
 
 
 def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str]) -> jax.Array:
-    """x [..., in] and g [..., out] → [in, out], each device's share added up where the kernel's shard lies.
+    """x [..., in] and g [..., out] → [in, out], summed over all devices into the kernel's shards.
 
-    The collectives are written out: left to itself the partitioner gathers x whole for kernels split by rows.
+    The collectives are written out: left to itself the partitioner gathers all of x for kernels split by rows.
     """
     leading = tuple(range(x.ndim - 1))
-    mesh, lies = jax.sharding.get_abstract_mesh(), sharding.spec((x.shape[-1], g.shape[-1]), axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    kernel_spec = sharding.spec((x.shape[-1], g.shape[-1]), axes)
     rows = sharding.spec(x.shape[:-1], ("batch", "length")) if x.ndim == 3 else (None,)
-    if mesh.empty or mesh.size == 1 or rows[0] is None or lies != sharding.partition(axes):
+    if mesh.empty or mesh.size == 1 or rows[0] is None or kernel_spec != sharding.partition(axes):
         return sharding.constrain(jax.lax.dot_general(x, g, ((leading, leading), ((), ()))), axes)
-    scattered = next(i for i, part in enumerate(lies) if "fsdp" in (part or ()))
+    scattered = next(i for i, part in enumerate(kernel_spec) if "fsdp" in (part or ()))
 
     def local(x: jax.Array, g: jax.Array) -> jax.Array:
         share = jax.lax.dot_general(x, g, ((leading, leading), ((), ())))
@@ -167,40 +136,97 @@ def _kernel_gradient(x: jax.Array, g: jax.Array, axes: tuple[str, str]) -> jax.A
         others = [axis for axis in ("data", "sequence") if mesh.shape[axis] > 1 and (axis == "data" or rows[1])]
         return jax.lax.psum(share, others) if others else share
 
-    specs = tuple(PartitionSpec(*rows, "tensor" if "tensor" in (part or ()) else None) for part in lies)
-    return jax.shard_map(local, in_specs=specs, out_specs=lies, check_vma=False)(x, g)
+    specs = tuple(PartitionSpec(*rows, "tensor" if "tensor" in (part or ()) else None) for part in kernel_spec)
+    return jax.shard_map(local, in_specs=specs, out_specs=kernel_spec, check_vma=False)(x, g)
 
 
-project.defvjp(_project_forward, _project_backward)
+class _FsdpLayout(NamedTuple):
+    """Products of devices that each hold rows of their own and gather the kernel, with all collectives written out.
+
+    Rows and tokens become one axis first: XLA:TPU cannot fuse the products of a batch of one row.
+
+    Attributes:
+      rows: mesh axes over which B and T are split.
+      kernel: mesh axes over which each axis of the kernel is split.
+    """
+
+    rows: tuple[tuple[str, ...], ...]
+    kernel: tuple[tuple[str, ...], ...]
+
+    def product(self, x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
+        """x [B, T, in] times the kernel [in, out], or [B, T, out] times its transpose."""
+
+        def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            for axis, names in enumerate(self.kernel):
+                for name in reversed(names):  # one after the other: of two at once XLA makes a sum of zeros
+                    kernel = jax.lax.all_gather(kernel, name, axis=axis, tiled=True)
+            flat = x.reshape(-1, x.shape[-1])
+            contracted = (((1,), (int(transposed),)), ((), ()))
+            made = jax.lax.dot_general(flat, kernel, contracted, preferred_element_type=x.dtype)
+            return made.reshape(*x.shape[:-1], -1)
+
+        x_spec, kernel_spec = PartitionSpec(*self.rows, None), PartitionSpec(*self.kernel)
+        mapped = jax.shard_map(local, in_specs=(x_spec, kernel_spec), out_specs=x_spec, check_vma=False)
+        return mapped(x, kernel)
+
+    def kernel_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """x [B, T, in] and g [B, T, out] → [in, out], summed over all devices into the kernel's shards."""
+        others = tuple(name for names in self.rows for name in names if name not in ("fsdp", "tensor"))
+
+        def local(x: jax.Array, g: jax.Array) -> jax.Array:
+            x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
+            share = jax.lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+            for axis, names in enumerate(self.kernel):
+                for name in names:
+                    share = jax.lax.psum_scatter(share, name, scatter_dimension=axis, tiled=True)
+            return jax.lax.psum(share, others)
+
+        x_spec, kernel_spec = PartitionSpec(*self.rows, None), PartitionSpec(*self.kernel)
+        return jax.shard_map(local, in_specs=(x_spec, x_spec), out_specs=kernel_spec, check_vma=False)(x, g)
 
 
-def look_up(table: jax.Array, tokens: jax.Array, dtype: str, gathered: bool = False) -> jax.Array:
+def _fsdp_layout(x: jax.Array, kernel: jax.Array, axes: tuple[str, str], fsdp_over_tensor: bool) -> _FsdpLayout | None:
+    """The layout of `fsdp_over_tensor` on the mesh in force; None without a mesh, or where shapes do not divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not fsdp_over_tensor or mesh.empty or mesh.size == 1 or x.ndim != 3:
+        return None
+    rows = sharding.spec(x.shape[:-1], ("batch", "length"), fsdp_over_tensor)
+    kernel_spec = sharding.spec(kernel.shape, axes)
+    if None in rows or kernel_spec != sharding.partition(axes):
+        return None
+    return _FsdpLayout(tuple(map(sharding.mesh_axes, rows)), tuple(map(sharding.mesh_axes, kernel_spec)))
+
+
+def embed_lookup(table: jax.Array, tokens: jax.Array, dtype: str, fsdp_over_tensor: bool = False) -> jax.Array:
     """Rows `tokens` int [B, T] of `table` [V, D], axes ("vocab_rows", "width") → [B, T, D] in `dtype`.
 
     On a mesh each tensor shard looks up the ids that it holds; the sum over the shards is scattered over the tokens,
-    or over the rows of the batch when `gathered` (see `sharding.partition`).
+    or over the rows of the batch with `fsdp_over_tensor` (see `sharding.partition`).
     """
-    mesh, where = jax.sharding.get_abstract_mesh(), sharding.spec(tokens.shape, ("batch", "length"))
-    if mesh.empty or mesh.size == 1 or where[0] is None or table.shape[0] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, columns = sharding.spec(tokens.shape, ("batch", "length"))
+    if mesh.empty or mesh.size == 1 or rows is None or table.shape[0] % (mesh.shape["tensor"] * mesh.shape["fsdp"]):
         return _rows(table.astype(dtype), tokens)
-    split, tensor = where[1] is not None, mesh.shape["tensor"]
-    own_rows = gathered and tokens.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"]) % tensor == 0
-    own_tokens = not own_rows and split and tokens.shape[1] // mesh.shape["sequence"] % tensor == 0
+    tensor = mesh.shape["tensor"]
+    rows_a_device = tokens.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"])
+    tokens_a_device = tokens.shape[1] // mesh.shape["sequence"]
+    by_rows = fsdp_over_tensor and rows_a_device % tensor == 0
+    by_tokens = not by_rows and columns is not None and tokens_a_device % tensor == 0
 
     def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
-        whole = jax.lax.all_gather(table, "fsdp", axis=0, tiled=True)
-        whole = jax.lax.pcast(whole, ("data", "sequence") if split else ("data",), to="varying")
-        here = tokens - jax.lax.axis_index("tensor") * whole.shape[0]
-        mine = (here >= 0) & (here < whole.shape[0])
-        found = jnp.where(mine[..., None], _rows(whole, jnp.where(mine, here, 0)), 0)
-        if own_rows or own_tokens:
-            return jax.lax.psum_scatter(found, "tensor", scatter_dimension=0 if own_rows else 1, tiled=True)
+        table = jax.lax.all_gather(table, "fsdp", axis=0, tiled=True)
+        table = jax.lax.pcast(table, ("data",) if columns is None else ("data", "sequence"), to="varying")
+        index = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        held = (index >= 0) & (index < table.shape[0])
+        found = jnp.where(held[..., None], _rows(table, jnp.where(held, index, 0)), 0)
+        if by_rows or by_tokens:
+            return jax.lax.psum_scatter(found, "tensor", scatter_dimension=0 if by_rows else 1, tiled=True)
         return jax.lax.psum(found, "tensor")
 
-    rows = (*where[0], "tensor") if own_rows else where[0]
-    out = PartitionSpec(rows, ("sequence", "tensor") if own_tokens else where[1], None)
-    specs = (sharding.partition(("vocab_rows", "width")), where)
-    return jax.shard_map(local, in_specs=specs, out_specs=out)(table.astype(dtype), tokens)
+    in_specs = (sharding.partition(("vocab_rows", "width")), PartitionSpec(rows, columns))
+    out_rows = (*rows, "tensor") if by_rows else rows
+    out_specs = PartitionSpec(out_rows, ("sequence", "tensor") if by_tokens else columns, None)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs)(table.astype(dtype), tokens)
 
 
 @jax.custom_vjp
@@ -265,51 +291,52 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
+def causal_mask(length: int, segment_ids: jax.Array | None = None) -> jax.Array:
+    """bool [B or 1, T, T]: earlier tokens, of the same segment only where `segment_ids` [B, T] are given (0: padding,
+    which sees padding)."""
+    order = jnp.arange(length)
+    causal = (order[None, :] <= order[:, None])[None]
+    return causal if segment_ids is None else causal & (segment_ids[:, None, :] == segment_ids[:, :, None])
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array,
     *,
     causal: bool = False,
-    segment_ids: jax.Array | None = None,
-    kernel: str = "plain",
-    gathered: bool = False,
-    dropout: float = 0.0,
+    dropout_rate: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention with grouped kv heads: the one place where its implementations meet.
+    """Scaled dot-product attention with grouped kv heads; `fused_attention` has the kernels of accelerators.
 
     Args:
       q: [B, T, H, h]; k, v: [B, S, K, h] with H a multiple of K.
       mask: bool [B or 1, T or 1, S], true where query t may see key s. A query that may see nothing averages values.
-        None for a fused kernel, which makes its own.
       causal: promises that T = S and that the mask hides every later key, so that blocks of them can be left out.
-      segment_ids: int [B, T] for a fused kernel: a token sees its own segment only; None: all of the row is one.
-      kernel: what `fused_attention.choose` said: "plain", "splash" (TPU) or "cudnn" (GPU).
-      gathered: how rows and heads lie on a mesh, see `sharding.partition`.
-      dropout, key: rate and key for dropping attention weights; no key, no dropout.
+      dropout_rate, key: of attention weights; no key, no dropout.
 
     Returns:
       [B, T, H, h] in the dtype of `q`. Scores and softmax are float32.
     """
     length = q.shape[1]
-    if kernel != "plain":
-        return fused_attention.KERNELS[kernel](q, k, v, segment_ids, gathered)
     if length == 1:
         return _attend_once(q, k, v, mask)
     if not causal or length % CAUSAL_BLOCKS or length < 16 * CAUSAL_BLOCKS:
-        return _attend(q, k, v, mask, dropout, key)
-    size, mask = length // CAUSAL_BLOCKS, jnp.broadcast_to(mask, (mask.shape[0], length, length))
+        return _attend(q, k, v, mask, dropout_rate, key)
+    size = length // CAUSAL_BLOCKS
+    mask = jnp.broadcast_to(mask, (mask.shape[0], length, length))
     blocks = []
     for block in range(CAUSAL_BLOCKS):
-        seen, rows = (block + 1) * size, slice(block * size, (block + 1) * size)
+        end = (block + 1) * size
+        rows = slice(block * size, end)
         block_key = None if key is None else jax.random.fold_in(key, block)
-        blocks.append(_attend(q[:, rows], k[:, :seen], v[:, :seen], mask[:, rows, :seen], dropout, block_key))
+        blocks.append(_attend(q[:, rows], k[:, :end], v[:, :end], mask[:, rows, :end], dropout_rate, block_key))
     return jnp.concatenate(blocks, axis=1)
 
 
-def _attend(q, k, v, mask, dropout, key) -> jax.Array:
+def _attend(q, k, v, mask, dropout_rate, key) -> jax.Array:
     """Heads first and the G queries of a kv head side by side: one matrix product a kv head, forwards and backwards."""
     batch, length, heads, width = q.shape
     kv_heads, slots = k.shape[2], k.shape[1]
@@ -322,14 +349,14 @@ def _attend(q, k, v, mask, dropout, key) -> jax.Array:
     scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, groups * length, 1)
-    weights = drop(weights, dropout, key).reshape(batch, kv_heads, groups * length, slots).astype(v.dtype)
+    weights = dropout(weights, dropout_rate, key).reshape(batch, kv_heads, groups * length, slots).astype(v.dtype)
     mixed = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32) / total
     mixed = mixed.reshape(batch, kv_heads, groups, length, width).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads, width).astype(v.dtype)
 
 
 def _attend_once(q, k, v, mask) -> jax.Array:
-    """One query a row, as in decoding: the keys are read where they lie, never transposed."""
+    """One query a row, as in decoding: the keys are read as they are stored, never transposed."""
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     grouped = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, length, kv_heads, heads // kv_heads, width)
@@ -338,7 +365,7 @@ def _attend_once(q, k, v, mask) -> jax.Array:
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads, width)
 
 
-def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; the identity when `key` is None or `rate` is 0."""
     if key is None or rate == 0.0:
         return x

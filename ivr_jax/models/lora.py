@@ -72,7 +72,7 @@ def axes(model_axes: Params, options: LoraOptions) -> Params:
     return {**model_axes, ADAPTERS: made, SCALE: ()}
 
 
-def like(params: Params, options: LoraOptions) -> Params:
+def abstract_sharded(params: Params, options: LoraOptions) -> Params:
     """ShapeDtypeStructs of what `add` returns, placed as the kernels of `params` (ShapeDtypeStructs) are."""
     made: Params = {}
     scalar = None

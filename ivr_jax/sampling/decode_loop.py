@@ -51,7 +51,7 @@ def run(
         contexts, batch = now.starts.shape
         positions = first_of(now).reshape(-1, 1) + jnp.arange(width)[None, :]
         window = jnp.tile(now.window, (contexts, 1))
-        hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, apart=apart)
+        hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, unstacked_layers=apart)
         hidden = hidden.reshape(contexts, batch, width, -1)
         after, counts = step(rules, parts, hidden, now._replace(cache=cache), options)
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))

@@ -59,7 +59,7 @@ from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.policy_logprobs import Replay, answer_batch, bucket_of
 from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, Tasks, prompt_source
 from ivr_jax.training.scoring import Scored, score, shown_answers, summary
-from ivr_jax.training.state import TrainState, place, updated
+from ivr_jax.training.state import TrainState, shard_state, updated
 
 RATIO_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
@@ -166,7 +166,7 @@ class Trainer:
         self._pending: Pending | None = None
         self.mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
         self._layout = layout
-        whole, trained = sharding.whole(self.mesh), placed and placed._replace(params=lora.split(placed.params)[0])
+        whole, trained = sharding.replicated(self.mesh), placed and placed._replace(params=lora.split(placed.params)[0])
         replay = Replay(system.config, self.grammar, options.sampling, options.grpo, options.loss_chunk_tokens)
         self._statistics = jax.jit(replay.statistics)
         gradients = (whole, trained and trained.params)
@@ -480,7 +480,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         system, meta = dataclasses.replace(system, params=None), {**meta, "lora": dataclasses.asdict(adapters)}
     else:
         params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
-    state, (placed, _) = place(mesh, axes, params, optimizer)
+    state, (placed, _) = shard_state(mesh, axes, params, optimizer)
     layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
     gallery = workdir / "gallery"
     trainer = Trainer(system, judge, options, optimizer, mesh, placed, watch, gallery, config.steps, layout)

@@ -23,7 +23,7 @@ from ivr_jax.images import crop_square
 from ivr_jax.models import image_tokenizer as model_lib
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.state import TrainState, place
+from ivr_jax.training.state import TrainState, shard_state
 from ivr_jax.world import recognise
 from ivr_jax.world.draws import random_scene
 from ivr_jax.world.levels import level_of
@@ -191,13 +191,14 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         print(parameter_overview.get_parameter_overview(shapes, include_stats=False, max_lines=12))
     optimizer = make_optimizer(config.optimizer, config.steps)
     axes = model_lib.param_axes(model)
-    first, placed = place(mesh, axes, lambda: model_lib.init_params(model, jax.random.key(config.seed)), optimizer)
+    init = functools.partial(model_lib.init_params, model, jax.random.key(config.seed))
+    first, placed = shard_state(mesh, axes, init, optimizer)
     steps = make_steps(model, optimizer, config.loss, placed)
     source, held_out = image_sources(config.data, config.seed, model.resolution, config.eval_images)
     data = pipeline.indexed_batches(source, config.batch, config.seed)
     mine = sharding.local_rows(mesh, config.batch)
     meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(model), "run": config.to_dict()}
-    measure = jax.jit(functools.partial(_reconstruct, model), out_shardings=sharding.whole(mesh))
+    measure = jax.jit(functools.partial(_reconstruct, model), out_shardings=sharding.replicated(mesh))
 
     def summary(state: TrainState, _: int) -> dict[str, float]:
         pixels, codes = map(np.asarray, measure(state.params, held_out))

@@ -38,7 +38,7 @@ def token_statistics(
     others: tuple[jax.Array, ...] = (),
     kept: jax.Array | None = None,
     vocab_size: int | None = None,
-    gathered: bool = False,
+    fsdp_over_tensor: bool = False,
 ) -> TokenStatistics:
     """Statistics of `targets` int [B, T] under `hidden` [B, T, D] and `head` [D, V].
 
@@ -47,8 +47,8 @@ def token_statistics(
     tokens of its own.  With `tables` and `rows` int [B, T] the distribution is the sampler's: the grammar mask and
     `options` are replayed, with `others`, hidden states [B, T, D] of the same positions in guidance's unconditional
     passes, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p (`chain.log_probabilities`).  Columns of `head`
-    from `vocab_size` on are padding, and have no probability.  `gathered` says how the rows of `hidden` lie on a mesh
-    (`sharding.partition`).
+    from `vocab_size` on are padding, and have no probability.  `fsdp_over_tensor` says how the rows of `hidden` are
+    sharded on a mesh (`sharding.partition`).
     """
     batch, length, _ = hidden.shape
     count = min(length, -(-batch * length // chunk))
@@ -66,7 +66,8 @@ def token_statistics(
         """[B, T, ...] -> [chunks, B, tokens of a chunk, ...]."""
         x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
         axes = (None, "batch", "residual", *("width",) * (x.ndim - 2))
-        return sharding.constrain(jnp.moveaxis(x.reshape(batch, size, count, *x.shape[2:]), 2, 0), axes, gathered)
+        chunks = jnp.moveaxis(x.reshape(batch, size, count, *x.shape[2:]), 2, 0)
+        return sharding.constrain(chunks, axes, fsdp_over_tensor)
 
     def logits_of(h: jax.Array) -> jax.Array:
         logits = project_gathered(h, head, whole, head_axes, "float32")
@@ -90,7 +91,7 @@ def token_statistics(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :length], statistics)
 
 
-def following(x: jax.Array) -> jax.Array:
+def next_token(x: jax.Array) -> jax.Array:
     """What stands at the next token: x [B, T] moved by one (the last one gets the first).
 
     It is kept apart from what follows: XLA:TPU aborts where it fuses this into the sums of a batch of one row.

@@ -106,7 +106,7 @@ class Replay:
             others=tuple(others),
             kept=jnp.roll(batch["kept"], -1, 1) if "kept" in batch else None,
             vocab_size=config.vocab_size,
-            gathered=config.fsdp_over_tensor,
+            fsdp_over_tensor=config.fsdp_over_tensor,
         )
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
 

@@ -28,9 +28,9 @@ from ivr_jax.protocol.codec import PARTS
 from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.training.grad_accum import total_gradient
 from ivr_jax.training.loop import Stage
-from ivr_jax.training.losses import following, token_statistics
+from ivr_jax.training.losses import next_token, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.state import TrainState, micro_batches, place, updated
+from ivr_jax.training.state import TrainState, micro_batches, shard_state, updated
 from ivr_jax.training.throughput import train_flops
 from ivr_jax.training.training_samples import write_training_samples
 
@@ -60,13 +60,13 @@ def selective_loss(
     """
     tokens, segments = batch["tokens"], batch["segment_ids"]
     positions = batch["positions"]
-    hidden, _ = backbone.apply(config, params, tokens, positions, segments, dropout_key=dropout_key, sums=sums)
-    targets, parts = following(tokens), following(batch["loss"])
-    same = (segments == following(segments)) & (segments > 0)
+    hidden, _ = backbone.apply(config, params, tokens, positions, segments, dropout_key=dropout_key, grad_accum=sums)
+    targets, parts = next_token(tokens), next_token(batch["loss"])
+    same = (segments == next_token(segments)) & (segments > 0)
     mask = (same & (parts > 0)).at[:, -1].set(False).astype(jnp.float32)
     head = backbone.lm_head(config, params)
     statistics = token_statistics(
-        hidden, head, targets, chunk, vocab_size=config.vocab_size, gathered=config.fsdp_over_tensor
+        hidden, head, targets, chunk, vocab_size=config.vocab_size, fsdp_over_tensor=config.fsdp_over_tensor
     )
     loss = -statistics.log_probs * mask
     image = mask * (targets >= visual_start)
@@ -97,7 +97,7 @@ def make_step(
     """Jitted (state, batch, step number) -> (state, metrics); `grad_accum_steps` micro-batches add up exactly.
 
     Args:
-      out_shardings: of the new state and of the metrics, when they live on a mesh (see `state.place`).
+      out_shardings: of the new state and of the metrics, when they live on a mesh (see `state.shard_state`).
       gradient_dtype: of the sum over micro-batches; bfloat16 takes half the memory and loses small contributions.
       seed: of the configured dropout, which is another one at each step number and in each micro-batch.
     """
@@ -166,7 +166,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     data = pipeline.packed_examples(
         folder, config.data.mix, config.batch, config.data.length, config.seed, config.data.streams, rows
     )
-    state, placed = place(mesh, axes, params, optimizer)
+    state, placed = shard_state(mesh, axes, params, optimizer)
     start = tokenizer.vocab.visual_start
     step = make_step(
         model,

@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def place(
+def shard_state(
     mesh: jax.sharding.Mesh, axes: Any, params: Any, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, tuple[TrainState, jax.sharding.NamedSharding]]:
     """A fresh training state on the mesh, and the shardings of a step's outputs (state, metrics).
@@ -41,7 +41,7 @@ def place(
     else:
         held = jax.device_put(params, placed.params)
         state = TrainState(held, jax.jit(optimizer.init, out_shardings=placed.opt_state)(lora.split(held)[0]))
-    return state, (placed, sharding.whole(mesh))
+    return state, (placed, sharding.replicated(mesh))
 
 
 def updated(

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ivr_jax.checkpoints import hf
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, layers
 from ivr_jax.models.backbone_config import BackboneConfig
 
 torch = pytest.importorskip("torch", reason="the independent reference is a test extra")
@@ -281,6 +282,28 @@ def test_full_size_tree():
     assert hidden.shape == (1, 128, 5120) and hidden.dtype == jnp.bfloat16
     axes = backbone.param_axes(config)
     jax.tree.map(lambda leaf, names: len(leaf.shape) == len(names) or pytest.fail(str(names)), shapes, axes)
+
+
+def test_modules_run_by_themselves():
+    """The model, one of its layers, and a layer's halves, put together by hand, compute what `apply` does."""
+    params = noisy_params(TINY)
+    tokens, positions = tokens_and_positions(TINY, 2, 8)
+    expected, _ = backbone.apply(TINY, params, tokens, positions)
+    model = backbone.module(TINY, params)
+    np.testing.assert_allclose(model(tokens, positions)[0], expected, atol=1e-6)
+
+    inputs = backbone.layer_inputs(TINY, jnp.asarray(positions))
+    x = params["embed"][tokens]
+    for number in range(TINY.num_hidden_layers):
+        layer = model.layers[number]
+        eps = TINY.rms_norm_eps
+        halfway = x + layer.attention(layers.rms_norm(x, layer.attention_norm[...], eps), inputs)[0]
+        by_hand = halfway + layer.mlp(layers.rms_norm(halfway, layer.mlp_norm[...], eps))
+        x, _ = layer(x, inputs)
+        np.testing.assert_allclose(x, by_hand, atol=1e-5)
+    np.testing.assert_allclose(layers.rms_norm(x, params["final_norm"], eps), expected, atol=1e-5)
+    fresh = backbone.Mlp(TINY, nnx.Rngs(0))
+    assert fresh(x).shape == x.shape
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_layers_taken_apart_decode_the_same(params):
     @functools.partial(jax.jit, static_argnames="apart")
     def decode(params, apart):
         layers, cache = backbone.unstack_layers(params) if apart else None, backbone.init_cache(CONFIG, 2, 16)
-        return backbone.apply(CONFIG, params, tokens(), positions, cache=cache, apart=layers)
+        return backbone.apply(CONFIG, params, tokens(), positions, cache=cache, unstacked_layers=layers)
 
     scanned, taken = decode(params, False), decode(params, True)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), taken, scanned)

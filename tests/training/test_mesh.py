@@ -30,7 +30,7 @@ axes = backbone.param_axes(CONFIG)
 
 def made(sizes, devices):
     mesh = sharding.make_mesh(sizes, devices)
-    first, (placed, _) = state.place(mesh, axes, noisy_params(), optimizer)
+    first, (placed, _) = state.shard_state(mesh, axes, noisy_params(), optimizer)
     held = jax.device_put(noisy_params(), placed.params)
     return mesh, first, grpo.Trainer(system(held), None, options, optimizer, mesh, placed)
 
