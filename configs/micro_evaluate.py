@@ -25,7 +25,8 @@ def get_config(kind: str = "") -> ConfigDict:
     config.most_edits = 4
     config.each_split = 8
     config.probe_prompts = 96  # held-out requests for the probes of single skills (steps, critiques)
-    config.batch = 128  # probes at a time
+    config.paired_prompts = 320  # of the training mixture, for the paired verdict test
+    config.batch = 128  # probes and scored images at a time
     config.answer_length = rl.answer_length
     config.sampling = rl.sampling
     config.engine = rl.engine
@@ -34,6 +35,7 @@ def get_config(kind: str = "") -> ConfigDict:
     config.reward = rl.reward
     if kind:
         config.probe_prompts = 0
+        config.paired_prompts = 0
     if kind in ("base", "direct"):
         config.grammar.modes = ("direct",)
     elif kind == "multi_step":

@@ -16,15 +16,18 @@ from typing import Any
 from ivr_jax import cli, files
 from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.config import check_least, claim_workdir
-from ivr_jax.evaluate import benchmark, probes
+from ivr_jax.checkpoints.system import System
+from ivr_jax.config import as_dataclass, check_least, claim_workdir
+from ivr_jax.evaluate import benchmark, paired, probes
+from ivr_jax.evaluate.verdicts import VerdictScorer
+from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import metrics, tables
 from ivr_jax.report.answers import write_answers
 
 
 def main(call: cli.Call) -> None:
     check_least(call.config, ("batch", "answer_length", "most_edits"))
-    check_least(call.config, ("prompts", "each_split", "probe_prompts"), 0)
+    check_least(call.config, ("prompts", "each_split", "probe_prompts", "paired_prompts"), 0)
     with files.Lock(call.workdir):
         result = finished_or_made(call.config, call.workdir)
     tables.print_table({call.workdir.name: result})
@@ -42,15 +45,26 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
             return result
     claim_workdir(workdir, config, resuming=False)
     system = systems.load(config.checkpoint, config.image_tokenizer or None)
-    answers, images = benchmark.run(system, config)
-    result = metrics.evaluate(answers, config.seed, about)
+    found = benchmark.run(system, config)
+    result = metrics.evaluate(found.answers, config.seed, about)
     if config.probe_prompts:
         result["probes"] = probes.probe(
             system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch
         )
-    write_answers(workdir, answers, images)
+    if config.paired_prompts:
+        result["paired"] = paired_verdicts(system, config, found)
+    write_answers(workdir, found.answers, found.images)
     metrics.write_evaluation(workdir, result)
     return result
+
+
+def paired_verdicts(system: System, config: Any, found: benchmark.Evaluated) -> dict[str, Any]:
+    """The paired verdict test on the first `config.paired_prompts` prompts of the training mixture."""
+    rows = [row for row, split in enumerate(found.splits) if split == benchmark.MIXTURE][: config.paired_prompts]
+    cases = paired.world_cases(system, found.tasks, found.rollout, rows, config.seed, reads_request)
+    grammar = as_dataclass(GrammarOptions, config.grammar)
+    scorer = VerdictScorer(system, grammar, config.answer_length, config.batch)
+    return paired.paired_test(cases, scorer, config.seed)
 
 
 def entry() -> None:

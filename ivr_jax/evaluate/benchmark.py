@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,17 +19,19 @@ from ivr_jax.rewards.judge import Judged, judge_answers
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer as DrawnAnswer
-from ivr_jax.sampling.rollout import roll_out
+from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.world import benchmarks
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.sampler import Task, sample_task
+
+MIXTURE = "mixture"  # the split that is drawn like training data
 
 
 def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
     """(task, split): `config.prompts` of the training mixture by number of edits, and `config.each_split` a split."""
     most = config.most_edits
     tasks = [
-        (sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), "mixture")
+        (sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), MIXTURE)
         for i in range(config.prompts)
     ]
     for split in benchmarks.SPLITS:
@@ -41,8 +43,21 @@ def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
     return tasks
 
 
-def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray]]:
-    """Judged answers to `held_out_tasks`, and every image that they name."""
+class Evaluated(NamedTuple):
+    """Answers to held-out prompts, in order: as records with every image that they name, and as they were drawn.
+
+    `rollout` holds one answer to each of `tasks`; `splits` says which part of the benchmark each belongs to.
+    """
+
+    answers: list[Answer]
+    images: dict[str, np.ndarray]
+    tasks: list[Task]
+    splits: list[str]
+    rollout: Rollout
+
+
+def run(system: System, config: Any) -> Evaluated:
+    """Judged answers to `held_out_tasks`."""
     options = as_dataclass(SamplingOptions, config.sampling)
     rewards = as_dataclass(reward_functions.RewardOptions, config.reward)
     grammar = Grammar(system.tokenizer, as_dataclass(GrammarOptions, config.grammar))
@@ -64,7 +79,7 @@ def run(system: System, config: Any) -> tuple[list[Answer], dict[str, np.ndarray
     for (task, split), answer, error, verdict in zip(tasks, rollout.answers, rollout.errors, judged, strict=True):
         answers.append(to_answer(task, split, answer, error, verdict, rewards))
         images |= {**task.images, **(answer.images if answer else {})}
-    return answers, images
+    return Evaluated(answers, images, [task for task, _ in tasks], [split for _, split in tasks], rollout)
 
 
 def to_answer(
