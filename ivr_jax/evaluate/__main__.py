@@ -61,7 +61,7 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
 def paired_verdicts(system: System, config: Any, found: benchmark.Evaluated) -> dict[str, Any]:
     """The paired verdict test on the first `config.paired_prompts` prompts of the training mixture."""
     rows = [row for row, split in enumerate(found.splits) if split == benchmark.MIXTURE][: config.paired_prompts]
-    cases = paired.world_cases(system, found.tasks, found.rollout, rows, config.seed, reads_request)
+    cases = paired.world_cases(system, found.tasks, found.rollout, rows, config.seed, paired.reads_request)
     grammar = as_dataclass(GrammarOptions, config.grammar)
     scorer = VerdictScorer(system, grammar, config.answer_length, config.batch)
     return paired.paired_test(cases, scorer, config.seed)

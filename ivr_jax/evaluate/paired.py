@@ -47,6 +47,7 @@ from ivr_jax.protocol import codec
 from ivr_jax.report.intervals import Estimate, mean, share
 from ivr_jax.sampling.rollout import Rollout
 from ivr_jax.trajectory import Mode, Reflection, Round
+from ivr_jax.world import judgement, language
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.draws import random_object
 from ivr_jax.world.levels import level_of
@@ -188,6 +189,17 @@ def world_cases(
                 )
             )
     return cases
+
+
+def reads_request(task: Task, observation: str) -> bool | None:
+    """Whether an observation names the wanted content of every place of the target; None where there is none."""
+    if not observation:
+        return None
+    found = language.parse_observation(observation)
+    if found is None:
+        return False
+    wanted = tuple(content for content, _, _ in found.places)
+    return wanted[: len(task.target.cells)] == tuple(map(judgement.value_words, task.target.cells))
 
 
 def _groups(task: Task, number: int, round_: Round) -> dict[str, tuple[str, ...]]:
