@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item, Judged, Judgement, Question, State
-from ivr_jax.evaluate.benchmarks.suites.kris import DIMENSIONS
+from ivr_jax.evaluate.benchmarks.suites.kris import DIMENSIONS, parts
 from ivr_jax.images import save_png
 
 JUDGE = "scripted"
@@ -193,3 +193,107 @@ def figure_values(benchmark: Benchmark, items: list[Item], judged: Judged, mode:
 
 def metrics(questions: list[Question]) -> list[str]:
     return [question.metric for question in questions]
+
+
+OMNI_SCORES = {  # task -> (PF, SC, PF as strict asks it)
+    "single_character/k0": (9, 4, 9), "single_character/k1": (8, 8, 8), "multi_object/k2": (10, 0, 10),
+    "scene_object/k3": (9, 9, 4),
+}  # fmt: skip
+
+
+def omni_records() -> Records:
+    records = Records()
+    for key, (following, consistency, strict) in OMNI_SCORES.items():
+        records.add(key, "PF", score=following)
+        records.add(key, "SC", score=consistency)
+        if key.startswith("scene"):
+            records.add(key, "PF (strict)", score=strict)
+    return records
+
+
+def rise_records() -> Records:
+    records = Records()
+    for key, reasoning, consistency, quality in (
+        ("temporal_reasoning/temporal_reasoning_1", 5, 5, 5),
+        ("temporal_reasoning/temporal_reasoning_2", 5, None, 5),  # consistency is not asked
+        ("causal_reasoning/causal_reasoning_1", 5, 4, 5),
+        ("spatial_reasoning/spatial_reasoning_1", 1, 3, 5),
+        ("logical_reasoning/logical_reasoning_1", 1, 1, None),  # 0 or 1
+    ):
+        for metric, score in (("reasoning", reasoning), ("consistency", consistency), ("quality", quality)):
+            if score is not None:
+                records.add(key, metric, score=score)
+    return records
+
+
+def imgedit_records() -> Records:
+    records = Records()
+    for key, scores in {"1000": (5, 4, 4), "1001": (3, 3, 2), "1002": (1, 1, 1)}.items():
+        records.add(key, "edit", **dict(zip(("following", "naturalness", "integrity"), scores, strict=True)))
+    return records
+
+
+def gedit_records() -> Records:
+    records = Records()
+    for key, semantics, quality in (
+        ("color_alter/en/k0", (9, 4), (9, 9)),  # 4, 9: 6
+        ("color_alter/en/k1", (8, 8), (2, 9)),  # 8, 2: 4
+        ("subject-add/en/k2", (9, 10), (9, 9)),  # 9, 9: 9
+        ("color_alter/cn/k3", (0, 9), (9, 9)),  # 0
+    ):
+        records.add(key, "semantics", **dict(zip(("success", "preservation"), semantics, strict=True)))
+        records.add(key, "quality", **dict(zip(("naturalness", "artifacts"), quality, strict=True)))
+    return records
+
+
+# Four samples for the first prompt, two for the others: correct or not, by prompt.
+OUTCOMES = ((1, 0, 1, 1), (0, 0), (1, 1), (0, 1), (0, 0), (1, 0))
+
+
+def geneval_records(items: list[Item]) -> Records:
+    records = Records()
+    for item, outcomes in zip(items, OUTCOMES, strict=True):
+        for sample, correct in enumerate(outcomes):
+            records.add(item.key, "objects", sample, correct=correct)
+    return records
+
+
+PROBABILITIES = {  # item -> (without the space, with it) of each atom
+    "00000": ((0.5, 0.5), (0.2, 0.4), (1.0, 1.0)),
+    "00001": ((0.8, 0.8), (0.0, 0.1), (0.5, 0.5), (0.25, 0.25)),
+}
+
+
+def geneval2_records() -> Records:
+    records = Records()
+    for item, atoms in PROBABILITIES.items():
+        for number, (plain, space) in enumerate(atoms):
+            records.add(item, f"atom {number}", _value={"probability": plain, "with_space": space, "mass": 1.0})
+    return records
+
+
+def kris_records(items: list[Item]) -> Records:
+    """Every score present: 1 to 5 in turn, the same with the empty instruction but for one point less."""
+    records, turn = Records(), 0
+    for item in items:
+        values = {}
+        for part in parts(item):
+            values[part] = 1 + turn % 5
+            turn += 3
+        records.add(item.key, "quality", quality_score=values["quality"])
+        records.add(item.key, "consistency", consistency_score=values["consistency"])
+        records.add(item.key, "consistency (strict)", consistency_score=max(1, values["consistency"] - 1))
+        for metric in ("instruction", "instruction (strict)"):
+            scores = {f"{part}_score": values[part] for part in values if part in ("instruction", "knowledge")}
+            records.add(item.key, metric, **scores)
+    return records
+
+
+WISE_SCORES = {"1": 1, "2": 0, "401": 1, "568": 0, "701": 1, "801": 1, "901": 0}
+
+
+def wise_records() -> Records:
+    records = Records()
+    for key, score in WISE_SCORES.items():
+        records.add(key, "right", score=score)
+    return records

@@ -5,11 +5,15 @@ r"""Evaluate a checkpoint on held-out prompts of the micro-world: scores, images
 
 Writes evaluation.json (every figure with its 95% interval), answers.jsonl and images/ for the report.  A finished
 evaluation of the same checkpoint and config is left as it is.
+
+With --benchmark=NAME, a public benchmark (`python -m ivr_jax.evaluate --benchmark=geneval --help`); with --compare A B,
+two of its runs side by side.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
 from ivr_jax.evaluate import benchmark, paired, probes
+from ivr_jax.evaluate.benchmarks import command
 from ivr_jax.evaluate.verdicts import VerdictScorer
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import metrics, tables
@@ -27,7 +32,7 @@ from ivr_jax.report.answers import write_answers
 
 def main(call: cli.Call) -> None:
     check_least(call.config, ("batch", "answer_length", "most_edits"))
-    check_least(call.config, ("prompts", "each_split", "each_kind", "probe_prompts", "paired_prompts"), 0)
+    check_least(call.config, ("prompts", "each_split", "probe_prompts", "paired_prompts"), 0)
     with files.Lock(call.workdir):
         result = finished_or_made(call.config, call.workdir)
     tables.print_table({call.workdir.name: result})
@@ -68,6 +73,9 @@ def paired_verdicts(system: System, config: Any, found: benchmark.Evaluated) -> 
 
 
 def entry() -> None:
+    named = {word.partition("=")[0].lstrip("-") for word in sys.argv[1:] if word.startswith("-")}
+    if named & {"benchmark", "compare"}:
+        command.entry()
     cli.run(main, config=True)
 
 

@@ -26,11 +26,17 @@ _REWARD_ORDER = ("total", "outcome", "format", "step", "reflection", "bonus")
 
 @dataclasses.dataclass(frozen=True)
 class GalleryItem:
-    """An answer in a gallery section: under which arm, and where its images are (name -> uint8 [height, width, 3])."""
+    """An answer in a gallery section: under which arm, and where its images are (name -> uint8 [height, width, 3]).
+
+    `mode` replaces the answer's own where that says nothing (interleaved answers, images of another model); `notes` are
+    headings and texts that stand below the answer, such as what a judge said.
+    """
 
     arm: str
     answer: Answer
     images: Mapping[str, np.ndarray]
+    mode: str = ""
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +135,11 @@ def _answer_view(item: GalleryItem) -> dict[str, Any]:
     panels, before = _parsed(item) if answer.trajectory is not None else _unparsed(item)
     return {
         "arm": item.arm,
-        "mode": mode_of(answer),
+        "mode": item.mode or mode_of(answer),
+        "notes": [(heading, _clip(text)) for heading, text in item.notes],
         "right": answer.right,
         "results": results,
         "error": _clip(answer.error),
-        "garbled": list(answer.garbled),
         "rewards": [(name, f"{value:.2f}") for name, value in rewards],
         "panels": panels,
         "before": before,
@@ -208,7 +214,6 @@ def _panel(
         "exact": answer.exact[index] if answer.exact else None,
         "own": None if own is None else own.passed,
         "truth": None if truth is None else truth.passed,
-        "observation": "" if own is None else _clip(own.observation),
         "verdicts": [_verdict(axis, own, truth) for axis in AXES] if own is not None or truth is not None else [],
     }
 

@@ -19,7 +19,7 @@ def obstacles(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
         if first.get(name) != second.get(name):
             reasons.append(f"{title}: {first.get(name) or 'none'} and {second.get(name) or 'none'}")
     judges = [run.get("judge") or {} for run in (first, second)]
-    for name in sorted({*judges[0], *judges[1]} - {"date", "server"}):
+    for name in sorted({*judges[0], *judges[1]} - {"date", "server", "label"}):
         if judges[0].get(name) != judges[1].get(name):
             reasons.append(f"the judge's {name}: {judges[0].get(name)!r} and {judges[1].get(name)!r}")
     return reasons

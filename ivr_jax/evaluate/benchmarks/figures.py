@@ -130,6 +130,9 @@ def resamples(
     members: dict[str, list[int]] = {}
     for key, column in columns.items():
         members.setdefault(strata.get(key, ""), []).append(column)
+    alone = [name for name, chosen in members.items() if len(chosen) == 1]
+    if len(alone) > 1:  # by themselves they would add no variance
+        members[""] = members.get("", []) + [members.pop(name)[0] for name in alone if name]
     for stratum in sorted(members):
         chosen = members[stratum]
         share = np.full(len(chosen), 1 / len(chosen))

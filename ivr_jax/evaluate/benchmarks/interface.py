@@ -206,7 +206,9 @@ class Benchmark(abc.ABC):
       title: for people.
       samples: images a prompt, as published.
       headline: name of the figure that is the result.
+      top: the best that its figures can be.
       official_judge: what the authors judge with.
+      judges: forms of judges that can judge it, the usual one first: "chat", "detector", "world".
       prompt_version: changes when one of its prompts changes.
       count: prompts as published; 0 when unknown.
       decimals: written after the point.
@@ -217,7 +219,9 @@ class Benchmark(abc.ABC):
     title: str
     samples: int = 1
     headline: str = "Overall"
+    top: float = 100.0
     official_judge: str = ""
+    judges: tuple[str, ...] = ("chat",)
     prompt_version: str = "1"
     count: int = 0
     decimals: int = 2
@@ -259,7 +263,7 @@ class Benchmark(abc.ABC):
 
     @abc.abstractmethod
     def questions(self, item: Item, sample: int, judge: str) -> list[Question]:
-        """What is asked about one image; `judge` is "chat" or "detector"."""
+        """What is asked about one image by a judge of the form `judge`."""
 
     def read_strict(self, question: Question, text: str) -> Mapping[str, float] | None:
         """The scores that the official parser takes from a reply; None when it is as strict as ours."""

@@ -43,8 +43,8 @@ class AnswerRecord:
       tokens: of the answer.
       model_calls: generations that it took; one, however many images stand in it.
       error: why it is invalid, "" otherwise.
-      content: the texts and images in order, as JSON (`ivr_jax.trajectory.trajectory_to_json`, or parts); None when it
-        did not parse.
+      content: the texts and images in order, as JSON (`ivr_jax.report.answers.answer_to_json`, or the parts of an
+        interleaved answer); None when it did not parse.
     """
 
     item: str

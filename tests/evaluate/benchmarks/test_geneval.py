@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from benchmark_fixtures import Records, figure_values, load_items
+from benchmark_fixtures import figure_values, geneval2_records, geneval_records, load_items
 
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import registry
@@ -77,18 +77,6 @@ def test_position_counts_only_when_its_own_and_its_targets_entry_hold():
     colored = [{**entries[0], "color": "red"}, entries[1]]
     correct, reason = judged(colored, {"cat": [right], "bus": [left]}, {"cat": ["blue"]})
     assert correct is False and reason.splitlines()[1] == "no target for bus to be left of"
-
-
-# Four samples for the first prompt, two for the others: correct or not, by prompt.
-OUTCOMES = ((1, 0, 1, 1), (0, 0), (1, 1), (0, 1), (0, 0), (1, 0))
-
-
-def geneval_records(items) -> Records:
-    records = Records()
-    for item, outcomes in zip(items, OUTCOMES, strict=True):
-        for sample, correct in enumerate(outcomes):
-            records.add(item.key, "objects", sample, correct=correct)
-    return records
 
 
 def official_geneval(lines: list[str]) -> dict[str, float]:
@@ -189,20 +177,6 @@ def test_a_bare_space_counts_in_strict_alone_and_only_for_counts():
     assert value["mass"] == pytest.approx(0.85)
     value = first_token_value([("Yes", math.log(0.5)), (" ", math.log(0.2))], accepted_tokens("Yes", "object"))
     assert value["probability"] == value["with_space"] == pytest.approx(0.5)
-
-
-PROBABILITIES = {  # item -> (without the space, with it) of each atom
-    "00000": ((0.5, 0.5), (0.2, 0.4), (1.0, 1.0)),
-    "00001": ((0.8, 0.8), (0.0, 0.1), (0.5, 0.5), (0.25, 0.25)),
-}
-
-
-def geneval2_records() -> Records:
-    records = Records()
-    for item, atoms in PROBABILITIES.items():
-        for number, (plain, space) in enumerate(atoms):
-            records.add(item, f"atom {number}", _value={"probability": plain, "with_space": space, "mass": 1.0})
-    return records
 
 
 def test_geneval2_summary_by_hand(tmp_path):

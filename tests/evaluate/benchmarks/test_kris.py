@@ -6,12 +6,12 @@ import json
 import shutil
 
 import pytest
-from benchmark_fixtures import Records, figure_values, load_items, metrics
+from benchmark_fixtures import Records, figure_values, kris_records, load_items, metrics
 
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import prompts, registry
 from ivr_jax.evaluate.benchmarks.interface import ANSWER, State
-from ivr_jax.evaluate.benchmarks.suites.kris import DIMENSIONS, LEVELS, official_score, parts
+from ivr_jax.evaluate.benchmarks.suites.kris import DIMENSIONS, LEVELS, official_score
 
 KRIS = registry.load("kris")
 
@@ -121,23 +121,6 @@ def test_knowledge_is_one_when_the_instruction_failed_in_fixed_alone(items):
     assert figure_values(KRIS, items, records.judged, "fixed")["metric knowledge"] == 0
 
 
-def full_records(items) -> Records:
-    """Every score present: 1 to 5 in turn, the same with the empty instruction but for one point less."""
-    records, turn = Records(), 0
-    for item in items:
-        values = {}
-        for part in parts(item):
-            values[part] = 1 + turn % 5
-            turn += 3
-        records.add(item.key, "quality", quality_score=values["quality"])
-        records.add(item.key, "consistency", consistency_score=values["consistency"])
-        records.add(item.key, "consistency (strict)", consistency_score=max(1, values["consistency"] - 1))
-        for metric in ("instruction", "instruction (strict)"):
-            scores = {f"{part}_score": values[part] for part in values if part in ("instruction", "knowledge")}
-            records.add(item.key, metric, **scores)
-    return records
-
-
 def by_hand(items, records, mode) -> dict[str, list[float]]:
     """(score - 1) x 25 of every single score, by category, written out once more from the contract."""
     found: dict[str, list[float]] = {}
@@ -157,7 +140,7 @@ def by_hand(items, records, mode) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("mode", ["strict", "fixed"])
 def test_the_summary_is_a_flat_mean_over_single_scores(items, mode):
-    records = full_records(items)
+    records = kris_records(items)
     values, scores = figure_values(KRIS, items, records.judged, mode), by_hand(items, records, mode)
     every = [score for group in scores.values() for score in group]
     assert len(every) == 21 * 3 + 11  # four scores for Social, Natural and Logical, three else
@@ -182,7 +165,7 @@ def test_two_scores_worked_out_on_paper(items):
 
 
 def test_result_files_hold_whole_numbers_that_summarise_to_the_same_figure(items):
-    records = full_records(items)
+    records = kris_records(items)
     files = KRIS.result_files(items, records.judged, "ours", "judge")
     assert len(files) == 20
     chemistry = json.loads(files["ours/chemistry/metrics.json"])

@@ -9,7 +9,18 @@ import math
 
 import numpy as np
 import pytest
-from benchmark_fixtures import Records, figure_values, load_items, metrics, picture
+from benchmark_fixtures import (
+    OMNI_SCORES,
+    figure_values,
+    gedit_records,
+    imgedit_records,
+    load_items,
+    metrics,
+    omni_records,
+    picture,
+    rise_records,
+    wise_records,
+)
 
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import prompts, registry
@@ -65,22 +76,6 @@ def test_two_images_for_one_prompt_are_refused(tmp_path):
 
 
 # -- OmniContext --
-
-
-OMNI_SCORES = {  # task -> (PF, SC, PF as strict asks it)
-    "single_character/k0": (9, 4, 9), "single_character/k1": (8, 8, 8), "multi_object/k2": (10, 0, 10),
-    "scene_object/k3": (9, 9, 4),
-}  # fmt: skip
-
-
-def omni_records() -> Records:
-    records = Records()
-    for key, (following, consistency, strict) in OMNI_SCORES.items():
-        records.add(key, "PF", score=following)
-        records.add(key, "SC", score=consistency)
-        if key.startswith("scene"):
-            records.add(key, "PF (strict)", score=strict)
-    return records
 
 
 def test_omnicontext_takes_english_alone_and_shows_references_before_the_result(tmp_path):
@@ -171,9 +166,7 @@ def test_wise_areas_come_from_subcategory_category_or_file():
 
 def test_wise_summary_by_hand_and_from_the_result_files(tmp_path):
     items = load_items(WISE, tmp_path)
-    records = Records()
-    for key, score in {"1": 1, "2": 0, "401": 1, "568": 0, "701": 1, "801": 1, "901": 0}.items():
-        records.add(key, "right", score=score)
+    records = wise_records()
     for mode in ("strict", "fixed"):
         values = figure_values(WISE, items, records.judged, mode)
         assert values["Overall"] == pytest.approx(0.40 * 0.5 + 0.12 * (1 + 0 + 1 + 1 + 0), abs=1e-12)
@@ -196,21 +189,6 @@ def test_the_legacy_files_of_wise_are_refused(tmp_path):
 
 
 # -- RISEBench --
-
-
-def rise_records() -> Records:
-    records = Records()
-    for key, reasoning, consistency, quality in (
-        ("temporal_reasoning/temporal_reasoning_1", 5, 5, 5),
-        ("temporal_reasoning/temporal_reasoning_2", 5, None, 5),  # consistency is not asked
-        ("causal_reasoning/causal_reasoning_1", 5, 4, 5),
-        ("spatial_reasoning/spatial_reasoning_1", 1, 3, 5),
-        ("logical_reasoning/logical_reasoning_1", 1, 1, None),  # 0 or 1
-    ):
-        for metric, score in (("reasoning", reasoning), ("consistency", consistency), ("quality", quality)):
-            if score is not None:
-                records.add(key, metric, score=score)
-    return records
 
 
 def test_rise_asks_what_the_category_needs_and_shows_what_it_should(tmp_path):
@@ -260,13 +238,6 @@ def test_a_missing_sub_score_is_no_failure(tmp_path):
 # -- ImgEdit --
 
 
-def imgedit_records() -> Records:
-    records = Records()
-    for key, scores in {"1000": (5, 4, 4), "1001": (3, 3, 2), "1002": (1, 1, 1)}.items():
-        records.add(key, "edit", **dict(zip(("following", "naturalness", "integrity"), scores, strict=True)))
-    return records
-
-
 def test_imgedit_rounds_twice_in_strict_alone(tmp_path):
     items = load_items(IMGEDIT, tmp_path)
     strict = figure_values(IMGEDIT, items, imgedit_records().judged, "strict")
@@ -301,19 +272,6 @@ def test_imgedit_result_files_by_the_official_rule(tmp_path):
 
 
 # -- GEdit --
-
-
-def gedit_records() -> Records:
-    records = Records()
-    for key, semantics, quality in (
-        ("color_alter/en/k0", (9, 4), (9, 9)),  # 4, 9: 6
-        ("color_alter/en/k1", (8, 8), (2, 9)),  # 8, 2: 4
-        ("subject-add/en/k2", (9, 10), (9, 9)),  # 9, 9: 9
-        ("color_alter/cn/k3", (0, 9), (9, 9)),  # 0
-    ):
-        records.add(key, "semantics", **dict(zip(("success", "preservation"), semantics, strict=True)))
-        records.add(key, "quality", **dict(zip(("naturalness", "artifacts"), quality, strict=True)))
-    return records
 
 
 def test_gedit_summary_by_hand(tmp_path):

@@ -32,6 +32,7 @@ class GEdit(Benchmark):
     name = "gedit"
     title = "GEdit-Bench"
     headline = "en overall"
+    top = 10.0
     official_judge = "gpt-4.1"
     notes = ("Each figure is the unweighted mean of the eleven tasks; an item is the root of semantics x quality.",)
 

@@ -122,7 +122,9 @@ class GenEval(Benchmark):
     title = "GenEval"
     samples = 4
     headline = "Overall"
+    top = 1.0
     official_judge = f"{OFFICIAL_DETECTOR} with CLIP ViT-L/14"
+    judges = ("detector", "chat")
     count = 553
     decimals = 4
     notes = ("Overall is the unweighted mean of the six tags. Figures on rewritten prompts are another column.",)

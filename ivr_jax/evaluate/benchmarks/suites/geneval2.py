@@ -43,6 +43,7 @@ class GenEval2(Benchmark):
     name = "geneval2"
     title = "GenEval2"
     headline = "AM"
+    top = 100.0
     official_judge = "Qwen3-VL-8B-Instruct"
     count = 800
     notes = (

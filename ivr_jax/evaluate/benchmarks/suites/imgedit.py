@@ -25,6 +25,7 @@ class ImgEdit(Benchmark):
     name = "imgedit"
     title = "ImgEdit-Bench"
     headline = "Overall"
+    top = 5.0
     official_judge = "gpt-4o"
     count = 737
     notes = ("Overall is the unweighted mean of the edit types.",)

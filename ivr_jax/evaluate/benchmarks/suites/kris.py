@@ -68,6 +68,7 @@ class Kris(Benchmark):
     name = "kris"
     title = "KRIS-Bench"
     headline = "Overall"
+    top = 100.0
     official_judge = "gpt-4o-2024-11-20"
     count = 1267
     notes = ("Averages are flat means over single scores, (score - 1) x 25.",)

@@ -44,6 +44,7 @@ class OmniContext(Benchmark):
     name = "omnicontext"
     title = "OmniContext"
     headline = "Average"
+    top = 10.0
     official_judge = "gpt-4.1"
     notes = (
         "The official scripts replace an unreadable reply by a random score; here it is missing.",

@@ -43,6 +43,7 @@ class Rise(Benchmark):
     name = "rise"
     title = "RISEBench"
     headline = "Accuracy"
+    top = 100.0
     official_judge = "gpt-4.1-2025-04-14"
     count = 360
     decimals = 1

@@ -25,6 +25,7 @@ class Wise(Benchmark):
     name = "wise"
     title = "WISE (verified)"
     headline = "Overall"
+    top = 1.0
     official_judge = "Qwen3.5-35B-A3B"
     count = 1000
     decimals = 3
