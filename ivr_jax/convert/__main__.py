@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -242,24 +243,50 @@ def add_flags(values: flags.FlagValues) -> None:
 
 
 def main(call: cli.Call) -> None:
-    source_form, target_form = call.flags["from"].value, call.flags["to"].value
-    paths = call.flags.from_path, call.flags.to_path
-    if not all(paths) or {source_form, target_form} != set(FORMS):
+    forms = {name: call.flags[name].value for name in ("from", "to")}
+    if not (call.flags.from_path and call.flags.to_path) or set(forms.values()) != set(FORMS):
         raise UserError("which way to convert is not clear.",
                         "Write --from=orbax DIR --to=hf DIR, or --from=hf DIR --to=orbax DIR.")
-    source, target = Path(paths[0]).expanduser(), Path(paths[1]).expanduser()
-    if source.resolve().is_relative_to(target.resolve()):
-        raise UserError(f"{target} holds what is to be converted, and would be replaced.", "Name another folder.")
-    exported = source_form == "orbax"
-    read = read_orbax(source) if exported else read_hf(source, call.flags.param_dtype, call.flags.vocab_multiple)
-    with files.NewFolder(target, overwrite=call.flags.overwrite) as folder:
+    given = {name: getattr(call.flags, name) for name in ("model_type", "dtype", "vocab_multiple", "param_dtype")}
+    convert_checkpoint(call.flags.from_path, call.flags.to_path, forms["to"], overwrite=call.flags.overwrite, **given)
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    to: str,
+    *,
+    overwrite: bool = False,
+    model_type: str | None = None,
+    dtype: str | None = None,
+    vocab_multiple: int = 1,
+    param_dtype: str = "float32",
+) -> None:
+    """Converts a backbone or an image tokenizer, a part of a tensor at a time, and prints the certificate.
+
+    Args:
+      source: a workdir or step folder (`to="hf"`), or a folder with safetensors and its config (`to="orbax"`).
+      target: the new folder; it appears when it is complete and its certificate holds.
+      to: "hf" (safetensors, as transformers loads them) or "orbax" (a workdir that training starts from).
+      overwrite: replace `target` if it exists.
+      model_type, dtype: of an export, see `--help`; vocab_multiple, param_dtype: of an import.
+
+    Raises:
+      UserError: a damaged or unknown checkpoint, no space, a certificate that does not hold; nothing new is left.
+    """
+    origin, new = Path(source).expanduser(), Path(target).expanduser()
+    if origin.resolve().is_relative_to(new.resolve()):
+        raise UserError(f"{new} holds what is to be converted, and would be replaced.", "Name another folder.")
+    exported = to == "hf"
+    read = read_orbax(origin) if exported else read_hf(origin, param_dtype, vocab_multiple)
+    with files.NewFolder(new, overwrite=overwrite) as folder:
         with shown(read) as model:
             if exported:
-                write_hf(model, folder, call.flags.model_type, call.flags.dtype)
+                write_hf(model, folder, model_type, dtype)
             else:
-                write_orbax(model, folder, target)
+                write_orbax(model, folder, new)
         model = read if exported else read_orbax(folder)
-        report(certificate(model, folder if exported else source), model, target, exported)
+        report(certificate(model, folder if exported else origin), model, new, exported)
 
 
 def check(found: Mapping[str, Any], target: Path, exact: bool, exported: bool) -> None:

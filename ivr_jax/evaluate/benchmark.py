@@ -15,7 +15,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.report.answers import Answer, make_answer
 from ivr_jax.rewards import functions as reward_functions
-from ivr_jax.rewards.judge import Judged, judge_answers
+from ivr_jax.rewards.judge import Judged, components, judge_answers
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer as DrawnAnswer
@@ -94,22 +94,10 @@ def to_answer(
     if drawn is None:
         return Answer(task.sample, None, error, rewards={"format": 0.0}, split=split)
     trajectory = drawn.trajectory
-    outcome = float(reward_functions.outcome(np.asarray(judged.scores), rewards))
-    total = reward_functions.total(
-        np.float32(outcome),
-        np.float32(judged.format),
-        np.float32(judged.step or 0.0),
-        np.bool_(judged.step is not None),
-        rewards,
-        np.float32(judged.reflection or 0.0),
-        np.bool_(judged.reflection is not None),
-    )
-    components = {"outcome": outcome, "format": judged.format, "total": float(total)}
-    optional = {"step": judged.step, "reflection": judged.reflection}
-    components |= {name: value for name, value in optional.items() if value is not None}
+    parts = {name: value for name, value in components(judged, rewards).items() if value is not None}
     exact = WorldAnalyzer().exact_all(
         [task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images]
     )
     return make_answer(
-        trajectory, drawn.segments, truth=judged.truth, exact=exact, rewards=components, split=split
+        trajectory, drawn.segments, truth=judged.truth, exact=exact, rewards=parts, split=split
     )

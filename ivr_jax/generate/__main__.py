@@ -11,14 +11,10 @@ stopped goes on where it was.  An imported checkpoint needs --text_tokenizer and
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -27,16 +23,14 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
 from ivr_jax.generate import requests as requests_lib
 from ivr_jax.generate.answer_folder import PAGE, InterleavedAnswer, check_writable, read_about, write_answer
-from ivr_jax.generate.requests import Prepared, Request
-from ivr_jax.protocol import interleaved
-from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
+from ivr_jax.generate.answering import MODES, Answering, make_answering
+from ivr_jax.generate.requests import Request
+from ivr_jax.protocol.grammar import INTERLEAVED
 from ivr_jax.sampling.batch import Usage
-from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
-from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
-from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, TASKS, Mode
+from ivr_jax.sampling.rollout import Answer
+from ivr_jax.trajectory import TASKS
 
-MODES = tuple(mode.value for mode in Mode)
 SAMPLING = {  # flag -> field of SamplingOptions
     "temperature": "temperature", "image_temperature": "image_temperature", "cfg": "guidance",
     "image_cfg": "image_guidance", "text_top_k": "text_top_k", "text_top_p": "text_top_p",
@@ -82,74 +76,17 @@ def add_flags(values: flags.FlagValues) -> None:
     number("text_cap", 0, "most tokens of one free text; 0: 64 with the micro tokenizer, else 512")
 
 
-@dataclasses.dataclass(frozen=True)
-class Answering:
-    """A loaded model and how it shall answer; `about` is recorded with every answer."""
-
-    system: systems.System
-    grammar: Grammar
-    sampling: SamplingOptions
-    area: int
-    length: int
-    about: dict[str, Any]
-
-    def answer(
-        self, request: Request, watch: Callable[[Usage], None] | None = None
-    ) -> tuple[Answer | InterleavedAnswer, int]:
-        """The answer and its number of tokens.  Raises UserError when it does not come to an end.
-
-        `watch`: called with what it has cost so far while it is drawn.
-        """
-        prepared = requests_lib.prepare(request, self.system, self.area)
-        rollout = roll_out(
-            self.system,
-            self.grammar,
-            [prepared.sample],
-            [prepared.images],
-            jax.random.key(request.seed),
-            requests_lib.room(prepared, self.system, self.length, self.area),
-            self.sampling,
-            size=prepared.size,
-            engine=EngineOptions(growth=1),  # one answer: one program to compile
-            watch=watch,
-        )
-        tokens = int(rollout.samples.lengths[0])
-        if not np.isfinite(rollout.samples.log_probs).all():
-            raise UserError(
-                "the model's scores are not numbers: its weights hold NaN or infinity.",
-                "Use another step of the run, or convert the weights again.",
-            )
-        if self.grammar.options.modes == (INTERLEAVED,):
-            return self._interleaved(prepared, rollout), tokens
-        if rollout.answers[0] is None:
-            raise UserError(
-                f"the answer to {request.key!r} did not come to an end: {rollout.errors[0]}",
-                "Raise --answer_length, or try another --seed.",
-            )
-        return rollout.answers[0], tokens
-
-    def _interleaved(self, prepared: Prepared, rollout: Rollout) -> InterleavedAnswer:
-        parts, finished = interleaved.parse_interleaved(self.system.tokenizer, rollout.answer_tokens(0))
-        drawn = self.system.codec.decode([part.codes for part in parts if part.codes is not None])
-        return InterleavedAnswer(prepared.sample, parts, tuple(drawn), finished, prepared.images)
-
-    def about_request(self, request: Request) -> dict[str, Any]:
-        return {**self.about, **dataclasses.asdict(request), "images": list(request.images)}
-
-
 def load(wanted: flags.FlagValues) -> Answering:
     system = systems.load(wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer)
-    trained_here = "vocabulary" in system.meta
-    modes = tuple(dict.fromkeys(wanted.mode)) or (MODES if trained_here else (INTERLEAVED,))
-    cap = wanted.text_cap or (64 if system.meta.get("text_tokenizer") == systems.MICRO else 512)
-    options = GrammarOptions(modes=modes, max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=cap)
-    sampling = SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()})
-    about = {
-        "checkpoint": wanted.checkpoint, "modes": list(modes), "text_cap": cap, "image_area": wanted.image_area,
-        "answer_length": wanted.answer_length, **{flag: getattr(wanted, flag) for flag in SAMPLING},
-    }  # fmt: skip
-    grammar = Grammar(system.tokenizer, options)
-    return Answering(system, grammar, sampling, wanted.image_area, wanted.answer_length, about)
+    return make_answering(
+        system,
+        SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()}),
+        wanted.mode,
+        image_area=wanted.image_area,
+        answer_length=wanted.answer_length,
+        text_cap=wanted.text_cap,
+        about={"checkpoint": wanted.checkpoint, **{flag: getattr(wanted, flag) for flag in SAMPLING}},
+    )
 
 
 def main(call: cli.Call) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from ivr_jax.checkpoints.system import System
 from ivr_jax.errors import UserError
-from ivr_jax.images import fit, fitted_size, image_name, load_image
+from ivr_jax.images import Pixels, fit, fitted_size, image_name, load_image
 from ivr_jax.protocol import codec as codec_lib
 from ivr_jax.protocol import markers
 from ivr_jax.protocol.grammar import FREE
@@ -33,11 +33,11 @@ _KINDS = {"prompt": str, "image": (str, list), "task": str, "aspect_ratio": str,
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request: `images` are paths of the references, in order; see the module's text for the rest."""
+    """One request: `images` are the references in order, paths or pixels; see the module's text for the rest."""
 
     key: str
     prompt: str
-    images: tuple[str, ...] = ()
+    images: tuple[str | Pixels, ...] = ()
     task: str = ""
     aspect_ratio: str = AUTO
     seed: int = 0
@@ -144,12 +144,13 @@ def prepare(request: Request, system: System, area: int = 0) -> Prepared:
     area = area or config.resolution**2
     images, names, shapes = {}, [], []
     for file in request.images:
-        whole = load_image(file)
+        whole = load_image(file) if isinstance(file, str) else file
         pixels = fit(whole, area, config.factor)
         rows, columns = (side // config.factor for side in pixels.shape[:2])
         if max(rows, columns) > MAX_CELLS:
+            named = file if isinstance(file, str) else "a reference"
             raise UserError(
-                f"{file} is too long and narrow: {whole.shape[1]}x{whole.shape[0]} pixels.",
+                f"{named} is too long and narrow: {whole.shape[1]}x{whole.shape[0]} pixels.",
                 f"Crop it; at its area a side may take {MAX_CELLS} cells of {config.factor} pixels.",
             )
         names.append(image_name(pixels))

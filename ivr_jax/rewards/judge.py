@@ -13,9 +13,11 @@ import numbers
 from collections.abc import Awaitable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ivr_jax.images import Images
 from ivr_jax.interfaces import Analyzer, ServiceFailed
-from ivr_jax.rewards.functions import PAPER, RewardOptions, rescale
+from ivr_jax.rewards.functions import PAPER, RewardOptions, outcome, rescale, total
 from ivr_jax.trajectory import AXES, Evaluation, Reflection, Step, Trajectory
 
 
@@ -163,3 +165,38 @@ def in_range(value: Any, low: float, high: float) -> bool:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def score_answer(
+    trajectory: Trajectory,
+    images: Images,
+    analyzer: Analyzer,
+    options: RewardOptions = PAPER,
+    format_reward: float = 1.0,
+) -> dict[str, float | None]:
+    """Reward components of one parsed answer, judged by `analyzer` (blocking; see `judge_answer` for many at a time).
+
+    Args:
+      trajectory: the answer; images: uint8 [height, width, 3] of its sources and generated images, by name.
+      options: weights and rules, `PAPER` or `RELEASED` of `ivr_jax.rewards.functions`, or your own.
+      format_reward: R_f of the answer; a parsed answer of the strict grammar has 1.
+
+    Returns:
+      `outcome`, `format`, `step`, `reflection` and `total`, in [0, 1]; a component that does not apply, or whose
+      judgement failed, is None, and so is the total of an answer with a missing judgement.
+    """
+    judged = asyncio.run(judge_answer(analyzer, trajectory, images, options=options, format_reward=format_reward))
+    return components(judged, options)
+
+
+def components(judged: Judged, options: RewardOptions) -> dict[str, float | None]:
+    """`outcome`, `format`, `step`, `reflection` and `total` of one judged answer; None where missing or absent."""
+    parts = {"format": judged.format, "step": judged.step, "reflection": judged.reflection}
+    if not judged.present:
+        return {"outcome": None, **parts, "total": None}
+    scored = outcome(np.asarray(judged.scores, np.float32), options)
+    step, reflection = (
+        (np.float32(value or 0.0), np.bool_(value is not None)) for value in (judged.step, judged.reflection)
+    )
+    reward = total(scored, np.float32(judged.format), *step, options, *reflection)
+    return {"outcome": float(scored), **parts, "total": float(reward)}
