@@ -1,8 +1,9 @@
 """Safetensors files, one part of a tensor in memory at a time, in both directions.
 
-The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header that gives each tensor's dtype,
-shape and [begin, end) in the data, then the data.  Written and read here directly, so that neither a file nor a large
-tensor ever stands in memory whole and a mapped file never counts as memory; nothing in it is ever executed.
+Reading is the safetensors library's (`safe_open` and slices); a file is opened for each read, so that what is mapped of
+it does not add up in memory.  The library can only write tensors that are in memory whole, so the files are written
+here: 8 bytes little-endian header length, a JSON header that gives each tensor's dtype, shape and [begin, end) in the
+data, then the data.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
 from ivr_jax.checkpoints.lazy import PART_BYTES, Index
 from ivr_jax.errors import UserError
@@ -29,38 +31,42 @@ DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_HEADER_LIMIT = 100_000_000
 INDEX = "model.safetensors.index.json"
 _AGAIN = "Download or export the checkpoint again."
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `read` fetches it or a part of it, nothing is kept."""
+    """A tensor of a file; `read` fetches it or a part of it, nothing is kept."""
 
     name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int
 
     def read(self, index: Index = ()) -> np.ndarray:
-        """A fresh array of `dtype`: the tensor, or its part at `index` (a slice an axis, with start and stop)."""
-        if not index:
-            return self._rows(0, self.shape[0] if self.shape else 1).reshape(self.shape)
-        first, rest = index[0], index[1:]
-        if all((part.start, part.stop) == (0, size) for part, size in zip(rest, self.shape[1:], strict=True)):
-            return self._rows(first.start, first.stop)
-        found = np.empty([part.stop - part.start for part in index], self.dtype)
-        for start, stop in row_blocks(self.shape, self.dtype.itemsize, first.start, first.stop):
-            found[start - first.start : stop - first.start] = self._rows(start, stop)[(slice(None), *rest)]
-        return found
+        """A fresh array of `dtype`: the tensor, or its part at `index` (a slice for each axis, with start and stop).
 
-    def _rows(self, start: int, stop: int) -> np.ndarray:
-        entries = math.prod(self.shape[1:])
-        offset = self.offset + start * entries * self.dtype.itemsize
-        flat = np.fromfile(self.file, self.dtype, (stop - start) * entries, offset=offset)
-        return flat.reshape(stop - start, *self.shape[1:])
+        Raises UserError when the file is gone or damaged.
+        """
+        size = tuple(part.stop - part.start for part in index)
+        if 0 in size:  # the library refuses one that starts where the tensor ends
+            return np.empty(size, self.dtype)
+        with _opened(self.file) as file:
+            if not self.shape:
+                return file.get_tensor(self.name)
+            return file.get_slice(self.name)[index or (slice(None),)]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.", _AGAIN) from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}).", _AGAIN) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +99,11 @@ class PlannedTensor:
             yield part
 
 
-def row_blocks(
-    shape: tuple[int, ...], itemsize: int, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, int]]:
+def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
     """Bounds of consecutive runs of rows, `PART_BYTES` or one row each; a tensor without axes is one row."""
-    stop = (shape[0] if shape else 1) if stop is None else stop
+    stop = shape[0] if shape else 1
     rows = max(1, PART_BYTES // max(1, itemsize * math.prod(shape[1:])))
-    for first in range(start, stop, rows):
+    for first in range(0, stop, rows):
         yield first, min(first + rows, stop)
 
 
@@ -117,36 +121,16 @@ def _bytes(array: np.ndarray) -> memoryview:
 
 def open_file(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name. UserError when it is missing, truncated or not a safetensors file."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing.", _AGAIN)
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(_HEADER_LIMIT, size - 8):
-            raise UserError(f"{path} is truncated or no safetensors file.", _AGAIN)
-        try:
-            header = json.loads(stream.read(length))
-            entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-            tensors = [_stored(path, name, entry, 8 + length, size) for name, entry in entries]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path} has a broken header ({error}).", _AGAIN) from None
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _stored(path: Path, name: str, entry: Mapping, start: int, size: int) -> StoredTensor:
-    if entry["dtype"] not in DTYPES:
-        raise UserError(f"tensor {name} in {path} has dtype {entry['dtype']}.",
-                        f"Only {', '.join(DTYPES)} can be read; convert the checkpoint first.")
-    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
-        raise ValueError(f"tensor {name}: shape {shape}, offsets {begin}…{end}")
-    if end - begin != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"tensor {name}: {end - begin} bytes for shape {shape}")
-    if start + end > size:
-        raise UserError(f"tensor {name} in {path} is truncated: it should end at byte {start + end}, "
-                        f"the file has {size}.", _AGAIN)
-    return StoredTensor(name, path, dtype, shape, start + begin)
+    tensors = {}
+    with _opened(path) as file:
+        for name in file.keys():
+            part = file.get_slice(name)
+            code = part.get_dtype()
+            if code not in DTYPES:
+                raise UserError(f"tensor {name} in {path} has dtype {code}.",
+                                f"Only {', '.join(DTYPES)} can be read; convert the checkpoint first.")
+            tensors[name] = StoredTensor(name, path, DTYPES[code], tuple(part.get_shape()))
+    return tensors
 
 
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
