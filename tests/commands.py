@@ -71,7 +71,7 @@ def environment(devices: int = 1, measured: bool = False) -> dict[str, str]:
     here = Path(__file__).resolve().parent
     kept = {name: text for name, text in os.environ.items() if measured or not name.startswith("COVERAGE_PROCESS")}
     if devices > 1:
-        kept["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
+        kept["XLA_FLAGS"] = kept.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     return {**kept, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
 
 
