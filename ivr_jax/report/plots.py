@@ -1,27 +1,38 @@
-"""Plots, twice: SVG inside the page (sharp on a phone, light or dark with it) and PNG files beside it (matplotlib).
+"""Plots, drawn by matplotlib: as SVG inside a page, in the colours of its style sheet, and as PNG files beside it.
 
 Two kinds: the curve of one metric over training steps, and estimates with their intervals, group by group and arm by
-arm.  The SVG carries class names only; colours come from the page's style sheet.
+arm.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ivr_jax.report.intervals import Estimate
 
 ARM_COLOURS = ("#8b8f98", "#c08a2b", "#2f6f8f", "#7a5aa6", "#4f8a5b", "#b3543f")
-_INK, _FAINT = "#22262b", "#d9d9d4"
+_INK, _FAINT, _MEAN = "#22262b", "#d9d9d4", "#2f6f90"
 _MAX_POINTS = 240
+# Colours of the drawings -> variables of report.css.
+_PAGE_COLOURS = {colour: f"--arm{number}" for number, colour in enumerate(ARM_COLOURS)}
+_PAGE_COLOURS |= {_INK: "--muted", _FAINT: "--line", _MEAN: "--accent"}
+# Style rules for the whole page, and ids that every figure has; markers keep theirs, which are hashes.
+_PAGE_WIDE = re.compile(r'<defs>\s*<style.*?</style>\s*</defs>|(?<=<g) id="[^"]*"', re.DOTALL)
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,96 +89,6 @@ def short(value: float) -> str:
     return f"{value:.2g}".replace("-", "\u2212")
 
 
-class _Frame:
-    """Maps data to the view box of an SVG plot and draws its grid."""
-
-    left, right, top, bottom = 46, 10, 10, 22
-
-    def __init__(self, width: int, height: int, x: tuple[float, float], y: tuple[float, float]):
-        self.width, self.height = width, height
-        self.x, self.y = x, y if y[1] > y[0] else (y[0] - 0.5, y[0] + 0.5)
-
-    def at_x(self, value: float) -> float:
-        span = self.x[1] - self.x[0]
-        share = (value - self.x[0]) / span if span else 0.5
-        return round(self.left + share * (self.width - self.left - self.right), 1)
-
-    def at_y(self, value: float) -> float:
-        share = (value - self.y[0]) / (self.y[1] - self.y[0])
-        return round(self.height - self.bottom - share * (self.height - self.top - self.bottom), 1)
-
-    def y_grid(self, percent: bool) -> list[Markup]:
-        lines = []
-        for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(*self.y):
-            if self.y[0] - 1e-12 <= tick <= self.y[1] + 1e-12:
-                at, label = self.at_y(tick), f"{tick:.0%}" if percent else short(float(tick))
-                lines.append(
-                    Markup(
-                        '<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/><text x="{}" y="{}" '
-                        'text-anchor="end">{}</text>'
-                    ).format(self.left, self.width - self.right, at, at, self.left - 5, at + 3.5, label)
-                )
-        return lines
-
-    def x_label(self, x: float, label: str, anchor: str = "middle") -> Markup:
-        return Markup('<text x="{}" y="{}" text-anchor="{}">{}</text>').format(x, self.height - 6, anchor, label)
-
-    def svg(self, label: str, parts: Sequence[str]) -> Markup:
-        head = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-            self.width, self.height, label
-        )
-        return head + Markup("").join(parts) + Markup("</svg>")
-
-
-def curve_svg(curve: Curve) -> Markup:
-    """The curve as an SVG element: raw values faint, their running mean on top."""
-    steps, values = thin(curve)
-    frame = _Frame(320, 160, (float(steps[0]), float(steps[-1])), (float(values.min()), float(values.max())))
-    parts = frame.y_grid(percent=False)
-    if len(steps) == 1:
-        parts.append(
-            Markup('<circle class="mean" cx="{}" cy="{}" r="3"/>').format(frame.at_x(steps[0]), frame.at_y(values[0]))
-        )
-    else:
-        for kind, line in (("raw", values), ("mean", smooth(values))):
-            points = " ".join(f"{frame.at_x(x)},{frame.at_y(y)}" for x, y in zip(steps, line, strict=True))
-            parts.append(Markup('<polyline class="{}" points="{}"/>').format(kind, points))
-    parts.append(frame.x_label(frame.left, f"step {curve.steps[0]}", "start"))
-    if curve.steps[-1] != curve.steps[0]:
-        parts.append(frame.x_label(frame.width - frame.right, str(curve.steps[-1]), "end"))
-    return frame.svg(f"{curve.name}, from {short(curve.values[0])} to {short(curve.values[-1])}", parts)
-
-
-def interval_svg(plot: IntervalPlot) -> Markup:
-    """Estimates with whiskers, one dot for each group and arm, an arm's dots joined by a line."""
-    count = len(plot.series)
-    frame = _Frame(440, 230, (-0.5, len(plot.groups) - 0.5), _y_range(plot))
-    parts = frame.y_grid(plot.percent)
-    parts += [frame.x_label(frame.at_x(index), group) for index, group in enumerate(plot.groups)]
-    for number, line in enumerate(plot.series):
-        colour, dots = f"arm{number % len(ARM_COLOURS)}", []
-        for index, estimate in enumerate(line.estimates):
-            if estimate is None or estimate["value"] is None:
-                continue
-            x = frame.at_x(index + _offset(number, count))
-            dots.append((x, frame.at_y(estimate["value"])))
-            if estimate["low"] is not None:
-                parts.append(
-                    Markup('<line class="whisker {}" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
-                        colour, x, x, frame.at_y(estimate["low"]), frame.at_y(estimate["high"])
-                    )
-                )
-        points = " ".join(f"{x},{y}" for x, y in dots)
-        parts.append(Markup('<polyline class="{}" points="{}"/>').format(colour, points))
-        parts += [
-            Markup('<circle class="{}" cx="{}" cy="{}" r="3.6"><title>{}</title></circle>').format(
-                colour, x, y, line.arm
-            )
-            for x, y in dots
-        ]
-    return frame.svg(plot.title, parts)
-
-
 def _offset(number: int, count: int) -> float:
     """Where arm `number` of `count` stands beside the middle of its group."""
     return (number - (count - 1) / 2) * min(0.12, 0.6 / count)
@@ -183,6 +104,53 @@ def _y_range(plot: IntervalPlot) -> tuple[float, float]:
     return (low - 0.08 * (high - low), high + 0.08 * (high - low)) if high > low else (low - 0.5, high + 0.5)
 
 
+def draw_curve(axes: Axes, curve: Curve) -> None:
+    """The curve: values faint, their running mean on top; a single value as a dot."""
+    steps, values = thin(curve)
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, values, color=_MEAN, alpha=0.35, linewidth=1, marker=marker)
+    axes.plot(steps, smooth(values), color=_MEAN, linewidth=1.6)
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    dress(axes)
+
+
+def draw_intervals(axes: Axes, plot: IntervalPlot) -> None:
+    """Estimates with whiskers, one dot for each group and arm, an arm's dots joined by a line."""
+    for number, line in enumerate(plot.series):
+        shown = [
+            (index + _offset(number, len(plot.series)), e)
+            for index, e in enumerate(line.estimates)
+            if e is not None and e["value"] is not None
+        ]
+        below = [e["value"] - e["low"] if e["low"] is not None else 0.0 for _, e in shown]
+        above = [e["high"] - e["value"] if e["high"] is not None else 0.0 for _, e in shown]
+        axes.errorbar(
+            [x for x, _ in shown], [e["value"] for _, e in shown], yerr=[below, above], marker="o", markersize=4.5,
+            linewidth=1.4, elinewidth=1, capsize=0, color=ARM_COLOURS[number % len(ARM_COLOURS)],
+            label=_plain(line.arm),
+        )  # fmt: skip
+    axes.set_xticks(range(len(plot.groups)), [_plain(group) for group in plot.groups])
+    axes.set_ylim(*_y_range(plot))
+    if plot.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    dress(axes)
+
+
+def curve_svg(curve: Curve) -> Markup:
+    """The curve as an SVG element."""
+    figure, axes = new_figure(3.2, 1.7)
+    draw_curve(axes, curve)
+    return _svg(figure, f"{curve.name}, from {short(curve.values[0])} to {short(curve.values[-1])}")
+
+
+def interval_svg(plot: IntervalPlot) -> Markup:
+    """The plot as an SVG element; its legend stands on the page."""
+    figure, axes = new_figure(4.4, 2.4)
+    draw_intervals(axes, plot)
+    return _svg(figure, plot.title)
+
+
 def curves_png(path: Path, title: str, curves: Sequence[Curve]) -> None:
     """All `curves` of a stage as small multiples in one PNG file."""
     columns = min(3, len(curves))
@@ -191,54 +159,52 @@ def curves_png(path: Path, title: str, curves: Sequence[Curve]) -> None:
     figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12, color=_INK)
     for index, curve in enumerate(curves):
         axes = figure.add_subplot(rows, columns, index + 1)
-        steps, values = thin(curve)
-        axes.plot(steps, values, color=ARM_COLOURS[2], alpha=0.3, linewidth=1, marker="o" if len(steps) == 1 else None)
-        axes.plot(steps, smooth(values), color=ARM_COLOURS[2], linewidth=1.6)
         axes.set_title(_plain(curve.name), loc="left", fontsize=9, color=_INK)
-        dress(axes)
-    FigureCanvasAgg(figure).print_png(str(path))
+        draw_curve(axes, curve)
+    save_figure(path, figure)
 
 
 def interval_png(path: Path, plot: IntervalPlot) -> None:
     """The plot of `interval_svg` as a PNG file."""
-    figure = Figure(figsize=(6.4, 3.6), dpi=130, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    for number, line in enumerate(plot.series):
-        shown = [
-            (index + _offset(number, len(plot.series)), e)
-            for index, e in enumerate(line.estimates)
-            if e is not None and e["value"] is not None
-        ]
-        x, y = [at for at, _ in shown], [e["value"] for _, e in shown]
-        reach = [
-            [e["value"] - e["low"] if e["low"] is not None else 0.0 for _, e in shown],
-            [e["high"] - e["value"] if e["high"] is not None else 0.0 for _, e in shown],
-        ]
-        axes.errorbar(
-            x,
-            y,
-            yerr=reach,
-            marker="o",
-            markersize=4.5,
-            linewidth=1.4,
-            elinewidth=1,
-            capsize=0,
-            clip_on=False,
-            color=ARM_COLOURS[number % len(ARM_COLOURS)],
-            label=_plain(line.arm),
-        )
-    axes.set_xticks(range(len(plot.groups)), [_plain(group) for group in plot.groups])
-    axes.set_ylim(*_y_range(plot))
-    if plot.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure, axes = new_figure(6.4, 3.6)
     axes.set_title(_plain(plot.title), loc="left", fontsize=11, color=_INK)
+    draw_intervals(axes, plot)
     axes.legend(frameon=False, fontsize=8)
-    dress(axes)
+    save_figure(path, figure)
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A white figure of `width` x `height` inches with one pair of axes."""
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+    return figure, figure.add_subplot()
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes the figure as PNG."""
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def dress(axes) -> None:
-    """The house style: no box, a faint horizontal grid, small ticks."""
+def _svg(figure: Figure, label: str) -> Markup:
+    """The figure as an SVG element in the page's colours, which follow its light or dark style sheet."""
+    figure.patch.set_visible(False)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+    for artist in figure.findobj():
+        artist.set_clip_on(False)  # clip paths are references, which a page with several figures would mix up
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=_NO_METADATA)
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") + len("<svg") :]
+    drawing = _PAGE_WIDE.sub("", drawing)
+    for colour, variable in _PAGE_COLOURS.items():
+        drawing = drawing.replace(colour, f"var({variable})")
+    head = Markup('<svg class="plot" role="img" aria-label="{}"').format(label)
+    return head + Markup(drawing)  # every text in it was escaped by the SVG backend
+
+
+def dress(axes: Axes) -> None:
+    """The common style: no box, a faint horizontal grid, small ticks."""
     axes.grid(axis="y", color=_FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, colors=_INK, length=0)

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ivr_jax.report.plots import ARM_COLOURS, Curve, dress, smooth
+from ivr_jax.report.plots import ARM_COLOURS, Curve, dress, new_figure, save_figure, smooth
 from ivr_jax.reproduce.arm import Arm
 
 _SHOWN = ("base", "sft", "full", "no_step_reward", "no_bonus", "truthful")
@@ -36,8 +34,7 @@ def draw(
     made = []
 
     def plot(stem: str, title: str) -> Axes:
-        figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained", facecolor="white")
-        axes = figure.add_subplot()
+        figure, axes = new_figure(6.4, 4.2)
         axes.set_title(title, loc="left", fontsize=11)
         made.append((title, folder / f"{stem}.png", figure))
         return axes
@@ -67,7 +64,7 @@ def draw(
             axes.legend(frameon=False, fontsize=8)
             dress(axes)
     for _, path, figure in made:
-        FigureCanvasAgg(figure).print_png(str(path))
+        save_figure(path, figure)
     return [(title, path) for title, path, _ in made]
 
 
