@@ -22,12 +22,12 @@ ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce install test lint clean
+.PHONY: help demo reproduce install test test-fast lint docs clean
 
 help:  ## this list
 	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) JOBS=$(JOBS) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed  ## install, then train, evaluate and report the micro model; again: resumes
 	$(BIN)/python -m ivr_jax.demo --workdir=$(WORKDIR)
@@ -40,11 +40,18 @@ install: $(VENV)/.installed  ## only make the environment
 test: lint  ## install, lint, run the tests with coverage
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) --cov --cov-report=term
 
-lint: $(VENV)/.installed-test  ## ruff
+test-fast: $(VENV)/.installed-test  ## tests of pure functions and formats, without models and processes
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+docs: $(VENV)/.installed-test  ## the documentation site in site/, strict
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove the environment, caches and build files; runs/ stays
-	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	rm -rf $(VENV) .cache build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
 
 # An environment is made once, and installed into again when setup.py changes.
 $(VENV)/bin/python:
@@ -59,7 +66,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e .
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[all]'
 	@touch $@
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python

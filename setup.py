@@ -12,39 +12,56 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 
-REQUIREMENTS = [
+REQUIREMENTS = [  # what `train` and `generate` need; everything else is an extra
     "absl-py>=2.5.1",
-    "aiolimiter>=1.3.0",
     "array_record>=0.8.6",
     "clu>=0.0.12",
     "flax>=0.12.8",
     "grain>=0.2.18",
-    "httpx2>=2.16.2",  # the HTTP library that openai brings
-    "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not ask for it
     "jax>=0.10.2",
     "Jinja2>=3.1.6",
-    "matplotlib>=3.11.2",
+    "MarkupSafe>=3.0.3",
     "ml-collections>=1.1.0",
+    "ml_dtypes>=0.5.4",
     "numpy>=2.4.6",
-    "openai[aiohttp]>=3.54.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "Pillow>=13.0.0",
+    "PyYAML>=6.0.3",
     "rich>=15.0.0",
     "safetensors>=0.8.0",
-    "tenacity>=9.2.1",
-    "tensorflow-datasets>=4.9.10",  # tables are written and read without TensorFlow; only `tfds.load` needs it
     "tensorboardX>=2.6.5",
     "tensorstore>=0.1.86",
     "tiktoken>=0.14.0",
     "tqdm>=4.70.1",
-    "transformers>=5.23.0",
 ]
-REVIEW_REQUIREMENTS = ["starlette>=1.10.0", "uvicorn>=0.54.0"]  # the local page of `python -m ivr_jax.review`
-TEST_REQUIREMENTS = [
-    *REVIEW_REQUIREMENTS,
+EXTRAS = {
+    # construction and judges through OpenAI-compatible services
+    "services": [
+        "aiohttp>=3.13.0",
+        "aiolimiter>=1.3.0",
+        "httpx2>=2.16.2",  # the HTTP library that openai brings
+        "openai[aiohttp]>=3.54.0",
+        "tenacity>=9.2.1",
+    ],
+    "report": ["matplotlib>=3.11.2"],  # plots of `report`, `evaluate` and `reproduce`
+    "convert": ["transformers>=5.23.0"],  # logits of an export compared with transformers (with torch)
+    "tfds": [  # tables are written and read without TensorFlow; only `tfds.load` needs it
+        "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not declare it
+        "tensorflow-datasets>=4.9.10",
+    ],
+    "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],  # the local page of `python -m ivr_jax.review`
+}
+ALL = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+DOCS = ["mkdocs-material>=9.8.2,<10", "mkdocstrings[python]>=1.0.8"]
+TEST = [
+    *ALL,
+    *DOCS,
     "dashscope>=2.0.2",  # the public tokenizer and ranks that Emu3.5's are compared with
     "hypothesis>=6.170.15",
+    "ipykernel>=7.4.0",
+    "mypy>=2.4.1,<3",
+    "nbclient>=0.11.0",
     "playwright>=1.65.2",  # drives the Chromium that is installed; it downloads none
     "pytest>=9.2.0",
     "pytest-cov>=7.1.0",
@@ -54,6 +71,8 @@ TEST_REQUIREMENTS = [
     "scikit-learn>=1.9.1",  # the reference for agreement between reviewers
     "torch==2.13.0",  # the independent implementation that exports are compared with; runs on a CPU
     "trl>=1.16.0,<1.17",  # its GRPO trainer is the independent reference of the objective; the tests call its methods
+    "types-PyYAML",
+    "types-tqdm",
 ]
 COMMANDS = {
     "ivr-train": "ivr_jax.train",
@@ -89,6 +108,7 @@ setup(
     packages=[*find_packages(include=["ivr_jax", "ivr_jax.*"]), "ivr_jax.configs"],
     package_dir={"ivr_jax.configs": "configs"},
     package_data={
+        "ivr_jax": ["py.typed"],
         "ivr_jax.services": ["prompts/*.txt"],
         "ivr_jax.review": ["page/*"],
         "ivr_jax.report": ["templates/*"],
@@ -96,8 +116,10 @@ setup(
     },
     install_requires=REQUIREMENTS,
     extras_require={
-        "review": REVIEW_REQUIREMENTS,
-        "test": TEST_REQUIREMENTS,
+        **EXTRAS,
+        "all": ALL,
+        "docs": DOCS,
+        "test": TEST,
         "tpu": ["jax[tpu]>=0.10.2"],
         "tpu-aot": ["libtpu>=0.0.52"],  # the TPU compiler alone, for ivr_jax.compile
         "gpu": ["jax[cuda13]>=0.10.2"],

@@ -22,8 +22,10 @@ def get_config() -> ConfigDict:
     config.image_area = 4096  # imported and listed images are resized to about this many pixels ...
     config.image_multiple = 16  # ... with sides that are multiples of the image tokenizer's factor
     config.baseline = ""  # workdir of the model that draws G1; the generator draws it when empty
-    config.batch = 256
-    config.concurrency = 64  # samples on the way at a time
+    config.image_tokenizer = ""  # of `baseline` and of a generator's checkpoint, where an import does not record them:
+    config.text_tokenizer = ""  # the workdir of an image tokenizer; a folder with an Emu3.5 tokenizer, or "micro"
+    config.batch = 256  # first images by `baseline` drawn at a time, at most
+    config.concurrency = 64  # samples in progress at a time
     config.passes = 1  # readings of the input: a second one takes up what the first left pending
     config.shard = ""  # "i/n": only the samples whose key falls into part i of n (also --shard=i/n); "" takes all
     config.leave_pending = False  # write the dataset although samples are pending

@@ -2,7 +2,8 @@ r"""Evaluation on held-out prompts of the micro-world: the training mixture by n
 manner of GenEval, KRIS-Bench and OmniContext.
 
 The word after the colon holds the answers to one mode: `:base` and `:direct` to direct answers, `:multi_step` to steps
-whatever the first verdict says (the last two on fewer prompts, for the entry gates).
+whatever the first verdict says (the last two on fewer prompts, for the entry gates); `:kinds` asks for single edits,
+some of each kind, answered directly at temperature 0.
 Command: python -m ivr_jax.evaluate --config=configs/micro_evaluate.py --workdir=runs/demo/eval_sft \
     --config.checkpoint=runs/demo/sft
 """
@@ -24,6 +25,7 @@ def get_config(kind: str = "") -> ConfigDict:
     config.prompts = 320
     config.most_edits = 4
     config.each_split = 8
+    config.each_kind = 0  # requests of one edit of each kind
     config.probe_prompts = 96  # held-out requests for the probes of single skills (steps, critiques)
     config.paired_prompts = 320  # of the training mixture, for the paired verdict test
     config.batch = 128  # probes and scored images at a time
@@ -36,15 +38,19 @@ def get_config(kind: str = "") -> ConfigDict:
     if kind:
         config.probe_prompts = 0
         config.paired_prompts = 0
-    if kind in ("base", "direct"):
+    if kind in ("base", "direct", "kinds"):
         config.grammar.modes = ("direct",)
     elif kind == "multi_step":
         config.grammar.modes = ("multi_step",)
         config.grammar.force = True
     elif kind:
         raise UserError(
-            f"micro_evaluate takes base, direct or multi_step, not {kind!r}.", "Write --config=micro_evaluate:base."
+            f"micro_evaluate takes base, direct, multi_step or kinds, not {kind!r}.",
+            "Write --config=micro_evaluate:base.",
         )
     if kind in ("direct", "multi_step"):
         config.prompts, config.each_split = 88, 0
+    if kind == "kinds":
+        config.prompts, config.each_split, config.each_kind, config.most_edits = 88, 0, 16, 1
+        config.sampling.temperature = 0.0
     return config

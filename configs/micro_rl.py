@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
             "check_repeats": 3,
         }
     )
-    config.monitor = ConfigDict(
+    config.watch = ConfigDict(
         {
             "window": 10,
             "least_contrast": 0.1,

@@ -28,9 +28,8 @@ STAGES = {
     "rl": "ivr_jax.training.grpo",
 }
 MAY_CHANGE = (
-    "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "monitor", "gallery",
-    "judge.concurrency", "judge.deadline", "grad_accum_steps", "loss_chunk_tokens",
-    "model.remat", "model.fsdp_over_tensor",
+    "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
+    "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "model.remat", "model.fsdp_over_tensor",
     *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
 COUNTS = (
@@ -54,7 +53,7 @@ def main(call: cli.Call) -> None:
     check_least(config, NOT_NEGATIVE, 0)
     names = ("steps", "log_every", "checkpoint_every", "max_checkpoints", "staging_gib")
     peak = call.flags.peak_tflops and call.flags.peak_tflops * 1e12
-    plan = loop.Plan(**{name: getattr(config, name) for name in names}, profile=call.flags.profile, peak=peak)
+    plan = loop.Plan(**{name: config[name] for name in names}, profile=call.flags.profile, peak=peak)
     distributed.start(call.flags)
     mesh = sharding.mesh_of(config.mesh)
     plan = dataclasses.replace(plan, devices=mesh.devices.size)

@@ -15,10 +15,9 @@ import numpy as np
 
 from ivr_jax.images import image_name
 from ivr_jax.report.answers import Answer, Segment, write_answers
-from ivr_jax.report.collect import write_gates
+from ivr_jax.report.gates import entry_gates, write_gates
 from ivr_jax.report.intervals import share
 from ivr_jax.report.metrics import evaluate, write_evaluation
-from ivr_jax.report.tables import entry_gates
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
 from ivr_jax.world import language
 from ivr_jax.world.edits import run
@@ -219,7 +218,7 @@ def write_workdir(root: Path, count: int, seed: int = 3) -> None:
               for i, mode in enumerate([*Mode, *Mode])]
     write_answers(root / "sft" / "training_samples", samples, studio.images)
     probed = results["eval_sft"] | {"probes": {"step_text": share([True] * 52 + [False]), "critique": share([])}}
-    write_gates(root, entry_gates(results["eval_base"], probed))
+    write_gates(root, entry_gates({"base": results["eval_base"], "sft": probed}))
     rng = np.random.default_rng(seed)
     for stage, last in (("image_tokenizer", 800), ("base", 400), ("sft", 700), ("rl", 90)):
         (root / stage).mkdir(parents=True, exist_ok=True)

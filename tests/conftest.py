@@ -34,5 +34,13 @@ settings.load_profile("repeatable")
 LONGEST = ["test_end_to_end", "test_processes", "test_resume", "test_generate", "test_sharding"]
 
 
+# Pure functions and formats: what `make test-fast` runs.  Everything else carries the marker `slow`.
+FAST = {"protocol", "world", "rewards", "data", "review", "test_import_order", "test_images", "test_cli", "test_readme"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parts = item.path.relative_to(Path(__file__).parent).with_suffix("").parts
+        if parts[0] not in FAST or item.path.stem == "test_browser":
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

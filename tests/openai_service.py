@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ivr_jax.images import image_name
+from ivr_jax.services.config import ServiceConfig
 
 MIXED_FAULTS = (
     "429", "429 later", "500", "503", "hang", "cut", "prose", "seven", "nan", "half", "empty", "html", "no choices"
@@ -219,6 +220,42 @@ class OpenAIService:
             "half": proper[: len(proper) // 2],
             "empty": "",
         }.get(fault, "")
+
+
+def service_config(url: str, **settings: object) -> ServiceConfig:
+    """The settings of a service that gives up soon."""
+    return ServiceConfig(
+        **{
+            "kind": "openai",
+            "base_url": url,
+            "model": "test-model",
+            "key_variable": "TEST_KEY",
+            "app_variable": "",
+            "source": "tests",
+            "checkpoint": "",
+            "temperature": -1.0,
+            "max_tokens": 0,
+            "structured": "auto",
+            "image_side": 512,
+            "size": "auto",
+            "image_reply": "",
+            "in_flight": 16,
+            "requests_per_minute": 0,
+            "tokens_per_minute": 0,
+            "image_tokens": 100,
+            "timeout": 5.0,
+            "tries": 4,
+            "first_wait": 0.001,
+            "longest_wait": 1.0,
+            "breaker_failures": 1000,
+            "breaker_rest": 0.05,
+            "patience": 0.2,
+            "price_in": 2.0,
+            "price_out": 10.0,
+            "price_image": 0.04,
+        }
+        | settings
+    )
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ OVERRIDES = {
     "base": (*TRAIN, *MODEL),
     "eval_base": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
     # An untrained model never draws a right first image, so nothing can fill a quota of direct answers.
+    "eval_kinds": (*ANSWERS, *settings(prompts=1, each_kind=1, batch=16)),
     "construct": settings(
         batch=8, concurrency=4, quotas__direct=0, quotas__reflection=4, quotas__multi_step=4, quotas__evaluation=4
     ),
@@ -68,7 +69,7 @@ OVERRIDES = {
     "eval_rl": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
 }
 TRAINED = ("image_tokenizer", "base", "sft", "rl")
-EVALUATED = ("eval_base", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl")
+EVALUATED = ("eval_base", "eval_kinds", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl")
 
 
 def run_demo(root: Path) -> str:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,22 @@ from tqdm import tqdm
 from ivr_jax import cli
 from ivr_jax.config import check_least, claim_workdir, saved_config
 from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
-from ivr_jax.construct.build_services import ROLES, Crew, hire, rules_from_config, service_sections
+from ivr_jax.construct.build_services import (
+    ROLES,
+    Services,
+    build_services,
+    rules_from_config,
+    service_sections,
+)
 from ivr_jax.construct.inputs import source
 from ivr_jax.construct.released import Problem, iter_released
-from ivr_jax.construct.run import Construction, Pass, Quotas, Status, read_through
+from ivr_jax.construct.run import Construction, Pass, Quotas, Status
 from ivr_jax.construct.shards import Shard, merge
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
 from ivr_jax.services.config import CHANGEABLE
 from ivr_jax.services.journal import Journal
+from ivr_jax.services.service import Service
 from ivr_jax.trajectory import Mode
 
 _ANY_TIME = (  # settings that do not decide what is constructed
@@ -55,37 +62,58 @@ _ANY_TIME = (  # settings that do not decide what is constructed
 _UNTIL_DONE = ("tasks.limit", "quotas")  # and those that only decide when to stop
 _BETWEEN_PARTS = ("shard", "samples", "image_root")  # and those in which the parts of one construction may differ
 PENDING = 3  # exit status: run again
+_SHOWN_EVERY = 1.0  # seconds between two looks at the services, so that the bar moves while everyone waits
 
 
-async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Crew]:
+async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Services]:
     """Reads the input until nothing is pending, but at most `config.passes` times."""
-    read, quarantined, count = source(config, journal)
-    crew = hire(config, journal)
+    drawing = ""  # what the baseline is doing
+
+    def show_drawing(text: str) -> None:
+        nonlocal drawing
+        drawing = text
+
+    inputs = source(config, journal, show_drawing)
+    services = build_services(config, journal)
     wanted = None if config.samples else Shard.parse(config.shard).share(config.quotas.to_dict())
     rules = rules_from_config(config.rules)
-    bar.reset(total=count if wanted is None else sum(wanted.values()))
+    bar.reset(total=inputs.count if wanted is None else sum(wanted.values()))
+    found = Pass()
 
-    def notice(status: Status, found: Pass) -> None:
+    def notice(status: Status, counts: Pass) -> None:
+        nonlocal found
+        found = counts
         done = found.seen if wanted is None else len(found.chosen)
         if status.recorded:
             bar.initial += done - bar.n  # what was known before says nothing about the rate
         bar.update(done - bar.n)
-        bar.set_postfix_str(progress_text(found), refresh=False)
+        show()
 
+    def show(refresh: bool = False) -> None:
+        parts = (progress_text(found), drawing, activity_text(services.remote))
+        bar.set_postfix_str(" | ".join(filter(None, parts)), refresh=refresh)
+
+    async def show_often() -> None:
+        while True:
+            await asyncio.sleep(_SHOWN_EVERY)
+            show(refresh=True)
+
+    display = asyncio.create_task(show_often())
     try:
         for _ in range(config.passes):
             construction = Construction(
-                journal, crew.analyzer, crew.generator, rules, config.concurrency, crew.made_by
+                journal, services.analyzer, services.generator, rules, config.concurrency, services.made_by
             )
             bar.reset()
             bar.initial = 0
-            found = await read_through(construction, read(), Quotas(wanted), notice)
+            found = await construction.run(inputs.entries(), Quotas(wanted), notice)
             if not found.pending or construction.down is not None:
                 break
     finally:
-        await crew.close()
-    found.quarantined = {**quarantined, **found.quarantined}
-    return found, crew
+        display.cancel()
+        await services.close()
+    found.quarantined = {**inputs.quarantined, **found.quarantined}
+    return found, services
 
 
 def progress_text(found: Pass) -> str:
@@ -96,6 +124,18 @@ def progress_text(found: Pass) -> str:
     others += [f"{name} {len(kind)}" for name, kind in
                (("pending", found.pending), ("quarantined", found.quarantined)) if kind]
     return " | ".join(filter(None, (", ".join(shares), ", ".join(others))))
+
+
+def activity_text(services: Sequence[Service]) -> str:
+    """What the services are doing: "1,702 calls, 64 in flight, 3 waiting, openai:gpt-4o is down: asked every 15 s"."""
+    calls = sum(service.caller.counts.calls for service in services)
+    states = {name: sum(getattr(service.caller.counts, name) for service in services)
+              for name in ("in_flight", "waiting")}
+    parts = [f"{calls:,} calls"] if calls else []
+    parts += [f"{count} {name.replace('_', ' ')}" for name, count in states.items() if count]
+    parts += [f"{service.name} fails: asked every {service.config.breaker_rest:g} s"
+              for service in services if service.caller.breaker.open]
+    return ", ".join(parts)
 
 
 def main(call: cli.Call) -> int | None:
@@ -119,9 +159,9 @@ def main(call: cli.Call) -> int | None:
         return None
     with Journal(workdir / "journal") as journal, tqdm(desc="construct", unit="sample", mininterval=1.0) as bar:
         merge(journal, call.flags.merge, config, (*_ANY_TIME, *_UNTIL_DONE, *_BETWEEN_PARTS))
-        found, crew = asyncio.run(work(config, journal, bar))
+        found, services = asyncio.run(work(config, journal, bar))
         bar.close()
-        write_summary(workdir / "summary.json", found, journal, crew.services)
+        write_summary(workdir / "summary.json", found, journal, services.remote)
         if found.pending and not config.leave_pending:
             return _report_pending(workdir, found)
         if not config.samples and not found.full:
@@ -134,7 +174,7 @@ def main(call: cli.Call) -> int | None:
             return None
         counts = _deliver(config, workdir, journal, found)
     _show(config, workdir)
-    if not crew.services:
+    if not services.remote:
         shutil.rmtree(workdir / "journal")  # of no use beside the dataset: nothing in it was paid for
     print(f"construct: {target}: {in_words(counts)}")
     return None

@@ -1,10 +1,11 @@
-"""`G1` by a checkpoint of our own: the model that is to be trained, drawing a batch at a time."""
+"""`G1` by a checkpoint of our own, the model that is to be trained: drawn in batches, beside the event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import jax
 
@@ -12,76 +13,101 @@ from ivr_jax.checkpoints.system import System
 from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.run import Entry
 from ivr_jax.errors import UserError
-from ivr_jax.images import fit, image_name
+from ivr_jax.images import Pixels, fit, image_name
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import draw_first_images
 
+_HELD = 2 << 20  # bytes of a request's images up to which they are held in memory until the sample's turn comes
 
-def with_first_images(
-    system: System,
-    entries: Iterable[Entry],
-    seed: int,
-    batch: int,
-    options: SamplingOptions,
-    known: Callable[[Entry], bool] = lambda entry: False,
-) -> Iterator[Entry]:
-    """The same entries, with `G1` drawn by `system` for those that bring none.
 
-    Args:
-      system: the model; sources are fitted to its resolution for the drawing.
-      entries: the input.
-      seed: with an entry's place in the input, and its batch, it decides the drawing.
-      batch: drawings at a time; images of different sizes are drawn apart.
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """How a model draws first images.
+
+    Attributes:
+      system: the model.
       options: how to sample.
-      known: whether an entry is recorded already; a batch of such entries is not drawn again.
+      seed: with a sample's place in the input it decides the drawing.
+      batch: samples that are read, and at most drawn, at a time.
+      area: sources are fitted to about so many pixels, sides in multiples of the image tokenizer's factor.
     """
-    key, remaining = jax.random.key(seed), iter(entries)
-    for number in itertools.count():
-        part = list(itertools.islice(remaining, batch))
-        if not part:
-            return
-        if all(known(entry) for entry in part):
-            yield from part
-        else:
-            yield from _drawn(system, part, jax.random.fold_in(key, number), batch, options)
+
+    system: System
+    options: SamplingOptions
+    seed: int
+    batch: int
+    area: int
+
+    async def with_first_images(
+        self,
+        entries: Iterable[Entry],
+        known: Callable[[Entry], bool] = lambda entry: False,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> AsyncIterator[Entry]:
+        """The same entries, with `G1` for those that bring none.  Drawing happens in a thread.
+
+        Args:
+          entries: the input, read a batch at a time.
+          known: whether an entry is recorded already; a batch of such entries is not drawn again.
+          progress: told how many images of the batch are drawn.
+        """
+        key, remaining = jax.random.key(self.seed), iter(entries)
+        for number in itertools.count():
+            part = list(itertools.islice(remaining, self.batch))
+            if not part:
+                return
+            if not all(known(entry) for entry in part):
+                part = await asyncio.to_thread(self._drawn, part, jax.random.fold_in(key, number), progress)
+            for entry in part:
+                yield entry
+
+    def _drawn(self, part: list[Entry], key: jax.Array, progress: Callable[[str], None]) -> list[Entry]:
+        """`part` with its first images; an entry that cannot be read stays as it is, and is quarantined in its turn."""
+        requests: dict[int, Request] = {}
+        fitted: dict[int, Request] = {}
+        groups: dict[tuple[int, ...], list[int]] = {}  # size of the sources, or () without, -> positions in `part`
+        for i, entry in enumerate(part):
+            try:
+                requests[i] = entry.load()
+            except UserError:
+                continue
+            if requests[i].first_image is None:
+                fitted[i] = self._fitted(requests[i])
+                sources = fitted[i].sample.sources
+                groups.setdefault(fitted[i].images[sources[0]].shape[:2] if sources else (), []).append(i)
+        firsts: dict[int, Pixels] = {}
+        for g, members in enumerate(groups.values()):
+            progress(f"first images {len(firsts)} of {len(fitted)}")
+            group_key = jax.random.fold_in(key, self.batch + g) if g else key
+            firsts |= dict(zip(members, self._draw([fitted[i] for i in members], group_key), strict=True))
+        progress("")
+        return [
+            _loaded(entry, requests[i], firsts.get(i, requests[i].first_image)) if i in requests else entry
+            for i, entry in enumerate(part)
+        ]
+
+    def _draw(self, requests: Sequence[Request], key: jax.Array) -> list[Pixels]:
+        """First images of requests of one size, in a batch of the next power of two: few shapes are compiled."""
+        rows = min(self.batch, 1 << (len(requests) - 1).bit_length())
+        filled = [requests[i % len(requests)] for i in range(rows)]
+        samples, images = [r.sample for r in filled], [r.images for r in filled]
+        return draw_first_images(self.system, samples, images, key, self.options)[: len(requests)]
+
+    def _fitted(self, request: Request) -> Request:
+        """The request over sources of the size that the model draws."""
+        factor = self.system.codec.config.factor
+        fitted = [fit(request.images[name], self.area, factor) for name in request.sample.sources]
+        names = tuple(image_name(pixels) for pixels in fitted)
+        return dataclasses.replace(
+            request,
+            sample=dataclasses.replace(request.sample, sources=names),
+            images=dict(zip(names, fitted, strict=True)),
+        )
 
 
-def _drawn(
-    system: System, part: list[Entry], key: jax.Array, batch: int, options: SamplingOptions
-) -> Iterator[Entry]:
-    requests: dict[int, Request] = {}
-    square = (system.codec.config.resolution,) * 2  # what is drawn without a source
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, entry in enumerate(part):
-        try:
-            request = _fitted(system, entry.load())
-        except UserError:
-            continue  # it is quarantined when its turn comes
-        requests[i] = request
-        if request.first_image is None:
-            sources = request.sample.sources
-            groups.setdefault(request.images[sources[0]].shape[:2] if sources else square, []).append(i)
-    firsts = {}
-    for g, members in enumerate(groups.values()):
-        filled = [requests[i] for i in (members * batch)[:batch]]
-        group_key = jax.random.fold_in(key, batch + g) if g else key
-        drawn = draw_first_images(system, [r.sample for r in filled], [r.images for r in filled], group_key, options)
-        firsts |= dict(zip(members, drawn, strict=False))
-    for i, entry in enumerate(part):
-        yield _with_first(entry, firsts[i]) if i in firsts else entry
-
-
-def _with_first(entry: Entry, first: object) -> Entry:
+def _loaded(entry: Entry, request: Request, first: Pixels) -> Entry:
+    """`entry` that brings its first image; its files are read once, unless they are too large to be held meanwhile."""
+    if sum(pixels.nbytes for pixels in request.images.values()) <= _HELD:
+        ready = dataclasses.replace(request, first_image=first)
+        return dataclasses.replace(entry, load=lambda: ready, from_files=False)
     return dataclasses.replace(entry, load=lambda: dataclasses.replace(entry.load(), first_image=first))
-
-
-def _fitted(system: System, request: Request) -> Request:
-    """The request over sources of the model's resolution."""
-    codec = system.codec.config
-    fitted = [fit(request.images[name], codec.resolution**2, codec.factor) for name in request.sample.sources]
-    names = tuple(image_name(pixels) for pixels in fitted)
-    return dataclasses.replace(
-        request,
-        sample=dataclasses.replace(request.sample, sources=names),
-        images=dict(zip(names, fitted, strict=True)),
-    )

@@ -1,4 +1,4 @@
-"""Who judges and who draws: analyzer and generator, as a config's `services` names them."""
+"""Analyzer and generator, as a config's section `services` names them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass
 from ivr_jax.construct.escalation import Rules
 from ivr_jax.errors import UserError
@@ -25,23 +26,29 @@ ROLES = ("analyzer", "fallback", "generator")
 
 
 @dataclasses.dataclass(frozen=True)
-class Crew:
+class Services:
     """The two services, as configured.
 
     Attributes:
       analyzer, generator: the interfaces.
-      services: those of them that are spoken with over a network.
+      remote: those behind them that are called over a network.
       made_by: what is stored with every sample; empty for the micro-world.
     """
 
     analyzer: Analyzer
     generator: Generator
-    services: tuple[Service, ...]
+    remote: tuple[Service, ...]
     made_by: dict[str, Any]
 
     async def close(self) -> None:
-        for service in self.services:
+        """Ends all connections."""
+        for service in self.remote:
             await service.transport.close()
+
+
+def load_system(config: Any, path: str) -> System:
+    """The model at `path`; `text_tokenizer` and `image_tokenizer` of the config name what an import does not record."""
+    return systems.load(path, config.image_tokenizer or None, text_tokenizer_path=config.text_tokenizer or None)
 
 
 def rules_from_config(section: Any) -> Rules:
@@ -54,21 +61,21 @@ def rules_from_config(section: Any) -> Rules:
 
 
 def service_sections(config: Any) -> dict[str, ServiceConfig]:
-    """The config's services by role; raises UserError for settings that cannot be."""
+    """The config's services by role; raises UserError for invalid settings."""
     return {role: as_dataclass(ServiceConfig, config.services[role]) for role in ROLES}
 
 
-def hire(config: Any, journal: Journal) -> Crew:
+def build_services(config: Any, journal: Journal) -> Services:
     """Analyzer and generator of the config; raises UserError for wrong settings and missing keys."""
     sections = service_sections(config)
     rules, prompts = rules_from_config(config.rules), Prompts(config.prompts)
-    services: list[Service] = []
+    remote: list[Service] = []
     if sections["analyzer"].kind == "world":
         analyzer: Analyzer = WorldAnalyzer(threshold=config.analyzer.threshold)
     elif sections["analyzer"].kind in REMOTE:
         asked = [sections[role] for role in ("analyzer", "fallback") if sections[role].kind]
         analyzer = analyzer_from_configs(asked, journal, rules.thresholds or WHOLE_REQUEST, prompts=prompts)
-        services += analyzer.services
+        remote += analyzer.services
     else:
         raise UserError(f"the analyzer's kind is {sections['analyzer'].kind!r}.", "Use world, openai or gateway.")
     kind = sections["generator"].kind
@@ -77,13 +84,13 @@ def hire(config: Any, journal: Journal) -> Crew:
     elif kind == "checkpoint":
         options = as_dataclass(SamplingOptions, config.sampling)
         path = sections["generator"].checkpoint
-        generator = CheckpointGenerator(systems.load(path), path, options, config.seed, journal)
+        generator = CheckpointGenerator(load_system(config, path), path, options, config.seed, journal)
     elif kind in REMOTE:
         generator = generator_from_config(sections["generator"], journal, prompts=prompts)
-        services.append(generator.service)
+        remote.append(generator.service)
     else:
         raise UserError(f"the generator's kind is {kind!r}.", "Use world, checkpoint, openai or gateway.")
     made_by = {role: section.name for role, section in sections.items() if section.kind not in ("", "world")}
     if made_by:
         made_by["prompts"] = prompts.versions()
-    return Crew(analyzer, generator, tuple(services), made_by)
+    return Services(analyzer, generator, tuple(remote), made_by)

@@ -18,24 +18,19 @@ last image in the place of the first source, with the other references behind it
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
 import enum
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Annotated
+from collections.abc import Sequence
 
-from ivr_jax.config import Range, Section
-from ivr_jax.construct.ordered import in_order
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, Pixels, image_name
 from ivr_jax.interfaces import Analyzer, Attempt, Generator, RootCause
 from ivr_jax.thresholds import MULTI_STEP, WHOLE_REQUEST, Thresholds
-from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
+from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Evaluation, Reflection, Round, Sample, Step, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules(Section, name="rules"):
+class Rules:
     """Every threshold and every count of the escalation.
 
     Attributes:
@@ -49,16 +44,25 @@ class Rules(Section, name="rules"):
 
     thresholds: Thresholds | None = None
     step_thresholds: Thresholds | None = None
-    max_reflections: Annotated[int, Range(0, MAX_REFLECTIONS)] = MAX_REFLECTIONS
-    min_steps: Annotated[int, Range(1, MAX_STEPS)] = 2
-    max_steps: Annotated[int, Range(1, MAX_STEPS)] = MAX_STEPS
-    step_tries: Annotated[int, Range(1, 100)] = 3
-    max_step_chars: Annotated[int, Range(1, 100_000)] = 500
+    max_reflections: int = MAX_REFLECTIONS
+    min_steps: int = 2
+    max_steps: int = MAX_STEPS
+    step_tries: int = 3
+    max_step_chars: int = 500
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.min_steps > self.max_steps:
-            raise UserError(f"`rules.min_steps` is {self.min_steps}.", f"Give at most max_steps = {self.max_steps}.")
+        allowed = {
+            "max_reflections": (0, MAX_REFLECTIONS),
+            "min_steps": (1, self.max_steps),
+            "max_steps": (1, MAX_STEPS),
+            "step_tries": (1, 100),
+            "max_step_chars": (1, 100_000),
+        }
+        for name, (low, high) in allowed.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(
+                    f"the rule {name} is {getattr(self, name)!r}.", f"Give a whole number from {low} to {high}."
+                )
 
 
 RELEASED_RULES = Rules(thresholds=WHOLE_REQUEST, step_thresholds=MULTI_STEP, min_steps=1)
@@ -273,89 +277,3 @@ class Request:
     sample: Sample
     images: Images = dataclasses.field(default_factory=dict)
     first_image: Pixels | None = None
-
-
-@dataclasses.dataclass
-class Tally:
-    """Counts of finished samples, by mode and by reason of dropping."""
-
-    modes: collections.Counter[Mode] = dataclasses.field(default_factory=collections.Counter)
-    drops: collections.Counter[Drop] = dataclasses.field(default_factory=collections.Counter)
-
-    def add(self, outcome: Outcome) -> None:
-        if outcome.trajectory is None:
-            self.drops[outcome.drop] += 1
-        else:
-            self.modes[outcome.trajectory.mode] += 1
-
-    @property
-    def constructed(self) -> int:
-        return self.modes.total()
-
-    @property
-    def done(self) -> int:
-        return self.modes.total() + self.drops.total()
-
-
-Progress = Callable[[Tally], None]
-
-# Finished outcomes wait for the samples before them; this many times the concurrency may be on the way or waiting.
-_WINDOW = 4
-
-
-async def construct_stream(
-    requests: Iterable[Request],
-    analyzer: Analyzer,
-    generator: Generator,
-    rules: Rules | None = None,
-    *,
-    concurrency: int = 16,
-    progress: Progress | None = None,
-) -> AsyncIterator[Outcome]:
-    """Constructs many samples at once and yields their outcomes in the order of `requests`, which is read lazily.
-
-    Args:
-      requests: any number of them; at most four times `concurrency` are held, so memory does not grow with the number.
-      analyzer, generator, rules: as in `construct`.
-      concurrency: how many samples run at a time.
-      progress: called with the running counts whenever a sample is finished (not in the order of `requests`).
-
-    Raises:
-      UserError: `concurrency` is below 1.  An exception of a service is raised in its sample's turn, with a note that
-        names the sample, and ends the stream; samples on the way are cancelled.
-    """
-    tally = Tally()
-
-    async def run(request: Request) -> Outcome:
-        try:
-            outcome = await construct(request.sample, request.images, request.first_image, analyzer, generator, rules)
-        except Exception as error:
-            error.add_note(f"while constructing sample {request.sample.key!r}")
-            raise
-        tally.add(outcome)
-        if progress:
-            progress(tally)
-        return outcome
-
-    async with contextlib.aclosing(in_order(requests, run, concurrency, _WINDOW * concurrency)) as ordered:
-        async for outcome in ordered:
-            yield outcome
-
-
-async def construct_many(
-    requests: Iterable[Request],
-    analyzer: Analyzer,
-    generator: Generator,
-    rules: Rules | None = None,
-    *,
-    concurrency: int = 16,
-    progress: Progress | None = None,
-) -> tuple[list[Outcome], Tally]:
-    """`construct_stream` collected: the outcomes in the order of `requests`, all images in memory, and the counts."""
-    outcomes, tally = [], Tally()
-    async for outcome in construct_stream(
-        requests, analyzer, generator, rules, concurrency=concurrency, progress=progress
-    ):
-        outcomes.append(outcome)
-        tally.add(outcome)
-    return outcomes, tally

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
-from ivr_jax.construct.baseline import with_first_images
+from ivr_jax.construct.baseline import Baseline
+from ivr_jax.construct.build_services import load_system
 from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.run import Entry
 from ivr_jax.construct.samples import sort_samples
@@ -33,28 +34,45 @@ def world_entries(tasks: Any, settings: str = "") -> Iterator[Entry]:
         edits = schedule[index % len(schedule)] if schedule else None
         task = sample_task(tasks.level, tasks.seed, index, edits=edits)
         digest = hashlib.sha256(json.dumps(sample_to_json(task.sample), sort_keys=True).encode()).hexdigest()
-        request = Request(task.sample, task.images)
-        yield Entry(task.sample.key, f"{settings}-{digest}", functools.partial(_identity, request))
-
-
-def _identity(request: Request) -> Request:
-    return request
+        yield Entry(task.sample.key, f"{settings}-{digest}", functools.partial(Request, task.sample, task.images))
 
 
 def settings_digest(config: Any) -> str:
     """Changes with the settings that decide what becomes of a sample: a record made under others does not count."""
     services = {role: as_dataclass(ServiceConfig, section).identity() for role, section in config.services.items()}
-    names = ("seed", "baseline", "batch", "rules", "analyzer", "generator", "sampling", "prompts")
+    names = ("seed", "baseline", "image_tokenizer", "text_tokenizer", "batch", "image_area", "rules", "analyzer",
+             "generator", "sampling", "prompts")
     decisive = {name: config.to_dict()[name] for name in names} | {"services": services}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def source(config: Any, journal: Journal) -> tuple[Callable[[], Iterable[Entry]], dict[str, str], int | None]:
-    """How to read the input (again), which of its entries are quarantined and why, and how many are usable.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The input of the config's shard.
 
-    All of it of the config's shard alone.
+    Attributes:
+      entries: reads it; may be called again.
+      quarantined: key -> reason, of the entries of a list that cannot be used.
+      count: how many entries are usable; None when nobody knows.
+    """
+
+    entries: Callable[[], AsyncIterator[Entry]]
+    quarantined: dict[str, str]
+    count: int | None
+
+
+def source(config: Any, journal: Journal, progress: Callable[[str], None] = lambda text: None) -> Source:
+    """The input that a config names, with first images by its baseline, if it names one.
+
+    Args:
+      journal: what is recorded needs no first image.
+      progress: told what is going on while the baseline draws.
+
+    Raises:
+      UserError: the list holds no usable sample, or the baseline cannot be loaded.
     """
     quarantined: dict[str, str] = {}
+    count = None
     settings, shard = settings_digest(config), Shard.parse(config.shard)
     if config.samples:
         samples, bad = sort_samples(config.samples, config.image_root or None)
@@ -62,25 +80,25 @@ def source(config: Any, journal: Journal) -> tuple[Callable[[], Iterable[Entry]]
             raise UserError(f"{config.samples} holds no usable sample: {bad[0].reason.what}", bad[0].reason.remedy)
         quarantined = {entry.key: entry.reason.what for entry in bad if shard.holds(entry.key)}
         samples = [sample for sample in samples if shard.holds(sample.key)]
+        count = len(samples)
 
-        def read() -> Iterable[Entry]:
+    def read() -> Iterator[Entry]:
+        if config.samples:
             return (Entry(s.key, f"{settings}-{s.fingerprint}", s.load, from_files=True) for s in samples)
+        return (entry for entry in world_entries(config.tasks, settings) if shard.holds(entry.key))
 
-    else:
-        samples = None
+    if not config.baseline:
+        return Source(lambda: _each(read()), quarantined, count)
+    system = load_system(config, config.baseline)
+    area = config.image_area if config.samples else system.codec.config.resolution**2
+    baseline = Baseline(system, as_dataclass(SamplingOptions, config.sampling), config.seed, config.batch, area)
 
-        def read() -> Iterable[Entry]:
-            return (entry for entry in world_entries(config.tasks, settings) if shard.holds(entry.key))
+    def is_known(entry: Entry) -> bool:
+        return journal.outcome(entry.key, entry.request) is not None
 
-    count = None if samples is None else len(samples)
-    if config.baseline:
-        system, options = systems.load(config.baseline), as_dataclass(SamplingOptions, config.sampling)
+    return Source(lambda: baseline.with_first_images(read(), is_known, progress), quarantined, count)
 
-        def drawn() -> Iterator[Entry]:
-            return with_first_images(
-                system, read(), config.seed, config.batch, options,
-                known=lambda entry: journal.outcome(entry.key, entry.request) is not None,
-            )
 
-        return drawn, quarantined, count
-    return read, quarantined, count
+async def _each(entries: Iterator[Entry]) -> AsyncIterator[Entry]:
+    for entry in entries:
+        yield entry

@@ -19,11 +19,10 @@ import collections
 import contextlib
 import dataclasses
 import enum
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ivr_jax.construct.escalation import Drawing, Drop, Outcome, Request, Rules, construct, prune
-from ivr_jax.construct.ordered import in_order
 from ivr_jax.errors import UserError
 from ivr_jax.interfaces import Analyzer, Generator, RootCause, ServiceDown, ServiceFailed
 from ivr_jax.services.journal import Journal
@@ -39,7 +38,10 @@ from ivr_jax.trajectory import (
     sample_to_json,
 )
 
-# Samples that are done wait for those before them; so many times the concurrency may be on the way or waiting.
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Samples that are done wait for those before them; so many times the concurrency may be in progress or waiting.
 _WINDOW = 16
 
 
@@ -100,8 +102,11 @@ class Construction:
       journal: what is known.
       analyzer, generator: the services.
       rules: thresholds and counts.
-      concurrency: samples on the way at a time.
+      concurrency: samples in progress at a time, at least 1.
       made_by: JSON values stored with every sample (services, versions of prompts).
+
+    Attributes:
+      down: the failure of a service that is down; set once, and then no further sample is started.
     """
 
     def __init__(
@@ -113,23 +118,41 @@ class Construction:
         concurrency: int,
         made_by: Mapping[str, Any] | None = None,
     ):
-        self.journal, self._analyzer, self._generator, self._rules = journal, analyzer, generator, rules
+        if concurrency < 1:
+            raise UserError(f"the concurrency is {concurrency}.", "Give a whole number of at least 1.")
+        self._journal, self._analyzer, self._generator, self._rules = journal, analyzer, generator, rules
         self._concurrency, self._made_by = concurrency, dict(made_by or {})
         self.down: ServiceDown | None = None
 
-    async def statuses(self, entries: Iterable[Entry]) -> AsyncIterator[Status]:
-        """What becomes of each entry, in their order.  Once a service is down, the rest is pending.
+    async def run(
+        self,
+        entries: AsyncIterable[Entry],
+        quotas: Quotas,
+        notice: Callable[[Status, Pass], None] = lambda status, found: None,
+    ) -> Pass:
+        """Constructs `entries` until they end or the quotas are full.  Once a service is down, the rest is pending.
+
+        Args:
+          entries: the input, read lazily.
+          quotas: how many trajectories of each kind are wanted.
+          notice: called with every sample's status, in the order of the input, and the counts so far.
 
         Raises:
-          UserError: the run cannot go on: a key is refused, the disk is full, a setting is wrong.
+          UserError: the run cannot continue: a key is refused, the disk is full, a setting is wrong.
         """
-        ordered = in_order(entries, self._work, self._concurrency, _WINDOW * self._concurrency)
-        async with contextlib.aclosing(ordered) as stream:
+        found = Pass()
+        statuses = in_order(entries, self._construct, self._concurrency, _WINDOW * self._concurrency)
+        async with contextlib.aclosing(statuses) as stream:
             async for status in stream:
-                yield status
+                found.add(status, quotas)
+                notice(status, found)
+                if quotas.full:
+                    found.full = True
+                    break
+        return found
 
-    async def _work(self, entry: Entry) -> Status:
-        record = self.journal.outcome(entry.key, entry.request)
+    async def _construct(self, entry: Entry) -> Status:
+        record = self._journal.outcome(entry.key, entry.request)
         if record is not None:
             return dataclasses.replace(status_of(entry, record), recorded=True)
         if self.down is not None:
@@ -150,10 +173,58 @@ class Construction:
             error.add_note(f"while constructing sample {entry.key!r}")
             raise
         for pixels in outcome.images.values():
-            await self.journal.add_image(pixels)
+            await self._journal.add_image(pixels)
         record = outcome_to_json(outcome) | {"made_by": self._made_by}
-        self.journal.record_outcome(entry.key, entry.request, record)
+        self._journal.record_outcome(entry.key, entry.request, record)
         return status_of(entry, record)
+
+
+async def in_order(
+    items: AsyncIterable[T], work: Callable[[T], Awaitable[R]], concurrency: int, window: int
+) -> AsyncIterator[R]:
+    """Yields `await work(item)` for every item, in the order of `items`; reading the next item blocks no result.
+
+    Args:
+      items: any number of them, read lazily.
+      work: called for at most `concurrency` items at a time.
+      window: at most so many items are in progress, or done and waiting for those before them.
+
+    Raises:
+      An exception of `items` or `work`, in its item's turn; it ends the rest.  When the consumer leaves early
+      (`aclose`), what is in progress is cancelled.
+    """
+    gate = asyncio.Semaphore(concurrency)
+    tasks: asyncio.Queue[asyncio.Future[R] | None] = asyncio.Queue(max(1, window - 2))  # and one at each end
+    started: set[asyncio.Future[R]] = set()
+
+    async def gated(item: T) -> R:
+        async with gate:
+            return await work(item)
+
+    async def start(task: asyncio.Future[R]) -> None:
+        started.add(task)
+        await tasks.put(task)
+
+    async def read() -> None:
+        try:
+            async for item in items:
+                await start(asyncio.create_task(gated(item)))
+        except Exception as error:
+            failed: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            await start(failed)
+        await tasks.put(None)
+
+    reader = asyncio.create_task(read())
+    try:
+        while (task := await tasks.get()) is not None:
+            result = await task
+            started.discard(task)
+            yield result
+    finally:
+        for task in (reader, *started):
+            task.cancel()
+        await asyncio.gather(reader, *started, return_exceptions=True)
 
 
 def status_of(entry: Entry, record: Mapping[str, Any]) -> Status:
@@ -298,24 +369,6 @@ class Pass:
     def seen(self) -> int:
         """How many samples were read."""
         return len(self.finished) + len(self.pending) + len(self.quarantined)
-
-
-async def read_through(
-    construction: Construction,
-    entries: Iterable[Entry],
-    quotas: Quotas,
-    notice: Callable[[Status, Pass], None] = lambda status, found: None,
-) -> Pass:
-    """Constructs `entries` until they end or the quotas are full; `notice` is told of every sample, in order."""
-    found = Pass()
-    async with contextlib.aclosing(construction.statuses(entries)) as statuses:
-        async for status in statuses:
-            found.add(status, quotas)
-            notice(status, found)
-            if quotas.full:
-                found.full = True
-                break
-    return found
 
 
 def outcomes(journal: Journal, finished: Sequence[tuple[str, str]]) -> Iterable[Outcome]:

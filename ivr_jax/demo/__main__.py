@@ -5,7 +5,7 @@
 Trains an image tokenizer and a base model on the micro-world, constructs reasoning trajectories with the base model's
 own images, fine-tunes on them, improves the result with RL, evaluates all three on held-out prompts, exports the
 model for transformers and writes a report.  Each stage is one command, printed before it runs; a run that was
-stopped goes on where it was.
+stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from rich.console import Console
 from ivr_jax import cli
 from ivr_jax.demo.steps import Step, configured, run_step
 from ivr_jax.report import metrics, tables
-from ivr_jax.report.collect import ARMS, write_gates
+from ivr_jax.report.collect import ARMS, FURTHER
+from ivr_jax.report.gates import DEMO, entry_gates, print_gates, write_gates
 
 
 def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None) -> list[Step]:
@@ -39,6 +40,7 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
         step("Draw the base model's data", "construct", "micro_construct_base", "construct_base"),
         step("Train the base model", "train", "micro_base", "base", data__path=first, image_tokenizer=images),
         step("Evaluate the base model", "evaluate", f"{check}:base", "eval_base", checkpoint=base),
+        step("Evaluate it on single edits of each kind", "evaluate", f"{check}:kinds", "eval_kinds", checkpoint=base),
         step("Construct trajectories from its own images", "construct", "micro_construct", "construct", baseline=base),
         step("Fine-tune on them", "train", "micro_sft", "sft", init=base, data__path=later, image_tokenizer=images),
         step("Evaluate the fine-tuned model", "evaluate", check, "eval_sft", checkpoint=sft),
@@ -68,10 +70,8 @@ def main(call: cli.Call) -> None:
     seconds = []
     for number, step in enumerate(steps, 1):
         seconds.append(run_step(step, number, len(steps) + 1, console))
-    results = {name: metrics.read_evaluation(root / name) for name in (*ARMS, "eval_direct", "eval_multi_step")}
-    gates = tables.entry_gates(
-        results["eval_base"], results["eval_sft"], results["eval_direct"], results["eval_multi_step"]
-    )
+    results = {name: metrics.read_evaluation(root / name) for name in (*ARMS, *FURTHER)}
+    gates = entry_gates({name.removeprefix("eval_"): result for name, result in results.items()}, DEMO)
     write_gates(root, gates)
     seconds.append(
         run_step(
@@ -82,7 +82,7 @@ def main(call: cli.Call) -> None:
     for step, spent in zip(steps, seconds, strict=False):
         console.print(f"{spent:7.0f} s  {step.title}", highlight=False)
     console.print(f"{sum(seconds):7.0f} s  in all", highlight=False)
-    tables.print_gates(gates, console)
+    print_gates(gates, console)
     tables.print_table({title: results[name] for name, title in ARMS.items()}, console)
     console.print(f"Report: {root / 'report.html'}\nModel for transformers: {root / 'export'}", soft_wrap=True)
     console.print("Next, ask the model yourself:", soft_wrap=True)

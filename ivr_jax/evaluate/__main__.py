@@ -32,7 +32,7 @@ from ivr_jax.report.answers import write_answers
 
 def main(call: cli.Call) -> None:
     check_least(call.config, ("batch", "answer_length", "most_edits"))
-    check_least(call.config, ("prompts", "each_split", "probe_prompts", "paired_prompts"), 0)
+    check_least(call.config, ("prompts", "each_split", "each_kind", "probe_prompts", "paired_prompts"), 0)
     with files.Lock(call.workdir):
         result = finished_or_made(call.config, call.workdir)
     tables.print_table({call.workdir.name: result})

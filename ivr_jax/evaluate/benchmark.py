@@ -20,15 +20,23 @@ from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer as DrawnAnswer
 from ivr_jax.sampling.rollout import Rollout, roll_out
-from ivr_jax.world import benchmarks
+from ivr_jax.trajectory import Reflection, Step, Trajectory
+from ivr_jax.world import benchmarks, language
 from ivr_jax.world.analyzer import WorldAnalyzer
-from ivr_jax.world.sampler import Task, sample_task
+from ivr_jax.world.draws import Request
+from ivr_jax.world.levels import level_of
+from ivr_jax.world.sampler import Task, draw_benchmark, sample_task
 
+_KIND_STREAM = 100  # streams of randomness from here on; those of the benchmark splits are below
 MIXTURE = "mixture"  # the split that is drawn like training data
 
 
 def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
-    """(task, split): `config.prompts` of the training mixture by number of edits, and `config.each_split` a split."""
+    """(task, split) of every held-out request.
+
+    `config.prompts` of the training mixture with 1 to `config.most_edits` edits in turn, `config.each_split` of each
+    benchmark split, and `config.each_kind` of one edit of each kind of the level ("kind/move" ...).
+    """
     most = config.most_edits
     tasks = [
         (sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), MIXTURE)
@@ -38,9 +46,19 @@ def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
         tasks += [
             (benchmarks.benchmark_task(split, config.level, config.seed, i), split) for i in range(config.each_split)
         ]
+    for kind in level_of(config.level).all_kinds:
+        tasks += [(_single_edit(kind, config.level, config.seed, i), f"kind/{kind}") for i in range(config.each_kind)]
     if not tasks:
         raise UserError("the benchmark is empty.", "Raise config.prompts or config.each_split.")
     return tasks
+
+
+def _single_edit(kind: str, level: int, seed: int, index: int) -> Task:
+    """A held-out request of one edit of `kind`."""
+    rules = level_of(level)
+    request = Request(2 if kind in rules.reference_kinds else 1, (((kind, 1.0),),), rules.relational)
+    stream = _KIND_STREAM + rules.all_kinds.index(kind)
+    return draw_benchmark(level, seed, index, f"kind/{kind}", stream, lambda rng, rules: request)
 
 
 class Evaluated(NamedTuple):
@@ -99,5 +117,27 @@ def to_answer(
         [task.sample] * len(trajectory.images), [drawn.images[name] for name in trajectory.images]
     )
     return make_answer(
-        trajectory, drawn.segments, truth=judged.truth, exact=exact, rewards=parts, split=split
+        trajectory,
+        drawn.segments,
+        truth=judged.truth,
+        exact=exact,
+        rewards=parts,
+        split=split,
+        garbled=garbled_texts(trajectory),
     )
+
+
+def garbled_texts(trajectory: Trajectory) -> list[str]:
+    """Names of the segments ("S2", "R1", "E1") whose text is no sentence of the micro-world's language."""
+    garbled = []
+    for number, round_ in enumerate(trajectory.rounds, 1):
+        cause, observation = round_.cause, round_.evaluation.observation
+        if isinstance(cause, Step) and language.parse_step(cause.instruction) is None:
+            garbled.append(f"S{number}")
+        if isinstance(cause, Reflection):
+            faults = language.parse_failure_analysis(cause.failure_analysis)
+            if faults is None or language.parse_plan(cause.improvement_plan) is None:
+                garbled.append(f"R{number - 1}")
+        if observation and language.parse_observation(observation) is None:
+            garbled.append(f"E{number}")
+    return garbled

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivr_jax.checkpoints.system import System
-from ivr_jax.construct.escalation import Request, Rules, construct_many
+from ivr_jax.construct.escalation import Outcome, Rules, construct
 from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol import codec
@@ -46,17 +46,24 @@ def probe(system: System, level: int, prompts: int, most_edits: int, seed: int, 
         for i in range(prompts if most_edits > 1 else 0)
     ]
     first = _first_images(system, tasks, seed, batch)
-    requests = [Request(t.sample, t.images, image) for t, image in zip(tasks, first, strict=True)]
     encoded = []
     for rules in _PATHS:
-        outcomes, _ = asyncio.run(construct_many(requests, WorldAnalyzer(), WorldGenerator(level=level), rules))
-        for outcome in outcomes:
+        for outcome in asyncio.run(_outcomes(tasks, first, level, rules)):
             if outcome.trajectory is not None and outcome.trajectory.mode is not Mode.DIRECT:
                 names = list(dict.fromkeys((*outcome.sample.sources, *outcome.trajectory.images)))
                 codes = dict(zip(names, system.codec.encode([outcome.images[n] for n in names]), strict=True))
                 encoded.append(codec.encode_trajectory(system.tokenizer, outcome.trajectory, codes))
     right = _texts_right(system, encoded, batch)
     return {name: share([hit for found in part for hit in found]) for name, part in right.items()}
+
+
+async def _outcomes(tasks: Sequence[Any], first: Sequence[np.ndarray], level: int, rules: Rules) -> list[Outcome]:
+    """What the escalation makes of each task's first image."""
+    analyzer, generator = WorldAnalyzer(), WorldGenerator(level=level)
+    return [
+        await construct(task.sample, task.images, image, analyzer, generator, rules)
+        for task, image in zip(tasks, first, strict=True)
+    ]
 
 
 def _first_images(system: System, tasks: Sequence[Any], seed: int, batch: int) -> list[np.ndarray]:

@@ -85,6 +85,8 @@ class Answer:
       segments: the token stream in order.
       split: which part of the benchmark the sample belongs to, "suite/part" or a plain word.
       mode: how the request was answered; None when the answer is invalid.
+      garbled: names of the segments ("S2", "R1", "E1") whose text is no sentence of the task's language; empty where
+        the language is not known.
     """
 
     sample: Sample
@@ -97,6 +99,7 @@ class Answer:
     segments: tuple[Segment, ...] = ()
     split: str = ""
     mode: Mode | None = None
+    garbled: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"answer to {self.sample.key!r}"
@@ -154,6 +157,7 @@ def make_answer(
     rewards: Mapping[str, float] | None = None,
     split: str = "",
     trained: bool = False,
+    garbled: Sequence[str] = (),
 ) -> Answer:
     """The record of an answer that parsed.
 
@@ -176,6 +180,7 @@ def make_answer(
         segments=tuple(_segment(trajectory, segment, trained) for segment in segments),
         split=split,
         mode=None if error else trajectory.mode,
+        garbled=tuple(garbled),
     )
 
 
@@ -235,13 +240,15 @@ def answer_to_json(answer: Answer) -> dict[str, Any]:
         "segments": [dataclasses.asdict(segment) for segment in answer.segments],
         "split": answer.split,
         "mode": None if answer.mode is None else answer.mode.value,
+        "garbled": list(answer.garbled),
     }
 
 
 def answer_from_json(value: Mapping[str, Any]) -> Answer:
     """Raises UserError naming the fault when `value` is not what `answer_to_json` writes."""
     known = {f.name for f in dataclasses.fields(Answer)} - {"trajectory"} | {"rounds"}
-    _require(isinstance(value, Mapping) and set(value) == known, f"an answer record needs exactly {sorted(known)}.")
+    complete = isinstance(value, Mapping) and set(value) | {"garbled"} == known  # older records lack it
+    _require(complete, f"an answer record needs exactly {sorted(known)}.")
     try:
         rounds, mode = value["rounds"], value["mode"]
         return Answer(
@@ -255,6 +262,7 @@ def answer_from_json(value: Mapping[str, Any]) -> Answer:
             segments=tuple(Segment(**segment) for segment in value["segments"]),
             split=value["split"],
             mode=None if mode is None else Mode(mode),
+            garbled=tuple(value.get("garbled", ())),
         )
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"an answer record is malformed: {error}.", _REMEDY) from None

@@ -12,29 +12,33 @@ Whatever is missing is left out, and a note says so; whatever is there but broke
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ivr_jax.errors import UserError
-from ivr_jax.report.answers import ANSWERS_FILE, Answer, read_answers, read_images, replace_file
+from ivr_jax.report.answers import ANSWERS_FILE, Answer, read_answers, read_images
 from ivr_jax.report.gallery import GalleryItem, GallerySection, choose
+from ivr_jax.report.gates import GATES_FILE, Gate, read_gates
 from ivr_jax.report.metrics import EVALUATION_FILE, mode_of, read_evaluation
 from ivr_jax.report.pages import Run
 from ivr_jax.report.plots import Curve
-from ivr_jax.report.tables import MAIN_ARMS, Gate
+from ivr_jax.report.tables import MAIN_ARMS
 
 STAGES: Mapping[str, str] = {"image_tokenizer": "Image tokenizer", "base": "Base", "sft": "SFT", "rl": "RL"}
 ARMS: Mapping[str, str] = dict(zip(("eval_base", "eval_sft", "eval_rl"), MAIN_ARMS, strict=True))
-HELD: Mapping[str, str] = {"eval_direct": "SFT held to direct", "eval_multi_step": "SFT held to multi-step"}
-METRICS_FILE, CONFIG_FILE, GATES_FILE, SAMPLES_FOLDER = "metrics.jsonl", "config.json", "gates.json", "training_samples"
+FURTHER: Mapping[str, str] = {
+    "eval_direct": "SFT held to direct",
+    "eval_multi_step": "SFT held to multi-step",
+    "eval_kinds": "Base, one edit, temperature 0",
+}
+METRICS_FILE, CONFIG_FILE, SAMPLES_FOLDER = "metrics.jsonl", "config.json", "training_samples"
 _PROMPTS_SHOWN, _SAMPLES_SHOWN = 12, 9
 
 
@@ -115,24 +119,6 @@ def read_curves(path: str | os.PathLike[str]) -> tuple[Curve, ...]:
     )
 
 
-def write_gates(workdir: str | os.PathLike[str], gates: Sequence[Gate]) -> None:
-    """Keeps the entry gates of a run where `collect` finds them."""
-    text = json.dumps([dataclasses.asdict(gate) for gate in gates], indent=1) + "\n"
-    try:
-        replace_file(Path(workdir) / GATES_FILE, text.encode())
-    except OSError as error:
-        raise UserError(f"Cannot write into {workdir}: {error}.", "Choose a folder you can write to.") from None
-
-
-def read_gates(workdir: str | os.PathLike[str]) -> tuple[Gate, ...]:
-    """The gates that `write_gates` kept."""
-    path = Path(workdir) / GATES_FILE
-    try:
-        return tuple(Gate(**gate) for gate in json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"Cannot read the gates in {path}: {error}.", "Remove the file and run again.") from None
-
-
 def _run(folder: Path, title: str, notes: list[str]) -> Run | None:
     metrics, config = folder / METRICS_FILE, folder / CONFIG_FILE
     if not metrics.is_file() and not config.is_file():
@@ -165,7 +151,8 @@ def _arms(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[Answer, ...], Mapping[str, np.ndarray]]]]:
     """Evaluations and answers by arm title."""
     known = {folder.name for folder in root.glob("eval_*") if folder.is_dir()}
-    further = {name: HELD.get(name, name.removeprefix("eval_").replace("_", " ")) for name in sorted(known - set(ARMS))}
+    names = sorted(known - set(ARMS))
+    further = {name: FURTHER.get(name, name.removeprefix("eval_").replace("_", " ")) for name in names}
     evaluations, answered = {}, {}
     for name, arm in {**ARMS, **further}.items():
         folder = root / name

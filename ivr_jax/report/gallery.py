@@ -140,6 +140,7 @@ def _answer_view(item: GalleryItem) -> dict[str, Any]:
         "right": answer.right,
         "results": results,
         "error": _clip(answer.error),
+        "garbled": list(answer.garbled),
         "rewards": [(name, f"{value:.2f}") for name, value in rewards],
         "panels": panels,
         "before": before,
@@ -214,6 +215,7 @@ def _panel(
         "exact": answer.exact[index] if answer.exact else None,
         "own": None if own is None else own.passed,
         "truth": None if truth is None else truth.passed,
+        "observation": "" if own is None else _clip(own.observation),
         "verdicts": [_verdict(axis, own, truth) for axis in AXES] if own is not None or truth is not None else [],
     }
 

@@ -19,6 +19,8 @@
       "tokens": tokens an answer,
       "modes": {"direct" | "reflection" | "multi_step" | "invalid": share},
       "valid": share of structurally valid answers,
+      "repaired": of the answers that reflect on a wrong first image, the share whose second image is exact,
+      "garbled": share of steps, critiques and observations that are no sentence of the task's language,
       "rewards": {component: mean over the answers in which it is present},
       "calibration": {"images": CALIBRATION, "final": CALIBRATION}}
 
@@ -28,7 +30,13 @@
       "right_given_pass": P(the analyzer passes the image | the model does),
       "accuracy": share of agreement,
       "axes": {axis: share of agreement on that axis},
-      "counts": {"right_passed", "right_failed", "wrong_passed", "wrong_failed"}}
+      "counts": {"right_passed", "right_failed", "wrong_passed", "wrong_failed"},
+      "blind": {"pass_given_right", "pass_given_wrong", "accuracy"}}: what a rule that sees the prompt alone reaches
+
+Blind rules.  A class is a number of edits (or a category) and a round.  `blind` holds P(pass | right) and
+P(pass | wrong) of a rule that passes in each class as often as the model does, whatever the image, and the agreement of
+the best constant verdict of each class.  A model is only known to look at its images where it differs from these; the
+paired test (`ivr_jax.evaluate.paired`) measures that directly.
 
 Rules.  No image drawn is the model's fault: not exact, and 0 on every axis (so R_o 0).  A judge's failure is not: a
 missing truth or score is left out, and `n` says over how many the figure stands.  Answers without a known target
@@ -40,15 +48,17 @@ their name): their edits are not of the training mixture's kinds, so a compariso
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import Answer, replace_file
-from ivr_jax.report.intervals import CONFIDENCE, Estimate, mean, share
-from ivr_jax.trajectory import AXES, Evaluation, Mode
+from ivr_jax.report.intervals import CONFIDENCE, NOTHING, Estimate, mean, share
+from ivr_jax.trajectory import AXES, Evaluation, Mode, Reflection
 
 EVALUATION_FILE = "evaluation.json"
 SCHEMA = "ivr_jax.evaluation/1"
@@ -164,11 +174,13 @@ def _summary(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
         "tokens": mean([sum(s.tokens for s in a.segments) for a in answers if a.segments], seed, "tokens"),
         "modes": {mode: share([mode_of(answer) == mode for answer in answers]) for mode in MODES},
         "valid": share([is_valid(answer) for answer in answers]),
+        "repaired": share([answer.exact[1] for answer in answers if _reflects_on_wrong(answer)]),
+        "garbled": share([garbled for answer in answers for garbled in _texts(answer)]),
         "rewards": {name: mean(values, seed, f"rewards/{name}") for name, values in rewards.items()},
         "calibration": {
             # Without truths there are no pairs, however many images were drawn.
-            "images": _calibration([pair for a in answers for pair in zip(a.own, a.truth, strict=True)]),
-            "final": _calibration([(a.own[-1], a.truth[-1]) for a in answers if a.own and a.truth]),
+            "images": _calibration([judged for a in answers for judged in _judged(a)]),
+            "final": _calibration([_judged(a)[-1] for a in answers if a.own and a.truth]),
         },
     }
 
@@ -191,9 +203,42 @@ def _outcome(answer: Answer) -> float | None:
     return None if None in scores else sum(scores) / len(AXES) / 5
 
 
-def _calibration(pairs: Sequence[tuple[Evaluation | None, Evaluation | None]]) -> dict[str, Any]:
-    """`pairs` of (the model's own evaluation, the analyzer's) of one image each; incomplete pairs are left out."""
-    whole = [(own, truth) for own, truth in pairs if own is not None and truth is not None]
+def _reflects_on_wrong(answer: Answer) -> bool:
+    """Whether the first image is not exact and the second one follows a critique of it."""
+    rounds = () if answer.trajectory is None else answer.trajectory.rounds
+    return len(rounds) > 1 and isinstance(rounds[1].cause, Reflection) and bool(answer.exact) and not answer.exact[0]
+
+
+def _texts(answer: Answer) -> list[bool]:
+    """For every step, critique and observation of an answer whether it is garbled."""
+    names = []
+    for number, round_ in enumerate(() if answer.trajectory is None else answer.trajectory.rounds, 1):
+        if round_.cause is not None:
+            names.append(f"R{number - 1}" if isinstance(round_.cause, Reflection) else f"S{number}")
+        if round_.evaluation.observation:
+            names.append(f"E{number}")
+    return [name in answer.garbled for name in names]
+
+
+class _Judged(NamedTuple):
+    """One image: the class of its prompt and round, the model's evaluation, and the analyzer's."""
+
+    group: tuple[Any, ...]
+    own: Evaluation | None
+    truth: Evaluation | None
+
+
+def _judged(answer: Answer) -> list[_Judged]:
+    edits = edits_of(answer)
+    kind = answer.sample.category if edits is None else edits
+    pairs = zip(answer.own, answer.truth, strict=True) if answer.truth else ()
+    return [_Judged((kind, number), own, truth) for number, (own, truth) in enumerate(pairs)]
+
+
+def _calibration(judged: Sequence[_Judged]) -> dict[str, Any]:
+    """Agreement of evaluations with the analyzer's; images that lack one of the two are left out."""
+    complete = [one for one in judged if one.own is not None and one.truth is not None]
+    whole = [(one.own, one.truth) for one in complete]
     verdicts = [(own.passed, truth.passed) for own, truth in whole]
 
     def given(condition: int, value: bool, outcome: int) -> Estimate:
@@ -214,4 +259,26 @@ def _calibration(pairs: Sequence[tuple[Evaluation | None, Evaluation | None]]) -
             "wrong_passed": verdicts.count((True, False)),
             "wrong_failed": verdicts.count((False, False)),
         },
+        "blind": _blind([one.group for one in complete], verdicts),
     }
+
+
+def _blind(groups: Sequence[Any], verdicts: Sequence[tuple[bool, bool]]) -> dict[str, Estimate]:
+    """The figures of rules that see the class of the prompt alone, from (passed, right) image by image."""
+    counts = Counter(zip(groups, verdicts, strict=True))
+    rates, constant = {}, 0
+    for group in set(groups):
+        passed_right, failed_right, passed_wrong, failed_wrong = (
+            counts[group, pair] for pair in ((True, True), (False, True), (True, False), (False, False))
+        )
+        right, wrong = passed_right + failed_right, passed_wrong + failed_wrong
+        rates[group] = (passed_right + passed_wrong) / (right + wrong)
+        constant += max(right, wrong)
+    expected = {
+        name: [rates[group] for group, (_, right) in zip(groups, verdicts, strict=True) if right is truth]
+        for name, truth in (("pass_given_right", True), ("pass_given_wrong", False))
+    }
+    means = {name: math.fsum(values) / len(values) if values else None for name, values in expected.items()}
+    result = {name: {**NOTHING, "value": means[name], "n": len(values)} for name, values in expected.items()}
+    accuracy = constant / len(verdicts) if verdicts else None
+    return result | {"accuracy": {**NOTHING, "value": accuracy, "n": len(verdicts)}}

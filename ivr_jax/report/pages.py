@@ -25,6 +25,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.report import plots
 from ivr_jax.report.answers import replace_file
 from ivr_jax.report.gallery import GallerySection, section_view
+from ivr_jax.report.gates import Gate
 from ivr_jax.report.metrics import MODES
 from ivr_jax.report.plots import Curve
 from ivr_jax.report.tables import (
@@ -32,7 +33,6 @@ from ivr_jax.report.tables import (
     MAIN_ARMS,
     MEASURES,
     Evaluations,
-    Gate,
     Measure,
     compare,
     format_interval,
@@ -119,6 +119,7 @@ def render(
         groupings=_groupings(evaluations),
         mixes=_mixes(evaluations),
         calibration=[_calibration_row(arm, result) for arm, result in evaluations.items()],
+        paired=paired_tables(evaluations),
         charts=[(plot.title, plots.interval_svg(plot)) for plot in plots.interval_plots(evaluations)],
         gates=list(gates),
         runs=[_run_view(run) for run in runs],
@@ -270,9 +271,51 @@ def _calibration_row(arm: str, result: Mapping[str, Any]) -> dict[str, Any]:
         ]
         row[scope] = {
             "cells": [(format_value(m, e), format_interval(m, e), e["n"]) for m, e in pairs],
+            "blind": {name: format_value(BY_NAME["accuracy"], e) for name, e in calibration.get("blind", {}).items()},
             "counts": calibration["counts"],
         }
     return row
+
+
+PAIRED_COLUMNS: Mapping[str, str] = {
+    "sight": "Sight, own wrong image",
+    "sight_fault": "Sight, one wrong cell",
+    "pass_exact": "P(pass | exact)",
+    "pass_fault": "P(pass | one wrong cell)",
+    "pass_own_right": "P(pass | own, right)",
+    "pass_own_wrong": "P(pass | own, wrong)",
+    "pass_exact_own_wrong": "P(pass | exact), same prompts",
+    "accuracy": "Verdict right",
+    "accuracy_constant": "Best constant verdict",
+    "accuracy_masked": "Image masked",
+    "read_right": "Request read right",
+    "drawn_right": "Drawn right",
+}
+_PAIRED_GROUPS = {"by_edits": "edits", "by_kind": "kind", "by_round": "round", "by_mode": "after"}
+
+
+def paired_tables(evaluations: Evaluations) -> list[dict[str, Any]]:
+    """The paired verdict tests (`ivr_jax.evaluate.paired`) of the arms that have one: one table an arm.
+
+    A table is {"arm", "columns", "rows": [{"label", "cases", "cells": [(value, interval, n)]}]}: all prompts first,
+    then group by group.
+    """
+    measure = BY_NAME["accuracy"]
+    tables = []
+    for arm, result in evaluations.items():
+        if not result.get("paired"):
+            continue
+        summaries = {"all prompts": result["paired"]["overall"]}
+        for grouping, word in _PAIRED_GROUPS.items():
+            summaries |= {f"{word} {group}": summary for group, summary in result["paired"].get(grouping, {}).items()}
+        columns = [name for name in PAIRED_COLUMNS if summaries["all prompts"][name]["n"]]
+        rows = []
+        for label, summary in summaries.items():
+            estimates = [summary[name] for name in columns]
+            cells = [(format_value(measure, e), format_interval(measure, e), e["n"]) for e in estimates]
+            rows.append({"label": label, "cases": summary["cases"], "cells": cells})
+        tables.append({"arm": arm, "columns": [PAIRED_COLUMNS[name] for name in columns], "rows": rows})
+    return tables
 
 
 def _run_view(run: Run) -> dict[str, Any]:

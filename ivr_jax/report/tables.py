@@ -1,4 +1,4 @@
-"""Arms side by side: which figures stand in a before/after table, how they are written, and the entry gates.
+"""Arms side by side: which figures stand in a before/after table, and how they are written.
 
 An *arm* is one model under one setting (base, SFT, SFT + RL, an ablation); `evaluations` maps an arm's title to its
 result of `ivr_jax.report.metrics.evaluate`, in the order in which the arms are to stand.
@@ -23,7 +23,7 @@ from ivr_jax.trajectory import AXES, Mode
 
 Evaluations = Mapping[str, Mapping[str, Any]]
 
-# The arms of the story, each better than the last, it is hoped; all others stand beside it.
+# The arms that follow from one another; all others are compared beside them.
 MAIN_ARMS = ("Base", "SFT", "SFT + RL")
 
 
@@ -65,6 +65,8 @@ MEASURES: tuple[Measure, ...] = (
     Measure("pass_given_right", "P(passes | right)", ("calibration", "images", "pass_given_right"), True, 1),
     Measure("pass_given_wrong", "P(passes | wrong)", ("calibration", "images", "pass_given_wrong"), True, -1),
     Measure("accuracy", "Own verdict agrees", ("calibration", "images", "accuracy"), True, 1),
+    Measure("repaired", "Wrong first image repaired by a reflection", ("repaired",), True, 1),
+    Measure("garbled", "Garbled steps, critiques, observations", ("garbled",), True, -1),
 )
 BY_NAME: dict[str, Measure] = {measure.name: measure for measure in MEASURES}
 
@@ -141,6 +143,10 @@ def table(evaluations: Evaluations) -> Table:
         estimates = [measure.of(summary) for summary in summaries]
         if measure.name not in AXES and any(estimate["n"] for estimate in estimates):
             output.add_row(measure.title, *(_cell(measure, estimate) for estimate in estimates))
+    for name, title in (("sight", "Sight, own wrong image"), ("sight_fault", "Sight, one wrong cell")):
+        estimates = [((result.get("paired") or {}).get("overall") or {}).get(name, dict(NOTHING)) for result in results]
+        if any(estimate["n"] for estimate in estimates):
+            output.add_row(title, *(_cell(BY_NAME["accuracy"], estimate) for estimate in estimates))
     scores = [[BY_NAME[axis].of(summary) for axis in AXES] for summary in summaries]
     initials = " ".join(axis[0] for axis in AXES)
     output.add_row(f"Axis scores {initials}", *(_run_of(BY_NAME[AXES[0]], row) for row in scores))
@@ -172,82 +178,3 @@ def _run_of(measure: Measure, estimates: Sequence[Estimate]) -> str:
 def print_table(evaluations: Evaluations, console: Console | None = None) -> None:
     """Prints the before/after table of `evaluations` (arm title -> result) to the terminal."""
     (console or Console()).print(table(evaluations))
-
-
-@dataclasses.dataclass(frozen=True)
-class Gate:
-    """A condition that must hold before a result means anything.
-
-    `threshold` is written for people (">= 95%"); `measured` likewise, "" when it was not measured, and then `met` is
-    None.
-    """
-
-    name: str
-    threshold: str
-    measured: str
-    met: bool | None
-
-    def __post_init__(self) -> None:
-        if (self.measured == "") != (self.met is None):
-            raise UserError(f"gate {self.name!r}: a gate is met or not exactly when it was measured.", "Mend the gate.")
-
-    @classmethod
-    def at_least(cls, name: str, threshold: float, measured: float | None) -> Gate:
-        """A share that must reach `threshold`; `measured` None means that it was not measured."""
-        met = None if measured is None else measured >= threshold
-        text = "" if measured is None else f"{measured:.1%}".replace("-", "\u2212")
-        return cls(name, f"\u2265 {threshold:.0%}", text, met)
-
-
-def entry_gates(
-    base: Mapping[str, Any] | None = None,
-    sft: Mapping[str, Any] | None = None,
-    direct: Mapping[str, Any] | None = None,
-    multi_step: Mapping[str, Any] | None = None,
-) -> tuple[Gate, ...]:
-    """The micro-world's gates before an RL result means anything, one by one; what is not given is "not measured".
-
-    Args:
-      base: evaluation of the base model at temperature 1.
-      sft: evaluation of the SFT model at temperature 1, with its probes (`ivr_jax.evaluate.probes`).
-      direct: evaluation of the SFT model, held to direct answers.
-      multi_step: the same, held to multi-step answers, on the same prompts.
-    """
-    accuracy = BY_NAME["accuracy"].of(sft and sft["overall"])["value"]
-    gain = BY_NAME["gain"].of(sft and sft["overall"])["value"]
-    return (
-        Gate.at_least("Base: one edit, exact", 0.95, _exact_at(base, "1")),
-        Gate.at_least("Sub-instructions right on true prefixes", 0.97, _probe(sft, "step_text")),
-        Gate.at_least("Critique right", 0.50, _probe(sft, "critique")),
-        Gate.at_least("Own evaluation right on own images", 0.85, accuracy),
-        Gate.at_least("Multi-step beats direct at the most edits, by", 0.25, _lead(multi_step, direct)),
-        Gate.at_least("SFT beats its own first images, by", 0.05, gain),
-    )
-
-
-def _probe(result: Mapping[str, Any] | None, name: str) -> float | None:
-    return result["probes"][name]["value"] if result and "probes" in result else None
-
-
-def _exact_at(result: Mapping[str, Any] | None, edits: str) -> float | None:
-    return BY_NAME["exact"].of(result and result["by_edits"].get(edits))["value"]
-
-
-def _lead(result: Mapping[str, Any] | None, reference: Mapping[str, Any] | None) -> float | None:
-    """How much more often `result` is exact than `reference`, at the most edits that both have."""
-    shared = sorted(set(result["by_edits"]) & set(reference["by_edits"]), key=int) if result and reference else []
-    if not shared:
-        return None
-    ours, theirs = _exact_at(result, shared[-1]), _exact_at(reference, shared[-1])
-    return None if ours is None or theirs is None else ours - theirs
-
-
-def print_gates(gates: Sequence[Gate], console: Console | None = None, title: str = "Entry gate") -> None:
-    """Prints the gates to the terminal, met or not."""
-    output = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in (title, "Threshold", "Measured", ""):
-        output.add_column(column)
-    marks = {True: ("met", "green"), False: ("not met", "red"), None: ("not measured", "dim")}
-    for gate in gates:
-        output.add_row(Text(gate.name), gate.threshold, gate.measured or "\u2013", Text(*marks[gate.met]))
-    (console or Console()).print(output)

@@ -5,7 +5,7 @@
 Trains one base and one fine-tuned model, then RL arms (full reward, without step reward, without complexity bonus;
 every seed), variants of the rule, and fine-tuning on four mode mixes; evaluates all on the same held-out prompts at
 temperature 1 and 0; writes ablation.json, ablation.html and its plots.  Every step is an ordinary command that
-resumes by itself: a run that was stopped goes on where it was.
+resumes by itself, so a run that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def branches(root: pathlib.Path, config: Any) -> list[Branch]:
         for temperature in (1, 0):
             if mode in ("", "direct") or temperature:
                 steps.append(_evaluate(root, config, mode or "sft", model, temperature, kind=mode))
+    steps.append(_evaluate(root, config, "kinds", root / "base", 0, kind="kinds"))
     found = [Branch("sft", tuple(steps))]
     rules = {**config.arms, **config.variants}
     runs = [(arm, seed) for seed in config.seeds for arm in config.arms]
@@ -74,12 +75,12 @@ def _fine_tune(title: str, root: pathlib.Path, folder: pathlib.Path, *settings: 
 def _evaluate(
     root: pathlib.Path, config: Any, name: str, model: pathlib.Path, temperature: int, kind: str = ""
 ) -> Step:
-    """`kind`: the argument of micro_evaluate; "multi_step" answers fewer prompts, for the entry gates alone."""
-    answered = config.forced if kind == "multi_step" else config.evaluate
+    """`kind`: the argument of micro_evaluate; "multi_step" answers fewer prompts, "kinds" its own."""
+    answered = {"multi_step": config.forced, "kinds": ()}.get(kind, config.evaluate)
     settings = {"checkpoint": model, "sampling.temperature": float(temperature)}
     settings |= dict(setting.split("=", 1) for setting in answered)
     if not temperature:
-        settings["each_split"] = 0
+        settings |= {"each_split": 0, "paired_prompts": 0}
     if name != "sft" or not temperature:
         settings["probe_prompts"] = 0
     return configured(

@@ -3,7 +3,9 @@
     reproduction.json   {"arms": {name: ARM}, "mixes": {name: ARM}, "claims": [GATE], "gates": [GATE], "missing": [...]}
     ARM                 {"title", "seeds": [...], "t1": [FIGURES], "t0": [FIGURES]}, one FIGURES a seed that is there
     FIGURES             {"images", "exact", "first_exact", "outcome", "pass_given_right", "pass_given_wrong", "direct",
-                         "reflection", "multi_step", "images_by_edits": {...}, "exact_by_edits": {...},
+                         "reflection", "multi_step", "sight", "sight_fault", "pass_own_wrong" (paired test),
+                         "blind_pass_given_right", "blind_pass_given_wrong",
+                         "images_by_edits": {...}, "exact_by_edits": {...}, "direct_by_edits": {...},
                          "exact_by_suite": {...}}, each figure an estimate with its 95% interval over prompts
 
 Arms are compared by the mean over their seeds; each seed stands beside it.
@@ -24,13 +26,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ivr_jax.errors import UserError
-from ivr_jax.report import tables
 from ivr_jax.report.answers import replace_file
 from ivr_jax.report.collect import METRICS_FILE, read_curves
+from ivr_jax.report.gates import REPRODUCE, Gate, entry_gates, print_gates
 from ivr_jax.report.metrics import EVALUATION_FILE, read_evaluation
 from ivr_jax.report.pages import render_page
 from ivr_jax.report.plots import Curve
-from ivr_jax.report.tables import BY_NAME, Gate
+from ivr_jax.report.tables import BY_NAME
 from ivr_jax.reproduce import ablation_plots
 from ivr_jax.reproduce.arm import Arm
 
@@ -125,10 +127,10 @@ def gather(root: Path, config: Any) -> Reproduction:
         arms[arm] = arm_of(arm, {seed: run_name(arm, seed) for seed in seeds})
     mixes = {mix: arm_of(mix, {0: f"mix_{mix}"}, both=False) for mix in config.mixes}
     arms, mixes = ({k: v for k, v in group.items() if v.t1} for group in (arms, mixes))
-    read_all = {name: read(name, 1) for name in ("base", "sft", "direct", "multi_step")}
-    gates = tables.entry_gates(*read_all.values())
+    results = {name: read(name, 1) for name in ("base", "sft", "direct", "multi_step")}
+    gates = entry_gates(results | {"kinds": read("kinds", 0)}, REPRODUCE)
     return Reproduction(
-        arms, mixes, claims(arms), gates, _curves(root, config), tuple(dict.fromkeys(missing))
+        arms, mixes, claims(arms, mixes), gates, _curves(root, config), tuple(dict.fromkeys(missing))
     )
 
 
@@ -137,6 +139,10 @@ def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {name: BY_NAME[name].of(overall) for name in _FIGURES}
     for name in ("images", "exact", "direct"):
         found[f"{name}_by_edits"] = {k: BY_NAME[name].of(v) for k, v in result["by_edits"].items()}
+    paired = (result.get("paired") or {}).get("overall") or {}
+    found |= {name: paired.get(name, {}) for name in ("sight", "sight_fault", "pass_own_wrong")}
+    blind = ((overall.get("calibration") or {}).get("images") or {}).get("blind") or {}
+    found |= {f"blind_{name}": blind.get(name, {}) for name in ("pass_given_right", "pass_given_wrong")}
     found["exact_by_suite"] = {k: BY_NAME["exact"].of(v) for k, v in result["by_suite"].items()}
     return found
 
@@ -152,33 +158,54 @@ def _curves(root: Path, config: Any) -> dict[str, dict[str, tuple[Curve, ...]]]:
     return {name: {arm: tuple(curves) for arm, curves in by_arm.items()} for name, by_arm in found.items()}
 
 
-def claims(arms: Mapping[str, Arm]) -> tuple[Gate, ...]:
-    """The claim in miniature, one condition at a time, by means over seeds; see `docs/results/reproduction.md`."""
+def claims(arms: Mapping[str, Arm], mixes: Mapping[str, Arm] | None = None) -> tuple[Gate, ...]:
+    """The claim, one condition at a time, by means over seeds; see `docs/results/reproduction.md`."""
     sft, full, plain = arms["sft"], arms.get("full"), arms.get("no_bonus")
     found = []
     for t in (1, 0):
-        found.append(_at_most(f"Full: images against SFT, temperature {t}", 0.70, _ratio(full, sft, t)))
-    found.append(Gate.at_least("Full: exact above SFT, temperature 1", 0.05, _lead(full, sft, 1)))
-    found.append(Gate.at_least("Full: exact above SFT, temperature 0", 0.0, _lead(full, sft, 0)))
+        ratio = _ratio(full, sft, t)
+        found.append(Gate.of(f"Full: images against SFT, temperature {t}", 0.70, ratio, at_most=True, unit="×"))
+    for t, lead in ((1, 0.05), (0, 0.0)):
+        found.append(Gate.of(f"Full: exact above SFT, temperature {t}", lead, _lead(full, sft, t)))
     for t in (1, 0):
-        found.append(_at_least(f"Without bonus: images against SFT, temperature {t}", 0.95, _ratio(plain, sft, t)))
+        ratio = _ratio(plain, sft, t)
+        found.append(Gate.of(f"Without bonus: images against SFT, temperature {t}", 0.95, ratio, unit="×"))
     hardest = max((g for seed in sft.t1 for g in seed["direct_by_edits"]), key=int, default="")
     easy, hard = (full and full.mean("direct_by_edits", 1, group) for group in ("1", hardest))
-    found.append(Gate.at_least("Full: one-edit prompts answered with one image", 0.90, easy))
+    found.append(Gate.of("Full: one-edit prompts answered with one image", 0.90, easy))
     several = None if hard is None else 1 - hard
-    found.append(Gate.at_least(f"Full: prompts of {hardest} edits answered with several", 0.30, several))
-    own = arms.get("truthful")
-    if own and full and plain:
-        full, plain = full.at(own.seeds), plain.at(own.seeds)  # the same prompts and noise for all three
-    if own and full and full.t1 and plain and plain.t1:
-        saved = plain.mean("images") - full.mean("images")
-        kept = (plain.mean("images") - own.mean("images")) / saved if saved > 0 else None
-        found.append(Gate.at_least("Truthful variant: share of the image saving that it keeps", 0.80, kept))
-        found.append(Gate.at_least("Truthful variant: exact against no bonus", -0.02, _lead(own, plain, 1)))
-        found.append(_share_at_most("Truthful variant: P(passes | wrong)", 0.15, own.mean("pass_given_wrong")))
-        rarest = min(own.mean(mode) or 0.0 for mode in ("direct", "reflection", "multi_step"))
-        found.append(Gate.at_least("Truthful variant: share of its rarest mode", 0.02, rarest))
-    return tuple(found)
+    found.append(Gate.of(f"Full: prompts of {hardest} edits answered with several", 0.30, several))
+    passes = full and full.mean("pass_own_wrong")
+    found.append(Gate.of("Full: P(pass | own wrong image), paired test", 0.15, passes, at_most=True))
+    found.append(Gate.of("Full: answers that reflect", 0.05, full and full.mean("reflection")))
+    found.append(Gate.of("Mode mix: exact of all three modes, less the best other mix", 0.0, _mix_lead(mixes or {})))
+    return (*found, *_truthful_claims(arms.get("truthful"), full, plain))
+
+
+def _truthful_claims(own: Arm | None, full: Arm | None, plain: Arm | None) -> list[Gate]:
+    """The conditions on the truthful variant, beside the other arms' runs of the same seeds."""
+    if not own or not full or not plain:
+        return []
+    full, plain = full.at(own.seeds), plain.at(own.seeds)
+    if not full.t1 or not plain.t1:
+        return []
+    saved = plain.mean("images") - full.mean("images")
+    kept = (plain.mean("images") - own.mean("images")) / saved if saved > 0 else None
+    rarest = min(own.mean(mode) or 0.0 for mode in ("direct", "reflection", "multi_step"))
+    return [
+        Gate.of("Truthful variant: share of the image saving that it keeps", 0.80, kept),
+        Gate.of("Truthful variant: exact against no bonus", -0.02, _lead(own, plain, 1)),
+        Gate.of("Truthful variant: P(passes | wrong)", 0.15, own.mean("pass_given_wrong"), at_most=True),
+        Gate.of("Truthful variant: share of its rarest mode", 0.02, rarest),
+    ]
+
+
+def _mix_lead(mixes: Mapping[str, Arm]) -> float | None:
+    """Exact match of the mix of all three modes, less that of the best other mix."""
+    exact = {name: arm.mean("exact") for name, arm in mixes.items()}
+    ours = exact.pop("all_three", None)
+    others = [value for value in exact.values() if value is not None]
+    return None if ours is None or not others else ours - max(others)
 
 
 def _ratio(arm: Arm | None, reference: Arm, temperature: int) -> float | None:
@@ -189,21 +216,6 @@ def _ratio(arm: Arm | None, reference: Arm, temperature: int) -> float | None:
 def _lead(arm: Arm | None, reference: Arm, temperature: int) -> float | None:
     ours, theirs = arm and arm.mean("exact", temperature), reference.mean("exact", temperature)
     return None if ours is None or theirs is None else ours - theirs
-
-
-def _at_most(name: str, threshold: float, measured: float | None) -> Gate:
-    text = "" if measured is None else f"{measured:.2f} ×"
-    return Gate(name, f"≤ {threshold:.2f} ×", text, None if measured is None else measured <= threshold)
-
-
-def _at_least(name: str, threshold: float, measured: float | None) -> Gate:
-    text = "" if measured is None else f"{measured:.2f} ×"
-    return Gate(name, f"≥ {threshold:.2f} ×", text, None if measured is None else measured >= threshold)
-
-
-def _share_at_most(name: str, threshold: float, measured: float | None) -> Gate:
-    text = "" if measured is None else f"{measured:.1%}"
-    return Gate(name, f"≤ {threshold:.0%}", text, None if measured is None else measured <= threshold)
 
 
 # -- on the terminal, and as a page -----------------------------------------------------------------------------------
@@ -230,15 +242,18 @@ def main_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 
 def conduct_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """How each arm answers, and whether it knows when it is right."""
-    columns = ("", "R_o", "own first image exact", "P(passes | right)", "P(passes | wrong)", "direct", "reflection",
-               "multi-step")  # fmt: skip
-    shares = ("first_exact", "pass_given_right", "pass_given_wrong", "direct", "reflection", "multi_step")
-    rows = [
-        (arm.title, _number(arm.mean("outcome"), "{:.3f}"), *(_number(arm.mean(name), "{:.1%}") for name in shares))
-        for arm in found.arms.values()
-    ]
-    return columns, rows
+    """How each arm answers, and whether it knows when it is right: verdicts beside those of a blind rule."""
+    shares = {
+        "own first image exact": "first_exact", "P(passes | right)": "pass_given_right",
+        "blind rule": "blind_pass_given_right", "P(passes | wrong)": "pass_given_wrong",
+        "blind rule ": "blind_pass_given_wrong", "sight, own wrong image": "sight", "sight, one fault": "sight_fault",
+        "direct": "direct", "reflection": "reflection", "multi-step": "multi_step",
+    }  # fmt: skip
+    rows = []
+    for arm in found.arms.values():
+        values = [_number(arm.mean(name), "{:.1%}") for name in shares.values()]
+        rows.append((arm.title, _number(arm.mean("outcome"), "{:.3f}"), *values))
+    return ("", "R_o", *shares), rows
 
 
 def score_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -293,8 +308,8 @@ def print_tables(found: Reproduction, console: Console) -> None:
     _print("Arms", [columns[index] for index in brief], rows, console)
     _print("Benchmarks, and the paper's", *score_rows(found), console)
     _print("Mode mix, fine-tuning alone", *mix_rows(found), console)
-    tables.print_gates(found.gates, console)
-    tables.print_gates(found.claims, console, "The claim")
+    print_gates(found.gates, console)
+    print_gates(found.claims, console, "The claim")
     if found.missing:
         console.print(f"Not evaluated yet: {', '.join(found.missing)}", soft_wrap=True)
 
@@ -334,7 +349,8 @@ def _page(root: Path, found: Reproduction, plots: Sequence[tuple[str, Path]]) ->
             ("Arms", "Mean over seeds, each seed in brackets. Images and exact match on held-out prompts; “paper” is "
              "the same ratio in the paper's table 2.", *main_rows(found)),
             ("Conduct", "Temperature 1, means over seeds. The model's own verdict on each of its images against the "
-             "analyzer's, and the way it chose.", *conduct_rows(found)),
+             "analyzer's, beside a rule that sees the prompt alone and passes as often; sight by the paired test; the "
+             "mode it chose.", *conduct_rows(found)),
             ("Beside the paper's benchmarks", "Our splits copy the manner of the paper's benchmarks, not their "
              "content: compare orders, not values.", *score_rows(found)),
             ("Mode mix, fine-tuning alone", "Temperature 1, one seed, 95% intervals.", *mix_rows(found)),

@@ -63,11 +63,22 @@ class Reply:
 
 @dataclasses.dataclass
 class Counts:
-    """What one process asked of a service: calls made, replies used, answers taken from the record, faults by kind."""
+    """What one process asked of a service.
+
+    Attributes:
+      calls: made.
+      answered: replies that were used.
+      recorded: answers taken from the record.
+      faults: by kind.
+      in_flight: calls that wait for their reply now.
+      waiting: questions that wait now before they are asked again.
+    """
 
     calls: int = 0
     answered: int = 0
     recorded: int = 0
+    in_flight: int = 0
+    waiting: int = 0
     faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
@@ -152,7 +163,7 @@ class Caller:
             stop=tenacity.stop_after_attempt(self.config.tries),
             wait=self._wait,
             retry=tenacity.retry_if_exception(self._worth_retrying),
-            sleep=asyncio.sleep,
+            sleep=self._sleep,
             reraise=True,
         )
         complaint = ""
@@ -181,6 +192,7 @@ class Caller:
     ) -> T:
         async with self._slot(tokens):
             self.counts.calls += 1
+            self.counts.in_flight += 1
             try:
                 async with asyncio.timeout(self.config.timeout):
                     reply = await ask(complaint)
@@ -199,6 +211,8 @@ class Caller:
             except BaseException:
                 self.breaker.gave_up()
                 raise
+            finally:
+                self.counts.in_flight -= 1
             self.breaker.succeeded()
         try:
             value = read(reply)
@@ -217,6 +231,13 @@ class Caller:
                 await self._tokens.acquire(min(tokens, self._tokens.max_rate))
             await self.breaker.enter()
             yield
+
+    async def _sleep(self, seconds: float) -> None:
+        self.counts.waiting += 1
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self.counts.waiting -= 1
 
     def _worth_retrying(self, error: BaseException) -> bool:
         return isinstance(error, Fault) and (error.retry_after or 0) <= self.config.longest_wait

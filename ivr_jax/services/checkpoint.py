@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 
@@ -19,8 +20,8 @@ from ivr_jax.trajectory import Reflection, Sample
 class CheckpointGenerator:
     """See `Generator`.
 
-    Drawings are made one at a time, each with a key of its own question, so that what is drawn does not depend on what
-    else is on the way.  They are recorded like a service's answers.
+    Drawings are made one at a time in a thread, each with a key of its own question, so that what is drawn does not
+    depend on other samples, and their services are not kept waiting.  They are recorded like a service's answers.
 
     Args:
       system: the model.
@@ -32,6 +33,7 @@ class CheckpointGenerator:
 
     def __init__(self, system: System, name: str, options: SamplingOptions, seed: int, records: Records | None):
         self._system, self._name, self._options, self._seed, self._records = system, name, options, seed, records
+        self._drawing = asyncio.Lock()
         self._identity = {"kind": "checkpoint", "model": name, "seed": seed, "options": dataclasses.asdict(options)}
 
     async def generate(
@@ -49,7 +51,8 @@ class CheckpointGenerator:
         found = self._records.call(digest) if self._records else None
         pixels = self._records.image(found.image) if found and found.image else None
         if pixels is None:
-            pixels = self._draw(sample, text, sources, digest)
+            async with self._drawing:
+                pixels = await asyncio.to_thread(self._draw, sample, text, sources, digest)
             if self._records:
                 name = await self._records.add_image(pixels)
                 self._records.record_call(digest, f"checkpoint:{self._name}", Recorded(None, name))

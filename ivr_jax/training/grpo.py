@@ -473,7 +473,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     judge = make_judge(config.judge, options.reward, source, workdir)
     system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
     optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations * config.num_minibatches)
-    watch = Watch(as_dataclass(MonitorOptions, config.monitor), options.grammar.modes)
+    watch = Watch(as_dataclass(MonitorOptions, config.watch), options.grammar.modes)
     axes, meta = backbone.param_axes(system.config), {**system.meta, "run": config.to_dict()}
     if adapters.rank:
         params, axes = lora.add(system.params, adapters, jax.random.key(config.seed)), lora.axes(axes, adapters)

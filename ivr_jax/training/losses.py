@@ -7,13 +7,13 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ivr_jax import sharding
-from ivr_jax.config import NotNegative, OneOf, Positive, Section
+from ivr_jax.errors import UserError
 from ivr_jax.models.layers import project_gathered
 from ivr_jax.protocol.grammar import ILLEGAL, Tables
 from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, log_probabilities
@@ -121,7 +121,7 @@ def _gathered(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class GrpoOptions(Section, name="grpo"):
+class GrpoOptions:
     """The GRPO objective.
 
     Attributes:
@@ -134,12 +134,23 @@ class GrpoOptions(Section, name="grpo"):
         often as the policy of then is likelier to say it than the sampler was, at most this often; 0: always once.
     """
 
-    clip_low: NotNegative = 0.2
-    clip_high: NotNegative = 0.2
-    beta: NotNegative = 0.01
-    loss_type: Annotated[str, OneOf("grpo", "bnpo", "dr_grpo")] = "grpo"
-    dr_grpo_length: Positive = 256
-    tis_cap: NotNegative = 2.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.01
+    loss_type: str = "grpo"
+    dr_grpo_length: int = 256
+    tis_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        if (
+            self.loss_type not in ("grpo", "bnpo", "dr_grpo")
+            or min(self.clip_low, self.clip_high, self.beta, self.tis_cap) < 0
+            or self.dr_grpo_length < 1
+        ):
+            raise UserError(
+                f"GRPO options {self} are out of range.",
+                "normalisation is sequence, token or constant; the rest are >= 0.",
+            )
 
 
 def grpo_loss(

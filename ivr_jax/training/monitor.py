@@ -18,7 +18,6 @@ from typing import Any
 
 from absl import logging
 
-from ivr_jax.config import Positive, Section, Share
 from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Mode
 
@@ -27,7 +26,7 @@ _WATCHED = ("frac_groups_nonzero_std", "pass_given_wrong", *(f"mode_{mode.value}
 
 
 @dataclasses.dataclass(frozen=True)
-class MonitorOptions(Section, name="monitor"):
+class MonitorOptions:
     """When to raise an alarm, and when to stop.
 
     Attributes:
@@ -40,13 +39,18 @@ class MonitorOptions(Section, name="monitor"):
       most_missing: the run stops when a larger share of them is missing.
     """
 
-    window: Positive = 10
-    least_contrast: Share = 0.1
+    window: int = 10
+    least_contrast: float = 0.1
     least_gradient: float = 1e-7
-    most_mode: Share = 0.98
+    most_mode: float = 0.98
     most_drift: float = 0.25
-    missing_window: Positive = 256
-    most_missing: Share = 0.5
+    missing_window: int = 256
+    most_missing: float = 0.5
+
+    def __post_init__(self) -> None:
+        shares = (self.least_contrast, self.most_mode, self.most_missing)
+        if self.window < 1 or self.missing_window < 1 or not all(0 <= share <= 1 for share in shares):
+            raise UserError(f"watch options {self} are out of range.", "Windows are >= 1, shares from 0 to 1.")
 
 
 class Watch:
@@ -93,7 +97,7 @@ class Watch:
             raise UserError(
                 f"the judge failed on {gone} of the last {total} answers{': ' if why else ''}{why}.",
                 "See that it is up, then run the same command again: it goes on from the last checkpoint. "
-                "monitor.most_missing is the limit.",
+                "watch.most_missing is the limit.",
             )
 
     def _sums(self, name: str) -> list[float]:

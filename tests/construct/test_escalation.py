@@ -14,11 +14,8 @@ from ivr_jax.construct.escalation import (
     RELEASED_RULES,
     Drawing,
     Drop,
-    Request,
     Rules,
     construct,
-    construct_many,
-    construct_stream,
     prune,
 )
 from ivr_jax.errors import UserError
@@ -314,64 +311,3 @@ def test_pruning_keeps_g1_and_either_all_reflections_or_one_image_a_step(history
 def test_a_kept_image_that_nobody_judged_is_a_bug_not_a_trajectory():
     with pytest.raises(ValueError, match="image1"):
         prune([Drawing(None, "image0", evaluation(False)), Drawing(Step("a"), "image1", None, evaluation(True))])
-
-
-class Uneven(Script):
-    """Passes even samples at once and drops odd ones as ambiguous; early samples take longest."""
-
-    def __init__(self):
-        super().__init__(cause=RootCause.AMBIGUOUS_PROMPT)
-        self.running = self.most = 0
-
-    async def evaluate(self, sample, images, image):
-        number = int(sample.key)
-        self.running += 1
-        self.most = max(self.most, self.running)
-        await asyncio.sleep(0.001 * (7 - number % 7))
-        self.running -= 1
-        return evaluation(number % 2 == 0)
-
-
-def requests(count: int) -> list[Request]:
-    return [Request(Sample(f"{i}", "do it"), {}, G1) for i in range(count)]
-
-
-def test_many_samples_keep_their_order_obey_the_concurrency_and_are_counted():
-    script, seen = Uneven(), []
-    outcomes, tally = asyncio.run(
-        construct_many(requests(20), script, script, concurrency=4, progress=lambda t: seen.append(t.done))
-    )
-    assert [o.sample.key for o in outcomes] == [f"{i}" for i in range(20)]
-    assert script.most == 4 and seen == list(range(1, 21))
-    assert tally.modes == {Mode.DIRECT: 10} and tally.drops == {Drop.AMBIGUOUS_PROMPT: 10}
-    assert (tally.constructed, tally.done) == (10, 20)
-
-
-def test_the_stream_reads_its_requests_lazily():
-    taken = itertools.count()
-
-    async def first_outcome():
-        stream = construct_stream(((next(taken), r)[1] for r in requests(1000)), Uneven(), Uneven(), concurrency=2)
-        async for outcome in stream:
-            await stream.aclose()
-            return outcome
-
-    assert asyncio.run(first_outcome()).sample.key == "0"
-    assert next(taken) <= 16
-
-
-def test_a_service_that_breaks_ends_the_stream_and_names_the_sample():
-    class Broken(Uneven):
-        async def evaluate(self, sample, images, image):
-            if sample.key == "3":
-                raise ConnectionError("gone")
-            return await super().evaluate(sample, images, image)
-
-    with pytest.raises(ConnectionError, match="gone") as caught:
-        asyncio.run(construct_many(requests(8), Broken(), Broken(), concurrency=2))
-    assert caught.value.__notes__ == ["while constructing sample '3'"]
-
-
-def test_a_concurrency_of_zero_is_refused():
-    with pytest.raises(UserError, match="concurrency"):
-        asyncio.run(construct_many(requests(1), Uneven(), Uneven(), concurrency=0))

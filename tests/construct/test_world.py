@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import gc
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ivr_jax.construct.__main__ import progress_text
-from ivr_jax.construct.escalation import Request, Rules, Tally, construct_stream
+from ivr_jax.construct.assemble import write_dataset
+from ivr_jax.construct.escalation import Request, Rules
 from ivr_jax.construct.released import iter_released, write_trajectory
-from ivr_jax.construct.run import Construction, Entry, Pass, Quotas, Status, read_through
-from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
+from ivr_jax.construct.run import Construction, Entry, Pass, Quotas, Status
+from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.services.journal import Journal
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Sample
 from ivr_jax.world.analyzer import WorldAnalyzer
@@ -25,33 +28,38 @@ from ivr_jax.world.sampler import sample_task
 ANALYZER = WorldAnalyzer()
 
 
-def requests(level: int, count: int, fault_rate: float) -> Iterator[Request]:
+def entries(level: int, count: int, fault_rate: float) -> Iterator[Entry]:
     """Tasks with first images by a drawer that spoils `fault_rate` of them."""
     base = WorldGenerator(fault_rate, seed=1)
     for index in range(count):
         task = sample_task(level, seed=0, index=index)
         sources = [task.images[name] for name in task.sample.sources]
-        yield Request(task.sample, task.images, base.generate_sync(task.sample, task.sample.prompt, sources))
+        first = base.generate_sync(task.sample, task.sample.prompt, sources)
+        yield Entry(task.sample.key, "", functools.partial(Request, task.sample, task.images, first))
 
 
-async def build(path, level: int, count: int, rules: Rules, repair_faults: float) -> Tally:
-    tally = Tally()
-    repairer = WorldGenerator(repair_faults, seed=2)
-    with TrajectoryWriter(path, {"level": level}) as writer:
-        async for outcome in construct_stream(requests(level, count, 0.8), ANALYZER, repairer, rules, concurrency=4):
-            tally.add(outcome)
-            if outcome.trajectory:
-                writer.add(outcome.trajectory, outcome.images)
-    return tally
+def build(path: Path, level: int, count: int, rules: Rules, repair_faults: float) -> Pass:
+    """The whole command's work: through a journal into a dataset."""
+    with Journal(path.with_name(f"{path.name}.journal")) as journal:
+        construction = Construction(journal, ANALYZER, WorldGenerator(repair_faults, seed=2), rules, concurrency=4)
+        found = asyncio.run(construction.run(each(entries(level, count, 0.8)), Quotas(None)))
+        write_dataset(path, journal, found, {"level": level})
+    return found
+
+
+async def each(items):
+    for item in items:
+        yield item
 
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_every_stored_answer_is_exact_and_every_image_before_it_is_not(tmp_path, level):
-    tally = asyncio.run(build(tmp_path / "data", level, 60, Rules(max_reflections=1), 0.5))
-    assert set(tally.modes) == set(Mode) and tally.done == 60
+    found = build(tmp_path / "data", level, 60, Rules(max_reflections=1), 0.5)
+    assert set(found.modes) == {mode.value for mode in Mode}
+    assert found.modes.total() + found.drops.total() == found.seen == 60
     dataset = TrajectoryDataset(tmp_path / "data")
-    assert len(dataset) == tally.constructed
-    assert dataset.manifest["by_mode"] == {mode.value: count for mode, count in tally.modes.items()}
+    assert len(dataset) == found.modes.total()
+    assert dataset.manifest["by_mode"] == dict(found.modes)
     for trajectory in dataset:
         images = dataset.images(trajectory)
         exact = [ANALYZER.is_exact(trajectory.sample, images[name]) for name in trajectory.images]
@@ -61,21 +69,21 @@ def test_every_stored_answer_is_exact_and_every_image_before_it_is_not(tmp_path,
 
 def test_construction_repeats_itself_byte_for_byte(tmp_path):
     for name in ("a", "b"):
-        asyncio.run(build(tmp_path / name, 0, 20, Rules(), 0.3))
+        build(tmp_path / name, 0, 20, Rules(), 0.3)
     for file in (tmp_path / "a").iterdir():
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_skipping_reflection_sends_every_failed_complex_request_to_steps(tmp_path):
-    tally = asyncio.run(build(tmp_path / "data", 0, 40, Rules(max_reflections=0), 0.0))
+    found = build(tmp_path / "data", 0, 40, Rules(max_reflections=0), 0.0)
     trajectories = list(TrajectoryDataset(tmp_path / "data"))
-    assert tally.modes[Mode.REFLECTION] == 0 and tally.modes[Mode.MULTI_STEP] >= 10
+    assert found.modes["reflection"] == 0 and found.modes["multi_step"] >= 10
     causes = collections.Counter(type(r.cause) for t in trajectories for r in t.rounds)
     assert causes[Reflection] == 0
 
 
 def test_micro_world_trajectories_survive_the_released_folders_but_for_their_facts(tmp_path):
-    asyncio.run(build(tmp_path / "data", 0, 12, Rules(max_reflections=1), 0.3))
+    build(tmp_path / "data", 0, 12, Rules(max_reflections=1), 0.3)
     dataset = TrajectoryDataset(tmp_path / "data")
     for trajectory in dataset:
         write_trajectory(tmp_path / "success", trajectory, dataset.images(trajectory))
@@ -100,7 +108,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
         request = Request(Sample(f"{index}", "Do it."), {}, pixels)
         return Entry(f"{index}", f"request {index}", lambda: request)
 
-    def entries() -> Iterator[Entry]:
+    async def counted() -> AsyncIterator[Entry]:
         nonlocal read
         for read in range(1, 1601):
             yield entry(read)
@@ -115,7 +123,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
         construction = Construction(journal, Content(), Content(), Rules(), concurrency)
         tracemalloc.start()
         try:
-            found = asyncio.run(read_through(construction, entries(), Quotas(None), notice))
+            found = asyncio.run(construction.run(counted(), Quotas(None), notice))
         finally:
             tracemalloc.stop()
     assert found.modes["direct"] == 1600 and max(ahead) <= 16 * concurrency

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 from answers_fixture import plain_answer, write_workdir
 
 from ivr_jax.errors import UserError
-from ivr_jax.report.collect import collect, read_curves, read_gates, write_gates
+from ivr_jax.report.collect import collect, read_curves
 from ivr_jax.report.metrics import evaluate, write_evaluation
 from ivr_jax.report.pages import write_report
-from ivr_jax.report.tables import Gate
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def test_a_finished_run_is_gathered_whole(finished, tmp_path):
     answered, samples = inputs.gallery
     assert {item.arm for item in answered.items} == {"Base", "SFT", "SFT + RL"} and len(answered.items) == 36
     assert samples.title == "Training samples of SFT" and len({item.answer.mode for item in samples.items}) == 3
-    assert len(inputs.gates) == 6
+    assert len(inputs.gates) == 11
     page, *plots = write_report(tmp_path / "report.html", *inputs)
     assert page.stat().st_size > 50_000 and len(plots) == 6
 
@@ -103,9 +101,3 @@ def test_a_broken_file_is_named(file, text, finished, tmp_path):
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         collect(tmp_path / "nowhere")
-
-
-def test_gates_are_kept(tmp_path):
-    gates = (Gate("a", "≥ 1%", "2%", True), Gate("b", "≥ 1%", "", None))
-    write_gates(tmp_path, gates)
-    assert read_gates(tmp_path) == gates and json.loads((tmp_path / "gates.json").read_text())[1]["met"] is None

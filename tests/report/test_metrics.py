@@ -13,7 +13,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.report import intervals
 from ivr_jax.report.answers import Answer
 from ivr_jax.report.metrics import evaluate, read_evaluation, write_evaluation
-from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation
+from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Trajectory
 
 
 def values(tree):
@@ -147,3 +147,43 @@ def test_bad_input_is_named(tmp_path):
         (tmp_path / "evaluation.json").write_text(text)
         with pytest.raises(UserError, match=fault):
             read_evaluation(tmp_path)
+
+
+def test_a_verdict_that_reads_the_prompt_alone_is_what_the_blind_rule_reaches():
+    """One edit: all right and passed. Two edits: all wrong; a quarter passed."""
+    easy = [plain_answer(1, exact=True, key=f"e{i}", passes=True, edits=1) for i in range(6)]
+    hard = [plain_answer(1, exact=False, key=f"h{i}", passes=i == 0, edits=2) for i in range(4)]
+    calibration = evaluate([*easy, *hard])["overall"]["calibration"]["images"]
+    assert calibration["pass_given_right"]["value"] == calibration["blind"]["pass_given_right"]["value"] == 1.0
+    assert calibration["pass_given_wrong"]["value"] == calibration["blind"]["pass_given_wrong"]["value"] == 0.25
+    assert calibration["accuracy"]["value"] == 0.9 and calibration["blind"]["accuracy"]["value"] == 1.0
+
+
+def test_a_verdict_that_follows_the_image_differs_from_the_blind_rule():
+    answers = [plain_answer(1, exact=i < 5, key=str(i), passes=i < 5, edits=2) for i in range(10)]
+    calibration = evaluate(answers)["overall"]["calibration"]["images"]
+    assert (calibration["pass_given_right"]["value"], calibration["pass_given_wrong"]["value"]) == (1.0, 0.0)
+    assert {name: estimate["value"] for name, estimate in calibration["blind"].items()} == {
+        "pass_given_right": 0.5, "pass_given_wrong": 0.5, "accuracy": 0.5}
+    nothing = evaluate([dataclasses.replace(answers[0], truth=())])["overall"]["calibration"]["images"]["blind"]
+    assert nothing["accuracy"]["value"] is None and nothing["pass_given_right"]["n"] == 0
+
+
+def test_garbled_texts_are_counted_among_all_texts():
+    spoilt = dataclasses.replace(plain_answer(2, key="b"), garbled=("S2",))
+    answers = [plain_answer(3, key="a"), spoilt, plain_answer(1)]
+    garbled = evaluate(answers)["overall"]["garbled"]
+    assert (garbled["value"], garbled["n"]) == (pytest.approx(1 / 3), 3)
+
+
+def test_a_repair_is_a_right_second_image_after_a_critique_of_a_wrong_one():
+    def reflecting(key: str, second: bool, first: bool = False) -> Answer:
+        answer = plain_answer(2, key=key)
+        one, two = answer.trajectory.rounds
+        trajectory = Trajectory(answer.sample, (one, dataclasses.replace(two, cause=Reflection("a", "b"))))
+        return dataclasses.replace(answer, trajectory=trajectory, mode=trajectory.mode, exact=(first, second))
+
+    fine_before = reflecting("c", True, first=True)
+    answers = [reflecting("a", True), reflecting("b", False), fine_before, plain_answer(2, key="d")]
+    assert evaluate(answers)["overall"]["repaired"]["value"] == 0.5
+    assert evaluate(answers)["overall"]["repaired"]["n"] == 2

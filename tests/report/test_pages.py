@@ -20,10 +20,10 @@ from PIL import Image
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import Answer, Segment
 from ivr_jax.report.gallery import LONGEST_TEXT, GalleryItem, GallerySection, choose, section_view
+from ivr_jax.report.gates import Gate
 from ivr_jax.report.metrics import evaluate
 from ivr_jax.report.pages import Run, render, write_report
 from ivr_jax.report.plots import Curve, curve_svg, smooth, thin
-from ivr_jax.report.tables import Gate
 from ivr_jax.trajectory import AxisVerdict, Mode, Reflection, Round, Sample, Trajectory
 
 EVIL = "<script>alert('pwned')</script><img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"

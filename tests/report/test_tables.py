@@ -1,4 +1,4 @@
-"""Arms side by side: comparisons, the terminal table, and the entry gates."""
+"""Arms side by side: comparisons and the terminal table."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from answers_fixture import plain_answer
 from rich.console import Console
 
 from ivr_jax.errors import UserError
-from ivr_jax.report.intervals import share
 from ivr_jax.report.metrics import evaluate
 from ivr_jax.report.tables import (
     BY_NAME,
-    Gate,
     compare_arms,
-    entry_gates,
     format_interval,
     format_value,
-    print_gates,
     print_table,
 )
 
@@ -82,34 +78,3 @@ def test_three_arms_fit_into_a_terminal_of_80_columns():
 
 def test_text_in_square_brackets_is_printed_as_it_is():
     assert "[bold]x" in printed(print_table, {"[bold]x": arm(1, 1)})
-    assert "[red]gate" in printed(print_gates, [Gate("[red]gate", "≥ 1%", "2%", True)])
-
-
-def test_gates_are_met_not_met_or_not_measured():
-    base = arm(96, 4, edits=1)
-    sft = evaluate([plain_answer(2, exact=i < 90, key=str(i), edits=4) for i in range(100)])
-    sft["probes"] = {"step_text": share([True, False]), "critique": share([])}
-    gates = entry_gates(base, sft, direct=arm(45, 55, edits=4), multi_step=arm(83, 17, edits=4))
-    assert [(gate.threshold, gate.measured, gate.met) for gate in gates] == [
-        ("≥ 95%", "96.0%", True),
-        ("≥ 97%", "50.0%", False),
-        ("≥ 50%", "", None),
-        ("≥ 85%", "95.0%", True),  # of 200 images the 10 wrong ones that passed themselves disagree
-        ("≥ 25%", "38.0%", True),
-        ("≥ 5%", "90.0%", True),
-    ]
-    text = printed(print_gates, gates)
-    assert "not met" in text and "not measured" in text
-
-
-def test_without_any_evaluation_every_gate_is_open():
-    assert {gate.met for gate in entry_gates()} == {None}
-    assert entry_gates(direct=arm(1, 1, edits=2), multi_step=arm(1, 1, edits=3))[4].met is None  # no edits in common
-
-
-def test_a_gate_cannot_be_met_without_a_measurement():
-    with pytest.raises(UserError):
-        Gate("g", "≥ 1", "", True)
-    with pytest.raises(UserError):
-        Gate("g", "≥ 1", "2", None)
-    assert Gate.at_least("g", 0.05, -0.026) == Gate("g", "≥ 5%", "−2.6%", False), "a minus, as in the tables"

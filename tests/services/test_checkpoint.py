@@ -7,10 +7,6 @@ import asyncio
 import numpy as np
 import tiny_model
 
-from ivr_jax.construct.baseline import with_first_images
-from ivr_jax.construct.escalation import Request
-from ivr_jax.construct.run import Entry
-from ivr_jax.errors import UserError
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.checkpoint import CheckpointGenerator
 from ivr_jax.services.journal import Journal
@@ -35,26 +31,3 @@ def test_drawings_depend_on_the_question_alone_and_are_recorded(tmp_path):
     assert np.array_equal(other_order[0], first[2]) and np.array_equal(other_order[1], first[0])
     assert len({image.tobytes() for image in first}) > 1
     assert {image.shape for image in first} == {(32, 32, 3)}
-
-
-def test_first_images_skip_what_is_known_what_is_given_and_what_cannot_be_read():
-    samples, images = tiny_model.requests(6, sources=1)
-    given = np.full((32, 32, 3), 7, np.uint8)
-
-    def loader(i):
-        def load():
-            if i == 1:
-                raise UserError("damaged.")
-            return Request(samples[i], images[i], given if i == 2 else None)
-
-        return load
-
-    entries = [Entry(f"request {i}", str(i), loader(i)) for i in range(6)]
-    options = SamplingOptions()
-    every = list(with_first_images(SYSTEM, entries, 3, 2, options))
-    assert [entry.key for entry in every] == [f"request {i}" for i in range(6)]
-    assert every[1] is entries[1] and np.array_equal(every[2].load().first_image, given)
-    resumed = list(with_first_images(SYSTEM, entries, 3, 2, options, known=lambda entry: entry.key < "request 4"))
-    assert resumed[:4] == entries[:4]
-    for i in (4, 5):
-        assert np.array_equal(resumed[i].load().first_image, every[i].load().first_image)

@@ -16,6 +16,7 @@ import numpy as np
 import openai_service
 import pytest
 from openai_service import Behaviour, OpenAIService, serving
+from openai_service import service_config as config
 
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
@@ -23,7 +24,6 @@ from ivr_jax.interfaces import Attempt, RootCause, ServiceDown, ServiceFailed
 from ivr_jax.services import transport
 from ivr_jax.services.build import analyzer_from_configs, generator_from_config
 from ivr_jax.services.caller import Breaker, Caller, Fault, Reply
-from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.journal import Journal
 from ivr_jax.services.prompts import FOLDER, Prompts
 from ivr_jax.services.transport import Picture, PictureEncoder, retry_after
@@ -34,42 +34,6 @@ ENVIRONMENT = {"TEST_KEY": KEY, "TEST_APP": "app-77"}
 PIXELS = np.full((24, 32, 3), 200, np.uint8)
 SAMPLE = Sample("one", "Make it grey [direct].", (image_name(PIXELS),))
 IMAGES = {image_name(PIXELS): PIXELS}
-
-
-def config(url: str, **settings: object) -> ServiceConfig:
-    """A service that gives up soon."""
-    return ServiceConfig(
-        **{
-            "kind": "openai",
-            "base_url": url,
-            "model": "test-model",
-            "key_variable": "TEST_KEY",
-            "app_variable": "",
-            "source": "tests",
-            "checkpoint": "",
-            "temperature": -1.0,
-            "max_tokens": 0,
-            "structured": "auto",
-            "image_side": 512,
-            "size": "auto",
-            "image_reply": "",
-            "in_flight": 16,
-            "requests_per_minute": 0,
-            "tokens_per_minute": 0,
-            "image_tokens": 100,
-            "timeout": 5.0,
-            "tries": 4,
-            "first_wait": 0.001,
-            "longest_wait": 1.0,
-            "breaker_failures": 1000,
-            "breaker_rest": 0.05,
-            "patience": 0.2,
-            "price_in": 2.0,
-            "price_out": 10.0,
-            "price_image": 0.04,
-        }
-        | settings
-    )
 
 
 @pytest.fixture
@@ -461,10 +425,10 @@ def test_the_key_appears_nowhere(service, tmp_path, capfd, caplog):
         ({"base_url": "https://host/v1?key=secret"}, "holds credentials"),
         ({"base_url": "ftp://host"}, "base_url is"),
         ({"base_url": "http://[::1"}, "cannot be read"),
-        ({"kind": "smoke"}, "`service.kind`"),
+        ({"kind": "smoke"}, "kind is 'smoke'"),
         ({"model": ""}, "names no model"),
-        ({"tries": 0}, "`service.tries`"),
-        ({"timeout": float("nan")}, "`service.timeout`"),
+        ({"tries": 0}, "tries is 0"),
+        ({"timeout": float("nan")}, "timeout is nan"),
     ],
 )
 def test_wrong_settings_are_said_and_secrets_in_them_are_not(settings, complaint):
