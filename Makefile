@@ -22,7 +22,7 @@ ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce install test test-fast lint docs clean
+.PHONY: help demo reproduce install test test-fast test-default-flags lint docs clean
 
 help:  ## this list
 	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) JOBS=$(JOBS) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
@@ -42,6 +42,9 @@ test: lint  ## install, lint, run the tests with coverage
 
 test-fast: $(VENV)/.installed-test  ## tests of pure functions and formats, without models and processes
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-default-flags: $(VENV)/.installed-test  ## the numerics again as XLA compiles them by default
+	XLA_FLAGS= $(BIN)/python -m pytest $(PYTEST_FLAGS) tests/models tests/sampling tests/training tests/rewards
 
 lint: $(VENV)/.installed-test  ## ruff and mypy
 	$(BIN)/python -m ruff check .
