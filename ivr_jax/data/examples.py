@@ -18,7 +18,7 @@ from array_record.python import array_record_module
 from tqdm import tqdm
 
 from ivr_jax import files
-from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.data.store import TrajectorySource
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.text import TextTokenizer
@@ -45,13 +45,13 @@ def unpack_example(record: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def source_fingerprint(dataset: TrajectoryDataset, tokenizer: TextTokenizer, image_tokenizer: str) -> str:
+def source_fingerprint(dataset: TrajectorySource, tokenizer: TextTokenizer, image_tokenizer: str) -> str:
     """What token examples were made of; `image_tokenizer`: the fingerprint of its parameters."""
     return f"parts-{tokenizer.fingerprint}-{image_tokenizer}-{dataset.fingerprint}"
 
 
 def make_examples(
-    dataset: TrajectoryDataset,
+    dataset: TrajectorySource,
     tokenizer: TextTokenizer,
     encode_images: EncodeImages,
     folder: str | os.PathLike,
@@ -69,7 +69,7 @@ def make_examples(
 
 
 def write_part(
-    dataset: TrajectoryDataset,
+    dataset: TrajectorySource,
     tokenizer: TextTokenizer,
     encode_images: EncodeImages,
     partial: pathlib.Path,
@@ -151,7 +151,7 @@ def _interleave(sources: Sequence[pathlib.Path], counts: Sequence[int], target: 
 
 
 def _codes(
-    dataset: TrajectoryDataset, trajectories: Sequence[Trajectory], encode_images: EncodeImages
+    dataset: TrajectorySource, trajectories: Sequence[Trajectory], encode_images: EncodeImages
 ) -> dict[str, np.ndarray]:
     names = list(dict.fromkeys(name for t in trajectories for name in (*t.sample.sources, *t.images)))
     return dict(zip(names, encode_images([dataset.image(name) for name in names]), strict=True))

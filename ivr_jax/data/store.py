@@ -15,6 +15,7 @@ which is what random access (Grain) wants; neither reading nor writing imports T
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import functools
@@ -157,25 +158,32 @@ class TrajectoryWriter:
         self.abandon() if kind else self.close()
 
 
-class TrajectoryDataset:
-    """A dataset directory, read at random; a source for Grain (`len`, `[i]`, picklable).
+class TrajectorySource(abc.ABC):
+    """Stored trajectories, read at random; a source for Grain (`len`, `[i]`, picklable).
 
-    Args:
-      path: the directory.  Its files are opened at the first access, once a process.
+    A kind of storage defines `__len__`, `image_names`, `_record` and `_png`; its class takes the path alone.
 
-    Raises:
-      UserError: there is no dataset, it is empty, or its version is not ours.
+    Attributes:
+      path: where it is.  Files are opened at the first access, once a process.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.manifest = self._read_manifest()
-        self._records: array_record_module.ArrayRecordReader | None = None
-        self._pixels: array_record_module.ArrayRecordReader | None = None
-        self._positions: dict[str, int] | None = None
+    path: Path
 
-    def __len__(self) -> int:
-        return self.manifest["trajectories"]
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def image_names(self) -> tuple[str, ...]:
+        """Names of all images, in stored order."""
+
+    @abc.abstractmethod
+    def _record(self, index: int) -> bytes:
+        """The JSON of `trajectory_to_json`; RuntimeError when it cannot be read."""
+
+    @abc.abstractmethod
+    def _png(self, position: int) -> bytes:
+        """The file of an image, by its place in `image_names`; RuntimeError when it cannot be read."""
 
     def __getitem__(self, index: int) -> Trajectory:
         """The trajectory at `index` (from the end when negative).
@@ -188,10 +196,8 @@ class TrajectoryDataset:
         i += len(self) if i < 0 else 0
         if not 0 <= i < len(self):
             raise IndexError(f"trajectory {index} of {len(self)}")
-        if self._records is None:
-            self._records = self._open(_RECORDS, len(self))
         try:
-            return trajectory_from_json(json.loads(self._records.read([i])[0]))
+            return trajectory_from_json(json.loads(self._record(i)))
         except (RuntimeError, ValueError, TypeError, UserError) as error:
             raise UserError(f"record {i} of {self.path} is corrupt: {_first_line(error)}", _REBUILD) from error
 
@@ -211,15 +217,11 @@ class TrajectoryDataset:
 
     def png(self, name: str) -> bytes:
         """The stored file of one image; UserError as in `image`."""
-        if self._positions is None:
-            self._positions = self._read_names()
         position = self._positions.get(name)
         if position is None:
             raise UserError(f"{self.path} has no image {name!r}.", _REBUILD)
-        if self._pixels is None:
-            self._pixels = self._open(_PIXELS, len(self._positions))
         try:
-            return self._pixels.read([position])[0]
+            return self._png(position)
         except RuntimeError as error:
             raise UserError(f"image {name!r} of {self.path} is corrupt: {_first_line(error)}", _REBUILD) from error
 
@@ -236,32 +238,71 @@ class TrajectoryDataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal characters that change when the content does: the records in order, which name the images by
-        their hashes.  The writer stored it; for a dataset of an older version all records are read.
+        their hashes.
         """
-        stored = self.manifest.get("content_sha256")
-        if stored is None:
-            content = hashlib.sha256()
-            for trajectory in self:
-                content.update(hashlib.sha256(_encode_record(trajectory)).digest())
-            stored = content.hexdigest()
-        return stored[:16]
+        return self._content_hash()
 
-    @property
-    def image_names(self) -> tuple[str, ...]:
-        """Names of all images, in stored order."""
-        if self._positions is None:
-            self._positions = self._read_names()
-        return tuple(self._positions)
+    def _content_hash(self) -> str:
+        content = hashlib.sha256()
+        for trajectory in self:
+            content.update(hashlib.sha256(_encode_record(trajectory)).digest())
+        return content.hexdigest()[:16]
+
+    @functools.cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.image_names)}
 
     def __repr__(self) -> str:
-        return f"TrajectoryDataset({str(self.path)!r})"
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+
+class TrajectoryDataset(TrajectorySource):
+    """A dataset directory, as `TrajectoryWriter` writes it.
+
+    Raises:
+      UserError: there is no dataset, it is empty, or its version is not ours.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.manifest = self._read_manifest()
+
+    def __len__(self) -> int:
+        return self.manifest["trajectories"]
+
+    @functools.cached_property
+    def image_names(self) -> tuple[str, ...]:
+        names = _read_json(self.path / _NAMES)
+        if not isinstance(names, list) or len(names) != self.manifest.get("images"):
+            raise UserError(f"{self.path / _NAMES} does not list the images of the dataset.", _REBUILD)
+        return tuple(names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """As the writer stored it; for a dataset of an older version all records are read."""
+        stored = self.manifest.get("content_sha256")
+        return self._content_hash() if stored is None else stored[:16]
+
+    @functools.cached_property
+    def _records(self) -> array_record_module.ArrayRecordReader:
+        return self._open(_RECORDS, len(self))
+
+    @functools.cached_property
+    def _pixels(self) -> array_record_module.ArrayRecordReader:
+        return self._open(_PIXELS, len(self.image_names))
+
+    def _record(self, index: int) -> bytes:
+        return self._records.read([index])[0]
+
+    def _png(self, position: int) -> bytes:
+        return self._pixels.read([position])[0]
 
     def _read_manifest(self) -> dict[str, Any]:
         file = self.path / _MANIFEST
         if not file.is_file():
             raise UserError(
                 f"{self.path} holds no dataset: {_MANIFEST} is missing.",
-                "Build it with `python -m ivr_jax.construct`, or mend the path.",
+                "Build it with `python -m ivr_jax.construct`, or correct the path.",
             )
         manifest = _read_json(file)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
@@ -274,12 +315,6 @@ class TrajectoryDataset:
         if count == 0:
             raise UserError(f"the dataset {self.path} is empty.", "Construct at least one trajectory.")
         return manifest
-
-    def _read_names(self) -> dict[str, int]:
-        names = _read_json(self.path / _NAMES)
-        if not isinstance(names, list) or len(names) != self.manifest.get("images"):
-            raise UserError(f"{self.path / _NAMES} does not list the images of the dataset.", _REBUILD)
-        return {name: position for position, name in enumerate(names)}
 
     def _open(self, file: str, count: int) -> array_record_module.ArrayRecordReader:
         path = self.path / file

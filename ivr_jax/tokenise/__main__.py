@@ -20,7 +20,7 @@ from absl import flags
 from ivr_jax import cli, distributed, files
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.data import examples
-from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.data.sources import open_dataset
 from ivr_jax.errors import UserError
 
 _ANY_LENGTH = 1 << 30
@@ -44,7 +44,7 @@ def main(call: cli.Call) -> None:
             raise UserError(f"no --{name} was named.",
                             "Write: DATASET --image_tokenizer=WORKDIR --out=SFT_WORKDIR/examples.")
     distributed.start(given)
-    dataset, out = TrajectoryDataset(Path(given.source).expanduser()), Path(given.out).expanduser()
+    dataset, out = open_dataset(given.source), Path(given.out).expanduser()
     if examples.read_manifest(out) is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and holds no token examples.", "Name a new folder: SFT_WORKDIR/examples.")
     codec = systems.load_image_codec(Path(given.image_tokenizer).expanduser())

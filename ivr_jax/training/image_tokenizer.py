@@ -17,7 +17,7 @@ from clu import parameter_overview
 from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.data import pipeline
-from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.data.sources import open_dataset
 from ivr_jax.errors import UserError
 from ivr_jax.images import crop_square
 from ivr_jax.models import image_tokenizer as model_lib
@@ -156,7 +156,7 @@ def image_sources(data: Any, seed: int, resolution: int, held_out: int) -> tuple
     if data.source == "world":
         boards = pipeline.Indexed(functools.partial(_board, data.level, seed), data.size)
         return boards, np.stack([_board(data.level, seed, data.size + i) for i in range(held_out)])
-    dataset = TrajectoryDataset(data.source)
+    dataset = open_dataset(data.source)
     names = sorted(dataset.image_names)  # content hashes: their order is random, and the same for every process
     count = min(held_out, max(1, len(names) // 10))
     if len(names) <= count:

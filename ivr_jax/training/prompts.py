@@ -8,7 +8,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol
 
 from ivr_jax.data import pipeline
-from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.data.sources import open_dataset
+from ivr_jax.data.store import TrajectorySource
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images
 from ivr_jax.trajectory import Sample
@@ -47,7 +48,7 @@ def prompt_source(config: Any, seed: int) -> pipeline.Indexed:
     if config.source == WORLD:
         found = pipeline.Indexed(functools.partial(_world_prompt, config.level, seed), config.size)
     else:
-        dataset = TrajectoryDataset(config.source)
+        dataset = open_dataset(config.source)
         found = pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
     if found.size < 1:
         raise UserError("there is no prompt to answer.", "Set config.prompts.size, or name a dataset with some.")
@@ -59,7 +60,7 @@ def _world_prompt(level: int, seed: int, index: int) -> Prompt:
     return Prompt(task.sample, task.images)
 
 
-def _stored_prompt(dataset: TrajectoryDataset, index: int) -> Prompt:
+def _stored_prompt(dataset: TrajectorySource, index: int) -> Prompt:
     sample = dataset[index].sample
     return Prompt(sample, {name: dataset.image(name) for name in sample.sources})
 

@@ -19,7 +19,7 @@ from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.data import examples, pipeline
-from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.data.sources import open_dataset
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 from ivr_jax.models.backbone_config import BackboneConfig
@@ -199,7 +199,7 @@ def _prepare(
     config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
 ) -> None:
     """Token examples and the report's training samples, made once."""
-    dataset, folder = TrajectoryDataset(config.data.path), workdir / "examples"
+    dataset, folder = open_dataset(config.data.path), workdir / "examples"
     fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
     manifest = examples.read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != fingerprint:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ivr_jax.data.store import TrajectoryDataset
+from ivr_jax.data.store import TrajectorySource
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.report.answers import make_answer, write_answers
@@ -16,7 +16,7 @@ from ivr_jax.trajectory import Mode
 
 def write_training_samples(
     folder: str | os.PathLike[str],
-    dataset: TrajectoryDataset,
+    dataset: TrajectorySource,
     tokenizer: TextTokenizer,
     encode_images: Callable[[Sequence[np.ndarray]], list[np.ndarray]],
     each: int = 6,
