@@ -352,7 +352,7 @@ def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Arr
 
 @functools.lru_cache(maxsize=32)
 def _abstract(module: type[Backbone | DecoderLayer], config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
+    return layers.abstract_module(lambda: module(config, rngs=nnx.Rngs(0)))
 
 
 def module(config: BackboneConfig, params: Params) -> Backbone:
@@ -368,7 +368,7 @@ def init_params(config: BackboneConfig, key: jax.Array) -> Params:
 def param_shapes(config: BackboneConfig) -> Params:
     """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
     held = nnx.to_pure_dict(_abstract(Backbone, config)[1])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)  # without the mesh that was in force
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)
 
 
 def param_axes(config: BackboneConfig) -> Params:

@@ -1,4 +1,4 @@
-"""What the image tokenizer is made of: convolution, group norm, residual block, spatial attention, resampling.
+"""Layers of the image tokenizer: convolution, group norm, residual block, spatial attention, resampling.
 
 Pixels and latents are channels-last here, [B, height, width, C]; kernels are [height, width, in, out]. Attribute names
 are those of the public PyTorch checkpoints, so that a parameter's path is its name there.
@@ -6,7 +6,7 @@ are those of the public PyTorch checkpoints, so that a parameter's path is its n
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,37 +17,32 @@ from ivr_jax.models import layers
 NORM_EPS = 1e-6
 
 
-class Conv(nnx.Module):
+def conv(inputs: int, outputs: int, size: int, config: Any, rngs: nnx.Rngs, stride: int = 1) -> nnx.Conv:
     """A square convolution with bias, stride 1 or 2; stride 2 pads one row below and one column right only."""
-
-    def __init__(self, inputs: int, outputs: int, size: int, rngs: nnx.Rngs, dtype: str, stride: int = 1):
-        init = layers.fan_in_normal(size * size * inputs)
-        axes = ("kernel_height", "kernel_width", "conv_in", "conv_out")
-        self.kernel = layers.param(rngs, (size, size, inputs, outputs), axes, init, dtype)
-        self.bias = layers.param(rngs, (outputs,), ("conv_out",), jax.nn.initializers.zeros, dtype)
-        self.stride = stride
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        size = kernel.shape[0]
-        if size == 1:
-            return x @ kernel[0, 0] + bias[None, None, None, :]
-        padding = ((0, 1), (0, 1)) if self.stride == 2 else ((size // 2,) * 2,) * 2
-        numbers = ("NHWC", "HWIO", "NHWC")
-        out = jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, padding, dimension_numbers=numbers)
-        return out + bias[None, None, None, :]
+    padding = (0, 1) if stride == 2 else (size // 2, size // 2)
+    return nnx.Conv(
+        inputs, outputs, (size, size), stride, padding=(padding, padding), dtype=config.dtype,
+        param_dtype=config.param_dtype, kernel_init=layers.fan_in_normal(size * size * inputs), rngs=rngs,
+        kernel_metadata=layers.sharding_metadata(("kernel_height", "kernel_width", "conv_in", "conv_out")),
+        bias_metadata=layers.sharding_metadata(("conv_out",)),
+    )  # fmt: skip
 
 
 class GroupNorm(nnx.Module):
-    """Group norm over [height, width, channels of a group], computed in float32."""
+    """Group norm over [height, width, channels of a group], computed in float32.
 
-    def __init__(self, channels: int, groups: int, rngs: nnx.Rngs, dtype: str):
+    `nnx.GroupNorm` reduces all of a group's axes at once, which is slower on a CPU: docs/image-tokenizer.md.
+    """
+
+    def __init__(self, channels: int, config: Any, rngs: nnx.Rngs):
+        dtype = config.param_dtype
         self.scale = layers.param(rngs, (channels,), ("conv_out",), jax.nn.initializers.ones, dtype)
         self.bias = layers.param(rngs, (channels,), ("conv_out",), jax.nn.initializers.zeros, dtype)
-        self.groups = groups
+        self.groups = config.norm_groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide, share = x.astype(jnp.float32), x.shape[3] // self.groups
+        wide = x.astype(jnp.float32)
+        share = x.shape[3] // self.groups
 
         def mean(values: jax.Array) -> jax.Array:
             # Over space first, then over a group's channels: several times faster on a CPU than both at once.
@@ -62,14 +57,15 @@ class GroupNorm(nnx.Module):
 class ResBlock(nnx.Module):
     """norm, swish, conv, norm, swish, dropout, conv, plus a shortcut (1×1 conv where the channel count changes)."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int, dropout: float, rngs: nnx.Rngs, dtype: str):
-        self.norm1 = GroupNorm(inputs, groups, rngs, dtype)
-        self.conv1 = Conv(inputs, outputs, 3, rngs, dtype)
-        self.norm2 = GroupNorm(outputs, groups, rngs, dtype)
-        self.conv2 = Conv(outputs, outputs, 3, rngs, dtype)
-        if inputs != outputs:
-            self.nin_shortcut = Conv(inputs, outputs, 1, rngs, dtype)
-        self.dropout, self.changes = dropout, inputs != outputs
+    def __init__(self, inputs: int, outputs: int, config: Any, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(inputs, config, rngs)
+        self.conv1 = conv(inputs, outputs, 3, config, rngs)
+        self.norm2 = GroupNorm(outputs, config, rngs)
+        self.conv2 = conv(outputs, outputs, 3, config, rngs)
+        self.changes = inputs != outputs
+        if self.changes:
+            self.nin_shortcut = conv(inputs, outputs, 1, config, rngs)
+        self.dropout = config.dropout
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -80,15 +76,17 @@ class ResBlock(nnx.Module):
 class SpatialAttention(nnx.Module):
     """One-head attention over all cells, residual."""
 
-    def __init__(self, channels: int, groups: int, rngs: nnx.Rngs, dtype: str):
-        new = functools.partial(Conv, channels, channels, 1, rngs, dtype)
-        self.norm = GroupNorm(channels, groups, rngs, dtype)
-        self.q, self.k, self.v, self.proj_out = new(), new(), new(), new()
+    def __init__(self, channels: int, config: Any, rngs: nnx.Rngs):
+        self.norm = GroupNorm(channels, config, rngs)
+        self.q = conv(channels, channels, 1, config, rngs)
+        self.k = conv(channels, channels, 1, config, rngs)
+        self.v = conv(channels, channels, 1, config, rngs)
+        self.proj_out = conv(channels, channels, 1, config, rngs)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
         cells, normal = height * width, self.norm(x)
-        q, k, v = (conv(normal).reshape(batch, cells, 1, channels) for conv in (self.q, self.k, self.v))
+        q, k, v = (project(normal).reshape(batch, cells, 1, channels) for project in (self.q, self.k, self.v))
         mixed = layers.attention(q, k, v, jnp.ones((1, 1, cells), bool))
         return x + self.proj_out(mixed.reshape(x.shape))
 
@@ -96,8 +94,8 @@ class SpatialAttention(nnx.Module):
 class Downsample(nnx.Module):
     """Half the height and width."""
 
-    def __init__(self, channels: int, rngs: nnx.Rngs, dtype: str):
-        self.conv = Conv(channels, channels, 3, rngs, dtype, stride=2)
+    def __init__(self, channels: int, config: Any, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, config, rngs, stride=2)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.conv(x)
@@ -106,8 +104,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest neighbour ×2, then a convolution."""
 
-    def __init__(self, channels: int, rngs: nnx.Rngs, dtype: str):
-        self.conv = Conv(channels, channels, 3, rngs, dtype)
+    def __init__(self, channels: int, config: Any, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, 3, config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape

@@ -26,7 +26,7 @@ from flax import nnx
 
 from ivr_jax.errors import UserError
 from ivr_jax.models import layers
-from ivr_jax.models.image_layers import Conv, Downsample, GroupNorm, ResBlock, SpatialAttention, Upsample
+from ivr_jax.models.image_layers import Downsample, GroupNorm, ResBlock, SpatialAttention, Upsample, conv
 
 Params = dict[str, Any]
 CODEBOOK_CHUNK = 8192  # codes scored at a time by `encode`, fewer for many cells
@@ -157,15 +157,14 @@ class _Stack(nnx.Module):
 
 
 class _Level(nnx.Module):
-    """Residual blocks, each followed by attention if the level has it, then a resampler if it is not the last."""
+    """Residual blocks, each followed by attention if the level has it; whoever owns it may add a resampler."""
 
     def __init__(
         self, inputs: int, outputs: int, blocks: int, attends: bool, config: ImageTokenizerConfig, rngs: nnx.Rngs
     ):
-        groups, dtype = config.norm_groups, config.param_dtype
         widths = itertools.pairwise([inputs] + [outputs] * blocks)
-        self.block = _Stack([ResBlock(a, b, groups, config.dropout, rngs, dtype) for a, b in widths])
-        self.attn = _Stack([SpatialAttention(outputs, groups, rngs, dtype) for _ in range(blocks if attends else 0)])
+        self.block = _Stack([ResBlock(a, b, config, rngs) for a, b in widths])
+        self.attn = _Stack([SpatialAttention(outputs, config, rngs) for _ in range(blocks if attends else 0)])
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         attention = list(self.attn) or [None] * self.block.count
@@ -177,10 +176,9 @@ class _Level(nnx.Module):
 
 class _Middle(nnx.Module):
     def __init__(self, width: int, config: ImageTokenizerConfig, rngs: nnx.Rngs):
-        groups, dtype = config.norm_groups, config.param_dtype
-        self.block_1 = ResBlock(width, width, groups, config.dropout, rngs, dtype)
-        self.attn_1 = SpatialAttention(width, groups, rngs, dtype)
-        self.block_2 = ResBlock(width, width, groups, config.dropout, rngs, dtype)
+        self.block_1 = ResBlock(width, width, config, rngs)
+        self.attn_1 = SpatialAttention(width, config, rngs)
+        self.block_2 = ResBlock(width, width, config, rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         return self.block_2(self.attn_1(self.block_1(x, _fold(key, 0))), _fold(key, 1))
@@ -191,19 +189,19 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: ImageTokenizerConfig, rngs: nnx.Rngs):
         widths = [config.ch * multiple for multiple in (1, *config.ch_mult)]
-        dtype, last = config.param_dtype, len(config.ch_mult) - 1
-        self.conv_in = Conv(config.in_channels, config.ch, 3, rngs, dtype)
+        last = len(config.ch_mult) - 1
+        self.conv_in = conv(config.in_channels, config.ch, 3, config, rngs)
         levels = []
         for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             attends = config.resolution // 2**index in config.attn_resolutions
             level = _Level(inputs, outputs, config.num_res_blocks, attends, config, rngs)
             if index != last:
-                level.downsample = Downsample(outputs, rngs, dtype)
+                level.downsample = Downsample(outputs, config, rngs)
             levels.append(level)
         self.down = _Stack(levels)
         self.mid = _Middle(widths[-1], config, rngs)
-        self.norm_out = GroupNorm(widths[-1], config.norm_groups, rngs, dtype)
-        self.conv_out = Conv(widths[-1], config.z_channels * (1 + config.double_z), 3, rngs, dtype)
+        self.norm_out = GroupNorm(widths[-1], config, rngs)
+        self.conv_out = conv(widths[-1], config.z_channels * (1 + config.double_z), 3, config, rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         x = self.conv_in(x)
@@ -219,19 +217,18 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ImageTokenizerConfig, rngs: nnx.Rngs):
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        dtype = config.param_dtype
-        self.conv_in = Conv(config.z_channels, widths[-1], 3, rngs, dtype)
+        self.conv_in = conv(config.z_channels, widths[-1], 3, config, rngs)
         self.mid = _Middle(widths[-1], config, rngs)
         levels = []
         for index, (outputs, inputs) in enumerate(itertools.pairwise([*widths, widths[-1]])):
             attends = config.resolution // 2**index in config.attn_resolutions
             level = _Level(inputs, outputs, config.num_res_blocks + 1, attends, config, rngs)
             if index != 0:
-                level.upsample = Upsample(outputs, rngs, dtype)
+                level.upsample = Upsample(outputs, config, rngs)
             levels.append(level)
         self.up = _Stack(levels)
-        self.norm_out = GroupNorm(widths[0], config.norm_groups, rngs, dtype)
-        self.conv_out = Conv(widths[0], config.out_ch, 3, rngs, dtype)
+        self.norm_out = GroupNorm(widths[0], config, rngs)
+        self.conv_out = conv(widths[0], config.out_ch, 3, config, rngs)
 
     def __call__(self, z: jax.Array, key: jax.Array | None = None) -> jax.Array:
         x = self.mid(self.conv_in(z), _fold(key, self.up.count))
@@ -259,11 +256,11 @@ class ImageTokenizer(nnx.Module):
 
     def __init__(self, config: ImageTokenizerConfig, *, rngs: nnx.Rngs):
         self.config = config
-        dtype, z_channels = config.param_dtype, config.z_channels
+        z_channels = config.z_channels
         self.encoder = Encoder(config, rngs)
-        self.quant_conv = Conv(z_channels * (1 + config.double_z), config.embed_dim, 1, rngs, dtype)
+        self.quant_conv = conv(z_channels * (1 + config.double_z), config.embed_dim, 1, config, rngs)
         self.quantize = _Quantizer(config, rngs)
-        self.post_quant_conv = Conv(config.embed_dim, z_channels, 1, rngs, dtype)
+        self.post_quant_conv = conv(config.embed_dim, z_channels, 1, config, rngs)
         self.decoder = Decoder(config, rngs)
 
     @property
@@ -305,7 +302,7 @@ def _check(condition: bool, name: str, value: Any, wanted: str) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _abstract(config: ImageTokenizerConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: ImageTokenizer(config, rngs=nnx.Rngs(0))))
+    return layers.abstract_module(lambda: ImageTokenizer(config, rngs=nnx.Rngs(0)))
 
 
 def module(config: ImageTokenizerConfig, params: Params) -> ImageTokenizer:
@@ -321,7 +318,7 @@ def init_params(config: ImageTokenizerConfig, key: jax.Array) -> Params:
 def param_shapes(config: ImageTokenizerConfig) -> Params:
     """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
     held = nnx.to_pure_dict(_abstract(config)[1])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)  # without the mesh that was in force
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)
 
 
 def param_axes(config: ImageTokenizerConfig) -> Params:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from ivr_jax import sharding
 
@@ -48,6 +48,15 @@ def param(
 def sharding_metadata(axes: tuple[str, ...]) -> dict[str, Any]:
     """Keyword arguments of an `nnx.Variable` with these logical axes, not placed when it is created."""
     return {"out_sharding": axes, "eager_sharding": False}
+
+
+def abstract_module(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, nnx.State]:
+    """The graph of a module and its parameters' shapes; nothing is allocated.
+
+    Shapes carry no mesh: Flax would look for the logical axes among the axes of the mesh in force.
+    """
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        return nnx.split(nnx.eval_shape(make))
 
 
 def fan_in_normal(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initializer:
