@@ -52,6 +52,7 @@ class Behaviour:
       answer: replaces the text of every chat answer.
       status: answers every call with this status.
       raw: answers every call with this body, and `status`; `headers` are added.
+      refuses: parameters of a chat request that are refused with 400.
     """
 
     latency: float = 0.0
@@ -65,6 +66,7 @@ class Behaviour:
     status: int = 200
     raw: bytes | None = None
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    refuses: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -167,6 +169,10 @@ class OpenAIService:
             self.log.bodies.append(asked)
         if asked.get("response_format") and not self.behaviour.schema:
             return "", _error(400, "response_format is not supported")
+        refused = [name for name in self.behaviour.refuses if name in asked]
+        if refused:
+            what = f"Unsupported parameter: '{refused[0]}' is not supported with this model."
+            return "", JSONResponse({"error": {"message": what, "param": refused[0], "code": "unsupported"}}, 400)
         question, text = self._said(asked["messages"][0]["content"], fault)
         message = {"role": "assistant", "content": text}
         reply = {

@@ -4,6 +4,7 @@ A question is asked up to `tries` times.  What went wrong decides what follows:
 
     Fault     time-out, lost connection, 429, 5xx, an unusable answer     asked again, not before `Retry-After`
     Rejected  400, 413, 422, a refusal of this very question              not asked again: ServiceFailed
+    CutOff    the answer reached max_tokens                               not asked again at the same max_tokens
     UserError wrong key, no such model, no such address                   ends the run: no other question fares better
 
 After `breaker_failures` faults in a row the breaker opens: nobody calls, except for one probe every `breaker_rest`
@@ -31,6 +32,17 @@ from ivr_jax.services.replies import Unusable
 
 R = TypeVar("R")
 T = TypeVar("T")
+RAISE_MAX_TOKENS = "Raise the service's max_tokens (0 sends no limit), or let the model think less; then run again."
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What came back: a text or an encoded image, and the tokens that the server counted (0 when it did not)."""
+
+    text: str | None = None
+    image: bytes | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
 
 
 class Fault(Exception):
@@ -48,17 +60,27 @@ class Fault(Exception):
 
 
 class Rejected(Exception):
-    """The service will not answer this very question, however often it is asked."""
+    """The service will not answer this very question, however often it is asked.
+
+    Attributes:
+      parameter: the name of the request's parameter that it refuses, or "".
+    """
+
+    def __init__(self, detail: str, parameter: str = ""):
+        super().__init__(detail)
+        self.parameter = parameter
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """What came back: a text or an encoded image, and the tokens that the server counted (0 when it did not)."""
+class CutOff(Rejected):
+    """The answer reached the limit on its length; at the same limit it would again.
 
-    text: str | None = None
-    image: bytes | None = None
-    tokens_in: int = 0
-    tokens_out: int = 0
+    Attributes:
+      reply: what was paid for.
+    """
+
+    def __init__(self, detail: str, reply: Reply):
+        super().__init__(detail)
+        self.reply = reply
 
 
 @dataclasses.dataclass
@@ -179,6 +201,9 @@ class Caller:
         except Fault as fault:
             what = f"{self.config.name} gave no usable answer ({fault})."
             raise ServiceFailed(what, "Run again later.", fault.kind) from None
+        except CutOff as error:
+            self.counts.faults["cut off"] += 1
+            raise ServiceFailed(f"{self.config.name}: {error}.", RAISE_MAX_TOKENS, "cut off") from None
         except Rejected as error:
             self.counts.faults["rejected"] += 1
             what = f"{self.config.name} rejects a question ({error})."

@@ -119,7 +119,6 @@ class ServiceConfig:
             "kind": self.kind,
             "model": self.model or self.checkpoint,
             "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
             "image_side": self.image_side,
             "size": self.size,
         }
@@ -129,7 +128,7 @@ class ServiceConfig:
 CHANGEABLE = tuple(
     field.name
     for field in dataclasses.fields(ServiceConfig)
-    if field.name not in ("kind", "model", "checkpoint", "temperature", "max_tokens", "image_side", "size")
+    if field.name not in ("kind", "model", "checkpoint", "temperature", "image_side", "size")
 )
 
 

@@ -26,12 +26,14 @@ from ivr_jax.services.replies import Unusable
 from ivr_jax.services.transport import (
     Picture,
     PictureEncoder,
+    chat_reply,
+    check_no_error,
     connection_limits,
     decode_base64,
     field,
     outcome_of_status,
     parsed,
-    token_count,
+    usage_of,
 )
 
 
@@ -69,13 +71,11 @@ class GatewayTransport:
             body["max_tokens"] = self._config.max_tokens
         reply = await self._post("chat_completions", body)
         text = field(reply, "response")
-        if text is None:
-            text = field(reply, "detail", "choices", 0, "message", "content")
-        if text is None:
-            text = field(reply, "choices", 0, "message", "content")
-        if not isinstance(text, str):
-            raise Fault("unusable answer", "the reply holds no text", sick=False)
-        return Reply(self._secrets.hide(text), None, *_usage(reply))
+        completion = field(reply, "detail") or reply
+        if isinstance(text, str) and text and not field(completion, "choices"):
+            return Reply(self._secrets.hide(text), None, *usage_of(completion))
+        check_no_error(completion, {}, self._secrets, self._config.name)
+        return chat_reply(completion, self._config, self._secrets)
 
     async def first_token(self, text: str, pictures: Sequence[Picture], count: int) -> Reply:
         raise UserError("the gateway gives no log-probabilities of tokens.", 'Use a service of the kind "openai".')
@@ -116,10 +116,8 @@ class GatewayTransport:
         reply = parsed(answer.content)
         code = field(reply, "code")
         if code != 0:
-            raise Fault(f"code {code}", self._secrets.hide(str(field(reply, "msg")))[:200])
+            message = self._secrets.hide(str(field(reply, "msg")))
+            if isinstance(code, int) and 400 <= code < 600:
+                raise outcome_of_status(code, answer.headers, message, self._config.name)
+            raise Fault(f"code {code}", message[:200])
         return reply
-
-
-def _usage(reply: Any) -> tuple[int, int]:
-    usage = field(reply, "detail", "usage") or field(reply, "usage")
-    return token_count(field(usage, "prompt_tokens")), token_count(field(usage, "completion_tokens"))

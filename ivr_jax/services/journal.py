@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -31,13 +32,14 @@ from ivr_jax.services.service import Recorded
 
 _SCHEMA = """
 create table if not exists calls (digest text primary key, service text, text text, image text,
-                                  tokens_in integer, tokens_out integer, cost real) without rowid;
+                                  tokens_in integer, tokens_out integer, cost real, cut_off integer) without rowid;
 create table if not exists outcomes (key text primary key, request text, record text) without rowid;
 create table if not exists images (name text primary key, png blob) without rowid;
 """
 _LARGE = 1 << 15  # bytes of PNG from which an image is a file of its own
 _MANY_PIXELS = 1 << 16  # from which an image is encoded in a thread
-_VERSION = 1
+_VERSION = 2
+_TO_VERSION_2 = "alter table calls add column cut_off integer"
 
 
 class Journal:
@@ -70,9 +72,12 @@ class Journal:
         self._database.execute("pragma journal_mode=wal")
         self._database.execute("pragma synchronous=normal")
         version = self._database.execute("pragma user_version").fetchone()[0]
-        if version not in (0, _VERSION):
+        if version not in (0, 1, _VERSION):
             raise UserError(f"{self._file} has version {version}.", "Use the program that wrote it.")
         self._database.executescript(_SCHEMA)
+        columns = [column[1] for column in self._database.execute("pragma table_info(calls)")]
+        if "cut_off" not in columns:
+            self._database.execute(_TO_VERSION_2)
         self._database.execute(f"pragma user_version={_VERSION}")
 
     @staticmethod
@@ -91,13 +96,13 @@ class Journal:
 
     def call(self, digest: str) -> Recorded | None:
         """The recorded answer to a question, or None."""
-        row = self._row("select text, image, tokens_in, tokens_out, cost from calls where digest=?", digest)
+        row = self._row("select text, image, tokens_in, tokens_out, cost, cut_off from calls where digest=?", digest)
         return Recorded(*row) if row else None
 
     def record_call(self, digest: str, service: str, answer: Recorded) -> None:
         """Keeps an answer; an earlier one to the same question is replaced."""
-        values = (digest, service, answer.text, answer.image, answer.tokens_in, answer.tokens_out, answer.cost)
-        self._write("insert or replace into calls values (?, ?, ?, ?, ?, ?, ?)", *values)
+        values = (digest, service, *dataclasses.astuple(answer))
+        self._write("insert or replace into calls values (?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
     def usage(self) -> dict[str, dict[str, float]]:
         """By service: recorded answers, their tokens and their cost, over all runs."""

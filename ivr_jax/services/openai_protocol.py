@@ -15,18 +15,21 @@ import aiohttp
 import httpx2
 import openai
 
+from ivr_jax.errors import UserError
 from ivr_jax.services.caller import Fault, Rejected, Reply
 from ivr_jax.services.config import Secrets, ServiceConfig
 from ivr_jax.services.replies import Unusable
 from ivr_jax.services.transport import (
     Picture,
     PictureEncoder,
+    chat_reply,
+    check_no_error,
     connection_limits,
     decode_base64,
     field,
     outcome_of_status,
     parsed,
-    token_count,
+    usage_of,
 )
 
 _NO_KEY = "none"  # what the client sends to a server without keys
@@ -51,6 +54,7 @@ class OpenAITransport:
             http_client=openai.DefaultAioHttpClient(limits=limits, timeout=config.timeout, follow_redirects=False),
         )
         self._structured = config.structured
+        self._limit = "max_tokens"  # what the server calls it
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         content = [{"type": "text", "text": text}, *await self._shown(pictures)]
@@ -60,25 +64,32 @@ class OpenAITransport:
         }
         if self._config.temperature >= 0:
             request["temperature"] = self._config.temperature
-        if self._config.max_tokens:
-            request["max_tokens"] = self._config.max_tokens
-        form = self._structured  # as it is now: a question beside this one may find out that no schema is taken
-        try:
-            completion = await self._complete(request, form, schema)
-        except Rejected:
-            if form != "auto":
-                raise
-            completion = await self._complete(request, "none", schema)  # when this works, the schema was the trouble
-            self._structured = "none"
-        message = _message(completion)
-        if refusal := field(message, "refusal"):
-            raise Rejected(f"refused: {self._secrets.hide(str(refusal))[:200]}")
-        if field(completion, "choices", 0, "finish_reason") == "content_filter":
-            raise Rejected("stopped by the content filter")
-        answer = field(message, "content")
-        if not isinstance(message, dict) or not isinstance(answer, str | None):
-            raise Fault("unusable answer", "the reply is not of the protocol's shape", sick=False)
-        return Reply(self._secrets.hide(answer or ""), None, *_usage(completion))
+        return chat_reply(await self._complete(request, schema), self._config, self._secrets)
+
+    async def _complete(self, request: Mapping[str, Any], schema: Mapping[str, Any]) -> Any:
+        """The completion; what the server refuses is left out or renamed from then on, where that may be.
+
+        With `structured="auto"` the schema is left out; `max_tokens` becomes `max_completion_tokens`.
+        """
+        form = self._structured  # as it is now: a question beside this one may change it
+        limit = self._limit
+        while True:
+            body = {**request, **_response_format(form, schema)}
+            if self._config.max_tokens:
+                body[limit] = self._config.max_tokens
+            try:
+                completion = await self._post("/chat/completions", body)
+            except Rejected as refused:
+                if refused.parameter == limit == "max_tokens" and self._config.max_tokens:
+                    limit = "max_completion_tokens"
+                elif form == "auto" and refused.parameter in ("", "response_format"):
+                    form = "none"
+                else:
+                    raise _refused_setting(self._config, refused, "structured") from None
+            else:
+                self._structured = form
+                self._limit = limit
+                return completion
 
     async def first_token(self, text: str, pictures: Sequence[Picture], count: int) -> Reply:
         content = [*await self._shown(pictures), {"type": "text", "text": text}]
@@ -91,13 +102,13 @@ class OpenAITransport:
             "top_logprobs": count,
         }
         completion = await self._post("/chat/completions", request)
-        if refusal := field(_message(completion), "refusal"):
+        if refusal := field(completion, "choices", 0, "message", "refusal"):
             raise Rejected(f"refused: {self._secrets.hide(str(refusal))[:200]}")
         likeliest = field(completion, "choices", 0, "logprobs", "content", 0, "top_logprobs")
         tokens = [[field(token, "token"), field(token, "logprob")] for token in likeliest or ()]
         if not tokens or not all(_is_chance(*token) for token in tokens):
             raise Fault("unusable answer", "the reply holds no log-probabilities of its first token", sick=False)
-        return Reply(self._secrets.hide(json.dumps(tokens)), None, *_usage(completion))
+        return Reply(self._secrets.hide(json.dumps(tokens)), None, *usage_of(completion))
 
     async def _shown(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
         """Each picture under its label."""
@@ -107,39 +118,33 @@ class OpenAITransport:
             content.append({"type": "image_url", "image_url": {"url": await self._pictures.uri(picture)}})
         return content
 
-    async def _complete(self, request: Mapping[str, Any], structured: str, schema: Mapping[str, Any]) -> Any:
-        formats = {
-            "json_object": {"type": "json_object"},
-            "json_schema": {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "strict": True, "schema": schema},
-            },
-        }
-        asked = formats.get("json_schema" if structured == "auto" else structured)
-        return await self._post("/chat/completions", {**request, **({"response_format": asked} if asked else {})})
-
     async def draw(self, text: str, sources: Sequence[Picture]) -> Reply:
         request: dict[str, Any] = {"model": self._config.model, "prompt": text, "n": 1}
         if self._config.size:
             request["size"] = self._config.size
         if self._config.image_reply:
             request["response_format"] = self._config.image_reply
-        if sources:
-            files = [
-                (f"image_{i}.png", await self._pictures.png(picture), "image/png") for i, picture in enumerate(sources)
-            ]
-            with self._speaking():
-                edit = self._client.images.with_raw_response.edit
-                reply = await edit(image=files if len(files) > 1 else files[0], **request)
-            drawn = parsed(reply.content)
-        else:
-            drawn = await self._post("/images/generations", request)
+        try:
+            drawn = await self._draw(request, sources)
+        except Rejected as refused:
+            raise _refused_setting(self._config, refused, "image_reply") from None
         data = field(drawn, "data", 0)
         try:
             image = decode_base64(field(data, "b64_json") or field(data, "url"))
         except Unusable as error:
             raise Fault("unusable answer", str(error), sick=False) from None
-        return Reply(None, image, *_usage(drawn))
+        return Reply(None, image, *usage_of(drawn))
+
+    async def _draw(self, request: Mapping[str, Any], sources: Sequence[Picture]) -> Any:
+        if not sources:
+            return await self._post("/images/generations", request)
+        files = [
+            (f"image_{i}.png", await self._pictures.png(picture), "image/png") for i, picture in enumerate(sources)
+        ]
+        with self._speaking():
+            edit = self._client.images.with_raw_response.edit
+            reply = await edit(image=files if len(files) > 1 else files[0], **request)
+        return self._parsed(reply)
 
     async def close(self) -> None:
         await self._client.close()
@@ -147,7 +152,12 @@ class OpenAITransport:
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         with self._speaking():
             reply = await self._client.post(path, body=body, cast_to=httpx2.Response)
-        return parsed(reply.content)
+        return self._parsed(reply)
+
+    def _parsed(self, reply: Any) -> Any:
+        value = parsed(reply.content)
+        check_no_error(value, reply.headers, self._secrets, self._config.name)
+        return value
 
     @contextlib.contextmanager
     def _speaking(self) -> Iterator[None]:
@@ -161,8 +171,9 @@ class OpenAITransport:
                 raise Fault("connection", self._secrets.hide(str(origin))[:200]) from None
             raise Fault("time-out") from None
         except openai.APIStatusError as error:
-            body = self._secrets.hide(_body_of(error))
-            raise outcome_of_status(error.status_code, error.response.headers, body, who) from None
+            message, parameter = _complaint(error)
+            message = self._secrets.hide(message)
+            raise outcome_of_status(error.status_code, error.response.headers, message, who, parameter) from None
         except openai.APIConnectionError as error:
             raise Fault("connection", self._secrets.hide(str(error.__cause__ or error))[:200]) from None
         except openai.APIError as error:
@@ -171,11 +182,33 @@ class OpenAITransport:
             raise Fault("connection", self._secrets.hide(str(error))[:200]) from None
 
 
-def _message(completion: Any) -> Any:
-    """The first choice's message; some servers report an error with status 200, which is a fault like any other."""
-    if field(completion, "error") and not field(completion, "choices"):
-        raise Fault("error in a reply", "an error with status 200", sick=True)
-    return field(completion, "choices", 0, "message")
+def _response_format(structured: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    if structured == "none":
+        return {}
+    if structured == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    described = {"name": "answer", "strict": True, "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": described}}
+
+
+def _refused_setting(config: ServiceConfig, refused: Rejected, response_format: str) -> Exception:
+    """`refused`, or a UserError that names the setting which the server does not take: no other question fares better.
+
+    Args:
+      response_format: the setting behind the request's parameter of this name.
+    """
+    remedies = {
+        "temperature": ("temperature", "Set its temperature=-1, which sends none."),
+        "max_tokens": ("max_tokens", "Set its max_tokens to what the model takes; 0 sends none."),
+        "max_completion_tokens": ("max_tokens", "Set its max_tokens to what the model takes; 0 sends none."),
+        "size": ("size", 'Set its size to one that the model draws; "" sends none.'),
+        "response_format": (response_format, f'Set its {response_format} to what the server takes; "none" for '
+                            'structured and "" for image_reply send none.'),
+    }
+    if refused.parameter not in remedies:
+        return refused
+    key, remedy = remedies[refused.parameter]
+    return UserError(f"{config.name} does not take the `{key}` that is set ({refused}).", remedy)
 
 
 def _is_chance(text: Any, log_probability: Any) -> bool:
@@ -183,16 +216,11 @@ def _is_chance(text: Any, log_probability: Any) -> bool:
     return isinstance(text, str) and number and log_probability <= 1e-3
 
 
-def _usage(reply: Any) -> tuple[int, int]:
-    usage = field(reply, "usage")
-    read = field(usage, "prompt_tokens") or field(usage, "input_tokens")
-    written = field(usage, "completion_tokens") or field(usage, "output_tokens")
-    return token_count(read), token_count(written)
-
-
-def _body_of(error: openai.APIStatusError) -> str:
-    body = error.body
-    if isinstance(body, Mapping):
-        message = body.get("message") or (body.get("error") or {})
-        return str(message.get("message", message) if isinstance(message, Mapping) else message)
-    return error.response.text
+def _complaint(error: openai.APIStatusError) -> tuple[str, str]:
+    """What the server says is wrong, and the parameter that it names, or ""."""
+    body = error.body[0] if isinstance(error.body, list) and error.body else error.body  # Gemini sends a list
+    body = field(body, "error") or body
+    if not isinstance(body, Mapping):
+        return (body if isinstance(body, str) and body else error.response.text), ""
+    message = field(body, "message") or body
+    return (message if isinstance(message, str) else json.dumps(message, default=str)), str(field(body, "param") or "")

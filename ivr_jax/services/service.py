@@ -11,13 +11,13 @@ import dataclasses
 import hashlib
 import json
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, decode_image
 from ivr_jax.interfaces import ServiceDown, ServiceFailed
-from ivr_jax.services.caller import Caller, Fault, Reply
+from ivr_jax.services.caller import RAISE_MAX_TOKENS, Caller, CutOff, Fault, Reply
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.replies import Unusable
 from ivr_jax.services.transport import Picture, Transport
@@ -29,13 +29,21 @@ _LARGE = 1 << 15  # bytes from which an image is decoded in a thread
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
-    """An answer as it is kept: a text, or the name of an image; and what it took."""
+    """An answer as it is kept.
+
+    Attributes:
+      text: what was answered; None for an image.
+      image: the name of the image that was drawn; None for a text.
+      tokens_in, tokens_out, cost: what it took.
+      cut_off: the `max_tokens` at which an answer broke off that is of no use then; None for a complete answer.
+    """
 
     text: str | None
     image: str | None
     tokens_in: int = 0
     tokens_out: int = 0
     cost: float = 0.0
+    cut_off: int | None = None
 
 
 class Records(Protocol):
@@ -131,20 +139,34 @@ class Service:
             value = self.recorded(digest, read)
             if value is not None:
                 return value
+            self._check_limit_was_raised(digest)
             value, reply = await self.caller.call(
-                lambda complaint: self._ask(question, complaint),
+                lambda complaint: self._ask(question, digest, complaint),
                 lambda reply: (read(reply.text or ""), reply),
                 self._tokens(question),
             )
             self._record(digest, reply, reply.text, None)
             return value
 
-    def _ask(self, question: Question, complaint: str) -> Awaitable[Reply]:
+    async def _ask(self, question: Question, digest: str, complaint: str) -> Reply:
         if question.top_tokens:
-            return self.transport.first_token(question.text, question.pictures, question.top_tokens)
-        return self.transport.chat(
-            _with_complaint(question.text, complaint), question.pictures, question.schema or {}
-        )
+            return await self.transport.first_token(question.text, question.pictures, question.top_tokens)
+        text = _with_complaint(question.text, complaint)
+        try:
+            return await self.transport.chat(text, question.pictures, question.schema or {})
+        except CutOff as error:
+            self._record(digest, error.reply, None, None, self.config.max_tokens)
+            raise
+
+    def _check_limit_was_raised(self, digest: str) -> None:
+        """Raises ServiceFailed for a question whose answer broke off at the `max_tokens` of now, or at a higher one."""
+        found = self.records.call(digest) if self.records else None
+        if found is None or found.cut_off is None:
+            return
+        limit = self.config.max_tokens
+        if limit == found.cut_off or 0 < limit < found.cut_off:
+            what = f"{self.name}: the answer was cut off at max_tokens={found.cut_off}, and is not asked for again."
+            raise ServiceFailed(what, RAISE_MAX_TOKENS, "cut off")
 
     async def image(self, question: Question) -> Pixels:
         """The image drawn from the question's pictures, uint8 [height, width, 3].  Raises ServiceFailed."""
@@ -167,12 +189,14 @@ class Service:
             self._record(digest, reply, None, name)
             return pixels
 
-    def _record(self, digest: str, reply: Reply, text: str | None, image: str | None) -> None:
+    def _record(
+        self, digest: str, reply: Reply, text: str | None, image: str | None, cut_off: int | None = None
+    ) -> None:
         if self.records:
             config = self.config
             cost = (reply.tokens_in * config.price_in + reply.tokens_out * config.price_out) / 1e6
             cost += config.price_image if reply.image is not None else 0.0
-            answer = Recorded(text, image, reply.tokens_in, reply.tokens_out, cost)
+            answer = Recorded(text, image, reply.tokens_in, reply.tokens_out, cost, cut_off)
             self.records.record_call(digest, self.name, answer)
 
     def _tokens(self, question: Question) -> int:

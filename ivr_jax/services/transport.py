@@ -15,6 +15,7 @@ import datetime
 import email.utils
 import functools
 import json
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -25,13 +26,30 @@ from PIL import Image
 
 from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, encode_png, image_name
-from ivr_jax.services.caller import Fault, Rejected, Reply
+from ivr_jax.services.caller import CutOff, Fault, Rejected, Reply
+from ivr_jax.services.config import Secrets, ServiceConfig
 from ivr_jax.services.replies import Unusable
 
 _RETRIED = frozenset((408, 409, 425, 429))
 _REFUSED = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such address or model"}
 _MOVED = frozenset((301, 302, 303, 307, 308))  # not followed: the new address is for the user to trust
 _EXCERPT = 200
+PARAMETERS = ("max_completion_tokens", "max_tokens", "temperature", "response_format", "size")
+_UNSUPPORTED = re.compile(
+    r"unsupported|not support|n[o'’]t (?:allowed|permitted|recogni[sz]ed|accept)|unknown|unrecogni[sz]ed|unexpected"
+    r"|deprecated|extra|invalid|too large|at most|maximum",
+    re.IGNORECASE,
+)
+_TOO_LONG = re.compile(r"context (?:length|window)|(?:input|prompt) tokens|prompt is too long", re.IGNORECASE)
+_STATUS_OF_WORD = {
+    "rate_limit_exceeded": 429, "rate_limit_error": 429, "resource_exhausted": 429, "insufficient_quota": 429,
+    "invalid_api_key": 401, "authentication_error": 401, "unauthenticated": 401,
+    "permission_error": 403, "permission_denied": 403, "model_not_found": 404, "not_found_error": 404, "not_found": 404,
+    "invalid_request_error": 400, "invalid_argument": 400, "context_length_exceeded": 400,
+    "unsupported_parameter": 400, "unsupported_value": 400, "content_policy_violation": 400,
+    "server_error": 500, "api_error": 500, "internal": 500, "overloaded_error": 503, "unavailable": 503,
+    "deadline_exceeded": 504,
+}  # fmt: skip
 _IDLE = 4.0  # seconds a connection is kept unused: uvicorn, and with it vLLM, closes them after 5
 _MOST_TOKENS = 10**12
 _MANY_PIXELS = 1 << 15  # from which a picture is encoded in a thread
@@ -117,19 +135,32 @@ def encode(pixels: Pixels, longest_side: int) -> bytes:
 
 
 def decode_base64(text: Any) -> bytes:
-    """The bytes of base64, with or without a data URI around it.  Raises Unusable."""
+    """The bytes of base64: plain or URL-safe, with or without line ends, padding or a data URI.  Raises Unusable."""
     if not isinstance(text, str) or not text.strip():
         raise Unusable("the answer holds no image")
+    text = text.strip()
     if text.startswith(("http://", "https://")):
         raise Unusable("the answer is the address of an image, not an image")
+    payload = "".join((text.partition(",")[2] if text.startswith("data:") else text).split()).rstrip("=")
+    payload = payload.translate(str.maketrans("-_", "+/"))
     try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=True)
+        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except (binascii.Error, ValueError):
         raise Unusable("the answer's image is no base64") from None
 
 
-def outcome_of_status(status: int, headers: Mapping[str, str], body: str, who: str) -> Exception:
-    """The exception that an HTTP error status means; `body` (without secrets) is quoted in short."""
+# -- what a server says --
+
+
+def outcome_of_status(status: int, headers: Mapping[str, str], body: str, who: str, parameter: str = "") -> Exception:
+    """The exception that an HTTP error status means.
+
+    Args:
+      headers: of the reply; `Retry-After` is honoured.
+      body: what the server says, without secrets; quoted in short.
+      who: the service's name.
+      parameter: the request's parameter that the server complains about, where it names one.
+    """
     quoted = " ".join(body.split())[:_EXCERPT]
     if status in _RETRIED or status >= 500:
         return Fault(str(status), quoted, retry_after(headers))
@@ -139,7 +170,110 @@ def outcome_of_status(status: int, headers: Mapping[str, str], body: str, who: s
     if status in _REFUSED:
         return UserError(f"{who}: {_REFUSED[status]} (status {status}: {quoted}).",
                          "Check its base_url, its model and the environment variable with its key.")
-    return Rejected(f"status {status}: {quoted}")
+    return Rejected(f"status {status}: {quoted}", refused_parameter(body, parameter))
+
+
+def refused_parameter(message: str, parameter: str = "") -> str:
+    """The parameter of `PARAMETERS` that a server does not take, or takes no such value of; "" for other complaints.
+
+    A prompt that does not fit the context is such a complaint: it is about one question, not about a setting.
+    """
+    if _TOO_LONG.search(message):
+        return ""
+    if parameter in PARAMETERS:
+        return parameter
+    places = {name: message.find(name) for name in PARAMETERS if re.search(rf"\b{name}\b", message)}
+    if "size" in places and not re.search(r"""['"`]size['"`]""", message):  # a common word
+        del places["size"]
+    return min(places, key=places.get) if places and _UNSUPPORTED.search(message) else ""
+
+
+def check_no_error(reply: Any, headers: Mapping[str, str], secrets: Secrets, who: str) -> None:
+    """Raises what an error inside a reply of status 200 means, by its own code."""
+    error = field(reply, "error") or field(reply, "choices", 0, "error")
+    if not error and field(reply, "object") == "error":
+        error = reply
+    if not error:
+        return
+    message = field(error, "message") or error
+    codes = [field(error, name) for name in ("code", "status", "type")]
+    status = next((known for known in map(_status_of, codes) if known), 0)
+    body = secrets.hide(message if isinstance(message, str) else json.dumps(message, default=str))
+    if not status:
+        raise Fault("error in a reply", " ".join(body.split())[:_EXCERPT])
+    raise outcome_of_status(status, headers, body, who, str(field(error, "param") or ""))
+
+
+def _status_of(code: Any) -> int:
+    """The HTTP status that an error's code means; 0 for one that means nothing known."""
+    if isinstance(code, int | str) and not isinstance(code, bool) and str(code).isdecimal():
+        return int(code) if 300 <= int(code) < 600 else 0
+    return _STATUS_OF_WORD.get(code.lower(), 0) if isinstance(code, str) else 0
+
+
+def chat_reply(completion: Any, config: ServiceConfig, secrets: Secrets) -> Reply:
+    """The text of a chat completion.
+
+    Raises:
+      Rejected: the model refuses, or its filter stops it.
+      CutOff: the answer reached `max_tokens`.
+      Fault: there is no text.
+    """
+    choice = field(completion, "choices", 0)
+    message = field(choice, "message")
+    tokens = usage_of(completion)
+    if refusal := field(message, "refusal"):
+        raise Rejected(f"refused: {secrets.hide(str(refusal))[:_EXCERPT]}")
+    if field(choice, "finish_reason") == "content_filter":
+        raise Rejected("stopped by the content filter")
+    if field(choice, "finish_reason") in ("length", "max_tokens", "MAX_TOKENS"):
+        limit = f"max_tokens={config.max_tokens}" if config.max_tokens else "the server's own limit (max_tokens=0)"
+        raise CutOff(f"the answer was cut off at {limit}", Reply("", None, *tokens))
+    if not isinstance(message, Mapping):
+        said = secrets.hide(json.dumps(completion, default=str))[:_EXCERPT]
+        raise Fault("unusable answer", f"the reply holds no message: {said}", sick=False)
+    text = message_text(message)
+    if not text:
+        raise Fault("unusable answer", _why_no_text(message), sick=False)
+    return Reply(secrets.hide(text), None, *tokens)
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """A chat message's content; of a list of parts the text parts, joined, without thoughts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = []
+    for part in parts:
+        text = part if isinstance(part, str) else field(part, "text")
+        kind = "text" if isinstance(part, str) else field(part, "type") or "text"
+        if isinstance(text, Mapping):
+            text = text.get("value")
+        if kind in ("text", "output_text") and isinstance(text, str) and field(part, "thought") is not True:
+            texts.append(text)
+    return "".join(texts)
+
+
+def _why_no_text(message: Mapping[str, Any]) -> str:
+    if message.get("tool_calls"):
+        return "the reply is a tool call, without text"
+    if any(message.get(name) for name in ("reasoning_content", "reasoning", "content")):
+        return "the reply holds reasoning and no answer"
+    return "the answer is empty"
+
+
+def usage_of(reply: Any) -> tuple[int, int]:
+    """Tokens read and written, as the server counted them."""
+    usage = field(reply, "usage")
+    read = field(usage, "prompt_tokens") or field(usage, "input_tokens")
+    written = field(usage, "completion_tokens") or field(usage, "output_tokens")
+    return _token_count(read), _token_count(written)
+
+
+def _token_count(value: Any) -> int:
+    """A count as a server reports it; 0 for anything that cannot be one."""
+    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -176,11 +310,6 @@ def field(value: Any, *steps: str | int) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return value
-
-
-def token_count(value: Any) -> int:
-    """A count of tokens as a server reports it; 0 for anything that cannot be one."""
-    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
 
 
 def parsed(body: bytes) -> Any:
