@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from ivr_jax import files
 from ivr_jax.errors import UserError
@@ -25,6 +25,8 @@ Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
 Images: TypeAlias = Mapping[str, Pixels]  # image name -> pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # not EPS: Pillow runs it
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 25  # bytes of one text in a PNG (prompts, XMP); Pillow refuses files over 1 MiB
+MAX_SAMPLE_VALUE = 281  # TIFF tag
 MAX_MEGAPIXELS = 64
 MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height when it is fitted
 
@@ -46,10 +48,12 @@ def _check_pixels(pixels: Pixels) -> None:
 def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Reads a file as uint8 [height, width, 3].
 
-    Conversions: the EXIF rotation is applied; transparency is composited on white; 16-bit grey keeps its 8 high bits;
-    CMYK, grey and palette images become RGB; of an animation the first frame counts.  Raises UserError for a file
-    that is missing, is no image of one of `FORMATS`, is truncated, holds more than 64 megapixels, or more than 32,768
-    pixels a side.
+    Conversions: the EXIF rotation is applied; transparency is composited on white; 16-bit samples keep their 8 high
+    bits; CMYK, grey and palette images become RGB; of an animation the first frame counts.
+
+    Raises UserError for a file that is missing, is no image of one of `FORMATS`, is truncated, holds more than 64
+    megapixels, or more than 32,768 pixels a side; and for samples of unknown range, which would turn black: 32-bit
+    integers and floats, and 16-bit samples that use 14 bits at most, unless the file says which value is white.
     """
     return _read(Path(path), str(path))
 
@@ -69,15 +73,18 @@ def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
             if max(image.size) > MAX_SIDE:
                 raise UserError(f"{what} holds {max(image.size)} pixels a side; at most {MAX_SIDE} are read.",
                                 "Crop it.")
+            deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _turned(_to_rgb(image, deep, what), _orientation(image))
+    except (UserError, MemoryError):
+        raise
     except FileNotFoundError as error:
         raise UserError(f"there is no image file {what}.", "Check the path.") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{what} holds more than {MAX_MEGAPIXELS} megapixels.", "Scale it down.") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{what} is not an image file.", "Give a PNG, JPEG, WebP or another common image.") from error
-    except (OSError, EOFError, SyntaxError, ValueError) as error:
+    except Exception as error:  # what a decoder raises for a damaged file is not limited to a few types
         raise UserError(f"{what} cannot be read as an image ({error}).",
                         "The file is damaged, or may not be read: copy or make it again.") from error
 
@@ -89,14 +96,58 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I"):  # 16-bit grey, as Pillow opens it
-        grey = np.asarray(image).astype(np.int64)
-        return np.repeat(np.clip(grey >> 8, 0, 255).astype(np.uint8)[..., None], 3, 2)
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none that can be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # the tags are a small file system of their own; a picture is good without them
+        return 1
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """`pixels` as a viewer shows them.  (`ImageOps.exif_transpose` also writes the tags anew, which some refuse.)"""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _to_rgb(image: Image.Image, deep: bool, what: str) -> Pixels:
+    """`deep`: the file holds 16 bits a sample, of which Pillow has kept the 8 high ones in a colour image."""
+    if image.mode.startswith("I") or image.mode == "F":
+        samples = np.asarray(image).astype(np.float64)
+        white = _white(image, samples, what)
+        grey = np.clip(samples * (256 / (white + 1)) if white > 1 else samples * 255, 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, 2)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+    pixels = np.array(image.convert("RGB"))
+    if deep and 0 < pixels.max() < 64:
+        raise _unknown_range(what, f"16 bits a sample, of which at most {int(pixels.max()).bit_length() + 8} are used")
+    return pixels
+
+
+def _white(image: Image.Image, samples: np.ndarray, what: str) -> float:
+    """The sample value that is white.  Raises UserError when nothing says which one it is."""
+    largest, stated = float(samples.max()), getattr(image, "tag_v2", {}).get(MAX_SAMPLE_VALUE)
+    if isinstance(stated, tuple):
+        stated = stated[0]
+    if stated and np.isfinite(stated) and samples.min() >= 0 and largest <= stated:  # the tag MaxSampleValue
+        return float(stated)
+    if image.mode != "F" and samples.min() >= 0 and largest < 1 << 16:
+        if image.mode != "I" or image.format in ("PNG", "PPM"):
+            if largest >= 1 << 14 or largest == 0:
+                return 65535.0
+            raise _unknown_range(what, f"16-bit samples up to {largest:.0f}")
+    raise _unknown_range(what, f"samples from {samples.min():g} to {largest:g}")
+
+
+def _unknown_range(what: str, holds: str) -> UserError:
+    return UserError(f"{what} holds {holds}, and does not say which value is white.", "Save it with 8 bits a sample.")
 
 
 def encode_png(pixels: Pixels, compress_level: int = 1) -> bytes:

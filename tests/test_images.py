@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ivr_jax import images
 from ivr_jax.errors import UserError
-from ivr_jax.images import fit, fitted_size, image_name, load_image, save_png
+from ivr_jax.images import decode_image, fit, fitted_size, image_name, load_image, save_png
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
 
@@ -171,3 +174,118 @@ def test_a_line_that_would_grow_when_it_is_fitted_is_refused(tmp_path):
     Image.new("RGB", (32_769, 1)).save(tmp_path / "line.png")
     with pytest.raises(UserError, match="32769 pixels a side"):
         load_image(tmp_path / "line.png")
+
+
+# Files from the wild
+
+
+def odd_exif(orientation: int) -> bytes:
+    """EXIF with an orientation, and a resolution of -1/0, which Pillow reads and cannot write back."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHII", 0x011A, 10, 1, 38)
+    return b"Exif\0\0" + b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4) + struct.pack("<ii", -1, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tags_that_cannot_be_written_back_do_not_keep_a_picture_from_being_turned(tmp_path, orientation):
+    pixels = np.zeros((32, 48, 3), np.uint8)
+    pixels[:16, :16] = 255
+    good, path = Image.Exif(), tmp_path / "turned.jpg"
+    good[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=good, quality=95, subsampling=0)
+    with Image.open(path) as image:
+        wanted = np.array(ImageOps.exif_transpose(image))
+    Image.fromarray(pixels).save(path, exif=odd_exif(orientation), quality=95, subsampling=0)
+    np.testing.assert_array_equal(load_image(path), wanted)
+
+
+def grey_ramp(dtype: type, scale: float) -> Image.Image:
+    """0 to 252/255 of `scale`, 48 rows."""
+    return Image.fromarray((np.tile(np.arange(0, 256, 4), (48, 1)) * (scale / 255)).astype(dtype))
+
+
+@pytest.mark.parametrize(("name", "image"), [
+    ("i32.tif", grey_ramp(np.int32, 255)), ("i32w.tif", grey_ramp(np.int32, 1 << 30)),
+    ("f1.tif", grey_ramp(np.float32, 1)), ("f255.tif", grey_ramp(np.float32, 255)),
+    ("i12.tif", grey_ramp(np.uint16, 4095)), ("i12.png", grey_ramp(np.uint16, 4095)),
+    ("i14.tif", grey_ramp(np.uint16, 16383)), ("nan.tif", grey_ramp(np.float32, float("nan"))),
+])  # fmt: skip
+def test_samples_of_unknown_range_are_named_and_never_black(tmp_path, name, image):
+    image.save(tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        load_image(tmp_path / name)
+    assert name in caught.value.what and "white" in caught.value.what
+
+
+@pytest.mark.parametrize(("name", "image", "white"), [
+    ("i16.tif", grey_ramp(np.uint16, 65535), None), ("i16.png", grey_ramp(np.uint16, 65535), None),
+    ("i12.tif", grey_ramp(np.uint16, 4095), 4095), ("i32.tif", grey_ramp(np.int32, 255), 255),
+])  # fmt: skip
+def test_deep_greys_of_known_range_are_a_ramp(tmp_path, name, image, white):
+    image.save(tmp_path / name, **({"tiffinfo": {281: white}} if white else {}))
+    ramp = load_image(tmp_path / name)
+    assert ramp.shape == (48, 64, 3)
+    np.testing.assert_allclose(ramp[0, :, 0].astype(int), np.arange(0, 256, 4), atol=1)
+
+
+def test_a_black_deep_picture_is_black(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "black.png")
+    assert load_image(tmp_path / "black.png").max() == 0
+
+
+def test_colours_of_12_in_16_bits_are_named(tmp_path):
+    rows = b"".join(b"\0" + (np.arange(0, 256, 4).repeat(3) * 16).astype(">u2").tobytes() for _ in range(4))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 4, 16, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "colour.png").write_bytes(png)
+    with pytest.raises(UserError) as caught:
+        load_image(tmp_path / "colour.png")
+    assert "colour.png" in caught.value.what
+
+
+def test_a_large_text_in_a_png_and_the_second_picture_of_an_mpo_are_left_alone(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("prompt", "a" * (4 << 20), zip=True)
+    info.add_itxt("workflow", "b" * (2 << 20), zip=True)
+    Image.fromarray(PIXELS).save(tmp_path / "text.png", pnginfo=info)
+    np.testing.assert_array_equal(load_image(tmp_path / "text.png"), PIXELS)
+    first, second = (Image.new("RGB", (32, 16), colour) for colour in ("white", "black"))
+    first.save(tmp_path / "camera.jpg", "MPO", save_all=True, append_images=[second])
+    assert load_image(tmp_path / "camera.jpg").shape == (16, 32, 3) and load_image(tmp_path / "camera.jpg").min() > 250
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000"])
+def test_mutated_files_are_pictures_or_user_errors(form):
+    """Bounded fuzz: bytes changed, cut, doubled and moved, with a fixed seed."""
+    rng = np.random.default_rng(sum(form.encode()))
+    buffer = io.BytesIO()
+    options = {"exif": odd_exif(6)} if form == "JPEG" else {}
+    Image.fromarray(rng.integers(0, 256, (24, 32, 3)).astype(np.uint8)).save(buffer, form, **options)
+    whole = buffer.getvalue()
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(int(rng.integers(1, 6))):
+            place, size = int(rng.integers(0, len(data))), int(rng.integers(1, 40))
+            kind = rng.integers(0, 4)
+            if kind == 0:
+                data[place : place + size] = rng.bytes(len(data[place : place + size]))
+            elif kind == 1:
+                del data[place : place + size]
+            elif kind == 2:
+                data[place:place] = data[place : place + size]
+            else:
+                data[min(place, 64)] ^= 1 << int(rng.integers(0, 8))
+            if not data:
+                data = bytearray(b"\0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of damaged tags
+            try:
+                pixels = decode_image(bytes(data), "mutant")
+            except UserError as error:
+                assert "mutant" in error.what
+                continue
+        assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+        assert pixels.shape[0] * pixels.shape[1] <= images.MAX_MEGAPIXELS * 1e6
