@@ -51,12 +51,14 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.10",
     ],
     "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],  # the local page of `python -m ivr_jax.review`
+    "serve": ["prometheus_client>=0.26.0", "python-multipart>=0.0.20", "starlette>=1.10.0", "uvicorn>=0.54.0"],
 }
 ALL = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 DOCS = ["mkdocs-material>=9.8.2,<10", "mkdocstrings[python]>=1.0.8"]
 TEST = [
     *ALL,
     *DOCS,
+    "axe-playwright-python>=0.1.8",  # ships axe-core, the accessibility rules of the browser tests
     "dashscope>=2.0.2",  # the public tokenizer and ranks that Emu3.5's are compared with
     "hypothesis>=6.170.15",
     "ipykernel>=7.4.0",
@@ -85,6 +87,7 @@ COMMANDS = {
     "ivr-report": "ivr_jax.report.__main__",
     "ivr-export": "ivr_jax.export.__main__",
     "ivr-review": "ivr_jax.review.__main__",
+    "ivr-serve": "ivr_jax.serve.__main__",
     "ivr-tokenise": "ivr_jax.tokenise.__main__",
     "ivr-compile": "ivr_jax.compile.__main__",
 }
@@ -111,6 +114,7 @@ setup(
         "ivr_jax": ["py.typed"],
         "ivr_jax.services": ["prompts/*.txt"],
         "ivr_jax.review": ["page/*"],
+        "ivr_jax.serve": ["page/*"],
         "ivr_jax.report": ["templates/*"],
         "ivr_jax.evaluate.benchmarks": ["prompts/*.txt"],
     },

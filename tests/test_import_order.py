@@ -24,7 +24,8 @@ LAYERS = (
     "rewards",
     "training",
     "evaluate",
-    "review export tokenise convert generate compile inspect score serve",
+    "review export tokenise convert generate compile score",
+    "inspect serve",
     "demo reproduce train",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}

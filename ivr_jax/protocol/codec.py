@@ -190,12 +190,11 @@ def encode_answer(
 
     for k, round_ in enumerate(trajectory.rounds, 1):
         if isinstance(round_.cause, Reflection):
-            add("R", k, _encode_reflection(tokenizer, round_.cause))
+            add("R", k, encode_reflection(tokenizer, round_.cause))
         elif isinstance(round_.cause, Step):
-            text = _free_text(tokenizer, round_.cause.instruction, markers.STEP_CLOSE[k])
-            add("S", k, [*tokenizer.marker(markers.STEP_OPEN[k]), *text])
+            add("S", k, encode_step(tokenizer, round_.cause, k))
         add("G", k, encode_image(tokenizer, np.asarray(codes[round_.image])))
-        add("E", k, _encode_evaluation(tokenizer, round_.evaluation))
+        add("E", k, encode_evaluation(tokenizer, round_.evaluation))
     ends_well = trajectory.rounds[-1].evaluation.passed
     last = segments[-1]
     if ends_well:
@@ -211,7 +210,8 @@ def encode_trajectory(tokenizer: TextTokenizer, trajectory: Trajectory, codes: C
     return Encoded(np.array(prompt + answer, np.int32), len(prompt), segments)
 
 
-def _encode_evaluation(tokenizer: TextTokenizer, evaluation: Evaluation) -> list[int]:
+def encode_evaluation(tokenizer: TextTokenizer, evaluation: Evaluation) -> list[int]:
+    """`E`; raises UserError like `encode_answer`, as do the two below."""
     first = markers.AXIS[AXES[0]]
     said = evaluation.observation
     ids = [*tokenizer.marker(markers.EVALUATE_OPEN)]
@@ -223,7 +223,14 @@ def _encode_evaluation(tokenizer: TextTokenizer, evaluation: Evaluation) -> list
     return ids
 
 
-def _encode_reflection(tokenizer: TextTokenizer, reflection: Reflection) -> list[int]:
+def encode_step(tokenizer: TextTokenizer, step: Step, round_: int) -> list[int]:
+    """`S` that leads to `round_`."""
+    text = _free_text(tokenizer, step.instruction, markers.STEP_CLOSE[round_])
+    return [*tokenizer.marker(markers.STEP_OPEN[round_]), *text]
+
+
+def encode_reflection(tokenizer: TextTokenizer, reflection: Reflection) -> list[int]:
+    """`R`."""
     return [
         *tokenizer.marker(markers.ANALYSIS_OPEN),
         *_free_text(tokenizer, reflection.failure_analysis, markers.ANALYSIS_CLOSE),

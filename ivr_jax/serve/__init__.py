@@ -1,0 +1,14 @@
+"""A server of one or several models: a page on which answers unfold, and OpenAI's protocol (`python -m ivr_jax.serve`).
+
+    limits          how large and how long requests may be
+    unfolding       tokens so far -> the parts of an answer; edited parts -> tokens to continue from
+    jobs            one request on its way: state, parts, who watches it
+    models          a loaded model with what its requests need
+    scheduler       the engine thread: queue, slots of the rollout engine, segments, previews
+    archive         finished answers on disk, for permalinks and downloads
+    guard           who may call: host, origin, token
+    page_routes     the page and its JSON and event-stream interface
+    openai_routes   /v1/...
+    telemetry       /metrics
+    app             all of it as one ASGI application
+"""

@@ -1,0 +1,213 @@
+"""Tokens so far as the parts of an answer, and edited parts as the tokens to continue from.
+
+    tokens   BOI 4*4 IMG v v v v EOL v v            <Evaluate> Instruction: pass: one red circle ...
+    parts    image, round 1, 4 x 4, 6 cells drawn   evaluation, round 1, instruction passed: "one red circle ..."
+
+The grammar's nodes say what each token is, exactly as for the parser of finished answers (`codec.parse_answer`); here
+the answer may end anywhere, also within an image or a word.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ivr_jax.errors import UserError
+from ivr_jax.protocol import codec, markers
+from ivr_jax.protocol.grammar import ACCEPT, ERROR, GrammarState, Slot, Tables, advance
+from ivr_jax.protocol.joined_grammar import JoinedGrammar
+from ivr_jax.protocol.text import TextTokenizer
+from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Step
+
+IMAGE, EVALUATION, REFLECTION, STEP, TEXT = "image", "evaluation", "reflection", "step", "text"
+_KINDS = {"G": IMAGE, "E": EVALUATION, "R": REFLECTION, "S": STEP, "T": TEXT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Tokens [start, end) of an answer: `kind` image, evaluation, reflection, step or text, of `round` 1, 2, ...
+
+    Attributes:
+      complete: whether its last token is there.
+      texts: a reflection's `failure_analysis` and `improvement_plan`, a step's `instruction`, a text's `text`, as far
+        as they go; of an evaluation the reasons by axis.
+      verdicts: of an evaluation, by axis; an axis that was not reached is missing.
+      codes: of an image, int32 [rows, columns] with -1 where nothing is drawn yet; None before its size is known.
+    """
+
+    kind: str
+    round: int
+    start: int
+    end: int
+    complete: bool
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    verdicts: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    codes: np.ndarray | None = None
+
+    @property
+    def passed(self) -> bool | None:
+        """Of a complete evaluation: whether all axes passed."""
+        if self.kind != EVALUATION or not self.complete:
+            return None
+        return all(self.verdicts.get(axis, False) for axis in AXES)
+
+
+class Unfolding:
+    """The tokens of one answer in progress, and the grammar's node before each and after the last."""
+
+    def __init__(self, grammar: JoinedGrammar, state: GrammarState):
+        """`state`: before the first token, arrays of one value (`JoinedGrammar.initial`)."""
+        self._grammar, self.state = grammar, state
+        self.tokens: list[int] = []
+        self.nodes: list[int] = [int(state.node[0])]
+
+    @property
+    def ended(self) -> bool:
+        return self.nodes[-1] == ACCEPT
+
+    def parts(self) -> tuple[Part, ...]:
+        """The parts so far.  Raises UserError when the tokens have left the grammar."""
+        if ERROR in self.nodes:
+            wrong = self.nodes.index(ERROR) - 1
+            raise UserError(f"the answer leaves the grammar at token {wrong}.", "Undo the edit, or edit another part.")
+        runs = self._runs()
+        parts: list[Part] = []
+        at = 0
+        while at < len(runs):
+            slot = runs[at][0]
+            last = at
+            while last + 1 < len(runs) and (runs[last + 1][0].part, runs[last + 1][0].round) == (slot.part, slot.round):
+                last += 1
+            if slot.part in _KINDS:
+                complete = last + 1 < len(runs) or self.ended or self._next_slot().part != slot.part
+                parts.append(self._part(runs[at : last + 1], complete))
+            at = last + 1
+        return tuple(parts)
+
+    def _next_slot(self) -> Slot:
+        return self._grammar.slots[self._grammar.slot_of[self.nodes[-1]]]
+
+    def _runs(self) -> list[tuple[Slot, int, int]]:
+        """Maximal runs of tokens of one slot: (slot, start, end)."""
+        count = len(self.tokens)
+        if count == 0:
+            return []
+        slots = self._grammar.slot_of[np.array(self.nodes[:count])]
+        starts = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist()]
+        return [(self._grammar.slots[slots[a]], a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+
+    def _part(self, runs: Sequence[tuple[Slot, int, int]], complete: bool) -> Part:
+        first, tokenizer = runs[0][0], self._grammar.tokenizer
+        start, end = runs[0][1], runs[-1][2]
+        kind = _KINDS[first.part]
+        if kind == IMAGE:
+            codes = partial_codes(tokenizer, self.tokens[start:end])
+            return Part(kind, first.round, start, end, complete, codes=codes)
+        texts: dict[str, str] = {}
+        verdicts: dict[str, bool] = {}
+        for slot, a, b in runs:
+            tokens = self.tokens[a:b]
+            axis, _, field = slot.field.partition(".")
+            if field == "verdict":
+                if b < len(self.tokens) or self._next_slot().field != slot.field:
+                    verdicts[axis] = tuple(tokens) == tuple(tokenizer.marker(markers.PASS))
+            elif slot.marker:
+                texts[axis] = _without_marker(tokenizer, tokens, slot.marker)
+            elif kind == TEXT:
+                texts["text"] = _readable(tokenizer.decode(_texts_only(tokenizer, tokens)))
+        return Part(kind, first.round, start, end, complete, texts, verdicts)
+
+
+def read_tokens(tables: Tables, unfoldings: Sequence[Unfolding], fresh: Sequence[Sequence[int]]) -> None:
+    """Appends new tokens to each answer; all answers together, token by token.
+
+    Args:
+      fresh: the new tokens of each.
+    """
+    longest = max(map(len, fresh), default=0)
+    if longest == 0:
+        return
+    lengths = np.array([len(tokens) for tokens in fresh])
+    padded = np.zeros((len(fresh), longest), np.int64)
+    for row, tokens in zip(padded, fresh, strict=True):
+        row[: len(tokens)] = tokens
+    state = GrammarState(*(np.concatenate(x) for x in zip(*(u.state for u in unfoldings), strict=True)))
+    nodes = np.empty(padded.shape, np.int32)
+    for t in range(longest):
+        after = advance(tables, state, padded[:, t], np)
+        on = t < lengths
+        state = GrammarState(*(np.where(on, new, old) for new, old in zip(after, state, strict=True)))
+        nodes[:, t] = state.node
+    for row, (unfolding, tokens) in enumerate(zip(unfoldings, fresh, strict=True)):
+        unfolding.state = GrammarState(*(x[row : row + 1] for x in state))
+        unfolding.tokens += [int(token) for token in tokens]
+        unfolding.nodes += nodes[row, : len(tokens)].tolist()
+
+
+def partial_codes(tokenizer: TextTokenizer, tokens: Sequence[int]) -> np.ndarray | None:
+    """Codes int32 [rows, columns] of an image block that may end anywhere, -1 where it has no token yet; None before
+    its size is complete."""
+    vocab, tokens = tokenizer.vocab, np.asarray(tokens)
+    begins = np.flatnonzero(tokens == vocab.img)
+    if not len(begins):
+        return None
+    sides = tokenizer.decode(tokens[1 : begins[0]]).split("*")
+    rows, columns = map(int, sides)
+    visual = tokens[begins[0] + 1 :]
+    visual = visual[visual >= vocab.visual_start][: rows * columns] - vocab.visual_start
+    codes = np.full(rows * columns, -1, np.int32)
+    codes[: len(visual)] = visual
+    return codes.reshape(rows, columns)
+
+
+def filled(codes: np.ndarray) -> np.ndarray:
+    """Codes with something to decode where nothing is drawn yet: the cell above, else the first code."""
+    whole = codes.copy()
+    for row in range(len(whole)):
+        missing = whole[row] < 0
+        whole[row, missing] = whole[row - 1, missing] if row else 0
+    return whole
+
+
+def masked(pixels: np.ndarray, codes: np.ndarray, grey: int = 168) -> np.ndarray:
+    """Pixels uint8 [height, width, 3] of decoded `filled(codes)`, grey where nothing is drawn yet."""
+    factor = pixels.shape[0] // codes.shape[0]
+    missing = np.kron(codes < 0, np.ones((factor, factor), bool))
+    return np.where(missing[..., None], np.uint8(grey), pixels)
+
+
+def encode_part(tokenizer: TextTokenizer, part: Part, round_: int) -> list[int]:
+    """Tokens of an edited part.  Raises UserError for a text that is empty, or that would end itself early."""
+    if part.kind == IMAGE:
+        if part.codes is None:
+            raise UserError("an edited image has no codes.", "Give an image.")
+        return codec.encode_image(tokenizer, part.codes)
+    if part.kind == EVALUATION:
+        verdicts = (AxisVerdict(part.verdicts[axis], part.texts[axis]) for axis in AXES)
+        return codec.encode_evaluation(tokenizer, Evaluation(*verdicts))
+    if part.kind == REFLECTION:
+        return codec.encode_reflection(tokenizer, Reflection(**part.texts))
+    if part.kind == STEP:
+        return codec.encode_step(tokenizer, Step(**part.texts), round_)
+    raise UserError("this part cannot be edited.", "Edit an image, an evaluation, a reflection or a step.")
+
+
+def _without_marker(tokenizer: TextTokenizer, tokens: Sequence[int], marker: str) -> str:
+    """The text before its closing marker, or before what may be the beginning of it."""
+    closing = tokenizer.marker(marker)
+    for length in range(min(len(closing), len(tokens)), 0, -1):
+        if tuple(tokens[len(tokens) - length :]) == tuple(closing[:length]):
+            tokens = tokens[: len(tokens) - length]
+            break
+    return _readable(tokenizer.decode(tokens))
+
+
+def _texts_only(tokenizer: TextTokenizer, tokens: Sequence[int]) -> list[int]:
+    return [token for token in tokens if token < tokenizer.vocab.text_size]
+
+
+def _readable(text: str) -> str:
+    """Without half a character at the end: byte-pair tokens may split one."""
+    return text.rstrip("\ufffd")
