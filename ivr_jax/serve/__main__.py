@@ -13,6 +13,7 @@ a proxy that speaks TLS in front of it.  The page's answers are kept in --out.
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import os
 import socket
@@ -24,10 +25,12 @@ from absl import flags
 from ivr_jax import cli, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
+from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.sampling.engine import EngineOptions
 
 TOKEN_VARIABLE = "IVR_SERVE_TOKEN"
 SHORTEST_TOKEN = 16  # characters
+REMEMBERED_IMAGES = 512
 SHORT_CONTEXT = 1024  # tokens, up to which caches have their full width from the start
 
 
@@ -145,6 +148,9 @@ def main(call: cli.Call) -> None:
         for name, path in named.items():
             system = systems.load(path, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh,
                                   **dtype)  # fmt: skip
+            # Previews come and go: a small cache, or memory would grow with every row that was ever shown.
+            codec = ImageCodec(system.codec.config, system.codec.params, wanted.slots, REMEMBERED_IMAGES)
+            system = dataclasses.replace(system, codec=codec)
             models[name] = ServedModel(name, system, wanted.image_area, wanted.answer_length, wanted.text_cap)
         short = max(m.system.config.max_position_embeddings for m in models.values()) <= SHORT_CONTEXT
         options = EngineOptions(slots=wanted.slots, growth=1 if short else 2, shrink=False)

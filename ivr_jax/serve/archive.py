@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from ivr_jax.errors import UserError
-from ivr_jax.generate.answer_folder import Spoken, write_answer
+from ivr_jax.files import write_file
+from ivr_jax.generate.answer_folder import InterleavedAnswer, write_answer
 from ivr_jax.images import load_image
-from ivr_jax.report.answers import replace_file
 from ivr_jax.sampling.rollout import Answer
 from ivr_jax.serve.jobs import AnswerRequest, Job, PartView, Snapshot
 from ivr_jax.serve.limits import Limits
@@ -42,14 +42,14 @@ class Archive:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="archive")
         self._writing: dict[str, Future[None]] = {}
 
-    def add(self, job: Job, last: Snapshot, answer: Answer | Spoken) -> None:
+    def add(self, job: Job, last: Snapshot, answer: Answer | InterleavedAnswer) -> None:
         """Begins to write an answer that has ended."""
         self._writing[job.id] = self._writer.submit(self._write, job, last, answer)
 
     def close(self) -> None:
         self._writer.shutdown(wait=True)
 
-    def _write(self, job: Job, last: Snapshot, answer: Answer | Spoken) -> None:
+    def _write(self, job: Job, last: Snapshot, answer: Answer | InterleavedAnswer) -> None:
         try:
             folder = self.folder / job.id
             request = request_json(job.request)
@@ -60,10 +60,10 @@ class Archive:
                 record = view_json(view)
                 if view.png is not None:
                     record["file"] = f"drawn{view.number}.png"
-                    replace_file(folder / record["file"], view.png)
+                    write_file(folder / record["file"], view.png)
                 parts.append(record)
             page = {"request": request, **counts, **snapshot_json(last), "parts": parts, "tokens": list(last.tokens)}
-            replace_file(folder / PAGE_RECORD, json.dumps(page).encode())
+            write_file(folder / PAGE_RECORD, json.dumps(page).encode())
             self._forget_old()
         finally:
             self._writing.pop(job.id, None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +11,7 @@ from PIL import Image
 
 from ivr_jax.checkpoints.system import MICRO, System
 from ivr_jax.errors import UserError
-from ivr_jax.generate.answer_folder import Spoken
+from ivr_jax.generate.answer_folder import InterleavedAnswer
 from ivr_jax.generate.requests import Prepared, prepare_pixels
 from ivr_jax.images import image_name
 from ivr_jax.protocol import codec, interleaved
@@ -20,7 +19,7 @@ from ivr_jax.protocol.grammar import ACCEPT, INTERLEAVED, Grammar, GrammarOption
 from ivr_jax.protocol.joined_grammar import JoinedGrammar
 from ivr_jax.sampling.rollout import Answer
 from ivr_jax.serve.jobs import AUTO, AnswerRequest
-from ivr_jax.serve.unfolding import EVALUATION, IMAGE, Part, filled, masked
+from ivr_jax.serve.unfolding import EVALUATION, IMAGE, OBSERVATION, Part, filled, masked
 from ivr_jax.trajectory import Mode, Sample
 
 EXAMPLES = (  # of the micro-world
@@ -154,7 +153,7 @@ class ServedModel:
         nodes: Sequence[int],
         parts: Sequence[Part],
         pictures: Mapping[int, np.ndarray],
-    ) -> Answer | Spoken:
+    ) -> Answer | InterleavedAnswer:
         """The answer as the answer folder takes it: a trajectory when it came to its end, else its parts as they are.
 
         Args:
@@ -178,7 +177,7 @@ class ServedModel:
         parts: Sequence[Part],
         pictures: Mapping[int, np.ndarray],
         finished: bool,
-    ) -> Spoken:
+    ) -> InterleavedAnswer:
         """Texts and images in order; in an interleaved answer thoughts are told from texts."""
         shown: list[interleaved.Part] = []
         for number, part in enumerate(parts):
@@ -190,7 +189,7 @@ class ServedModel:
             elif said := spoken_text(part):
                 shown.append(interleaved.Part(interleaved.TEXT, "\n".join(said), None, part.start, part.end))
         drawn = tuple(picture for _, picture in sorted(pictures.items()))
-        return Spoken(prepared.sample, tuple(shown), drawn, finished, prepared.images)
+        return InterleavedAnswer(prepared.sample, tuple(shown), drawn, finished, prepared.images)
 
 
 def has_picture(part: Part) -> bool:
@@ -202,17 +201,11 @@ def spoken_text(part: Part) -> list[str]:
     """Lines that say what a text part (or its view) says."""
     if part.kind != EVALUATION:
         return [text for text in part.texts.values() if text]
-    return [
+    lines = [
         f"{axis.capitalize()}: {'pass' if passed else 'fail'}: {part.texts.get(axis, '')}".rstrip(": ")
         for axis, passed in part.verdicts.items()
     ]
-
-
-def png_of(pixels: np.ndarray) -> bytes:
-    """A PNG file of uint8 [height, width, 3]."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    return [part.texts[OBSERVATION], *lines] if OBSERVATION in part.texts else lines
 
 
 def named(models: Mapping[str, ServedModel], name: str) -> ServedModel:

@@ -35,12 +35,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ivr_jax.errors import UserError
+from ivr_jax.images import encode_png
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.serve.archive import Archive, request_json, snapshot_json, view_json
 from ivr_jax.serve.guard import read_body, read_json
 from ivr_jax.serve.jobs import AUTO, AnswerRequest, Job, PartView
 from ivr_jax.serve.limits import Limits
-from ivr_jax.serve.models import ServedModel, named, png_of
+from ivr_jax.serve.models import ServedModel, named
 from ivr_jax.serve.scheduler import Scheduler
 from ivr_jax.serve.unfolding import IMAGE, Part, Unfolding, encode_part, read_tokens
 from ivr_jax.serve.uploads import Uploads, decode_upload
@@ -135,7 +136,7 @@ def routes(service: Service) -> list[Route]:
 
     async def uploaded(request: Request) -> Response:
         pixels = service.uploads.get(request.path_params["name"])
-        return _png(await run_in_threadpool(png_of, pixels))
+        return _png(await run_in_threadpool(encode_png, pixels))
 
     async def ask(request: Request) -> Response:
         body = await read_json(request, service.limits.body_bytes)

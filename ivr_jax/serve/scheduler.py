@@ -24,20 +24,21 @@ import jax
 import numpy as np
 
 from ivr_jax.errors import UserError
-from ivr_jax.generate.answer_folder import Spoken
+from ivr_jax.generate.answer_folder import InterleavedAnswer
+from ivr_jax.images import encode_png
 from ivr_jax.sampling.engine import Engine, EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer
 from ivr_jax.serve.jobs import DONE, FAILED, RUNNING, STOPPED, AnswerRequest, Cost, Job, PartView, Snapshot
 from ivr_jax.serve.limits import Limits
-from ivr_jax.serve.models import PreparedRequest, ServedModel, has_picture, png_of
+from ivr_jax.serve.models import PreparedRequest, ServedModel, has_picture
 from ivr_jax.serve.telemetry import Telemetry
 from ivr_jax.serve.unfolding import EVALUATION, IMAGE, Part, Unfolding, read_tokens
 
 SEGMENT = 16  # model calls between two looks at the slots
 ENGINES = 4  # that are kept, each with a cache of its own
 _LOG = logging.getLogger(__name__)
-Archived = Callable[[Job, Snapshot, Answer | Spoken], None]
+Archived = Callable[[Job, Snapshot, Answer | InterleavedAnswer], None]
 
 
 class Busy(Exception):
@@ -168,7 +169,7 @@ class Scheduler:
             for job in self._waiting:
                 self._end(job, FAILED, error="The server is shutting down.")
 
-    def _end(self, job: Job, state: str, answer: Answer | Spoken | None = None, **fields: Any) -> None:
+    def _end(self, job: Job, state: str, answer: Answer | InterleavedAnswer | None = None, **fields: Any) -> None:
         """Publishes the last state of a job, and hands its answer to the archive before."""
         self._telemetry.answers.labels(state).inc()
         last = dataclasses.replace(job.snapshot, state=state, **fields)
@@ -369,10 +370,9 @@ def _views(
             rows, columns = part.codes.shape
             new = dataclasses.replace(new, rows=rows, columns=columns)
             if number in pictures:
-                height, width = pictures[number].shape[:2]
-                new = dataclasses.replace(
-                    new, drawn=int((part.codes >= 0).sum()), width=width, height=height, png=png_of(pictures[number])
-                )
+                picture, drawn = pictures[number], int((part.codes >= 0).sum())
+                height, width = picture.shape[:2]
+                new = dataclasses.replace(new, drawn=drawn, width=width, height=height, png=encode_png(picture))
             elif old is not None:
                 new = dataclasses.replace(new, drawn=old.drawn, width=old.width, height=old.height, png=old.png)
         views.append(old if old == new else new)

@@ -22,6 +22,7 @@ from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Step
 
 IMAGE, EVALUATION, REFLECTION, STEP, TEXT = "image", "evaluation", "reflection", "step", "text"
+OBSERVATION = "observation"  # what an evaluation may begin with
 _KINDS = {"G": IMAGE, "E": EVALUATION, "R": REFLECTION, "S": STEP, "T": TEXT}
 
 
@@ -32,7 +33,7 @@ class Part:
     Attributes:
       complete: whether its last token is there.
       texts: a reflection's `failure_analysis` and `improvement_plan`, a step's `instruction`, a text's `text`, as far
-        as they go; of an evaluation the reasons by axis.
+        as they go; of an evaluation the reasons by axis, and its `observation` where it has one.
       verdicts: of an evaluation, by axis; an axis that was not reached is missing.
       codes: of an image, int32 [rows, columns] with -1 where nothing is drawn yet; None before its size is known.
     """
@@ -114,7 +115,9 @@ class Unfolding:
                 if b < len(self.tokens) or self._next_slot().field != slot.field:
                     verdicts[axis] = tuple(tokens) == tuple(tokenizer.marker(markers.PASS))
             elif slot.marker:
-                texts[axis] = _without_marker(tokenizer, tokens, slot.marker)
+                text = _without_marker(tokenizer, tokens, slot.marker)
+                if text or axis != OBSERVATION:
+                    texts[axis] = text
             elif kind == TEXT:
                 texts["text"] = _readable(tokenizer.decode(_texts_only(tokenizer, tokens)))
         return Part(kind, first.round, start, end, complete, texts, verdicts)
@@ -186,7 +189,8 @@ def encode_part(tokenizer: TextTokenizer, part: Part, round_: int) -> list[int]:
         return codec.encode_image(tokenizer, part.codes)
     if part.kind == EVALUATION:
         verdicts = (AxisVerdict(part.verdicts[axis], part.texts[axis]) for axis in AXES)
-        return codec.encode_evaluation(tokenizer, Evaluation(*verdicts))
+        observation = part.texts.get(OBSERVATION, "")
+        return codec.encode_evaluation(tokenizer, Evaluation(*verdicts, observation=observation))
     if part.kind == REFLECTION:
         return codec.encode_reflection(tokenizer, Reflection(**part.texts))
     if part.kind == STEP:

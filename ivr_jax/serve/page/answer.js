@@ -1,6 +1,6 @@
 // One answer as it unfolds. Texts of models and people are only ever put in place as text (textContent).
 export const MODES = { auto: "The model decides", direct: "Direct", reflection: "Reflection", multi_step: "Multi-step", interleaved: "Texts and images" };
-const FIELDS = { failure_analysis: "What went wrong", improvement_plan: "What to do", instruction: "Next step", text: "Text" };
+const FIELDS = { failure_analysis: "What went wrong", improvement_plan: "What to do", instruction: "Next step", text: "Text", observation: "Observation" };
 const TITLES = { image: "Image", evaluation: "Evaluation", reflection: "Reflection", step: "Step", text: "Text" };
 const STATES = { queued: "waiting", running: "drawing", done: "done", stopped: "stopped", failed: "failed" };
 const SMALL = 256; // images up to this many pixels a side are enlarged without smoothing
@@ -203,6 +203,11 @@ export class AnswerView {
       head.append(make("span", `mark ${passed ? "pass" : "fail"}`, passed ? "✓ passes" : "✗ fails"));
     }
     const box = make("div", "axes");
+    if (value.texts.observation) {
+      const seen = make("p", "said observation", value.texts.observation);
+      seen.dir = "auto";
+      box.append(seen);
+    }
     for (const [axis, passed] of Object.entries(value.verdicts)) {
       const reason = make("span", "", value.texts[axis] ?? "");
       reason.dir = "auto";
