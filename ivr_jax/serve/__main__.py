@@ -30,7 +30,7 @@ from ivr_jax.sampling.engine import EngineOptions
 
 TOKEN_VARIABLE = "IVR_SERVE_TOKEN"
 SHORTEST_TOKEN = 16  # characters
-REMEMBERED_IMAGES = 512
+CACHE_BYTES = 32 << 20  # of images and previews that the image tokenizer need not compute again
 SHORT_CONTEXT = 1024  # tokens, up to which caches have their full width from the start
 
 
@@ -149,7 +149,7 @@ def main(call: cli.Call) -> None:
             system = systems.load(path, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh,
                                   **dtype)  # fmt: skip
             # Previews come and go: a small cache, or memory would grow with every row that was ever shown.
-            codec = ImageCodec(system.codec.config, system.codec.params, wanted.slots, REMEMBERED_IMAGES)
+            codec = ImageCodec(system.codec.config, system.codec.params, CACHE_BYTES)
             system = dataclasses.replace(system, codec=codec)
             models[name] = ServedModel(name, system, wanted.image_area, wanted.answer_length, wanted.text_cap)
         short = max(m.system.config.max_position_embeddings for m in models.values()) <= SHORT_CONTEXT

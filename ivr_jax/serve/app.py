@@ -6,7 +6,9 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -33,7 +35,7 @@ def make_app(
     token: str = "",
     limits: Limits | None = None,
     options: EngineOptions | None = None,
-    mesh=None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Starlette:
     """The application; its engine thread runs between startup and shutdown.
 
@@ -83,7 +85,7 @@ def make_app(
         *page_routes.routes(service),
         *openai_routes.routes(service),
     ]
-    handlers = {HTTPException: _refused, UserError: _bad_request, Busy: _busy, ClientDisconnect: _gone}
+    handlers: dict[Any, Any] = {HTTPException: _refused, UserError: _bad_request, Busy: _busy, ClientDisconnect: _gone}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.add_middleware(Guard, token=token, session=session, hosts=hosts, telemetry=telemetry)

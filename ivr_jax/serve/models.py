@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,7 @@ from ivr_jax.protocol import codec, interleaved
 from ivr_jax.protocol.grammar import ACCEPT, INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.protocol.joined_grammar import JoinedGrammar
 from ivr_jax.sampling.rollout import Answer
-from ivr_jax.serve.jobs import AUTO, AnswerRequest
+from ivr_jax.serve.jobs import AUTO, AnswerRequest, PartView
 from ivr_jax.serve.unfolding import EVALUATION, IMAGE, OBSERVATION, Part, filled, masked
 from ivr_jax.trajectory import Mode, Sample
 
@@ -162,7 +163,7 @@ class ServedModel:
         """
         if nodes[-1] != ACCEPT or mode == INTERLEAVED:
             return self._spoken(prepared, tokens, parts, pictures, nodes[-1] == ACCEPT)
-        parsed = codec.parse_answer(self.grammar, prepared.sample, np.array(tokens), np.array(nodes))
+        parsed = codec.parse_answer(cast(Grammar, self.grammar), prepared.sample, np.array(tokens), np.array(nodes))
         drawn = [picture for number, picture in sorted(pictures.items())]
         pixels = dict(zip(parsed.codes, drawn, strict=True))
         names = {name: image_name(x) for name, x in pixels.items()}
@@ -197,8 +198,8 @@ def has_picture(part: Part) -> bool:
     return part.kind == IMAGE and part.codes is not None
 
 
-def spoken_text(part: Part) -> list[str]:
-    """Lines that say what a text part (or its view) says."""
+def spoken_text(part: Part | PartView) -> list[str]:
+    """Lines that say what a text part says."""
     if part.kind != EVALUATION:
         return [text for text in part.texts.values() if text]
     lines = [

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,7 +199,7 @@ async def _form(request: Request, service: Service) -> tuple[dict[str, Any], lis
         raise UserError("an edit is sent as multipart/form-data.", "Use the openai client's images.edit.")
     body = await read_body(request, min(limits.body_bytes, limits.references * limits.upload_bytes + (1 << 20)))
 
-    async def whole() -> AsyncIterator[bytes]:
+    async def whole() -> AsyncGenerator[bytes, None]:
         yield body
 
     parser = MultiPartParser(request.headers, whole(), max_files=16, max_fields=64)

@@ -52,7 +52,7 @@ FILES = {
     "favicon.svg": "image/svg+xml", "sign-in.html": "text/html", "sign-in.js": "text/javascript",
 }  # fmt: skip
 REMEMBERED = 64  # finished jobs whose last state is still in memory
-_FIELDS = {
+_FIELDS: dict[str, Any] = {
     "prompt": str, "references": list, "model": str, "mode": str, "seed": int, "aspect_ratio": str,
     "temperature": (int, float), "guidance": (int, float), "max_images": int, "max_tokens": int, "continue": dict,
 }  # fmt: skip

@@ -134,8 +134,8 @@ def read_tokens(tables: Tables, unfoldings: Sequence[Unfolding], fresh: Sequence
         return
     lengths = np.array([len(tokens) for tokens in fresh])
     padded = np.zeros((len(fresh), longest), np.int64)
-    for row, tokens in zip(padded, fresh, strict=True):
-        row[: len(tokens)] = tokens
+    for number, new in enumerate(fresh):
+        padded[number, : len(new)] = new
     state = GrammarState(*(np.concatenate(x) for x in zip(*(u.state for u in unfoldings), strict=True)))
     nodes = np.empty(padded.shape, np.int32)
     for t in range(longest):
@@ -143,22 +143,22 @@ def read_tokens(tables: Tables, unfoldings: Sequence[Unfolding], fresh: Sequence
         on = t < lengths
         state = GrammarState(*(np.where(on, new, old) for new, old in zip(after, state, strict=True)))
         nodes[:, t] = state.node
-    for row, (unfolding, tokens) in enumerate(zip(unfoldings, fresh, strict=True)):
-        unfolding.state = GrammarState(*(x[row : row + 1] for x in state))
-        unfolding.tokens += [int(token) for token in tokens]
-        unfolding.nodes += nodes[row, : len(tokens)].tolist()
+    for number, (unfolding, new) in enumerate(zip(unfoldings, fresh, strict=True)):
+        unfolding.state = GrammarState(*(x[number : number + 1] for x in state))
+        unfolding.tokens += [int(token) for token in new]
+        unfolding.nodes += nodes[number, : len(new)].tolist()
 
 
 def partial_codes(tokenizer: TextTokenizer, tokens: Sequence[int]) -> np.ndarray | None:
     """Codes int32 [rows, columns] of an image block that may end anywhere, -1 where it has no token yet; None before
     its size is complete."""
-    vocab, tokens = tokenizer.vocab, np.asarray(tokens)
-    begins = np.flatnonzero(tokens == vocab.img)
+    vocab, block = tokenizer.vocab, np.asarray(tokens)
+    begins = np.flatnonzero(block == vocab.img)
     if not len(begins):
         return None
-    sides = tokenizer.decode(tokens[1 : begins[0]]).split("*")
+    sides = tokenizer.decode(block[1 : begins[0]].tolist()).split("*")
     rows, columns = map(int, sides)
-    visual = tokens[begins[0] + 1 :]
+    visual = block[begins[0] + 1 :]
     visual = visual[visual >= vocab.visual_start][: rows * columns] - vocab.visual_start
     codes = np.full(rows * columns, -1, np.int32)
     codes[: len(visual)] = visual
@@ -188,9 +188,9 @@ def encode_part(tokenizer: TextTokenizer, part: Part, round_: int) -> list[int]:
             raise UserError("an edited image has no codes.", "Give an image.")
         return codec.encode_image(tokenizer, part.codes)
     if part.kind == EVALUATION:
-        verdicts = (AxisVerdict(part.verdicts[axis], part.texts[axis]) for axis in AXES)
+        verdicts = {axis: AxisVerdict(part.verdicts[axis], part.texts[axis]) for axis in AXES}
         observation = part.texts.get(OBSERVATION, "")
-        return codec.encode_evaluation(tokenizer, Evaluation(*verdicts, observation=observation))
+        return codec.encode_evaluation(tokenizer, Evaluation(**verdicts, observation=observation))
     if part.kind == REFLECTION:
         return codec.encode_reflection(tokenizer, Reflection(**part.texts))
     if part.kind == STEP:
