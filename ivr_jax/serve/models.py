@@ -13,7 +13,7 @@ from PIL import Image
 from ivr_jax.checkpoints.system import MICRO, System
 from ivr_jax.errors import UserError
 from ivr_jax.generate.answer_folder import InterleavedAnswer
-from ivr_jax.generate.requests import Prepared, prepare_pixels
+from ivr_jax.generate.requests import Prepared, Request, prepare
 from ivr_jax.images import image_name
 from ivr_jax.protocol import codec, interleaved
 from ivr_jax.protocol.grammar import ACCEPT, INTERLEAVED, Grammar, GrammarOptions
@@ -106,10 +106,9 @@ class ServedModel:
         return PreparedRequest(sample, prepared.images, tuple(prompts), prepared.size, limit)
 
     def _fitted(self, request: AnswerRequest) -> Prepared:
-        references = [(f"reference {n}", pixels) for n, pixels in enumerate(request.references, 1)]
-        sample = Sample("request", request.prompt)
+        asked = Request("request", request.prompt, request.references, aspect_ratio=request.aspect_ratio)
         with self._lock:
-            return prepare_pixels(sample, references, self.system, request.aspect_ratio, self.area)
+            return prepare(asked, self.system, self.area)
 
     def _room(self, request: AnswerRequest, size: tuple[int, int], prompt: int) -> int:
         """Most answer tokens.  Raises UserError when the context does not hold prompt, given tokens and one image."""
