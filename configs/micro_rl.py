@@ -107,6 +107,9 @@ def get_config() -> ConfigDict:
         }
     )
     config.gallery = ConfigDict({"every": 0, "answers": 16})  # pages of sampled answers with their rewards
+    # steps between measurements of sight (the paired verdict test), 0: never; on held-out tasks of the micro-world, or
+    # on the dataset `data` of images known to be right and wrong
+    config.sight = ConfigDict({"every": 0, "prompts": 64, "data": "", "level": 0})
     config.optimizer = ConfigDict(
         {
             "kind": "adamw",

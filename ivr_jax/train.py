@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+from typing import Any
 
 import jax
 from absl import flags
 
 from ivr_jax import cli, distributed, files, sharding
 from ivr_jax.checkpoints import store
-from ivr_jax.config import check_least, claim_workdir
+from ivr_jax.config import as_dataclass, check_least, claim_workdir
 from ivr_jax.errors import UserError
+from ivr_jax.evaluate.sight import SightOptions, SightProbe
+from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.services.config import CHANGEABLE
 from ivr_jax.training import loop
 
@@ -29,7 +32,7 @@ STAGES = {
 }
 MAY_CHANGE = (
     "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
-    "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "model.remat", "model.fsdp_over_tensor",
+    "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "model.remat", "model.fsdp_over_tensor", "sight",
     *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
 COUNTS = (
@@ -61,8 +64,15 @@ def main(call: cli.Call) -> None:
     with files.Lock(workdir) if primary else contextlib.nullcontext(), jax.set_mesh(mesh):
         resuming = store.has_any(workdir)
         claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=primary)
-        stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh)
+        extra = {"probe": sight_probe(config)} if config.stage == "rl" and config.sight.every else {}
+        stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh, **extra)
         loop.run(stage, workdir, plan, workdir.name)
+
+
+def sight_probe(config: Any) -> SightProbe:
+    """The paired verdict test that an rl config asks for."""
+    grammar = as_dataclass(GrammarOptions, config.grammar)
+    return SightProbe(as_dataclass(SightOptions, config.sight), grammar, config.answer_length, config.seed)
 
 
 def entry() -> None:

@@ -5,6 +5,7 @@
         training_samples/             optional: some of its training data as answers.jsonl + images/
       eval_base/ eval_sft/ eval_rl/       arms: evaluation.json, answers.jsonl, images/
       eval_<anything>/                    further arms (ablations, forced modes), after those three
+      <anything>/swap.json                optional: swap tests
       gates.json                          optional: the entry gates
 
 Whatever is missing is left out, and a note says so; whatever is there but broken is a UserError.
@@ -29,6 +30,7 @@ from ivr_jax.report.gates import GATES_FILE, Gate, read_gates
 from ivr_jax.report.metrics import EVALUATION_FILE, mode_of, read_evaluation
 from ivr_jax.report.pages import Run
 from ivr_jax.report.plots import Curve
+from ivr_jax.report.swaps import SWAP_FILE, read_swap
 from ivr_jax.report.tables import MAIN_ARMS
 
 STAGES: Mapping[str, str] = {"image_tokenizer": "Image tokenizer", "base": "Base", "sft": "SFT", "rl": "RL"}
@@ -51,6 +53,7 @@ class ReportInputs(NamedTuple):
     gallery: tuple[GallerySection, ...]
     gates: tuple[Gate, ...]
     notes: tuple[str, ...]
+    swaps: dict[str, dict[str, Any]]
 
 
 def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> ReportInputs:
@@ -82,8 +85,9 @@ def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> 
         if (root / name / SAMPLES_FOLDER / ANSWERS_FILE).is_file():
             gallery.append(_training_samples(root / name / SAMPLES_FOLDER, stage, seed))
     gates = read_gates(root) if (root / GATES_FILE).is_file() else ()
+    swaps = {path.parent.name.replace("_", " "): read_swap(path.parent) for path in sorted(root.glob(f"*/{SWAP_FILE}"))}
     return ReportInputs(
-        title or f"Report on {root.resolve().name}", runs, evaluations, tuple(gallery), gates, tuple(notes)
+        title or f"Report on {root.resolve().name}", runs, evaluations, tuple(gallery), gates, tuple(notes), swaps
     )
 
 

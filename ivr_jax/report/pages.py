@@ -64,6 +64,7 @@ def write_report(
     gallery: Sequence[GallerySection],
     gates: Sequence[Gate],
     notes: Sequence[str],
+    swaps: Evaluations | None = None,
     written: datetime.datetime | None = None,
 ) -> tuple[Path, ...]:
     """Writes the page and, in `<page>_plots/` beside it, the plots as PNG files.
@@ -76,6 +77,7 @@ def write_report(
       gallery: sections of answers.
       gates: entry gates; none means no such section.
       notes: sentences that stand at the top (what is missing, what to bear in mind).
+      swaps: title -> result of a swap test (`ivr_jax.evaluate.swap`).
       written: the time that the page names; now by default.
 
     Returns:
@@ -85,7 +87,7 @@ def write_report(
       UserError: when the page cannot be written, or an image cannot be read.
     """
     output = Path(output_html)
-    page = render(title, runs, evaluations, gallery, gates, notes, written)
+    page = render(title, runs, evaluations, gallery, gates, notes, swaps or {}, written)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # A lone surrogate (half a character, from a byte-level model) has no UTF-8 form; a reference does.
@@ -102,6 +104,7 @@ def render(
     gallery: Sequence[GallerySection],
     gates: Sequence[Gate],
     notes: Sequence[str],
+    swaps: Evaluations,
     written: datetime.datetime | None,
 ) -> str:
     """The page as text; see `write_report`."""
@@ -119,7 +122,7 @@ def render(
         groupings=_groupings(evaluations),
         mixes=_mixes(evaluations),
         calibration=[_calibration_row(arm, result) for arm, result in evaluations.items()],
-        paired=paired_tables(evaluations),
+        paired=paired_tables(evaluations, swaps),
         charts=[(plot.title, plots.interval_svg(plot)) for plot in plots.interval_plots(evaluations)],
         gates=list(gates),
         runs=[_run_view(run) for run in runs],
@@ -294,28 +297,29 @@ PAIRED_COLUMNS: Mapping[str, str] = {
 _PAIRED_GROUPS = {"by_edits": "edits", "by_kind": "kind", "by_round": "round", "by_mode": "after"}
 
 
-def paired_tables(evaluations: Evaluations) -> list[dict[str, Any]]:
-    """The paired verdict tests (`ivr_jax.evaluate.paired`) of the arms that have one: one table an arm.
+def paired_tables(evaluations: Evaluations, swaps: Evaluations) -> list[dict[str, Any]]:
+    """The paired verdict tests of the arms that have one, then the swap tests: one table each.
 
-    A table is {"arm", "columns", "rows": [{"label", "cases", "cells": [(value, interval, n)]}]}: all prompts first,
+    A table is {"title", "columns", "rows": [{"label", "cases", "cells": [(value, interval, n)]}]}: all prompts first,
     then group by group.
     """
-    measure = BY_NAME["accuracy"]
-    tables = []
-    for arm, result in evaluations.items():
-        if not result.get("paired"):
-            continue
-        summaries = {"all prompts": result["paired"]["overall"]}
-        for grouping, word in _PAIRED_GROUPS.items():
-            summaries |= {f"{word} {group}": summary for group, summary in result["paired"].get(grouping, {}).items()}
-        columns = [name for name in PAIRED_COLUMNS if summaries["all prompts"][name]["n"]]
-        rows = []
-        for label, summary in summaries.items():
-            estimates = [summary[name] for name in columns]
-            cells = [(format_value(measure, e), format_interval(measure, e), e["n"]) for e in estimates]
-            rows.append({"label": label, "cases": summary["cases"], "cells": cells})
-        tables.append({"arm": arm, "columns": [PAIRED_COLUMNS[name] for name in columns], "rows": rows})
-    return tables
+    found = {arm: result["paired"] for arm, result in evaluations.items() if result.get("paired")}
+    found |= {f"{title} (swap test)": result for title, result in swaps.items()}
+    return [_paired_table(title, result) for title, result in found.items()]
+
+
+def _paired_table(title: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    share = BY_NAME["accuracy"]
+    summaries = {"all prompts": result["overall"]}
+    for grouping, word in _PAIRED_GROUPS.items():
+        summaries |= {f"{word} {group}": summary for group, summary in result.get(grouping, {}).items()}
+    columns = [name for name in PAIRED_COLUMNS if result["overall"][name]["n"]]
+    rows = []
+    for label, summary in summaries.items():
+        estimates = [summary[name] for name in columns]
+        cells = [(format_value(share, e), format_interval(share, e), e["n"]) for e in estimates]
+        rows.append({"label": label, "cases": summary["cases"], "cells": cells})
+    return {"title": title, "columns": [PAIRED_COLUMNS[name] for name in columns], "rows": rows}
 
 
 def _run_view(run: Run) -> dict[str, Any]:

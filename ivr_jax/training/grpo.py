@@ -28,7 +28,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +61,8 @@ from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, Tasks, pr
 from ivr_jax.training.scoring import Scored, score, shown_answers, summary
 from ivr_jax.training.state import TrainState, shard_state, updated
 
+Probe = Callable[[systems.System], Mapping[str, float]]  # gives metrics of a policy; reads it and changes nothing
+
 RATIO_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
 
@@ -80,6 +82,7 @@ class Options:
       overlap: draw the next rollout while the last one is judged.
       check_every: steps between checks of the judge, 0 for none.
       gallery_every, gallery_answers: steps between galleries, 0 for none, and how many answers one shows.
+      probe_every: steps between measurements of the policy by the trainer's `probe`, 0 for none.
     """
 
     sampling: SamplingOptions
@@ -98,6 +101,7 @@ class Options:
     check_every: int = 0
     gallery_every: int = 0
     gallery_answers: int = 16
+    probe_every: int = 0
 
     def __post_init__(self) -> None:
         if 0 in (self.sampling.temperature, self.sampling.image_temperature):
@@ -153,12 +157,15 @@ class Trainer:
         gallery: pathlib.Path | None = None,
         steps: int | None = None,
         layout: RolloutLayout | None = None,
+        probe: Probe | None = None,
     ):
-        """`mesh` and `placed` (shardings of the state): where training goes on, one device by default; `layout`: where
+        """`probe`: measures the policy now and then, as `Options.probe_every` says.
+
+        `mesh` and `placed` (shardings of the state): where training goes on, one device by default; `layout`: where
         answers are drawn, by default on the same devices in the same precision."""
         self.system, self.judge, self.options, self.optimizer = system, judge, options, optimizer
         self.watch = watch or Watch(MonitorOptions(), options.grammar.modes)
-        self.gallery, self.steps = gallery, steps
+        self.gallery, self.steps, self.probe = gallery, steps, probe
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
         self.strict = Grammar(system.tokenizer, dataclasses.replace(options.grammar, follow_verdict=True))
@@ -215,11 +222,19 @@ class Trainer:
             "update_seconds": time.perf_counter() - clock,
         }
         metrics |= self.watch.observe(step + 1, metrics)
+        if self.probe and self.options.probe_every and (step + 1) % self.options.probe_every == 0:
+            metrics |= self._probed(learner.params)
         shows = self.gallery and self.options.gallery_every and (step + 1) % self.options.gallery_every == 0
         if shows and distributed.is_primary():
             self._show(pending.rollout, [t.sample for t in tasks.now], scored, step + 1)
         state = OverlapState(learner.params, learner.opt_state, previous) if self.options.overlap else learner
         return state, metrics
+
+    def _probed(self, params: Any) -> dict[str, float]:
+        """What `probe` measures of the policy `params`, with the weights that answers are drawn with."""
+        system = dataclasses.replace(self.system, config=self.layout.config, params=self.layout(params))
+        with jax.set_mesh(self.layout.mesh):
+            return dict(self.probe(system))
 
     def _drawn_ahead(
         self, params: Any, drew: Any, tasks: Tasks, step: int, key: jax.Array
@@ -436,8 +451,8 @@ def _latent_size(codec: Any, prompt: Prompt) -> tuple[int, int]:
     return height // codec.factor, width // codec.factor
 
 
-def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
-    """The stage of an rl config."""
+def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, probe: Probe | None = None) -> Stage:
+    """The stage of an rl config; `probe` measures the policy every `config.sight.every` steps."""
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
     distributed.share(config.prompts_per_step, "config.prompts_per_step")
@@ -467,6 +482,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         config.judge.check_every,
         config.gallery.every,
         config.gallery.answers,
+        config.sight.every,
     )
     adapters = as_dataclass(lora.LoraOptions, config.lora)
     source = prompt_source(config.prompts, config.prompts.seed)
@@ -483,7 +499,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     state, (placed, _) = shard_state(mesh, axes, params, optimizer)
     layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
     gallery = workdir / "gallery"
-    trainer = Trainer(system, judge, options, optimizer, mesh, placed, watch, gallery, config.steps, layout)
+    trainer = Trainer(system, judge, options, optimizer, mesh, placed, watch, gallery, config.steps, layout, probe)
     key = jax.random.key(config.seed)
     size_of = functools.partial(_latent_size, system.codec.config)
     batches = SameSize(source, config.prompts_per_step, config.seed, size_of)

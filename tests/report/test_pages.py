@@ -18,11 +18,13 @@ from photographs import photograph
 from PIL import Image
 
 from ivr_jax.errors import UserError
+from ivr_jax.evaluate.paired import EXACT, OWN, Case, paired_test
+from ivr_jax.evaluate.verdicts import Verdict
 from ivr_jax.report.answers import Answer, Segment
 from ivr_jax.report.gallery import LONGEST_TEXT, GalleryItem, GallerySection, choose, section_view
 from ivr_jax.report.gates import Gate
 from ivr_jax.report.metrics import evaluate
-from ivr_jax.report.pages import Run, render, write_report
+from ivr_jax.report.pages import PAIRED_COLUMNS, Run, paired_tables, render, write_report
 from ivr_jax.report.plots import Curve, curve_svg, smooth, thin
 from ivr_jax.trajectory import AxisVerdict, Mode, Reflection, Round, Sample, Trajectory
 
@@ -67,8 +69,9 @@ class Page(HTMLParser):
                 if name == tag and all(value in (found.get(key) or "").split() for key, value in attributes.items())]
 
 
-def page(title="Report", runs=(), evaluations=None, gallery=(), gates=(), notes=()) -> Page:
-    return Page(render(title, runs, evaluations or {}, gallery, gates, notes, datetime(2030, 5, 17, 9, 30)))
+def page(title="Report", runs=(), evaluations=None, gallery=(), gates=(), notes=(), swaps=None) -> Page:
+    written = datetime(2030, 5, 17, 9, 30)
+    return Page(render(title, runs, evaluations or {}, gallery, gates, notes, swaps or {}, written))
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +291,23 @@ def test_an_empty_report_says_so_and_an_unwritable_place_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write the report"):
         write_report(tmp_path / "file" / "r.html", "t", (), {}, (), (), ())
+
+
+def test_paired_and_swap_tests_stand_in_a_section_of_their_own(studio):
+    cases = [
+        Case(np.arange(n), {OWN: np.zeros((1, 1)), EXACT: np.ones((1, 1))}, False, {"by_edits": (str(1 + n % 2),)})
+        for n in range(6)
+    ]
+    result = paired_test(cases, lambda images: [Verdict(0.25 + image.codes.item() / 2) for image in images])
+    found = page(evaluations={"SFT": evaluate(studio[1]) | {"paired": result}}, swaps={"photographs": result})
+    assert [tag["id"] for tag in found.all("h2")] == ["result", "paired"]
+    assert "photographs (swap test)" in found.text and found.open == []
+    table = paired_tables({"SFT": {"paired": result}, "Base": {}}, {})[0]
+    rows = [(row["label"], row["cases"]) for row in table["rows"]]
+    assert rows == [("all prompts", 6), ("edits 1", 3), ("edits 2", 3)]
+    assert table["columns"][0] == PAIRED_COLUMNS["sight"] and table["rows"][0]["cells"][0][0] == "50.0%"
+
+
+def test_a_garbled_text_is_marked():
+    answer = dataclasses.replace(plain_answer(2), garbled=("S2",))
+    assert ": S2" in page(gallery=[GallerySection("s", "", (GalleryItem("a", answer, {}),))]).text
