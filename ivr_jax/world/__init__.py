@@ -41,4 +41,5 @@ Its decomposition is one step an edit: "Move a1 to b1, nothing else.", "Paint th
     judgement.py    comparing seen and wanted
     analyzer.py     the exact ANALYZER
     generator.py    the faulty GENERATOR
+    practice.py     endless trajectories of scenes, to train a base model that understands
 """

@@ -118,8 +118,22 @@ def t2i_request(rules: Level, number: int) -> Request:
     return Request(0, (first, *[later] * (number - 1)), max(rules.relational, 0.15), dependence=0.3)
 
 
+def sample_facts(rng: np.random.Generator, rules: Level, edits: int, held_out: bool = False) -> tuple[Facts, str]:
+    """A request of the training mixture without pixels: its facts and its prompt.
+
+    Args:
+      rules: the level, whose kinds of edits may be weighed otherwise than it says.
+    """
+    return _draw_facts(rng, rules, lambda: _training_request(rng, rules, None, edits), "", held_out)
+
+
 def _draw(rng: np.random.Generator, rules: Level, request: Callable[[], Request], key: str, split: str,
           held_out: bool) -> Task:
+    return _task(rng, *_draw_facts(rng, rules, request, key, held_out), key, split)
+
+
+def _draw_facts(rng: np.random.Generator, rules: Level, request: Callable[[], Request], key: str,
+                held_out: bool) -> tuple[Facts, str]:
     """Draws until a request makes sense and falls on the right side of the held-out line."""
     for _ in range(_LIMIT):
         facts = draw_request(rng, rules, request())
@@ -127,7 +141,7 @@ def _draw(rng: np.random.Generator, rules: Level, request: Callable[[], Request]
             continue
         prompt = language.prompt(facts.edits, rng.integers(0, 12, len(facts.edits)).tolist())
         if is_held_out(prompt, facts.sources) == held_out:
-            return _task(rng, facts, prompt, key, split)
+            return facts, prompt
     raise UserError(f"no task {key!r} could be drawn in {_LIMIT} tries.", "Choose another subset or more edits.")
 
 
