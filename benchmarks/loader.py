@@ -47,7 +47,7 @@ def write_examples(folder: Path, count: int) -> None:
 
 def measure(folder: Path, streams: int, rows: range, seconds: float) -> tuple[float, float]:
     """(tokens a second without padding, share of the rows that they fill), the first batch not counted."""
-    batches = pipeline.packed_examples(folder, MIX, BATCH, LENGTH, 0, streams, rows)
+    batches = pipeline.packed_batches(pipeline.stored_examples(folder, MIX, LENGTH, 0), BATCH, LENGTH, 0, streams, rows)
     next(batches)
     clock, tokens, cells = time.perf_counter(), 0, 0
     while time.perf_counter() - clock < seconds:

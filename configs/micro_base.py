@@ -9,6 +9,8 @@ Command: python -m ivr_jax.train --config=configs/micro_base.py --workdir=runs/d
 
 from ml_collections import ConfigDict
 
+from . import _practice
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -50,6 +52,8 @@ def get_config() -> ConfigDict:
             "length": 160,
             "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share
+            "practice_share": 0.0,  # of the examples: made up when they are read, not read from `path`
+            "practice": _practice.lessons(),
         }
     )
     config.lora = ConfigDict({"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o")})  # rank 0: train everything

@@ -57,25 +57,12 @@ class PackedBatches:
             stream.set_state(state[str(number)])
 
 
-def packed_examples(
-    folder: str | os.PathLike,
-    mix: Mapping[str, float],
-    batch: int,
-    length: int,
-    seed: int,
-    streams: int = 1,
-    rows: Sequence[int] | None = None,
-) -> PackedBatches:
-    """Endless packed batches from token examples.
+def stored_examples(folder: str | os.PathLike, mix: Mapping[str, float], length: int, seed: int) -> grain.MapDataset:
+    """The token examples of a folder, shuffled and mixed without end.
 
     Args:
       mix: mode -> weight of its samples; a mode without examples must not be weighted.
-      length: T; whole examples are packed first-fit into rows of T tokens, never split.
-      streams: a divisor of `batch`; as many as there are rows let each process read no more than its share.
-      rows: the rows of each batch that this process wants, all of them by default.
-
-    Yields dicts of int32 [batch, T]: tokens, segment_ids (0 is padding, 1 ... the packed examples), positions
-    (restart in each example), and loss uint8 [batch, T] (1 where the token is a target).
+      length: no example may be longer.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -95,14 +82,41 @@ def packed_examples(
     for number, mode in enumerate(modes):
         source = grain.sources.ArrayRecordDataSource(str(pathlib.Path(folder) / f"{mode}.array_record"))
         sources.append(grain.MapDataset.source(source).shuffle(seed=seed + number).repeat().map(unpack_example))
-    mixed = grain.MapDataset.mix(sources, [mix[mode] for mode in modes]) if len(sources) > 1 else sources[0]
+    return grain.MapDataset.mix(sources, [mix[mode] for mode in modes]) if len(sources) > 1 else sources[0]
+
+
+def made_examples(make: Callable[[int], dict[str, np.ndarray]], length: int, size: int = 2**31) -> grain.MapDataset:
+    """Examples that `make` makes of their number, without end; those of more than `length` tokens are left out."""
+    dataset = grain.MapDataset.source(Indexed(make, size)).repeat()
+    return dataset.filter(lambda example: len(example["tokens"]) <= length)
+
+
+def packed_batches(
+    examples: grain.MapDataset,
+    batch: int,
+    length: int,
+    seed: int,
+    streams: int = 1,
+    rows: Sequence[int] | None = None,
+) -> PackedBatches:
+    """Endless packed batches of token examples.
+
+    Args:
+      examples: dicts of tokens int32 [T'] and loss uint8 [T'].
+      length: T; whole examples are packed first-fit into rows of T tokens, never split.
+      streams: a divisor of `batch`; as many as there are rows let each process read no more than its share.
+      rows: the rows of each batch that this process wants, all of them by default.
+
+    Yields dicts of int32 [batch, T]: tokens, segment_ids (0 is padding, 1 ... the packed examples), positions
+    (restart in each example), and loss uint8 [batch, T] (1 where the token is a target).
+    """
     if batch % streams:
         raise UserError(f"{batch} rows do not come from {streams} streams in equal parts.",
                         "Make data.streams a divisor of config.batch.")
     each, rows = batch // streams, range(batch) if rows is None else rows
 
     def stream(number: int) -> grain.DatasetIterator:
-        part = mixed.slice(slice(number, None, streams)) if streams > 1 else mixed
+        part = examples.slice(slice(number, None, streams)) if streams > 1 else examples
         packed = grain_experimental.FirstFitPackIterDataset(
             part.to_iter_dataset(), length_struct={"tokens": length, "loss": length},
             num_packing_bins=max(4 * each, 8), seed=seed + number,

@@ -10,6 +10,7 @@ import functools
 import pathlib
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,7 +19,7 @@ from clu import parameter_overview
 from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
-from ivr_jax.data import examples, pipeline
+from ivr_jax.data import examples, online, pipeline
 from ivr_jax.data.sources import open_dataset
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
@@ -33,6 +34,7 @@ from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.state import TrainState, micro_batches, shard_state, updated
 from ivr_jax.training.throughput import train_flops
 from ivr_jax.training.training_samples import write_training_samples
+from ivr_jax.world.practice import PracticeOptions
 
 DROPOUT = 1  # folded into a step's key for its dropout
 # of config.model, these hold for a model from `init` as well
@@ -53,7 +55,7 @@ def selective_loss(
 
     Args:
       batch: tokens, segment_ids, positions int32 [B, T] and loss uint8 [B, T] (0, or 1 + index in `PARTS`), as
-        `pipeline.packed_examples` yields.
+        `pipeline.packed_batches` yields.
       visual_start: first visual id, to tell image tokens from text tokens in the metrics.
       dropout_key: turns on the configured dropout.
       sums: what the gradients of the layers are added to, see `backbone.apply`.
@@ -126,7 +128,9 @@ def make_step(
 
 def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an sft config: tokenises the dataset on the first run, then trains on packed batches."""
-    if not config.data.path:
+    if not 0 <= config.data.practice_share <= 1:
+        raise UserError(f"data.practice_share is {config.data.practice_share}.", "Give a share from 0 to 1.")
+    if config.data.practice_share < 1 and not config.data.path:
         raise UserError("no dataset was named.", "Give --config.data.path=WORKDIR/dataset of ivr_jax.construct.")
     if config.batch % config.grad_accum_steps:
         raise UserError(
@@ -156,15 +160,10 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     axes = backbone.param_axes(model)
     if options.rank:
         params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)
-    folder = workdir / "examples"
-    if distributed.is_primary():
-        _prepare(config, workdir, tokenizer, codec, min(config.data.length, model.max_position_embeddings))
-    distributed.barrier("token examples")
-    manifest = examples.read_manifest(folder)
-    _say(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
     rows = sharding.local_rows(mesh, config.batch)
-    data = pipeline.packed_examples(
-        folder, config.data.mix, config.batch, config.data.length, config.seed, config.data.streams, rows
+    found = _examples(config, workdir, tokenizer, codec, model.max_position_embeddings)
+    data = pipeline.packed_batches(
+        found, config.batch, config.data.length, config.seed, config.data.streams, rows
     )
     state, placed = shard_state(mesh, axes, params, optimizer)
     start = tokenizer.vocab.visual_start
@@ -193,6 +192,29 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
 def _say(text: str) -> None:
     if distributed.is_primary():
         print(text)
+
+
+def _examples(
+    config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
+) -> grain.MapDataset:
+    """The token examples of the dataset, of practice, or of both, none longer than a row and `longest`."""
+    length, share, parts = min(config.data.length, longest), config.data.practice_share, []
+    if share < 1:
+        folder = workdir / "examples"
+        if distributed.is_primary():
+            _prepare(config, workdir, tokenizer, codec, length)
+        distributed.barrier("token examples")
+        manifest = examples.read_manifest(folder)
+        _say(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
+        parts.append((pipeline.stored_examples(folder, config.data.mix, config.data.length, config.seed), 1 - share))
+    if share > 0:
+        options = as_dataclass(PracticeOptions, config.data.practice)
+        codes = online.SceneCodes(codec.encode, options.level)
+        _say(f"practice: codes of scenes are {'looked up by cell' if codes.by_cell else 'encoded one by one (slow)'}")
+        make = functools.partial(online.lesson_example, tokenizer, codes, options, config.seed)
+        parts.append((pipeline.made_examples(make, length), share))
+    datasets, weights = zip(*parts, strict=True)
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
 def _prepare(

@@ -216,11 +216,15 @@ def token_examples(tmp_path):
     return tmp_path
 
 
+def stored(folder, length):
+    return pipeline.stored_examples(folder, {"direct": 1.0}, length, 3)
+
+
 def test_the_number_of_readers_changes_no_batch(token_examples):
     """8 rows from 4 streams: read by one process, and by two that hold rows 0, 1, 4, 5 and the rest."""
 
     def read(rows=None):
-        return pipeline.packed_examples(token_examples, {"direct": 1.0}, 8, 64, 3, streams=4, rows=rows)
+        return pipeline.packed_batches(stored(token_examples, 64), 8, 64, 3, streams=4, rows=rows)
 
     whole, parts = read(), [read([0, 1, 4, 5]), read([2, 3, 6, 7])]
     for _ in range(5):
@@ -236,14 +240,14 @@ def test_the_number_of_readers_changes_no_batch(token_examples):
 
 def test_streams_share_the_examples_out(token_examples):
     """Each of the four sees its own quarter of the shuffled examples: together all of them, about equally often."""
-    batches, counts = pipeline.packed_examples(token_examples, {"direct": 1.0}, 4, 64, 3, streams=4), Counter()
+    batches, counts = pipeline.packed_batches(stored(token_examples, 64), 4, 64, 3, streams=4), Counter()
     for _ in range(24):
         batch = next(batches)
         for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
             counts.update(tokens[segments == segment][0] for segment in range(1, segments.max() + 1))
     assert sorted(counts) == list(range(40)) and max(counts.values()) - min(counts.values()) <= 4
     with pytest.raises(UserError, match="divisor"):
-        pipeline.packed_examples(token_examples, {"direct": 1.0}, 4, 640, 3, streams=3)
+        pipeline.packed_batches(stored(token_examples, 640), 4, 640, 3, streams=3)
 
 
 def test_one_process_of_several_writes_what_a_run_says(tmp_path):
