@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
         }
     )
     config.data.length = 8192
+    config.data.practice_share = 0.0
     config.data.mix = ConfigDict({"direct": 1.0, "reflection": 2.0, "multi_step": 2.0})
     config.data.streams = 128
     config.optimizer.update(

@@ -1,10 +1,11 @@
-r"""Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw directly and to evaluate.
+r"""Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw and to judge what is drawn.
 
-12,000 exact drawings (loss on G1 E1) and 1,000 failed drawings (loss on E1 alone).  Meant to stop while it is good at
-one edit and poor at four, so that reflection and multi-step have something to add.  Small batches: at equal tokens
-they learn faster here (image loss after 35,000 samples 0.195 with 16 rows of 192 tokens a step, 0.246 with 40).
+Endless lessons, made when they are read (`ivr_jax.world.practice`): a third are exact drawings, mostly of one edit; the
+rest are images, most of them wrong, to be judged after requests of one to four edits.  So the base understands more than
+it can draw, as the paper's does, and its verdicts depend on the image.  Small batches learn faster at equal tokens
+(docs/results/seeing.md).
 Command: python -m ivr_jax.train --config=configs/micro_base.py --workdir=runs/demo/base \
-    --config.data.path=runs/demo/construct_base/dataset --config.image_tokenizer=runs/demo/image_tokenizer
+    --config.image_tokenizer=runs/demo/image_tokenizer
 """
 
 from ml_collections import ConfigDict
@@ -16,13 +17,13 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "sft"
     config.seed = 0
-    config.steps = 480
-    config.batch = 20
+    config.steps = 2500
+    config.batch = 10
     config.grad_accum_steps = 1
     config.gradient_dtype = "float32"  # of the sum over micro-batches
     config.loss_chunk_tokens = 4096
-    config.log_every = 20
-    config.checkpoint_every = 240
+    config.log_every = 50
+    config.checkpoint_every = 500
     config.max_checkpoints = 1
     config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
@@ -40,7 +41,8 @@ def get_config() -> ConfigDict:
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e4,
             "max_position_embeddings": 512,
-            "remat": "dots",
+            "remat": "none",
+            "unroll": 4,
             "fsdp_over_tensor": False,
             "dropout": 0.0,
             "attention_dropout": 0.0,
@@ -52,7 +54,7 @@ def get_config() -> ConfigDict:
             "length": 160,
             "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share
-            "practice_share": 0.0,  # of the examples: made up when they are read, not read from `path`
+            "practice_share": 1.0,  # of the examples: made up when they are read, not read from `path`
             "practice": _practice.lessons(),
         }
     )

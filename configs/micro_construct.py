@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
             "max_step_chars": 500,
         }
     )
-    config.analyzer = ConfigDict({"threshold": 5})
+    config.analyzer = ConfigDict({"threshold": 5, "observe": True})  # see world.analyzer
     config.generator = ConfigDict({"fault_rate": 0.8, "step_fault_rate": 0.1, "seed": 2, "level": 0})
     config.sampling = ConfigDict(
         {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}

@@ -28,6 +28,7 @@ def get_config(kind: str = "") -> ConfigDict:
     config.each_kind = 0  # requests of one edit of each kind
     config.probe_prompts = 96  # held-out requests for the probes of single skills (steps, critiques)
     config.paired_prompts = 320  # of the training mixture, for the paired verdict test
+    config.observe = True  # evaluations of the probes' true prefixes begin with an observation
     config.batch = 128  # probes and scored images at a time
     config.answer_length = rl.answer_length
     config.sampling = rl.sampling

@@ -13,10 +13,9 @@ _PLAIN = "reward.divide_by_std=False"
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.base_data = ("tasks.edits=(4,1,0,0)",)  # a base for which four edits in one pass are too many
-    config.base = ("steps=900",)
+    config.base = ("steps=10000",)
     config.construct = ("quotas.direct=4800", "quotas.reflection=2400", "quotas.multi_step=4800")
-    config.sft = ("steps=2400", "data.length=352")
+    config.sft = ("steps=2400",)
     config.rl = ("steps=48", "optimizer.learning_rate=1e-4")
     config.evaluate = ("prompts=1024", "each_split=16")  # at temperature 1; at 0 without the splits
     config.forced = ("prompts=256",)  # answers held to one mode, for the entry gates
@@ -53,5 +52,5 @@ def get_config() -> ConfigDict:
             "all_three": (),
         }
     )
-    config.mix_sft = ("steps=900", "data.length=352")
+    config.mix_sft = ("steps=900",)
     return config

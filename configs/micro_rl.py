@@ -16,9 +16,9 @@ def get_config() -> ConfigDict:
     config.steps = 12
     config.prompts_per_step = 8
     config.group = 8
-    config.answer_length = 288
+    config.answer_length = 448
     config.micro_batch = 32
-    config.buckets = (128, 224, 384)
+    config.buckets = (160, 256, 384, 512)
     config.num_iterations = 1  # times that a rollout is learnt from
     config.num_minibatches = 1  # optimiser steps each time, on disjoint parts of its groups
     config.overlap = False  # draw the next rollout while the last is judged; it is then one update behind
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
             "max_reflections": 3,
             "max_steps": 4,
             "follow_verdict": True,
-            "text_cap": 24,
+            "text_cap": 72,
         }
     )
     config.reward = ConfigDict(

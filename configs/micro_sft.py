@@ -13,9 +13,10 @@ from . import micro_base
 
 def get_config() -> ConfigDict:
     config = micro_base.get_config()
-    config.steps = 900
-    config.data.length = 328
-    config.batch = 12
+    config.steps = 600
+    config.data.length = 512
+    config.data.practice_share = 0.25
+    config.batch = 5
     config.data.mix = ConfigDict({"direct": 2.0, "reflection": 1.0, "multi_step": 2.0})
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_ratio = 0.1

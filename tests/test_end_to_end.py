@@ -44,7 +44,7 @@ IMAGES = settings(
 )  # fmt: skip
 MODEL = settings(
     model__hidden_size=32, model__intermediate_size=48, model__num_hidden_layers=2, model__num_attention_heads=4,
-    model__num_key_value_heads=2, model__head_dim=8,
+    model__num_key_value_heads=2, model__head_dim=8, model__unroll=1,
 )  # fmt: skip
 TRAIN = settings(steps=2, batch=2, log_every=1)
 ANSWERS = settings(
@@ -53,7 +53,6 @@ ANSWERS = settings(
 PROMPTS = settings(prompts=4, each_split=0, batch=16)
 OVERRIDES = {
     "image_tokenizer": IMAGES,
-    "construct_base": settings(quotas__direct=8, quotas__evaluation=4),
     "base": (*TRAIN, *MODEL),
     "eval_base": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
     # An untrained model never draws a right first image, so nothing can fill a quota of direct answers.
@@ -137,9 +136,8 @@ def test_every_stage_leaves_its_checkpoint_its_curves_and_its_config(miniature):
         assert json.loads((folder / "config.json").read_text())["steps"] == 2
 
 
-def test_construction_fills_its_quotas_and_the_second_one_draws_with_the_base_model(miniature):
-    base, own = (TrajectoryDataset(miniature.root / name / "dataset") for name in ("construct_base", "construct"))
-    assert len(base) == 12 and {base[i].mode.value for i in range(12)} == {"direct"}
+def test_construction_fills_its_quotas_and_draws_with_the_base_model(miniature):
+    own = TrajectoryDataset(miniature.root / "construct" / "dataset")
     modes = [own[i].mode.value for i in range(len(own))]
     assert sorted(modes) == ["direct"] * 4 + ["multi_step"] * 4 + ["reflection"] * 4
     assert not any(own[i].rounds[0].evaluation.passed for i in range(len(own)))
@@ -150,7 +148,7 @@ def test_construction_fills_its_quotas_and_the_second_one_draws_with_the_base_mo
         return [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
 
     assert min(colours(own, 0)) > 100  # decoded by a network
-    assert max(colours(own, 1) + colours(base, 0)) < 20  # rendered by the generator
+    assert max(colours(own, 1)) < 20  # rendered by the generator
 
 
 def test_rl_starts_with_importance_ratio_one_and_scores_every_answer(miniature):
@@ -206,7 +204,7 @@ def test_running_the_demo_again_resumes_and_redoes_nothing(miniature):
     assert miniature.touched == []
     for name in TRAINED:
         assert f"{name}: already trained 2 steps" in miniature.second
-    for name in (*EVALUATED, "construct_base/dataset", "construct/dataset"):
+    for name in (*EVALUATED, "construct/dataset"):
         assert f"{miniature.root / name} is complete" in miniature.second
 
 
@@ -397,7 +395,7 @@ def test_a_process_of_its_own_ends_with_the_line_alone_and_status_2(tmp_path):
 
 SFT = ("--config.image_tokenizer=ROOT/image_tokenizer", "--config.data.path=ROOT/construct/dataset")
 CHECK = ("--config.checkpoint=ROOT/rl",)
-UNMIXED = settings(data__length=400, data__mix__direct=0.0)
+UNMIXED = settings(data__length=600, data__mix__direct=0.0, data__practice_share=0.0)
 
 
 def test_a_run_does_not_go_on_with_another_configuration(miniature):
@@ -425,6 +423,8 @@ def test_a_run_does_not_go_on_with_another_configuration(miniature):
         (("train", "--config=micro_sft", *SFT, "--config.model.num_attention_heads=3"), "num_attention_heads = 3"),
         (("train", "--config=micro_sft", *SFT, "--config.text_tokenizer=emu"), "unknown text tokenizer 'emu'"),
         (("train", "--config=micro_base", *SFT, *UNMIXED), "data.mix weights nothing"),
+        (("train", "--config=micro_base", *SFT, "--config.data.practice_share=2.0"), "data.practice_share is 2.0"),
+        (("train", "--config=micro_base", *SFT, "--config.data.practice.level=9"), "no level 9"),
         (("train", "--config=micro_rl"), "rl starts from a trained model"),
         (("train", "--config=micro_rl", "--config.init=ROOT/image_tokenizer"), "not a backbone"),
         (("train", "--config=micro_image_tokenizer", "--config.data.source=/nowhere"), "/nowhere holds no dataset"),

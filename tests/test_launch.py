@@ -42,7 +42,7 @@ def workdir(words: list[str]) -> str:
 
 def test_the_stages_come_in_the_order_in_which_they_need_each_other():
     workdirs = [workdir(words) for words in commands()]
-    assert workdirs == ["image_tokenizer", "construct_base", "base", "eval_base", "construct", "sft", "eval_sft",
+    assert workdirs == ["image_tokenizer", "base", "eval_base", "construct", "sft", "eval_sft",
                         "eval_direct", "eval_multi_step", "rl", "eval_rl", ""]
 
 

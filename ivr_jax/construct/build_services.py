@@ -71,7 +71,7 @@ def build_services(config: Any, journal: Journal) -> Services:
     rules, prompts = rules_from_config(config.rules), Prompts(config.prompts)
     remote: list[Service] = []
     if sections["analyzer"].kind == "world":
-        analyzer: Analyzer = WorldAnalyzer(threshold=config.analyzer.threshold)
+        analyzer: Analyzer = WorldAnalyzer(config.analyzer.threshold, observe=config.analyzer.observe)
     elif sections["analyzer"].kind in REMOTE:
         asked = [sections[role] for role in ("analyzer", "fallback") if sections[role].kind]
         analyzer = analyzer_from_configs(asked, journal, rules.thresholds or WHOLE_REQUEST, prompts=prompts)

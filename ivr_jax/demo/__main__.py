@@ -33,16 +33,15 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
         return dataclasses.replace(made, arguments=(*made.arguments, *more.get(name, ())))
 
     images, base, sft, rl = (root / name for name in ("image_tokenizer", "base", "sft", "rl"))
-    first, later = root / "construct_base" / "dataset", root / "construct" / "dataset"
+    built = root / "construct" / "dataset"
     check = "micro_evaluate"
     steps = [
         step("Train the image tokenizer", "train", "micro_image_tokenizer", "image_tokenizer"),
-        step("Draw the base model's data", "construct", "micro_construct_base", "construct_base"),
-        step("Train the base model", "train", "micro_base", "base", data__path=first, image_tokenizer=images),
+        step("Train the base model", "train", "micro_base", "base", image_tokenizer=images),
         step("Evaluate the base model", "evaluate", f"{check}:base", "eval_base", checkpoint=base),
         step("Evaluate it on single edits of each kind", "evaluate", f"{check}:kinds", "eval_kinds", checkpoint=base),
         step("Construct trajectories from its own images", "construct", "micro_construct", "construct", baseline=base),
-        step("Fine-tune on them", "train", "micro_sft", "sft", init=base, data__path=later, image_tokenizer=images),
+        step("Fine-tune on them", "train", "micro_sft", "sft", init=base, data__path=built, image_tokenizer=images),
         step("Evaluate the fine-tuned model", "evaluate", check, "eval_sft", checkpoint=sft),
         *(
             step(

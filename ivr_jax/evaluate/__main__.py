@@ -54,7 +54,7 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     result = metrics.evaluate(found.answers, config.seed, about)
     if config.probe_prompts:
         result["probes"] = probes.probe(
-            system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch
+            system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch, config.observe
         )
     if config.paired_prompts:
         result["paired"] = paired_verdicts(system, config, found)

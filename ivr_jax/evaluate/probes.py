@@ -34,12 +34,15 @@ PROBES = {"step_text": "S", "critique": "R"}  # name -> part of the answer
 _PATHS = (Rules(max_reflections=1), Rules(max_reflections=0))  # a critique, then steps at once
 
 
-def probe(system: System, level: int, prompts: int, most_edits: int, seed: int, batch: int) -> dict[str, Estimate]:
+def probe(
+    system: System, level: int, prompts: int, most_edits: int, seed: int, batch: int, observe: bool = False
+) -> dict[str, Estimate]:
     """Shares of steps and of critiques that are right, each an estimate (`ivr_jax.report.intervals`).
 
     Args:
       prompts: held-out requests of 2 to `most_edits` edits; those whose first image is right say nothing.
       batch: trajectories a forward pass.
+      observe: whether the evaluations of the true prefixes begin with an observation, as those learnt from did.
     """
     tasks = [
         sample_task(level, seed, i, edits=2 + i % (most_edits - 1), held_out=True)
@@ -48,7 +51,7 @@ def probe(system: System, level: int, prompts: int, most_edits: int, seed: int, 
     first = _first_images(system, tasks, seed, batch)
     encoded = []
     for rules in _PATHS:
-        for outcome in asyncio.run(_outcomes(tasks, first, level, rules)):
+        for outcome in asyncio.run(_outcomes(tasks, first, level, rules, observe)):
             if outcome.trajectory is not None and outcome.trajectory.mode is not Mode.DIRECT:
                 names = list(dict.fromkeys((*outcome.sample.sources, *outcome.trajectory.images)))
                 codes = dict(zip(names, system.codec.encode([outcome.images[n] for n in names]), strict=True))
@@ -57,9 +60,11 @@ def probe(system: System, level: int, prompts: int, most_edits: int, seed: int, 
     return {name: share([hit for found in part for hit in found]) for name, part in right.items()}
 
 
-async def _outcomes(tasks: Sequence[Any], first: Sequence[np.ndarray], level: int, rules: Rules) -> list[Outcome]:
+async def _outcomes(
+    tasks: Sequence[Any], first: Sequence[np.ndarray], level: int, rules: Rules, observe: bool
+) -> list[Outcome]:
     """What the escalation makes of each task's first image."""
-    analyzer, generator = WorldAnalyzer(), WorldGenerator(level=level)
+    analyzer, generator = WorldAnalyzer(observe=observe), WorldGenerator(level=level)
     return [
         await construct(task.sample, task.images, image, analyzer, generator, rules)
         for task, image in zip(tasks, first, strict=True)

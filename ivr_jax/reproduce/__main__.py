@@ -26,13 +26,12 @@ from ivr_jax.reproduce.ablation import eval_folder
 def trunk(root: pathlib.Path, config: Any) -> list[Step]:
     """What every arm starts from: image tokenizer, base model, its trajectories, the fine-tuned model."""
     images, base = root / "image_tokenizer", root / "base"
-    drawn, built = root / "construct_base", root / "construct"
+    built = root / "construct"
     return [
         configured("Train the image tokenizer", "train", "micro_image_tokenizer", images),
-        configured("Draw the base model's data", "construct", "micro_construct_base", drawn, *config.base_data),
         configured(
             "Train the base model", "train", "micro_base", base,
-            f"data.path={drawn / 'dataset'}", f"image_tokenizer={images}", *config.base,
+            f"image_tokenizer={images}", *config.base,
         ),
         configured(
             "Construct trajectories from its own images", "construct", "micro_construct", built,
