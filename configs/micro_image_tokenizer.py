@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
             "z_channels": 32,
             "double_z": False,
             "dropout": 0.0,
-            "n_embed": 20,
+            "n_embed": 64,
             "embed_dim": 32,
             "beta": 0.25,
             "norm_groups": 1,

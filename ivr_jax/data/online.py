@@ -1,74 +1,65 @@
 """Token examples without a dataset: lessons of the micro-world (`ivr_jax.world.practice`), made when they are read.
 
-They are equal to what `ivr_jax.data.examples` makes of the same trajectories with rendered images.  Rendering and
-encoding every image would cost as much as training on it, so the codes of a scene are put together from those of its
-cells; `SceneCodes` makes sure that the image tokenizer allows it.
+They are equal to what `ivr_jax.data.examples` makes of a stored dataset of the same trajectories.
 """
 
 from __future__ import annotations
 
+import collections
+import threading
+
 import numpy as np
 
 from ivr_jax.data.examples import EncodeImages
-from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.text import TextTokenizer
-from ivr_jax.world.draws import random_scene
-from ivr_jax.world.levels import level_of
-from ivr_jax.world.practice import PracticeOptions, draw_lesson
+from ivr_jax.world.practice import Lesson, PracticeOptions, draw_lesson
 from ivr_jax.world.render import render
-from ivr_jax.world.scene import Object, Scene
 
-DRAWING = 1 + codec.PARTS.index("G")
-SCENES, CHECKED = 256, 128  # scenes from which codes are learnt, and on which they are checked
+DRAWING = 1 + codec.PARTS.index("G")  # the loss flag of a target that is part of a drawing
+CHUNK = 64  # lessons whose images are encoded together: one by one takes eight times as long
+KEPT = 4  # chunks, for readers that do not go in step
 
 
-class SceneCodes:
-    """Codes of scenes: those that the image tokenizer gives the rendered scene, looked up cell by cell.
+class LessonExamples:
+    """Example i is lesson i as tokens int32 [T] and loss uint8 [T] (see `examples.unpack_example`).
 
-    Where the code of a cell also depends on what stands around it, scenes are rendered and encoded one by one.
-
-    Attributes:
-      by_cell: whether cells are looked up.
+    A source for Grain, meant to be read roughly in order, by any number of threads.
     """
 
-    def __init__(self, encode_images: EncodeImages, level: int, seed: int = 0):
-        self._encode, self._level, rules = encode_images, level, level_of(level)
-        rng = np.random.default_rng(seed)
-        scenes = [random_scene(rng, rules) for _ in range(SCENES + CHECKED)]
-        codes = np.stack(encode_images([render(scene, level) for scene in scenes]))
-        if codes.shape[1:] != (rules.rows + 1, rules.columns + 1):
-            raise UserError(f"the image tokenizer gives a board of level {level} codes of shape {codes.shape[1:]}.",
-                            "Use one whose latent cells are as large as the world's, 16 pixels a side.")
-        self._grid = codes[0].astype(np.int32)
-        self._codes: dict[tuple[int, Object | None], int] = {}
-        for scene, grid in zip(scenes[:SCENES], codes, strict=False):
-            self._codes |= dict(zip(enumerate(scene.cells), grid[1:, 1:].ravel().tolist(), strict=True))
-        looked_up = [self._look_up(scene) for scene in scenes]
-        self.by_cell = all(found is not None and (found == grid).all()
-                           for found, grid in zip(looked_up, codes, strict=True))
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        encode_images: EncodeImages,
+        options: PracticeOptions,
+        seed: int,
+        size: int = 2**31,
+    ):
+        self._tokenizer, self._encode, self._options = tokenizer, encode_images, options
+        self._seed, self._size = seed, size
+        self._lock, self._chunks = threading.Lock(), collections.OrderedDict()
 
-    def __call__(self, scene: Scene) -> np.ndarray:
-        """int32 [rows + 1, columns + 1]."""
-        found = self._look_up(scene) if self.by_cell else None
-        return np.asarray(self._encode([render(scene, self._level)])[0], np.int32) if found is None else found
+    def __len__(self) -> int:
+        return self._size
 
-    def _look_up(self, scene: Scene) -> np.ndarray | None:
-        """None for a scene with a cell or an appearance that was not among the first."""
-        found = [self._codes.get(pair) for pair in enumerate(scene.cells)]
-        if None in found or scene.appearance != level_of(self._level).blank.appearance:
-            return None
-        grid = self._grid.copy()
-        grid[1:, 1:] = np.array(found, np.int32).reshape(scene.rows, scene.columns)
-        return grid
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        number, place = divmod(int(index), CHUNK)
+        with self._lock:
+            if number not in self._chunks:
+                self._chunks[number] = self._make(number * CHUNK)
+                if len(self._chunks) > KEPT:
+                    self._chunks.popitem(last=False)
+            return self._chunks[number][place]
 
+    def _make(self, start: int) -> list[dict[str, np.ndarray]]:
+        lessons = [draw_lesson(self._options, self._seed, start + i) for i in range(CHUNK)]
+        images = [render(scene, self._options.level) for lesson in lessons for scene in lesson.scenes.values()]
+        codes = iter(self._encode(images))
+        return [self._example(lesson, {name: next(codes) for name in lesson.scenes}) for lesson in lessons]
 
-def lesson_example(tokenizer: TextTokenizer, codes: SceneCodes, options: PracticeOptions, seed: int,
-                   index: int) -> dict[str, np.ndarray]:
-    """Lesson `index` as tokens int32 [T] and loss uint8 [T], see `examples.unpack_example`."""
-    lesson = draw_lesson(options, seed, index)
-    encoded = codec.encode_trajectory(tokenizer, lesson.trajectory, {n: codes(s) for n, s in lesson.scenes.items()})
-    loss = encoded.target_parts()
-    if not lesson.drawn:
-        loss[loss == DRAWING] = 0
-    return {"tokens": encoded.tokens, "loss": loss}
+    def _example(self, lesson: Lesson, codes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        encoded = codec.encode_trajectory(self._tokenizer, lesson.trajectory, codes)
+        loss = encoded.target_parts()
+        if not lesson.drawn:
+            loss[loss == DRAWING] = 0
+        return {"tokens": encoded.tokens, "loss": loss}

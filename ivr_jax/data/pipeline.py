@@ -85,10 +85,9 @@ def stored_examples(folder: str | os.PathLike, mix: Mapping[str, float], length:
     return grain.MapDataset.mix(sources, [mix[mode] for mode in modes]) if len(sources) > 1 else sources[0]
 
 
-def made_examples(make: Callable[[int], dict[str, np.ndarray]], length: int, size: int = 2**31) -> grain.MapDataset:
-    """Examples that `make` makes of their number, without end; those of more than `length` tokens are left out."""
-    dataset = grain.MapDataset.source(Indexed(make, size)).repeat()
-    return dataset.filter(lambda example: len(example["tokens"]) <= length)
+def made_examples(source: Any, length: int) -> grain.MapDataset:
+    """The examples of a random-access source in order, without end; those of more than `length` tokens are left out."""
+    return grain.MapDataset.source(source).repeat().filter(lambda example: len(example["tokens"]) <= length)
 
 
 def packed_batches(

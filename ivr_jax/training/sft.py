@@ -209,10 +209,8 @@ def _examples(
         parts.append((pipeline.stored_examples(folder, config.data.mix, config.data.length, config.seed), 1 - share))
     if share > 0:
         options = as_dataclass(PracticeOptions, config.data.practice)
-        codes = online.SceneCodes(codec.encode, options.level)
-        _say(f"practice: codes of scenes are {'looked up by cell' if codes.by_cell else 'encoded one by one (slow)'}")
-        make = functools.partial(online.lesson_example, tokenizer, codes, options, config.seed)
-        parts.append((pipeline.made_examples(make, length), share))
+        lessons = online.LessonExamples(tokenizer, codec.encode, options, config.seed)
+        parts.append((pipeline.made_examples(lessons, length), share))
     datasets, weights = zip(*parts, strict=True)
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 

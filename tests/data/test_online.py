@@ -64,11 +64,10 @@ def stored_examples(lessons, encode, folder):
 @pytest.mark.parametrize("around", [False, True])
 def test_lessons_are_what_a_stored_dataset_gives(tmp_path, around):
     encode = Tiles(around)
-    codes = online.SceneCodes(encode, 0)
-    assert codes.by_cell is not around
     lessons = [draw_lesson(OPTIONS, 4, index) for index in range(60)]
     assert {lesson.trajectory.mode for lesson in lessons} == set(Mode)
-    made = [online.lesson_example(TOKENIZER, codes, OPTIONS, 4, index) for index in range(60)]
+    source = online.LessonExamples(TOKENIZER, encode, OPTIONS, 4)
+    made = [source[index] for index in range(60)]
     stored = stored_examples(lessons, encode, tmp_path)
     assert sorted(e["tokens"].tolist() for e in made) == sorted(e["tokens"].tolist() for e in stored)
     for example, lesson in zip(made, lessons, strict=True):
@@ -124,11 +123,11 @@ def test_wrong_options_are_refused(wrong):
 
 
 def test_batches_of_lessons_resume_exactly_and_leave_out_what_is_too_long():
-    codes = online.SceneCodes(Tiles(), 0)
+    encode = Tiles()
 
     def read():
-        made = pipeline.made_examples(lambda i: online.lesson_example(TOKENIZER, codes, OPTIONS, 1, i), 200)
-        return pipeline.packed_batches(made, 2, 200, 0)
+        source = online.LessonExamples(TOKENIZER, encode, OPTIONS, 1)
+        return pipeline.packed_batches(pipeline.made_examples(source, 200), 2, 200, 0)
 
     batches = read()
     first = next(batches)
@@ -141,6 +140,11 @@ def test_batches_of_lessons_resume_exactly_and_leave_out_what_is_too_long():
         np.testing.assert_array_equal(value, following[name])
 
 
-def test_an_image_tokenizer_with_other_cells_is_refused():
-    with pytest.raises(UserError, match="codes of shape"):
-        online.SceneCodes(lambda images: [np.zeros((2, 2), np.int32)] * len(images), 0)
+def test_a_lesson_does_not_depend_on_what_was_read_before_it():
+    encode = Tiles()
+    source = online.LessonExamples(TOKENIZER, encode, OPTIONS, 2)
+    there = [source[index] for index in (0, 700, 130, 2, 400, 900, 0, 131)]
+    for index, example in zip((0, 700, 130, 2, 400, 900, 0, 131), there, strict=True):
+        alone = online.LessonExamples(TOKENIZER, encode, OPTIONS, 2)[index]
+        np.testing.assert_array_equal(alone["tokens"], example["tokens"])
+        np.testing.assert_array_equal(alone["loss"], example["loss"])
