@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from ivr_jax.config import Section, Share
 from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Reflection, Round, Sample, Step, Trajectory
 from ivr_jax.world import judgement, language
@@ -38,7 +37,7 @@ _STREAM = 2  # of randomness, beside those of `sampler`
 
 
 @dataclasses.dataclass(frozen=True)
-class PracticeOptions(Section, name="data.practice"):
+class PracticeOptions:
     """What lessons are about.
 
     Attributes:
@@ -57,13 +56,12 @@ class PracticeOptions(Section, name="data.practice"):
     lessons: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(LESSONS, 1.0))
     drawn_edits: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
     read_edits: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    right: Share = 0.2
-    dense: Share = 0.5
-    misread: Share = 0.3
+    right: float = 0.2
+    dense: float = 0.5
+    misread: float = 0.3
     kinds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         rules = level_of(self.level)
         for name, known, weights in (
             ("lessons", LESSONS, self.lessons),
@@ -75,9 +73,9 @@ class PracticeOptions(Section, name="data.practice"):
                 raise UserError(f"practice.{name} is {weights!r}.", f"Give weights of at least 0 to: {list(known)}.")
         if not any(self.lessons.values()) or not any(self.drawn_edits) or not any(self.read_edits):
             raise UserError("practice has nothing to draw.", "Give a lesson and a number of edits a weight above 0.")
-        if self.dense + self.misread > 1:
-            raise UserError("practice.dense and practice.misread are shares of the same images.",
-                            "Let them add up to 1 at most.")
+        if min(self.right, self.dense, self.misread) < 0 or max(self.right, self.dense + self.misread) > 1:
+            raise UserError("practice.right, dense and misread are shares of images.",
+                            "Let each be at least 0, and right and dense + misread 1 at most.")
         if self.lessons.get("multi_step") and not any(self.read_edits[1:]):
             raise UserError("steps need several edits.", "Give practice.read_edits weights for two edits or more.")
 
