@@ -22,7 +22,7 @@ ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce install test test-fast test-default-flags lint docs clean
+.PHONY: help demo reproduce install test test-fast test-default-flags lint docs bench clean
 
 help:  ## this list
 	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) JOBS=$(JOBS) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
@@ -52,6 +52,9 @@ lint: $(VENV)/.installed-test  ## ruff and mypy
 
 docs: $(VENV)/.installed-test  ## the documentation site in site/, strict
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+bench: $(VENV)/.installed-test  ## ratios against PyTorch, stored with commit and machine; says what became slower
+	$(BIN)/python benchmarks/regressions.py
 
 clean:  ## remove the environment, caches and build files; runs/ stays
 	rm -rf $(VENV) .cache build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
