@@ -116,6 +116,7 @@ setup(
         "ivr_jax.review": ["page/*"],
         "ivr_jax.serve": ["page/*"],
         "ivr_jax.report": ["templates/*"],
+        "ivr_jax.demo": ["prompts.jsonl"],
         "ivr_jax.evaluate.benchmarks": ["prompts/*.txt"],
     },
     install_requires=REQUIREMENTS,

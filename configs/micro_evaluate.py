@@ -3,13 +3,17 @@ manner of GenEval, KRIS-Bench and OmniContext.
 
 The word after the colon holds the answers to one mode: `:base` and `:direct` to direct answers, `:multi_step` to steps
 whatever the first verdict says (the last two on fewer prompts, for the entry gates); `:kinds` asks for single edits,
-some of each kind, answered directly at temperature 0.
+some of each kind, answered directly at temperature 0; `:typed` asks the twenty requests of ivr_jax/demo/prompts.jsonl
+at temperature 0.
 Command: python -m ivr_jax.evaluate --config=configs/micro_evaluate.py --workdir=runs/demo/eval_sft \
     --config.checkpoint=runs/demo/sft
 """
 
+import pathlib
+
 from ml_collections import ConfigDict
 
+import ivr_jax
 from ivr_jax.errors import UserError
 
 from . import micro_rl
@@ -26,6 +30,7 @@ def get_config(kind: str = "") -> ConfigDict:
     config.most_edits = 4
     config.each_split = 8
     config.each_kind = 0  # requests of one edit of each kind
+    config.typed = ""  # a file of requests (ivr_jax.evaluate.typed)
     config.probe_prompts = 96  # held-out requests for the probes of single skills (steps, critiques)
     config.paired_prompts = 320  # of the training mixture, for the paired verdict test
     config.observe = True  # evaluations of the probes' true prefixes begin with an observation
@@ -44,9 +49,13 @@ def get_config(kind: str = "") -> ConfigDict:
     elif kind == "multi_step":
         config.grammar.modes = ("multi_step",)
         config.grammar.force = True
+    elif kind == "typed":
+        config.typed = str(pathlib.Path(ivr_jax.__file__).parent / "demo" / "prompts.jsonl")
+        config.prompts, config.each_split = 0, 0
+        config.sampling.temperature = 0.0
     elif kind:
         raise UserError(
-            f"micro_evaluate takes base, direct, multi_step or kinds, not {kind!r}.",
+            f"micro_evaluate takes base, direct, multi_step, kinds or typed, not {kind!r}.",
             "Write --config=micro_evaluate:base.",
         )
     if kind in ("direct", "multi_step"):

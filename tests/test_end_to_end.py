@@ -65,10 +65,11 @@ OVERRIDES = {
     "eval_direct": (*ANSWERS, *PROMPTS),
     "eval_multi_step": (*ANSWERS, *PROMPTS),
     "rl": (*ANSWERS, *settings(steps=2, prompts_per_step=2, group=2, micro_batch=2, buckets=(384,))),
+    "eval_typed": (*ANSWERS, *settings(batch=16)),
     "eval_rl": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
 }
 TRAINED = ("image_tokenizer", "base", "sft", "rl")
-EVALUATED = ("eval_base", "eval_kinds", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl")
+EVALUATED = ("eval_base", "eval_kinds", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl", "eval_typed")
 
 
 def run_demo(root: Path) -> str:

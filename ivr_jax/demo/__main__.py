@@ -18,7 +18,9 @@ from rich.console import Console
 
 from ivr_jax import cli
 from ivr_jax.demo.steps import Step, configured, run_step
+from ivr_jax.evaluate import typed
 from ivr_jax.report import metrics, tables
+from ivr_jax.report.answers import read_answers
 from ivr_jax.report.collect import ARMS, FURTHER
 from ivr_jax.report.gates import DEMO, entry_gates, print_gates, write_gates
 
@@ -55,6 +57,7 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
         ),
         step("Improve it with RL", "train", "micro_rl", "rl", init=sft),
         step("Evaluate the result", "evaluate", check, "eval_rl", checkpoint=rl),
+        step("Ask it twenty typed requests", "evaluate", f"{check}:typed", "eval_typed", checkpoint=rl),
     ]
     export = ("--from=orbax", str(rl), "--to=hf", str(root / "export"), "--overwrite")
     return [*steps, Step("Export for transformers", "ivr_jax.convert", export)]
@@ -83,6 +86,7 @@ def main(call: cli.Call) -> None:
     console.print(f"{sum(seconds):7.0f} s  in all", highlight=False)
     print_gates(gates, console)
     tables.print_table({title: results[name] for name, title in ARMS.items()}, console)
+    typed.print_answers(read_answers(root / "eval_typed"), console)
     console.print(f"Report: {root / 'report.html'}\nModel for transformers: {root / 'export'}", soft_wrap=True)
     console.print("Next, ask the model yourself:", soft_wrap=True)
     prompt = "Put a red circle at b2. Put a blue square at a1. Swap b2 with a1."

@@ -22,12 +22,12 @@ from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
-from ivr_jax.evaluate import benchmark, paired, probes
+from ivr_jax.evaluate import benchmark, paired, probes, typed
 from ivr_jax.evaluate.benchmarks import command
 from ivr_jax.evaluate.verdicts import VerdictScorer
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import metrics, tables
-from ivr_jax.report.answers import write_answers
+from ivr_jax.report.answers import read_answers, write_answers
 
 
 def main(call: cli.Call) -> None:
@@ -36,6 +36,8 @@ def main(call: cli.Call) -> None:
     with files.Lock(call.workdir):
         result = finished_or_made(call.config, call.workdir)
     tables.print_table({call.workdir.name: result})
+    if call.config.typed:
+        typed.print_answers(read_answers(call.workdir))
 
 
 def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:

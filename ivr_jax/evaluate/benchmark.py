@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
+from ivr_jax.evaluate import typed
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.report.answers import Answer, make_answer
 from ivr_jax.rewards import functions as reward_functions
@@ -35,7 +36,8 @@ def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
     """(task, split) of every held-out request.
 
     `config.prompts` of the training mixture with 1 to `config.most_edits` edits in turn, `config.each_split` of each
-    benchmark split, and `config.each_kind` of one edit of each kind of the level ("kind/move" ...).
+    benchmark split, and `config.each_kind` of one edit of each kind of the level ("kind/move" ...).  Those of the file
+    `config.typed` come last and are not held out.
     """
     most = config.most_edits
     tasks = [
@@ -48,8 +50,10 @@ def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
         ]
     for kind in level_of(config.level).all_kinds:
         tasks += [(_single_edit(kind, config.level, config.seed, i), f"kind/{kind}") for i in range(config.each_kind)]
+    if config.typed:
+        tasks += [(task, typed.TYPED) for task in typed.read_tasks(config.typed, config.level)]
     if not tasks:
-        raise UserError("the benchmark is empty.", "Raise config.prompts or config.each_split.")
+        raise UserError("the benchmark is empty.", "Raise config.prompts or config.each_split, or set config.typed.")
     return tasks
 
 

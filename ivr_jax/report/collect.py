@@ -39,6 +39,7 @@ FURTHER: Mapping[str, str] = {
     "eval_direct": "SFT held to direct",
     "eval_multi_step": "SFT held to multi-step",
     "eval_kinds": "Base, one edit, temperature 0",
+    "eval_typed": "Typed requests, temperature 0",
 }
 METRICS_FILE, CONFIG_FILE, SAMPLES_FOLDER = "metrics.jsonl", "config.json", "training_samples"
 _PROMPTS_SHOWN, _SAMPLES_SHOWN = 12, 9

@@ -129,7 +129,7 @@ def sample_facts(rng: np.random.Generator, rules: Level, edits: int, held_out: b
 
 def _draw(rng: np.random.Generator, rules: Level, request: Callable[[], Request], key: str, split: str,
           held_out: bool) -> Task:
-    return _task(rng, *_draw_facts(rng, rules, request, key, held_out), key, split)
+    return make_task(rng, *_draw_facts(rng, rules, request, key, held_out), key, split)
 
 
 def _draw_facts(rng: np.random.Generator, rules: Level, request: Callable[[], Request], key: str,
@@ -151,7 +151,9 @@ def is_held_out(prompt: str, sources: tuple[Scene, ...]) -> bool:
     return hashlib.sha256(content.encode()).digest()[0] % _HELD_OUT == 0
 
 
-def _task(rng: np.random.Generator, facts: Facts, prompt: str, key: str, split: str) -> Task:
+def make_task(rng: np.random.Generator, facts: Facts, prompt: str, key: str, split: str) -> Task:
+    """The task of a request that is worked out, its images drawn; where the level lets objects stand off the middle of
+    their cells, `rng` says where."""
     images: dict[str, np.ndarray] = {}
     names, pixels, wobble = [], None, None
     for scene in facts.sources:
