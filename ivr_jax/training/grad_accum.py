@@ -23,7 +23,9 @@ def total_gradient(loss: Loss, params: Any, parts: Any, dtype: str, in_place: bo
     """
 
     def rounded(gradients: Any) -> Any:
-        return jax.tree.map(lambda g: g.astype(dtype), gradients)
+        # XLA:TPU moves the all-reduce of a gradient behind the loop that adds it up, and fails where the sum is
+        # float32 (RET_CHECK in while_loop_all_reduce_code_motion): the barrier keeps it inside.
+        return jax.lax.optimization_barrier(jax.tree.map(lambda g: g.astype(dtype), gradients))
 
     def one(total: tuple[Any, Any], part: Any) -> tuple[tuple[Any, Any], None]:
         gradients, metrics = total
