@@ -19,6 +19,7 @@ from rich.console import Console
 from ivr_jax import cli
 from ivr_jax.demo.steps import Branch, Step, configured, run_branches, run_step
 from ivr_jax.errors import UserError
+from ivr_jax.report.gates import write_gates
 from ivr_jax.reproduce import ablation
 from ivr_jax.reproduce.ablation import eval_folder
 
@@ -102,6 +103,7 @@ def main(call: cli.Call) -> None:
         run_branches(after, call.flags.jobs, root / "logs", "reproduce")
     found = ablation.gather(root, config)
     ablation.write(root, found)
+    write_gates(root, (*found.gates, *found.claims))
     ablation.print_tables(found, console)
     console.print(f"Page: {root / 'reproduction.html'}\nFigures: {root / 'reproduction.json'}", soft_wrap=True)
 
