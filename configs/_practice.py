@@ -8,22 +8,22 @@ def lessons() -> ConfigDict:
     return ConfigDict(
         {
             "level": 0,
-            "lessons": {"direct": 3.5, "judge": 6.5, "reflection": 0.0, "multi_step": 0.0},
-            "drawn_edits": (6.0, 2.0, 1.0, 1.0),
+            "lessons": {"direct": 4.5, "judge": 5.5, "reflection": 0.0, "multi_step": 0.0},
+            "drawn_edits": (8.0, 2.0, 1.0, 1.0),
             "read_edits": (1.0, 1.0, 1.0, 1.0),
             "right": 0.15,
             "dense": 0.4,
             "misread": 0.4,
             # Edits that look in one cell for what belongs in another are rare in requests, and the last to be learnt.
             "kinds": {
-                "put": 1.0,
-                "clear": 0.7,
-                "recolour": 1.0,
-                "replace": 0.7,
-                "move": 0.6,
-                "swap": 0.5,
+                "put": 0.6,
+                "clear": 0.4,
+                "recolour": 1.8,
+                "replace": 0.4,
+                "move": 0.5,
+                "swap": 0.4,
                 "line": 0.3,
-                "duplicate": 0.4,
+                "duplicate": 0.3,
             },
         }
     )

@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "sft"
     config.seed = 0
-    config.steps = 2500
-    config.batch = 10
+    config.steps = 2600
+    config.batch = 6
     config.grad_accum_steps = 1
     config.gradient_dtype = "float32"  # of the sum over micro-batches
     config.loss_chunk_tokens = 4096
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
             "head_dim": 32,
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e4,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": 640,
             "remat": "none",
             "unroll": 4,
             "fsdp_over_tensor": False,
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "path": "",
-            "length": 160,
+            "length": 256,
             "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share
             "practice_share": 1.0,  # of the examples: made up when they are read, not read from `path`

@@ -14,7 +14,7 @@ from . import micro_base
 def get_config() -> ConfigDict:
     config = micro_base.get_config()
     config.steps = 600
-    config.data.length = 512
+    config.data.length = 576
     config.data.practice_share = 0.25
     config.batch = 5
     config.data.mix = ConfigDict({"direct": 2.0, "reflection": 1.0, "multi_step": 2.0})
