@@ -35,7 +35,7 @@ class Thresholds:
             if verdict.score is not None:
                 verdict = dataclasses.replace(verdict, passed=verdict.score >= getattr(self, axis))
             judged[axis] = verdict
-        return Evaluation(**judged)
+        return dataclasses.replace(evaluation, **judged)
 
 
 WHOLE_REQUEST = Thresholds()

@@ -109,5 +109,5 @@ def _loaded(entry: Entry, request: Request, first: Pixels) -> Entry:
     """`entry` that brings its first image; its files are read once, unless they are too large to be held meanwhile."""
     if sum(pixels.nbytes for pixels in request.images.values()) <= _HELD:
         ready = dataclasses.replace(request, first_image=first)
-        return dataclasses.replace(entry, load=lambda: ready, from_files=False)
-    return dataclasses.replace(entry, load=lambda: dataclasses.replace(entry.load(), first_image=first))
+        return dataclasses.replace(entry, read=lambda: ready, from_files=False)
+    return dataclasses.replace(entry, read=lambda: dataclasses.replace(entry.load(), first_image=first))

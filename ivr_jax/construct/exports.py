@@ -4,6 +4,9 @@
     messages   {"id", "messages": [{"role": "user", "content": [part, ...]}, {"role": "assistant", "content": [...]}]}
     chatml     {"id", "text"}
 
+A sample whose own texts contain a token of these forms ("<image>", "</think>", "<|im_start|>") is left out by name: a
+trainer would take the text for the token.
+
 An answer is a row of thoughts, each followed by the image it led to.  What is said is fixed by the format: the first
 thought announces the edit or lists the steps, a reflection and a step speak for themselves, and when the final image is
 not the last one shown (rounds were capped), one last thought presents it.  `result_from_trajectory` makes the record
@@ -16,16 +19,26 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from ivr_jax import files
-from ivr_jax.construct.released import RESULT, Problem, load_result, result_from_trajectory, sample_folders
+from ivr_jax.construct.released import (
+    RESULT,
+    Problem,
+    check_final_passes,
+    load_result,
+    result_from_trajectory,
+    sample_folders,
+)
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 
 Record: TypeAlias = dict[str, Any]
+_PLACEHOLDERS = ("<image>", "<video>", "<audio>")  # what trainers of these forms replace
+_CONTROL = r"<\|[^|<>\n]{1,40}\|>"
 _LABELS = (
     ("failure_analysis", "Failure analysis: "),
     ("specific_issues", "Specific issues: "),
@@ -141,16 +154,40 @@ def export_records(
     if form not in FORMS:
         raise UserError(f"the export form {form!r} is unknown.", f"Choose one of {', '.join(FORMS)}.")
     options = options or ExportOptions()
+    tokens = re.compile("|".join((*map(re.escape, _reserved(options)), _CONTROL)), re.IGNORECASE)
     for result in results:
         if options.skip_direct and not result.get("reflect") and not result.get("multi_step"):
             continue
         try:
-            yield FORMS[form](result, options)
+            record = FORMS[form](result, options)
+            _check_plain(result, tokens)
+            yield record
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the result {result.get('task_id')!r} has a missing field or one of the wrong kind ({error}).",
-                "Mend it, or leave it out.",
+                "Correct it, or leave it out.",
             ) from error
+
+
+def _reserved(options: ExportOptions) -> tuple[str, ...]:
+    return tuple(filter(None, (options.image_token, options.think_open, options.think_close, *_PLACEHOLDERS)))
+
+
+def _check_plain(result: Mapping[str, Any], tokens: re.Pattern[str]) -> None:
+    """Raises UserError when a text of the sample contains a token that the forms are made of."""
+    texts = [result["edit_prompt"], *_sources(result)]
+    for reflection in result.get("reflect") or []:
+        texts += [_text((reflection.get("reflect_thinking") or {}).get(field)) for field, _ in _LABELS]
+        texts.append(reflection.get("reflect_image_path"))
+    for step in result.get("multi_step") or []:
+        texts += [step.get("step_instruction"), step.get("step_image_path")]
+    for text in texts:
+        found = tokens.search(text or "")
+        if found:
+            raise UserError(
+                f"the sample {result['task_id']!r} contains the token {found.group()!r} in a text: {text[:80]!r}.",
+                "Write the text differently (a space inside the token is enough).",
+            )
 
 
 def export_success(
@@ -180,41 +217,41 @@ def export_success(
 
 def export_dataset(
     dataset: TrajectoryDataset, out: str | os.PathLike, form: str, options: ExportOptions | None = None
-) -> tuple[int, int]:
+) -> tuple[int, list[Problem]]:
     """Writes the JSONL of a dataset, and its images, each once, into `<out without suffix>_images/<name>.png`.
 
     Paths in the records start in the folder of `out`.  Trajectories that end in an image that failed (they teach
     evaluation alone) are left out, and with them images that nothing else shows.
 
     Returns:
-      How many records were written, and how many trajectories were left out for their failed end.
+      How many records were written, and what was left out.
 
     Raises:
-      UserError: the form is unknown, a record or an image is corrupt, the folder of images exists, or nothing can be
-        written there.
+      UserError: the form is unknown, an image is corrupt, the folder of images exists, or nothing can be written there.
     """
     list(export_records([], form))
     target = Path(out)
     pictures = target.with_name(f"{target.stem}_images")
-    failed = 0
+    problems: list[Problem] = []
 
     def records(folder: Path) -> Iterator[Record]:
-        nonlocal failed
         for trajectory in dataset:
-            if not trajectory.rounds[-1].evaluation.passed:
-                failed += 1
-                continue
             result, names = result_from_trajectory(trajectory, pictures.name, by_name=True)
-            for record in export_records([result], form, options):
-                for name in names.values():
-                    file = folder / f"{name}.png"
-                    if not file.exists():
-                        file.write_bytes(dataset.png(name))
-                yield record
+            try:
+                check_final_passes(trajectory)
+                made = list(export_records([result], form, options))
+            except UserError as error:
+                problems.append(Problem(dataset.path / trajectory.sample.key, str(error)))
+                continue
+            for name in names.values() if made else ():
+                file = folder / f"{name}.png"
+                if not file.exists():
+                    file.write_bytes(dataset.png(name))
+            yield from made
 
     with _new_lines(target) as lines, files.NewFolder(pictures) as folder:  # the images get their name first
         written = _write_lines(lines, records(folder))
-    return written, failed
+    return written, problems
 
 
 @contextlib.contextmanager

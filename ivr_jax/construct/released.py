@@ -24,20 +24,21 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 from ivr_jax import files
 from ivr_jax.construct.escalation import RELEASED_RULES, Drawing, Outcome, Rules
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, Pixels, image_name, load_image, save_png
+from ivr_jax.protocol import markers
 from ivr_jax.thresholds import MULTI_STEP, WHOLE_REQUEST, Thresholds
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Round, Sample, Step, Trajectory, checked_key
 
 RESULT = "result.json"
 STEPS_REMAIN = "More steps remain before the request is met."
 _ISSUES = " Specific issues: "
-_MEND = "Mend the file, or leave the folder out."
+_REMEDY = "Correct the file, or leave the folder out."
 
 
 class Released(NamedTuple):
@@ -66,7 +67,8 @@ def check_storable(value: Any, what: str, any_number: bool = False) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=any_number).encode()
     except (ValueError, RecursionError):
-        raise UserError(f"{what} holds NaN, an infinity, half a character, or too many levels.", "Mend it.") from None
+        what = f"{what} holds NaN, an infinity, half a character, or too many levels."
+        raise UserError(what, "Correct it.") from None
 
 
 def read_released(root: str | os.PathLike, **options: Any) -> tuple[list[Released], list[Problem]]:
@@ -107,6 +109,7 @@ def iter_released(
         try:
             result = load_result(file)
             trajectory = trajectory_from_result(result, f"{file}", rules)
+            check_plain_texts(trajectory, f"{file}")
             check_storable(trajectory.sample.facts, f"{file}: edit_key")
             if strict:
                 _check_worth(trajectory, result, f"{file}")
@@ -122,6 +125,8 @@ def iter_released(
             yield Released(trajectory, images)
         except UserError as error:
             yield Problem(folder, str(error))
+        except Exception as error:  # a file that a library cannot read costs its own sample, and no other
+            yield Problem(folder, f"{folder} cannot be read: {type(error).__name__}: {error}")
 
 
 def sample_folders(root: str | os.PathLike) -> list[Path]:
@@ -138,11 +143,11 @@ def sample_folders(root: str | os.PathLike) -> list[Path]:
 def load_result(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; UserError when it cannot be read or is none."""
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not readable JSON: {error}.", _MEND) from error
+        raise UserError(f"{file} is not readable JSON: {error}.", _REMEDY) from error
     if not isinstance(result, dict):
-        raise UserError(f"{file} holds no JSON object.", _MEND)
+        raise UserError(f"{file} holds no JSON object.", _REMEDY)
     check_storable(result, f"{file}: it", any_number=True)
     return result
 
@@ -173,6 +178,19 @@ def trajectory_from_result(result: Mapping[str, Any], where: str, rules: Rules =
         raise error if error.what.startswith(where) else UserError(f"{where}: {error.what}", error.remedy) from error
 
 
+def check_plain_texts(trajectory: Trajectory, where: str) -> None:
+    """Raises UserError when a text holds a control token or a marker of answers, which no tokenizer may take."""
+    sample = trajectory.sample
+    texts = {"edit_prompt": sample.prompt, "explanation": sample.explanation}
+    for number, round_ in enumerate(trajectory.rounds, 1):
+        texts |= {f"image {number}, {axis}_reasoning": getattr(round_.evaluation, axis).reason for axis in AXES}
+        texts[f"image {number}, observation"] = round_.evaluation.observation
+        if round_.cause is not None:
+            texts |= {f"image {number}, {name}": text for name, text in dataclasses.asdict(round_.cause).items()}
+    for name, text in texts.items():
+        markers.check_user_text(text, f"{where}: {name} of the sample {sample.key!r}")
+
+
 class _Fields:
     """A JSON object that knows where it stands, so that every complaint names the file and the field."""
 
@@ -181,7 +199,7 @@ class _Fields:
 
     def error(self, field: str) -> UserError:
         value = self.value.get(field)
-        return UserError(f"{self.where}{field} {'is missing' if value is None else f'is {value!r}'}.", _MEND)
+        return UserError(f"{self.where}{field} {'is missing' if value is None else f'is {value!r}'}.", _REMEDY)
 
     def text(self, field: str) -> str:
         value = self.value.get(field)
@@ -267,7 +285,7 @@ def _check_worth(trajectory: Trajectory, result: Mapping[str, Any], where: str) 
     final = result.get("final_edited_image_path")
     final = final[-1] if isinstance(final, list) and final else final
     if final != trajectory.images[-1]:
-        raise UserError(f"{where}: the final image {final!r} is not the last one drawn.", _MEND)
+        raise UserError(f"{where}: the final image {final!r} is not the last one drawn.", _REMEDY)
     for number, r in enumerate(trajectory.rounds, 1):
         last = number == len(trajectory.rounds)
         if r.step_evaluation is not None and not r.step_evaluation.passed:
@@ -296,16 +314,21 @@ def _with_pixels(trajectory: Trajectory, folder: Path, image_root: Path | None) 
         copies = [folder / f"original_image_{index}.png"] + (
             [folder / "original_image.png"] if len(sources) == 1 else []
         )
-        pixels = load_image(_find(path, copies + [folder / Path(path).name], image_root))
+        pixels = load_image(_find(path, [*copies, folder / _file_name(path)], image_root))
         names[path] = image_name(pixels)
         images[names[path]] = pixels
     for path in trajectory.images:
-        pixels = load_image(_find(path, [folder / Path(path).name], image_root))
+        pixels = load_image(_find(path, [folder / _file_name(path)], image_root))
         names[path] = image_name(pixels)
         images[names[path]] = pixels
     sample = dataclasses.replace(trajectory.sample, sources=tuple(names[s] for s in sources))
     rounds = tuple(dataclasses.replace(r, image=names[r.image]) for r in trajectory.rounds)
     return Trajectory(sample, rounds), images
+
+
+def _file_name(path: str) -> str:
+    """The last part of a path as any system writes it: `C:\\out\\a.png` and `out/a.png` end in `a.png`."""
+    return PureWindowsPath(path).name
 
 
 def _find(path: str, candidates: Sequence[Path], image_root: Path | None) -> Path:
@@ -321,6 +344,12 @@ def _find(path: str, candidates: Sequence[Path], image_root: Path | None) -> Pat
     where = f"neither in the folder nor under {image_root}" if image_root else "not in the folder"
     raise UserError(f"{folder / RESULT}: the image {path!r} is {where}.",
                     "Copy it there, or name the directory it starts from (image_root).")
+
+
+def check_final_passes(trajectory: Trajectory) -> None:
+    """Raises UserError for a trajectory that ends in an image that failed: it teaches evaluation alone."""
+    if not trajectory.rounds[-1].evaluation.passed:
+        raise UserError(f"{trajectory.sample.key!r} ends in an image that failed: it teaches evaluation alone.")
 
 
 def result_from_trajectory(

@@ -52,14 +52,27 @@ class Entry:
     Attributes:
       key: its name.
       request: changes when what is asked changes; a record of another request does not count.
-      load: reads it; raises UserError when it cannot be used.
-      from_files: whether reading takes long enough to be done beside the event loop.
+      read: reads it; raises UserError when it cannot be used.
+      from_files: whether it comes from a user's files: reading takes long enough to be done beside the event loop, and
+        whatever a library raises for an odd file concerns this sample alone.
     """
 
     key: str
     request: str
-    load: Callable[[], Request]
+    read: Callable[[], Request]
     from_files: bool = False
+
+    def load(self) -> Request:
+        """The request.  Raises UserError when it cannot be used."""
+        try:
+            return self.read()
+        except UserError:
+            raise
+        except Exception as error:
+            if not self.from_files:
+                raise
+            what = f"the files of {self.key!r} cannot be read: {type(error).__name__}: {error}."
+            raise UserError(what, "Leave the sample out, or save its images anew.") from error
 
 
 class State(enum.StrEnum):

@@ -23,6 +23,7 @@ from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.released import check_storable
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name, load_image
+from ivr_jax.protocol.markers import check_user_text
 from ivr_jax.trajectory import Sample, checked_key
 
 _REQUIRED = {"key", "src_path", "edit_prompt", "edit_path"}
@@ -50,8 +51,7 @@ class InputSample:
     @property
     def fingerprint(self) -> str:
         """Changes when the request does: its texts, and its files' paths, sizes and times."""
-        files = [path for path in (*self.sources, self.candidate) if path is not None]
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        stats = [_stat(path) for path in (*self.sources, self.candidate) if path is not None]
         said = [self.prompt, self.explanation, self.edit_key, self.candidate is not None, stats]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -72,6 +72,15 @@ class InputSample:
             facts,
         )
         return Request(sample, images, load_image(self.candidate) if self.candidate else None)
+
+
+def _stat(path: Path) -> tuple[str, int, int]:
+    """Path, size and time; zeros for a file that has gone since the list was checked: it is quarantined when read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return str(path), 0, 0
+    return str(path), found.st_size, found.st_mtime_ns
 
 
 def read_samples(file: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[InputSample]:
@@ -109,11 +118,11 @@ def sort_samples(
     """
     path = Path(file)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"there is no list of samples {path}.", "Check the path: --config.samples=FILE.json.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}.", "Mend the file.") from error
+        raise UserError(f"{path} is not readable JSON: {error}.", "Correct the file.") from error
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} is not a list of samples.", "Put at least one object into a JSON list.")
     root = Path(image_root) if image_root is not None else path.parent
@@ -149,6 +158,8 @@ def _sample(entry: Any, where: str, root: Path) -> InputSample:
         raise UserError(f"{where}: explanation is {explanation!r}.", "Give a text.")
     if not isinstance(fields["edit_prompt"], str) or not fields["edit_prompt"].strip():
         raise UserError(f"{where}: edit_prompt is {fields['edit_prompt']!r}.", "Give a non-empty text.")
+    for name in ("edit_prompt", "explanation"):
+        check_user_text(fields.get(name) or "", f"{where}: {name} of the sample {fields['key']!r}")
     given = fields["src_path"]
     sources = [] if given is None else given if isinstance(given, list) else [given]
     candidate = fields["edit_path"]
@@ -169,6 +180,6 @@ def _image_path(fields: Mapping[str, Any], field: str, value: Any, where: str, r
     if not path.is_file():
         raise UserError(
             f"{where}: the {field} {path} is no file.",
-            "Mend the path; relative ones start at the list's own directory.",
+            "Correct the path; relative ones start at the list's own directory.",
         )
     return path

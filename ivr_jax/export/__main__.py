@@ -20,11 +20,12 @@ from absl import flags
 
 from ivr_jax import cli, files
 from ivr_jax.construct.exports import FORMS, ExportOptions, export_dataset, export_success
-from ivr_jax.construct.released import Problem, iter_released, write_trajectory
+from ivr_jax.construct.released import Problem, check_final_passes, iter_released, write_trajectory
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter, write_card
 from ivr_jax.errors import UserError
 from ivr_jax.trajectory import checked_key
 
+_MOST_SHOWN = 100  # of the samples that are left out, each with its reason
 FORMATS = (*FORMS, "released", "dataset", "tfds", "card")
 
 
@@ -36,11 +37,9 @@ def write_released(dataset: TrajectoryDataset, out: Path) -> tuple[int, list[Pro
             key = trajectory.sample.key
             try:
                 checked_key(key, f"{dataset.path}")
+                check_final_passes(trajectory)
             except UserError as error:
                 problems.append(Problem(dataset.path / key, str(error)))
-                continue
-            if not trajectory.rounds[-1].evaluation.passed:
-                problems.append(Problem(dataset.path / key, f"{key}: the final image fails; it teaches evaluation."))
                 continue
             write_trajectory(partial, trajectory, dataset.images(trajectory), told_root=out)
             written += 1
@@ -86,13 +85,13 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
             values.image_token, values.think_open, values.think_close, values.skip_direct, values.max_reflections
         )
         if is_dataset:
-            written, failed = export_dataset(TrajectoryDataset(source), out, form, options)
-            if failed:
-                print(f"left out: {failed} that end in a failed image")
+            written, problems = export_dataset(TrajectoryDataset(source), out, form, options)
         else:
             written, problems = export_success(source, out, form, options)
-    for problem in problems:
+    for problem in problems[:_MOST_SHOWN]:
         print(f"left out: {problem}")
+    if len(problems) > _MOST_SHOWN:
+        print(f"left out: {len(problems) - _MOST_SHOWN} more")
     return f"{out}: {written} samples" + (f", {len(problems)} left out" if problems else "")
 
 

@@ -104,3 +104,39 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         export_success(VECTORS / "success", tmp_path / "file" / "out.jsonl", "chatml")
+
+
+TOKENS = ["an <image> of a cat", "write </think> there", "<|im_start|>system", "a <|vision_pad|>", "<VIDEO>"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("text", TOKENS)
+@pytest.mark.parametrize("place", ["edit_prompt", "reflect", "multi_step"])
+def test_a_sample_whose_text_contains_a_token_of_the_forms_is_left_out_by_name(tmp_path, form, text, place):
+    """In every record that is written the tags are as many as the images."""
+    results = [load_result(folder / "result.json") for folder in sorted((VECTORS / "success").iterdir())]
+    bad = next(result for result in results if place == "edit_prompt" or result[place])
+    if place == "edit_prompt":
+        bad[place] = text
+    elif place == "reflect":
+        bad[place][0]["reflect_thinking"]["improvement_plan"] = text
+    else:
+        bad[place][0]["step_instruction"] = text
+    for result in results:
+        folder = tmp_path / "success" / result["task_id"]
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result))
+    written, (problem,) = export_success(tmp_path / "success", tmp_path / "out.jsonl", form)
+    assert written == len(results) - 1 and repr(bad["task_id"]) in problem.reason
+    for record in records(tmp_path / "out.jsonl") if form == "sharegpt" else ():
+        said = "".join(turn["value"] for turn in record["conversations"])
+        assert said.count("<image>") == len(record["images"])
+        assert said.count("<think>") == said.count("</think>")
+
+
+def test_own_tokens_are_reserved_too(tmp_path):
+    result = load_result(next((VECTORS / "success").iterdir()) / "result.json") | {"edit_prompt": "write [I] here"}
+    assert list(export_records([result], "sharegpt"))
+    with pytest.raises(UserError) as error:
+        list(export_records([result], "sharegpt", ExportOptions(image_token="[I]")))
+    assert repr(result["task_id"]) in error.value.what

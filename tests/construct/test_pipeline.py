@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -115,3 +117,22 @@ def test_results_do_not_wait_for_the_next_item():
     times = asyncio.run(timed())
     assert [item for item, _ in times] == [0, 1, 2]
     assert times[1][1] < 0.4 < times[2][1]
+
+
+def test_whatever_a_library_raises_for_a_user_s_file_quarantines_one_sample(tmp_path):
+    def odd():
+        raise struct.error("ushort format requires 0 <= number <= 65535")
+
+    async def mixed():
+        async for entry in entries(3):
+            yield dataclasses.replace(entry, read=odd, from_files=True) if entry.key == "1" else entry
+
+    found = run(tmp_path, Uneven(), mixed())
+    assert found.seen == 3 and list(found.quarantined) == ["1"] and "ushort" in found.quarantined["1"]
+    with pytest.raises(struct.error):  # in the micro-world's own tasks it is a bug
+        run(tmp_path / "other", Uneven(), each([Entry("0", "", odd)]))
+
+
+async def each(items):
+    for item in items:
+        yield item

@@ -7,7 +7,7 @@ import json
 
 from hypothesis import given
 from hypothesis import strategies as st
-from test_construct_released import Services, name, pixels, trajectories
+from trajectory_strategies import Services, name, pixels, trajectories
 
 from ivr_jax.construct.escalation import Rules, construct, prune
 from ivr_jax.construct.exports import FORMS, ExportOptions, export_records

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from photographs import photograph, scores, write_success
+from trajectory_strategies import PICTURES, Services, name, pixels, trajectories
 
 from ivr_jax.cli import config_from_argv
 from ivr_jax.construct.__main__ import import_released
@@ -29,17 +30,14 @@ from ivr_jax.construct.released import (
 )
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
-from ivr_jax.images import image_name
-from ivr_jax.interfaces import RootCause
+from ivr_jax.images import image_name, load_image
 from ivr_jax.trajectory import (
     AXES,
     AxisVerdict,
     Evaluation,
     Mode,
-    Reflection,
     Round,
     Sample,
-    Step,
     Trajectory,
     checked_key,
 )
@@ -334,47 +332,6 @@ def test_written_steps_keep_the_released_fields_and_add_the_evaluation_of_the_wh
         assert written == read and whole["quality_score"] == read["evaluation"]["quality_score"]
 
 
-texts = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12).filter(str.strip)
-verdicts = st.builds(AxisVerdict, st.booleans(), texts, st.sampled_from([1, 2, 2.5, 3, 4, 5]))
-evaluations = st.builds(Evaluation, verdicts, verdicts, verdicts, verdicts)
-
-
-@st.composite
-def trajectories(draw) -> Trajectory:
-    images = iter(draw(st.lists(st.integers(0, 255), min_size=9, max_size=9, unique=True)))
-    first = Round(None, name(next(images)), draw(evaluations))
-    mode, rounds = draw(st.sampled_from(Mode)), []
-    if mode is Mode.REFLECTION:
-        causes = draw(st.lists(st.builds(Reflection, texts, texts), min_size=1, max_size=3))
-        rounds = [Round(cause, name(next(images)), draw(evaluations)) for cause in causes]
-    elif mode is Mode.MULTI_STEP:
-        steps = draw(st.lists(st.builds(Step, texts), min_size=1, max_size=5))
-        rounds = [Round(step, name(next(images)), draw(evaluations), draw(st.none() | evaluations)) for step in steps]
-    sources = tuple(name(next(images)) for _ in range(draw(st.integers(0, 2))))
-    facts = draw(st.sampled_from([{}, {"edit_key": "free"}, {"edit_key": {"a": [1, None]}}]))
-    category = "" if facts else draw(st.sampled_from(["", "addition"]))
-    sample = Sample(
-        draw(st.from_regex(r"[a-z夕é_ -]{1,9}z", fullmatch=True)).strip(),
-        draw(texts),
-        sources,
-        draw(st.just("") | texts),
-        category,
-        facts,
-    )
-    return Trajectory(sample, (first, *rounds))
-
-
-def pixels(value: int) -> np.ndarray:
-    return np.full((3, 2, 3), value, np.uint8)
-
-
-def name(value: int) -> str:
-    return image_name(pixels(value))
-
-
-PICTURES = {name(value): pixels(value) for value in range(256)}
-
-
 @given(trajectories())
 def test_writing_and_reading_any_trajectory_loses_nothing(tmp_path_factory, trajectory):
     root = tmp_path_factory.mktemp("written")
@@ -407,35 +364,6 @@ def test_writing_is_whole_or_not_at_all_and_never_over_something(tmp_path):
     evil = Trajectory(Sample("../k", "p"), trajectory.rounds)
     with pytest.raises(UserError, match="cannot name a folder"):
         write_trajectory(tmp_path / "sub", evil, PICTURES)
-
-
-class Services:
-    """Fails G1 and every reflection; steps pass as scripted; draws 1, 2, 3, ..."""
-
-    def __init__(self, steps: list[bool], whole: list[bool]):
-        self.steps, self.whole, self.drawn = iter(steps), iter(whole), iter(range(1, 99))
-
-    @staticmethod
-    def verdict(passed: bool) -> Evaluation:
-        return Evaluation(*(AxisVerdict(passed, "why", 5 if passed else 1) for _ in AXES))
-
-    async def evaluate(self, *_):
-        return self.verdict(next(self.whole))
-
-    async def evaluate_step(self, *_):
-        return self.verdict(next(self.steps))
-
-    async def reflect(self, *_):
-        return Reflection("a", "p")
-
-    async def root_cause(self, *_):
-        return RootCause.PROMPT_TOO_COMPLEX
-
-    async def decompose(self, *_):
-        return ("one", "two")
-
-    async def generate(self, *_):
-        return pixels(next(self.drawn))
 
 
 def outcome_of(steps: list[bool], whole: list[bool]):
@@ -482,3 +410,40 @@ def test_released_rules_are_those_of_the_released_scripts():
         RELEASED_RULES.step_tries,
         RELEASED_RULES.max_step_chars,
     ) == (1, 5, 3, 500)
+
+
+@pytest.mark.parametrize("place", ["reason", "plan", "prompt", "explanation"])
+def test_a_control_token_in_a_text_is_caught_on_entry_with_the_sample_s_name(success, place):
+    file = success / "coffee_mirrored" / "result.json"
+    result = json.loads(file.read_text())
+    if place == "reason":
+        result["evaluation"]["quality_reasoning"] += "<|im_end|>"
+    elif place == "plan":
+        result["reflect"][0]["reflect_thinking"]["improvement_plan"] = "Draw </Evaluate> there."
+    else:
+        result["edit_prompt" if place == "prompt" else "explanation"] = "<|im_start|>system"
+    file.write_text(json.dumps(result))
+    read, (problem,) = read_released(success, strict=False)
+    assert "'coffee_mirrored'" in problem.reason and "control token" in problem.reason
+    assert "coffee_mirrored" not in by_key(read) and len(read) >= 3
+
+
+def test_a_byte_order_mark_and_windows_paths_are_read(success):
+    file = success / "coffee_mirrored" / "result.json"
+    result = json.loads(file.read_text())
+    for record, field in ((result, "direct_edit_image_path"), (result["reflect"][0], "reflect_image_path")):
+        record[field] = "C:\\out\\" + record[field].rpartition("/")[2]
+    result["final_edited_image_path"] = result["reflect"][-1]["reflect_image_path"]
+    file.write_text("\ufeff" + json.dumps(result).replace("\n", "\r\n"), encoding="utf-8")
+    assert "coffee_mirrored" in by_key(read_released(success, strict=False)[0])
+
+
+def test_what_a_library_raises_for_an_odd_file_concerns_one_folder(success, monkeypatch):
+    def odd(path):
+        if "coffee_mirrored" in str(path):
+            raise struct.error("ushort format requires 0 <= number <= 65535")
+        return load_image(path)
+
+    monkeypatch.setattr("ivr_jax.construct.released.load_image", odd)
+    read, (problem,) = read_released(success, strict=False)
+    assert read and "coffee_mirrored" in problem.reason and "ushort" in problem.reason

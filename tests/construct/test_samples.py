@@ -135,3 +135,25 @@ def test_a_candidate_that_passes_goes_through_construction_to_a_released_folder(
     assert isinstance(outcome, Outcome)
     result = load_result(write_outcome(folder / "success", folder / "fail", outcome) / "result.json")
     assert result["original_success"] is True and result["edit_key"] == {"n": 1} and result["edit_prompt"] == "A cup."
+
+
+def test_a_list_saved_on_windows_is_read(folder):
+    file = write(folder, entry())
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b",", b",\r\n"))
+    assert [sample.key for sample in read_samples(file)] == ["a"]
+
+
+def test_control_tokens_in_a_request_are_caught_with_the_sample_s_name(folder):
+    for field in ("edit_prompt", "explanation"):
+        with pytest.raises(UserError) as error:
+            read_samples(write(folder, entry(**{field: "Write <|im_start|> on it."})))
+        assert "'a'" in error.value.what and field in error.value.what
+
+
+def test_a_file_that_goes_away_after_the_list_was_checked_is_said_when_it_is_read(folder):
+    (sample,) = read_samples(write(folder, entry(src_path="photographs/coffee.png")))
+    before = sample.fingerprint
+    (folder / "photographs" / "coffee.png").unlink()
+    assert sample.fingerprint != before
+    with pytest.raises(UserError):
+        sample.load()
