@@ -30,7 +30,7 @@ from ivr_jax.models import backbone  # noqa: E402
 from ivr_jax.protocol import codec, markers  # noqa: E402
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions  # noqa: E402
 from ivr_jax.protocol.text import PhraseTokenizer  # noqa: E402
-from ivr_jax.sampling.batch import Usage, sample  # noqa: E402
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Usage, sample  # noqa: E402
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts  # noqa: E402
 from ivr_jax.trajectory import AXES  # noqa: E402
 from ivr_jax.world.language import PHRASES  # noqa: E402
@@ -121,7 +121,10 @@ def main(_: list[str]) -> None:
     for name, engine in arms.items():
         if FLAGS.only not in name:
             continue
-        (samples, usage), first, cpu, wall = timed(lambda engine=engine: sample(*fixed, engine=engine))
+        (samples, usage), first, cpu, wall = timed(lambda engine=engine: sample(
+            config, params, grammar, PromptBatch(prompts, lengths), keys,
+            RolloutOptions(FLAGS.answer_length, engine=engine, group=FLAGS.group, size=SIZE),
+        ))  # fmt: skip
         same = (samples.tokens == reference.tokens).all(1).mean()
         print(row(name, first, cpu, wall, base, usage, same), flush=True)
 

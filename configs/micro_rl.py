@@ -77,7 +77,15 @@ def get_config() -> ConfigDict:
             "beta": 0.01,
             "loss_type": "grpo",  # how the objective is averaged: "grpo", "bnpo" or "dr_grpo" (docs/how-to/rl.md)
             "dr_grpo_length": 256,
-            "tis_cap": 2.0,  # only where rollouts are drawn in another precision
+            "tis_cap": 2.0,  # only where rollouts are sampled in another precision
+            "skip_equal_groups": True,  # groups whose answers earn the same are left out of the passes
+            "drop_truncated": False,  # leave answers that were cut at answer_length out of the update
+            # what is compared: "trajectory" the answers to a prompt, "draft" the continuations of one first image
+            "group": "trajectory",
+            "drafts": 2,  # first images a prompt, each with `group` continuations
+            "draft_source": "rollout",  # who samples them: "rollout" the policy, "buffer" the checkpoint of `init`
+            "credit": "local",  # "local" or "broadcast": whether drafts and continuations share their advantages
+            "modality_advantages": False,  # image tokens by the outcome alone, text tokens by the whole reward
         }
     )
     config.judge = ConfigDict(
@@ -95,15 +103,16 @@ def get_config() -> ConfigDict:
             "check_repeats": 3,
         }
     )
-    config.watch = ConfigDict(
+    config.monitor = ConfigDict(  # alarms over the last `window` steps, and the limit of missing judgements
         {
             "window": 10,
-            "least_contrast": 0.1,
-            "least_gradient": 1e-7,
-            "most_mode": 0.98,
-            "most_drift": 0.25,
+            "min_frac_nonzero_std": 0.1,
+            "min_grad_norm": 1e-7,
+            "max_mode_share": 0.98,
+            "max_drift": 0.25,
+            "max_truncated": 0.2,
             "missing_window": 256,
-            "most_missing": 0.5,
+            "max_missing": 0.5,
         }
     )
     config.gallery = ConfigDict({"every": 0, "answers": 16})  # pages of sampled answers with their rewards

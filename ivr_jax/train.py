@@ -28,11 +28,12 @@ from ivr_jax.training import loop
 STAGES = {
     "image_tokenizer": "ivr_jax.training.image_tokenizer",
     "sft": "ivr_jax.training.sft",
-    "rl": "ivr_jax.training.grpo",
+    "rl": "ivr_jax.training.rl_stage",
 }
 MAY_CHANGE = (
-    "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "watch", "gallery", "judge.concurrency",
-    "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "model.remat", "model.fsdp_over_tensor", "sight",
+    "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "monitor", "gallery",
+    "judge.concurrency", "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "buckets", "model.remat",
+    "model.fsdp_over_tensor", "sight",
     *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
 COUNTS = (

@@ -15,6 +15,8 @@ from ivr_jax.compile.topologies import Topology
 
 MEANING = {
     "parameters": "parameters", "moments": "optimiser moments", "reference": "reference policy", "batch": "batch",
+    "previous policy": "policy that sampled the next rollout", "gradient sum": "sum of gradients",
+    "rollout": "further batches of a rollout",
     "cache": "KV cache", "gradients": "gradients", "activations": "activations kept for the backward pass",
     "temporaries": "temporaries", "results": "results beside the state", "code": "program",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The step functions of an rl config: the gradient of one micro_batch of answers."""
+"""The step functions of an rl config: the gradient of one micro-batch of answers, as `training.grpo` computes it."""
 
 from __future__ import annotations
 
@@ -6,55 +6,46 @@ import jax
 import jax.numpy as jnp
 
 from ivr_jax import sharding
-from ivr_jax.checkpoints.system import System
 from ivr_jax.compile.programs import Placed, Program, bytes_a_chip
 from ivr_jax.compile.spelling import Spelling
-from ivr_jax.config import as_dataclass
 from ivr_jax.models import lora
-from ivr_jax.protocol.grammar import GrammarOptions
-from ivr_jax.rewards.functions import RewardOptions
-from ivr_jax.sampling.engine import EngineOptions
-from ivr_jax.sampling.logits_processors import SamplingOptions
-from ivr_jax.training import grpo
-from ivr_jax.training.losses import GrpoOptions
+from ivr_jax.protocol.grammar import Grammar
+from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.training import policy_logprobs
 from ivr_jax.training.optimizer import make_optimizer
+from ivr_jax.training.rl_options import rl_options
 from ivr_jax.training.throughput import train_flops
 
 
 def policy_gradient(placed: Placed) -> Program:
-    """What `training.grpo.Trainer` differentiates: the objective of one micro_batch of answers, in the largest bucket.
+    """`training.policy_logprobs.policy_gradient` of one micro-batch of answers, in the largest bucket.
 
-    Beside the arguments the reference policy (the policy without its adapters, where it has some), the moments and the
-    sum of earlier minibatches' gradients stay in memory.
+    Beside the arguments stay in memory: the reference policy (the policy without its adapters, where it has some), the
+    moments, the sum of earlier micro-batches' gradients, with `overlap` the policy that sampled the next rollout, and
+    the batches of a whole rollout, which all its `num_iterations` and `num_minibatches` read.
     """
     config, model = placed.config, placed.model
     sharding.check_batch(placed.mesh, config.micro_batch, "config.micro_batch", model.fsdp_over_tensor)
-    options = grpo.Options(
-        sampling=as_dataclass(SamplingOptions, config.sampling), engine=as_dataclass(EngineOptions, config.engine),
-        grammar=as_dataclass(GrammarOptions, config.grammar), reward=as_dataclass(RewardOptions, config.reward),
-        grpo=as_dataclass(GrpoOptions, config.grpo), group=config.group, answer_length=config.answer_length,
-        micro_batch=config.micro_batch, buckets=tuple(config.buckets), num_iterations=config.num_iterations,
-        num_minibatches=config.num_minibatches, overlap=config.overlap, loss_chunk_tokens=config.loss_chunk_tokens,
-    )  # fmt: skip
-    optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations * config.num_minibatches)
-    state = placed.state(optimizer)
-    system = System(model, placed.params, Spelling(placed.vocabulary), None, {})
-    lies = jax.tree.map(lambda x: x.sharding, state)
-    trainer = grpo.Trainer(system, None, options, optimizer, placed.mesh, lies)
+    options = rl_options(config)
+    state = placed.state(make_optimizer(config.optimizer, options.optimizer_steps))
+    grammar = Grammar(Spelling(placed.vocabulary), options.grammar)
+    trained, frozen = lora.split(state.params)
+    shards = jax.tree.map(lambda x: x.sharding, trained)
+    replicated = sharding.replicated(placed.mesh)
+    outputs = policy_logprobs.PolicyGradient(shards, replicated, replicated)
+    gradient = policy_logprobs.policy_gradient(model, grammar, options, outputs)
     rows, length = config.micro_batch, max(config.buckets)
-    kinds = {"tokens": jnp.int32, "rows": jnp.int32, "old": jnp.float32, "mask": jnp.float32, "reference": jnp.float32}
-    if not trainer.layout.exact:
+    layout = RolloutLayout(model, placed.mesh, config.rollout.tensor, config.rollout.dtype or None)
+    kinds = dict(policy_logprobs.TOKEN_ARRAYS) | {"reference": jnp.float32}
+    if not layout.exact:
         kinds["sampler"] = jnp.float32
     batch = {name: placed.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
-    batch["advantages"] = placed.array((rows,), jnp.float32, ("batch",))
-    trained, frozen = lora.split(state.params)
+    batches = -(-config.prompts_per_step * config.group // rows)
     resident = {
         "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(placed.params),
-        "moments": bytes_a_chip(state.opt_state), "gradient sum": bytes_a_chip(trained), "batch": bytes_a_chip(batch),
+        "previous policy": bytes_a_chip(trained) if options.overlap else 0, "moments": bytes_a_chip(state.opt_state),
+        "gradient sum": bytes_a_chip(trained), "batch": bytes_a_chip(batch),
+        "rollout": bytes_a_chip(batch) * (batches - 1),
     }  # fmt: skip
     flops = train_flops(model, rows * length, rows * length * length / 2)
-
-    def trace() -> jax.stages.Traced:
-        return trainer._gradient.trace(trained, frozen, batch)
-
-    return placed.program("grpo", trace, resident, flops, rows * length)
+    return placed.program("grpo", lambda: gradient.trace(trained, frozen, batch), resident, flops, rows * length)

@@ -17,6 +17,7 @@ from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.report.answers import Answer, make_answer
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged, components, judge_answers
+from ivr_jax.sampling.batch import RolloutOptions
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer as DrawnAnswer
@@ -92,10 +93,8 @@ def run(system: System, config: Any) -> Evaluated:
             [t.sample for t, _ in tasks],
             [t.images for t, _ in tasks],
             key,
-            config.answer_length,
-            options,
-            engine=as_dataclass(EngineOptions, config.engine),
-            progress=bar.update,
+            RolloutOptions(config.answer_length, options, as_dataclass(EngineOptions, config.engine)),
+            on_ended=bar.update,
         )
     judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), every_image=True, options=rewards))
     for (task, split), answer, error, verdict in zip(tasks, rollout.answers, rollout.errors, judged, strict=True):

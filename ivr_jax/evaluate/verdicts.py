@@ -27,7 +27,7 @@ from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol import codec, markers
 from ivr_jax.protocol.grammar import ACCEPT, ERROR, Grammar, GrammarOptions
-from ivr_jax.sampling.batch import sample
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.trajectory import AXES, Mode
@@ -92,10 +92,11 @@ class VerdictScorer:
                 "Judge answers of fewer rounds.",
             )
         keys = jax.random.split(jax.random.key(0), len(prefixes))  # temperature 0: not used
-        drawn, _ = sample(
-            system.config, system.params, self._grammar, prompts, lengths, images[0].codes.shape, keys,
-            min(self._length, room), SamplingOptions(temperature=0.0), engine=EngineOptions(slots=self._batch),
+        options = RolloutOptions(
+            min(self._length, room), SamplingOptions(temperature=0.0), EngineOptions(slots=self._batch),
+            size=images[0].codes.shape,
         )  # fmt: skip
+        drawn, _ = sample(system.config, system.params, self._grammar, PromptBatch(prompts, lengths), keys, options)
         return self._read(prompts, lengths, drawn)
 
     def _read(self, prompts: np.ndarray, lengths: np.ndarray, drawn: Any) -> list[Verdict]:

@@ -17,7 +17,7 @@ from ivr_jax.generate.requests import Prepared, Request
 from ivr_jax.images import Pixels
 from ivr_jax.protocol import interleaved
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
-from ivr_jax.sampling.batch import Usage
+from ivr_jax.sampling.batch import RolloutOptions, Usage
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
@@ -51,11 +51,13 @@ class Answering:
             [prepared.sample],
             [prepared.images],
             jax.random.key(request.seed),
-            requests_lib.room(prepared, self.system, self.length, self.area),
-            self.sampling,
-            size=prepared.size,
-            engine=EngineOptions(growth=1),  # one answer: one program to compile
-            watch=watch,
+            RolloutOptions(
+                requests_lib.room(prepared, self.system, self.length, self.area),
+                self.sampling,
+                EngineOptions(growth=1),  # one answer: one program to compile
+                size=prepared.size,
+            ),
+            on_usage=watch,
         )
         tokens = int(rollout.samples.lengths[0])
         if not np.isfinite(rollout.samples.log_probs).all():

@@ -125,13 +125,27 @@ class Components(NamedTuple):
 
 
 class GroupScores(NamedTuple):
-    """float [P, M] each, but `used` bool [P, M]: the members that take part in the update."""
+    """float [P, M] each, but `used` bool [P, M]: the members that take part in the update.
+
+    image_advantages compare outcomes alone, for the image tokens where these have advantages of their own.
+    draft_advantages compare the drafts of a prompt; zeros without drafts.
+    """
 
     outcome: jax.Array
     total: jax.Array
     bonus: jax.Array
     advantages: jax.Array
+    image_advantages: jax.Array
+    draft_advantages: jax.Array
     used: jax.Array
+
+
+class DraftTruth(NamedTuple):
+    """What the judge says of drafts: outcome float [P], R_o; right bool [P], all axes pass; present bool [P]."""
+
+    outcome: Any
+    right: Any
+    present: Any
 
 
 def rescale(scores: jax.Array, scale: str) -> jax.Array:
@@ -239,5 +253,44 @@ def score_groups(parts: Components, images: jax.Array, present: jax.Array, optio
         outcome_reward, parts.format, parts.step, parts.has_step, options, parts.reflection, parts.has_reflection
     )
     bonus = complexity_bonus(reward, images, present, options, outcome_reward)
-    found, used = advantages(reward + bonus, present, options)
-    return GroupScores(outcome_reward, jnp.where(present, reward, 0.0), bonus, found, used)
+    gains, used = advantages(reward + bonus, present, options)
+    image_gains, _ = advantages(outcome_reward, present, options)
+    reward = jnp.where(present, reward, 0.0)
+    return GroupScores(outcome_reward, reward, bonus, gains, image_gains, jnp.zeros_like(gains), used)
+
+
+def improvement(outcome_reward: jax.Array, images: jax.Array, drafts: DraftTruth) -> jax.Array:
+    """What continuations gain over their draft, float [P, M] in [-1, 1]; takes the place of R_o.
+
+    A continuation that stops at the draft (one image) earns 1 where the draft is right, and 0 where it is wrong; one
+    that draws again earns the difference of the outcomes.
+    """
+    stopped = jnp.where(drafts.right, 1.0, 0.0)[:, None]
+    return jnp.where(images == 1, stopped, outcome_reward - jnp.asarray(drafts.outcome)[:, None])
+
+
+@functools.partial(jax.jit, static_argnames=("options", "each"))
+def score_draft_groups(
+    parts: Components, images: jax.Array, present: jax.Array, drafts: DraftTruth, each: int, options: RewardOptions
+) -> GroupScores:
+    """As `score_groups`, for P drafts (`each` of a prompt, adjacent) with M continuations each.
+
+    R = w_o improvement + w_s R_s + w_f R_f + w_r R_r, without the complexity bonus: what stopping is worth is in the
+    improvement.  The value of a draft is the mean R (with the outcome itself) of its continuations; drafts of a prompt
+    are compared by it.
+    """
+    parts = Components(*map(jnp.asarray, parts))
+    drafts = DraftTruth(*map(jnp.asarray, drafts))
+    present = jnp.asarray(present) & drafts.present[:, None]
+    outcome_reward = outcome(jnp.where(present[..., None], parts.scores, 1.0), options)
+    gain = improvement(outcome_reward, jnp.asarray(images), drafts)
+    rest = (parts.format, parts.step, parts.has_step, options, parts.reflection, parts.has_reflection)
+    reward = jnp.where(present, total(gain, *rest), 0.0)
+    gains, used = advantages(reward, present, options)
+    image_gains, _ = advantages(jnp.where(present, gain, 0.0), present, options)
+    whole = jnp.where(present, total(outcome_reward, *rest), 0.0)
+    judged = present.any(1)
+    value = whole.sum(1) / jnp.maximum(present.sum(1), 1)
+    draft_gains, _ = advantages(value.reshape(-1, each), judged.reshape(-1, each), options)
+    draft_gains = jnp.broadcast_to(draft_gains.reshape(-1, 1), gains.shape)
+    return GroupScores(outcome_reward, reward, jnp.zeros_like(gains), gains, image_gains, draft_gains, used)

@@ -1,8 +1,8 @@
 """The judge of a run: who judges what, how many at a time and for how long, and what it cost.
 
-Calls run on an event loop of their own in a background thread, so that a rollout can be drawn while the last one is
-judged.  A `Panel` joins the analyzers of the components into one; whatever goes wrong with a call, from a time-out to
-a score out of range, ends as a missing judgement and in the counts, never as a score.
+Calls run on an event loop of their own in a background thread, so that a rollout can be sampled while the last one is
+judged.  `JudgeService` takes submissions one after another; whatever goes wrong with a call, from a time-out to a score
+out of range, ends as a missing judgement and in the counts, never as a score.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PARTS = ("outcome", "step", "reasoning")
 
 @dataclasses.dataclass
 class Usage:
-    """What a panel was asked: calls and missing judgements by part, and the seconds that each call took."""
+    """What a submission asked: calls and missing judgements by part, and the seconds that each call took."""
 
     calls: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     missing: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -41,83 +41,14 @@ class Usage:
 
     def metrics(self) -> dict[str, Any]:
         """Scalars and (sum, denominator) pairs, for the log."""
-        found: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "judge_calls": float(self.calls.total()),
             "judge_missing": (float(self.missing.total()), float(self.calls.total())),
         }
         if self.seconds:
-            found["judge_call_seconds"] = (float(np.sum(self.seconds)), float(len(self.seconds)))
-            found["judge_call_seconds_p95"] = float(np.quantile(self.seconds, 0.95))
-        return found
-
-
-class Panel:
-    """The analyzers of the parts as one `Analyzer`, for judging only.
-
-    Args:
-      analyzers: part -> analyzer: "outcome" evaluates images, "step" evaluates one step's image, "reasoning" rates
-        texts.
-      concurrency: most calls at a time.
-      deadline: seconds for one judgement, its retries included; 0 waits as long as it takes.
-    """
-
-    def __init__(self, analyzers: Mapping[str, Analyzer], concurrency: int = 64, deadline: float = 0.0):
-        if set(analyzers) != set(PARTS):
-            raise UserError("the judge is not fully described.", f"Name analyzers for {', '.join(PARTS)}.")
-        if concurrency < 1 or deadline < 0:
-            raise UserError(f"a judge with {concurrency} calls at a time and a deadline of {deadline} s cannot work.",
-                            "Set judge.concurrency to 1 or more, judge.deadline to 0 (none) or more seconds.")
-        self._analyzers, self._deadline = dict(analyzers), deadline
-        self._slots = asyncio.Semaphore(concurrency)
-        self.usage = Usage()
-
-    async def evaluate(self, sample: Sample, images: Images, image: Pixels) -> Evaluation:
-        return await self._ask("outcome", lambda judge: judge.evaluate(sample, images, image))
-
-    async def evaluate_step(
-        self, sample: Sample, images: Images, instruction: str, previous: Sequence[Pixels], image: Pixels
-    ) -> Evaluation:
-        return await self._ask("step", lambda judge: judge.evaluate_step(sample, images, instruction, previous, image))
-
-    async def judge_reasoning(
-        self, sample: Sample, images: Images, kind: str, text: str, previous: Sequence[Pixels]
-    ) -> float:
-        return await self._ask("reasoning", lambda judge: judge.judge_reasoning(sample, images, kind, text, previous))
-
-    async def _ask(self, part: str, ask: Callable[[Analyzer], Awaitable[T]]) -> T:
-        async with self._slots:
-            self.usage.calls[part] += 1
-            clock = time.perf_counter()
-            try:
-                async with asyncio.timeout(self._deadline or None):
-                    found = await ask(self._analyzers[part])
-                if not _usable(found):
-                    raise ServiceFailed(f"the judge of {part} gave no number in range.", "Scores are 1-5, ratings 0-1.")
-                return found
-            except TimeoutError:
-                self._missed(part, "deadline")
-                raise ServiceFailed(f"the judge of {part} took more than {self._deadline:g} s.", "Ask again.") from None
-            except ServiceFailed as error:
-                self._missed(part, error.what)
-                raise
-            finally:
-                self.usage.seconds.append(time.perf_counter() - clock)
-
-    def _missed(self, part: str, reason: str) -> None:
-        self.usage.missing[part] += 1
-        self.usage.reasons[reason[:120]] += 1
-
-
-def _usable(found: Any) -> bool:
-    """Whether a judgement is all there: four scores from 1 to 5, or a rating from 0 to 1."""
-    if isinstance(found, Evaluation):
-        return all(in_range(score, 1, 5) for score in found.scores)
-    return in_range(found, 0, 1)
-
-
-def same(analyzer: Analyzer) -> dict[str, Analyzer]:
-    """One analyzer for all parts."""
-    return dict.fromkeys(PARTS, analyzer)
+            metrics["judge_call_seconds"] = (float(np.sum(self.seconds)), float(len(self.seconds)))
+            metrics["judge_call_seconds_p95"] = float(np.quantile(self.seconds, 0.95))
+        return metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +69,34 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeOptions:
+    """How a rollout is judged.
+
+    Attributes:
+      reward: decides what has to be judged.
+      every_image: evaluate all images, not only those that a reward needs.
+      concurrency: most calls at a time.
+      deadline: seconds for one judgement, its retries included; 0: no bound.
+      check: what to check when a submission asks for it.
+    """
+
+    reward: RewardOptions = PAPER
+    every_image: bool = False
+    concurrency: int = 64
+    deadline: float = 0.0
+    check: Check | None = None
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1 or self.deadline < 0:
+            raise UserError(
+                f"judge.concurrency is {self.concurrency} and judge.deadline {self.deadline}.",
+                "Set judge.concurrency to 1 or more, judge.deadline to 0 (none) or more seconds.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """What came of one submission: an answer's components each, what it took, and further metrics (checks, cost)."""
+    """The result of one submission: an answer's components each, the cost, and further metrics (checks, spending)."""
 
     judged: list[Judged]
     usage: Usage
@@ -147,33 +104,31 @@ class Verdicts:
     checks: dict[str, Any]
 
 
-class Judge:
-    """Judges rollouts in the background.
+def same(analyzer: Analyzer) -> dict[str, Analyzer]:
+    """One analyzer for all parts."""
+    return dict.fromkeys(PARTS, analyzer)
+
+
+class JudgeService:
+    """Judges rollouts in the background, one submission after another.
 
     Args:
-      analyzers: part -> analyzer (`same(analyzer)` for one that does it all).
-      options: decide what has to be judged.
-      every_image: evaluate all images, not only those that a reward needs.
-      concurrency, deadline: see `Panel`.
-      check: what to check when a submission asks for it.
-      totals: functions that say what the services have taken so far, as running totals by name.
+      analyzers: part -> analyzer: "outcome" evaluates images, "step" evaluates one step's image, "reasoning" rates
+        texts (`same(analyzer)` for one that does it all).
+      totals: functions that say what the services have spent so far, as running totals by name.
     """
 
     def __init__(
         self,
         analyzers: Mapping[str, Analyzer],
-        options: RewardOptions = PAPER,
-        every_image: bool = False,
-        concurrency: int = 64,
-        deadline: float = 0.0,
-        check: Check | None = None,
+        options: JudgeOptions | None = None,
         totals: Sequence[Callable[[], Mapping[str, float]]] = (),
     ):
-        self._panel = Panel(analyzers, concurrency, deadline)
-        self._options, self._every_image, self._check, self._totals = options, every_image, check, tuple(totals)
-        held_out = check.held_out if check else None
-        self._held_out = Panel(same(held_out), concurrency, deadline) if held_out is not None else None
-        self._again = Panel(same(check.again), concurrency, deadline) if check and check.repeats > 1 else None
+        if set(analyzers) != set(PARTS):
+            raise UserError("the judge is not fully described.", f"Name analyzers for {', '.join(PARTS)}.")
+        self._analyzers, self._options, self._totals = dict(analyzers), options or JudgeOptions(), tuple(totals)
+        self._calls = asyncio.Semaphore(self._options.concurrency)
+        self._submission = asyncio.Lock()
 
     def submit(
         self,
@@ -181,16 +136,38 @@ class Judge:
         format_rewards: Sequence[float] | None = None,
         checked: bool = False,
     ) -> concurrent.futures.Future[Verdicts]:
-        """Starts judging; one submission at a time.  The future raises what is no failure of the judge."""
+        """Starts judging as soon as earlier submissions have ended.
+
+        The future raises errors that are not failures of the judge.
+        """
         return _in_background(self._verdicts(answers, format_rewards, checked))
 
+    def close(self) -> None:
+        """Closes the connections of the analyzers that hold some."""
+        check = self._options.check
+        analyzers = [*self._analyzers.values(), *((check.again, check.held_out) if check else ())]
+        unique = {id(a): a for a in analyzers if hasattr(a, "close")}
+
+        async def close_all() -> None:
+            for analyzer in unique.values():
+                await analyzer.close()
+
+        if unique:
+            _in_background(close_all()).result()
+
+    def _analyzer(self, analyzers: Mapping[str, Analyzer], usage: Usage | None = None) -> Analyzer:
+        """`analyzers` as one, under the service's limits."""
+        return _LimitedAnalyzer(analyzers, self._calls, self._options.deadline, usage or Usage())
+
     async def _verdicts(self, answers: Any, format_rewards: Any, checked: bool) -> Verdicts:
-        clock, before = time.perf_counter(), self._spent()
-        self._panel.usage = Usage()
-        judged = await judge_answers(self._panel, answers, self._every_image, self._options, format_rewards)
-        usage, seconds = self._panel.usage, time.perf_counter() - clock
-        checks = await self._checks(answers, judged) if checked and self._check else {}
-        spent = {name: total - before[name] for name, total in self._spent().items()}
+        options, usage = self._options, Usage()
+        async with self._submission:  # spending can only be told of one at a time
+            clock, before = time.perf_counter(), self._spent()
+            analyzer = self._analyzer(self._analyzers, usage)
+            judged = await judge_answers(analyzer, answers, options.every_image, options.reward, format_rewards)
+            seconds = time.perf_counter() - clock
+            checks = await self._checks(options.check, answers, judged) if checked and options.check else {}
+            spent = {name: total - before[name] for name, total in self._spent().items()}
         return Verdicts(judged, usage, seconds, checks | spent)
 
     def _spent(self) -> dict[str, float]:
@@ -199,32 +176,87 @@ class Judge:
             spent.update(totals())
         return dict(spent)
 
-    async def _checks(self, answers: Any, judged: Sequence[Judged]) -> dict[str, Any]:
+    async def _checks(self, check: Check, answers: Any, judged: Sequence[Judged]) -> dict[str, Any]:
+        """How much repeated judgements vary, and how far a held-out judge is from the one that decides."""
         chosen = [(a, j) for a, j in zip(answers, judged, strict=True) if a is not None and j.scores is not None]
-        chosen = chosen[:: max(1, len(chosen) // self._check.answers)][: self._check.answers]
-        found: dict[str, Any] = {}
-        if self._again is not None:
-            spreads = []
+        chosen = chosen[:: max(1, len(chosen) // check.answers)][: check.answers]
+        metrics: dict[str, Any] = {}
+        if check.repeats > 1:
+            again = self._analyzer(same(check.again))
+            variances = []
             for answer, _ in chosen:
-                calls = [self._outcome(self._again, *answer) for _ in range(self._check.repeats)]
+                calls = [self._outcome(again, *answer) for _ in range(check.repeats)]
                 values = [value for value in await asyncio.gather(*calls) if value is not None]
                 if len(values) > 1:
-                    spreads.append(float(np.var(values, ddof=1)))
-            found["judge_variance"] = (sum(spreads), float(len(spreads)))
-        if self._held_out is not None:
-            others = await asyncio.gather(*(self._outcome(self._held_out, *answer) for answer, _ in chosen))
-            ours = [float(outcome(np.asarray(j.scores), self._options)) for _, j in chosen]
-            pairs = [(a, b) for a, b in zip(ours, others, strict=True) if b is not None]
-            found["held_out_outcome"] = (sum(b for _, b in pairs), float(len(pairs)))
-            found["held_out_gap"] = (sum(a - b for a, b in pairs), float(len(pairs)))
-        return found
+                    variances.append(float(np.var(values, ddof=1)))
+            metrics["judge_variance"] = (sum(variances), float(len(variances)))
+        if check.held_out is not None:
+            held_out = self._analyzer(same(check.held_out))
+            theirs = await asyncio.gather(*(self._outcome(held_out, *answer) for answer, _ in chosen))
+            ours = [float(outcome(np.asarray(j.scores), self._options.reward)) for _, j in chosen]
+            pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+            metrics["held_out_outcome"] = (sum(b for _, b in pairs), float(len(pairs)))
+            metrics["held_out_gap"] = (sum(a - b for a, b in pairs), float(len(pairs)))
+        return metrics
 
-    async def _outcome(self, panel: Panel, trajectory: Trajectory, images: Images) -> float | None:
-        """R_o of the final image by another panel; None when it fails."""
-        only = dataclasses.replace(self._options, step_reward_evals="none")
+    async def _outcome(self, analyzer: Analyzer, trajectory: Trajectory, images: Images) -> float | None:
+        """R_o of the final image by another analyzer; None when it fails."""
+        reward = dataclasses.replace(self._options.reward, step_reward_evals="none")
         direct = Trajectory(trajectory.sample, (dataclasses.replace(trajectory.rounds[-1], cause=None),))
-        [judged] = await judge_answers(panel, [(direct, images)], options=only)
-        return None if judged.scores is None else float(outcome(np.asarray(judged.scores), self._options))
+        [judged] = await judge_answers(analyzer, [(direct, images)], options=reward)
+        return None if judged.scores is None else float(outcome(np.asarray(judged.scores), reward))
+
+
+class _LimitedAnalyzer:
+    """The analyzers of the parts as one `Analyzer`, with a bound on calls at a time and on seconds, and with counts."""
+
+    def __init__(
+        self, analyzers: Mapping[str, Analyzer], calls: asyncio.Semaphore, deadline: float, usage: Usage
+    ):
+        self._analyzers, self._calls, self._deadline, self._usage = analyzers, calls, deadline, usage
+
+    async def evaluate(self, sample: Sample, images: Images, image: Pixels) -> Evaluation:
+        return await self._ask("outcome", lambda judge: judge.evaluate(sample, images, image))
+
+    async def evaluate_step(
+        self, sample: Sample, images: Images, instruction: str, previous: Sequence[Pixels], image: Pixels
+    ) -> Evaluation:
+        return await self._ask("step", lambda judge: judge.evaluate_step(sample, images, instruction, previous, image))
+
+    async def judge_reasoning(
+        self, sample: Sample, images: Images, kind: str, text: str, previous: Sequence[Pixels]
+    ) -> float:
+        return await self._ask("reasoning", lambda judge: judge.judge_reasoning(sample, images, kind, text, previous))
+
+    async def _ask(self, part: str, ask: Callable[[Analyzer], Awaitable[T]]) -> T:
+        async with self._calls:
+            self._usage.calls[part] += 1
+            clock = time.perf_counter()
+            try:
+                async with asyncio.timeout(self._deadline or None):
+                    answer = await ask(self._analyzers[part])
+                if not _usable(answer):
+                    raise ServiceFailed(f"the judge of {part} gave no number in range.", "Scores are 1-5, ratings 0-1.")
+                return answer
+            except TimeoutError:
+                self._count_missing(part, "deadline")
+                raise ServiceFailed(f"the judge of {part} took more than {self._deadline:g} s.", "Ask again.") from None
+            except ServiceFailed as error:
+                self._count_missing(part, error.what)
+                raise
+            finally:
+                self._usage.seconds.append(time.perf_counter() - clock)
+
+    def _count_missing(self, part: str, reason: str) -> None:
+        self._usage.missing[part] += 1
+        self._usage.reasons[reason[:120]] += 1
+
+
+def _usable(answer: Any) -> bool:
+    """Whether a judgement is complete: four scores from 1 to 5, or a rating from 0 to 1."""
+    if isinstance(answer, Evaluation):
+        return all(in_range(score, 1, 5) for score in answer.scores)
+    return in_range(answer, 0, 1)
 
 
 @functools.cache

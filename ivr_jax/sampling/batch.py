@@ -22,7 +22,7 @@ from ivr_jax.sampling.engine import Admission, Engine, EngineOptions, join_conte
 from ivr_jax.sampling.logits_processors import SamplingOptions
 
 WAVE = 8  # prompts are read for this part of the slots at a time, or more
-WATCHED = 64  # model calls between two reports to who watches
+REPORTED = 64  # model calls between two calls of `on_usage`
 
 
 class Samples(NamedTuple):
@@ -95,83 +95,117 @@ class Usage:
         return {name: pair for name, pair in found.items() if pair[1]}
 
 
+class PromptBatch(NamedTuple):
+    """P prompts.
+
+    tokens int32 [P, T], right-padded; lengths int32 [P].
+    unconditional: (tokens [P, T'], lengths [P]) of each of guidance's unconditional passes (`SamplingOptions.passes`).
+    given: the tokens that the answers to each prompt begin with; () without.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    unconditional: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    given: tuple[Sequence[int], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutOptions:
+    """How the answers of a rollout are sampled.
+
+    Attributes:
+      answer_length: most answer tokens, EOS included.  An image is never cut: where its cells no longer fit, the answer
+        stops before them.
+      sampling: the distribution; engine: how many answers at a time, which changes no token.
+      group: answers to each prompt.
+      size: latent rows and columns of every generated image, or `grammar.FREE` when the model chooses; None in
+        `rollout.roll_out`: those of the first source, or of the image tokenizer's training resolution.
+    """
+
+    answer_length: int
+    sampling: SamplingOptions = SamplingOptions()
+    engine: EngineOptions = EngineOptions()
+    group: int = 1
+    size: tuple[int, int] | None = None
+
+
 def sample(
     config: backbone.BackboneConfig,
     params: Any,
     grammar: Grammar,
-    prompts: np.ndarray,
-    prompt_lengths: np.ndarray,
-    size: tuple[int, int],
+    prompts: PromptBatch,
     keys: jax.Array,
-    answer_length: int,
-    options: SamplingOptions | None = None,
-    group: int = 1,
-    unconditional: Sequence[tuple[np.ndarray, np.ndarray]] = (),
-    engine: EngineOptions | None = None,
-    progress: Callable[[int], None] | None = None,
-    watch: Callable[[Usage], None] | None = None,
+    options: RolloutOptions,
+    on_ended: Callable[[int], None] | None = None,
+    on_usage: Callable[[Usage], None] | None = None,
 ) -> tuple[Samples, Usage]:
-    """Draws `group` answers to each prompt.
+    """Samples `options.group` answers to each prompt.
 
     Args:
-      prompts: int32 [P, T] right-padded prompt tokens; prompt_lengths: int32 [P].
-      size: forced image size in latent cells (rows, columns), or `grammar.FREE` when the model chooses.
       keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
-      answer_length: most answer tokens, EOS included.  An image is never cut: where its cells no longer fit, the answer
-        stops before them.
-      unconditional: (prompts [P, T'], lengths [P]) of each of guidance's unconditional passes (`options.passes`).
-      progress: called with the number of answers that have just ended.
-      watch: called with what it has cost so far, every `WATCHED` model calls at least.
+      on_ended: called with the number of answers that have just ended.
+      on_usage: called with the cost so far, every `REPORTED` model calls at least.
 
     Returns:
       Samples as numpy arrays, and what they cost.
     """
-    options, engine = options or SamplingOptions(), engine or EngineOptions()
-    if len(keys) != len(prompts) * group:
-        raise ValueError(f"{len(keys)} keys for {len(prompts) * group} answers")
-    if prompts.shape[1] + answer_length > config.max_position_embeddings:
+    if len(keys) != len(prompts.tokens) * options.group:
+        raise ValueError(f"{len(keys)} keys for {len(prompts.tokens) * options.group} answers")
+    if prompts.tokens.shape[1] + options.answer_length > config.max_position_embeddings:
         raise UserError(
-            f"a prompt of {prompts.shape[1]} and an answer of {answer_length} tokens do not fit a context of "
-            f"{config.max_position_embeddings}.",
+            f"a prompt of {prompts.tokens.shape[1]} and an answer of {options.answer_length} tokens do not fit a "
+            f"context of {config.max_position_embeddings}.",
             "Shorten the prompt or lower the answer length.",
         )
-    if len(unconditional) != options.passes:
-        raise ValueError(f"guidance needs {options.passes} sets of unconditional prompts, not {len(unconditional)}")
-    contexts = [(prompts, prompt_lengths), *unconditional]
-    run = _Batch(config, params, grammar, contexts, size, keys, answer_length, options, group, engine)
-    return run.finish(progress or (lambda ended: None), watch)
+    passes = options.sampling.passes
+    if len(prompts.unconditional) != passes:
+        raise ValueError(f"guidance needs {passes} sets of unconditional prompts, not {len(prompts.unconditional)}")
+    return _Batch(config, params, grammar, prompts, keys, options).finish(on_ended or (lambda ended: None), on_usage)
 
 
 class _Batch:
     """One call of `sample`: what waits, and what has ended."""
 
-    def __init__(self, config, params, grammar, contexts, size, keys, answer_length, options, group, engine):
-        self.grammar, self.keys, self.group, self.length = grammar, keys, group, answer_length
-        self.initial = grammar.initial(np.full(1, size[0]), np.full(1, size[1]))
-        count, cells = len(keys), max(size[0], 1) * max(size[1], 1)
+    def __init__(
+        self,
+        config: backbone.BackboneConfig,
+        params: Any,
+        grammar: Grammar,
+        prompts: PromptBatch,
+        keys: jax.Array,
+        options: RolloutOptions,
+    ):
+        self.grammar, self.keys, self.options, self.group = grammar, keys, options, options.group
+        rows, columns = options.size
+        self.initial = grammar.initial(np.full(1, rows), np.full(1, columns))
+        count, length, engine = len(keys), options.answer_length, options.engine
+        cells = max(rows, 1) * max(columns, 1)
         self.engine = Engine(
-            config, params, grammar, options, engine, length=answer_length,
+            config, params, grammar, options.sampling, engine, length=length,
             batch=min(engine.slots, _power_above(count)), cells=cells,
         )  # fmt: skip
-        self.opening, self.opened = self.engine.open(self.initial)
-        self.prompts, self.starts = join_contexts(contexts, self.opening, grammar.tokenizer.vocab.pad)
-        self.engine.widest = self.prompts.shape[2] + answer_length - len(self.opening) + engine.window
+        given = prompts.given or [()] * len(prompts.tokens)
+        self.openings = [self.engine.open(self.initial, tokens) for tokens in given]
+        openings = [opening for opening, _ in self.openings]
+        contexts = [(prompts.tokens, prompts.lengths), *prompts.unconditional]
+        self.prompts, self.starts = join_contexts(contexts, openings, grammar.tokenizer.vocab.pad)
+        self.engine.widest = self.prompts.shape[2] + length - min(map(len, openings)) + engine.window
         self.cells = cells if engine.speculate else None
         batch = self.engine.batch
         together = count <= batch  # all fit: one prefill; else as many as a refill takes
         self.quantum = batch if together else max(1, int(batch * engine.refill))
         wave = max(self.quantum, batch // WAVE)  # fewer prompts at a time would keep the device idle
-        self.wave_size = min(contexts[0][0].shape[0], -(-wave // group))
+        self.wave_size = min(len(prompts.tokens), -(-wave // self.group))
         self.usage, self.next = Usage(), 0
         self.wave: tuple[int, Any] | None = None
-        self.tokens = np.full((count, answer_length), grammar.tokenizer.vocab.pad, np.int32)
-        self.log_probs = np.zeros((count, answer_length), np.float32)
+        self.tokens = np.full((count, length), grammar.tokenizer.vocab.pad, np.int32)
+        self.log_probs = np.zeros((count, length), np.float32)
         self.lengths = np.zeros(count, np.int32)
-        bits = (count, answer_length, -(-config.vocab_size // 8))
-        self.kept = np.full(bits, 255, np.uint8) if options.truncates else None
+        bits = (count, length, -(-config.vocab_size // 8))
+        self.kept = np.full(bits, 255, np.uint8) if options.sampling.truncates else None
 
     def finish(
-        self, progress: Callable[[int], None], watch: Callable[[Usage], None] | None
+        self, on_ended: Callable[[int], None], on_usage: Callable[[Usage], None] | None
     ) -> tuple[Samples, Usage]:
         """Runs until every answer has ended."""
         engine, count = self.engine, len(self.keys)
@@ -179,11 +213,11 @@ class _Batch:
             self._fill()
             if self.next == count:
                 engine.shrink()
-            work = engine.step(None if watch is None else WATCHED, self._until())
+            work = engine.step(None if on_usage is None else REPORTED, self._until())
             self.usage.add(work, engine.batch, self.next < count)
-            if watch is not None:
-                watch(self.usage)
-            progress(self._take_out())
+            if on_usage is not None:
+                on_usage(self.usage)
+            on_ended(self._take_out())
         initial = GrammarState(*(np.repeat(x, count) for x in self.initial))
         rows, nodes = map(np.asarray, device.replay(self.grammar.tables, initial, self.tokens))
         return Samples(self.tokens, rows, nodes, self.log_probs, self.lengths, self.kept), self.usage
@@ -227,13 +261,13 @@ class _Batch:
 
     def _admission(self, answer: int, first: int) -> Admission:
         prompt = answer // self.group
+        opening, state = self.openings[prompt]
         starts = self.starts[:, prompt]
-        given = self.prompts[0, prompt, : starts[0] + len(self.opening)]
+        read = self.prompts[0, prompt, : starts[0] + len(opening)]
         visual_start = self.grammar.tokenizer.vocab.visual_start
-        reference = None if self.cells is None else last_image(given[: starts[0]], self.cells, visual_start)
-        return Admission(
-            answer, prompt - first, starts, self.opening, self.opened, int(given[-1]), self.length, reference
-        )
+        reference = None if self.cells is None else last_image(read, self.cells, visual_start)
+        limit = self.options.answer_length
+        return Admission(answer, prompt - first, starts, opening, state, int(read[-1]), limit, reference)
 
 
 def _power_above(count: int) -> int:

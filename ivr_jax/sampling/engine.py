@@ -179,7 +179,7 @@ class Engine:
             raise ValueError(f"{len(prompts)} contexts for {self.sampling.passes} passes of guidance")
         opening, after = self.open(state, given, limit)
         contexts = [pad_prompts([list(tokens)], self.vocab.pad, 1) for tokens in prompts]
-        rows, starts = join_contexts(contexts, opening, self.vocab.pad)
+        rows, starts = join_contexts(contexts, [opening], self.vocab.pad)
         context = self.config.max_position_embeddings
         width = min(-(-rows.shape[2] // PROMPT_ROUND) * PROMPT_ROUND, context)
         rows = np.pad(rows[:, 0], ((0, 0), (0, max(width - rows.shape[2], 0))), constant_values=self.vocab.pad)
@@ -348,15 +348,15 @@ def _one(state: GrammarState) -> GrammarState:
 
 
 def join_contexts(
-    contexts: list[tuple[np.ndarray, np.ndarray]], opening: np.ndarray, pad: int
+    contexts: list[tuple[np.ndarray, np.ndarray]], openings: Sequence[np.ndarray], pad: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of all contexts, the answer's opening added, int32 [C, P, T + O], and where it starts, int32 [C, P]."""
-    width = max(prompts.shape[1] for prompts, _ in contexts) + len(opening)
+    """Prompts of all contexts, each with its answers' opening, int32 [C, P, T + O], and where that starts [C, P]."""
+    width = max(prompts.shape[1] for prompts, _ in contexts) + max(map(len, openings))
     joined = np.full((len(contexts), len(contexts[0][0]), width), pad, np.int32)
     starts = np.stack([np.asarray(lengths, np.int32) for _, lengths in contexts])
     for c, (prompts, _) in enumerate(contexts):
         joined[c, :, : prompts.shape[1]] = prompts
-        for row, start in zip(joined[c], starts[c], strict=True):
+        for row, start, opening in zip(joined[c], starts[c], openings, strict=True):
             row[start : start + len(opening)] = opening
     return joined, starts
 

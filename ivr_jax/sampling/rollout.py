@@ -1,4 +1,4 @@
-"""From samples to parsed answers: encode prompts, draw, parse, decode the images.
+"""From samples to parsed answers: encode prompts, sample, parse, decode the images.
 
 Used by RL, evaluation, construction and `generate` alike.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +18,8 @@ from ivr_jax.checkpoints.system import System
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, image_name
 from ivr_jax.protocol import codec
-from ivr_jax.protocol.grammar import Grammar
-from ivr_jax.sampling.batch import Samples, Usage, sample
+from ivr_jax.protocol.grammar import ACCEPT, Grammar
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Samples, Usage, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.logits_processors import SamplingOptions
@@ -26,7 +28,7 @@ from ivr_jax.trajectory import Sample, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One parsed answer: image names are content hashes, `images` holds sources and drawn images."""
+    """One parsed answer: image names are content hashes, `images` holds sources and generated images."""
 
     trajectory: Trajectory
     images: dict[str, np.ndarray]
@@ -37,8 +39,13 @@ class Answer:
 class Rollout:
     """`group` answers to each of P prompts, groups adjacent; None where an answer is not well-formed.
 
-    `errors[i]` says why.  `samples` holds numpy arrays (see `sampler.Samples`); prompts int32 [P, T], right-padded.
-    `unconditional` holds the prompts and lengths of each of guidance's unconditional passes, `usage` what it cost.
+    Attributes:
+      prompts: int32 [P, T], right-padded; prompt_lengths: int32 [P].
+      samples: numpy arrays, see `batch.Samples`.
+      answers, errors: of each answer what it says, or why it is not well-formed.
+      unconditional: prompts and lengths of each of guidance's unconditional passes.
+      usage: the cost; seconds: how long it took.
+      draft_length: tokens that every answer of a group begins with (`Drafts`); 0 without.
     """
 
     prompts: np.ndarray
@@ -49,23 +56,48 @@ class Rollout:
     group: int
     unconditional: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     usage: Usage = dataclasses.field(default_factory=Usage)
+    seconds: float = 0.0
+    draft_length: int = 0
 
     @property
     def total_lengths(self) -> np.ndarray:
         """int32 [P * group]: prompt and answer tokens."""
         return np.repeat(self.prompt_lengths, self.group) + self.samples.lengths
 
-    def prompt(self, row: int) -> np.ndarray:
-        """Prompt tokens of answer `row`, without padding."""
-        return self.prompts[row // self.group, : self.prompt_lengths[row // self.group]]
+    @property
+    def truncated(self) -> np.ndarray:
+        """bool [P * group]: answers that were cut at the answer length."""
+        last = self.samples.nodes[np.arange(len(self.samples.lengths)), self.samples.lengths]
+        return last != ACCEPT
 
-    def answer_tokens(self, row: int) -> np.ndarray:
-        """Answer tokens of `row`, EOS included."""
-        return self.samples.tokens[row, : self.samples.lengths[row]]
+    def prompt(self, number: int) -> np.ndarray:
+        """Prompt tokens of an answer, without padding."""
+        return self.prompts[number // self.group, : self.prompt_lengths[number // self.group]]
+
+    def answer_tokens(self, number: int) -> np.ndarray:
+        """Tokens of an answer, EOS included."""
+        return self.samples.tokens[number, : self.samples.lengths[number]]
 
     def judgeable(self) -> list[tuple[Trajectory, Images] | None]:
         """What the judge needs of each answer."""
         return [(a.trajectory, a.images) if a else None for a in self.answers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """First images as the tokens that answers begin with; P drafts of one size.
+
+    Attributes:
+      tokens: int32 [P, L]; log_probs: float32 [P, L] under the sampled distribution.
+      kept: uint8 [P, L, ceil(V / 8)], the ids that top-k and top-p kept; None without.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    kept: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 def roll_out(
@@ -74,53 +106,130 @@ def roll_out(
     samples: Sequence[Sample],
     images: Sequence[Images],
     key: jax.Array,
-    answer_length: int,
-    options: SamplingOptions | None = None,
-    group: int = 1,
-    size: tuple[int, int] | None = None,
-    engine: EngineOptions | None = None,
-    progress: Callable[[int], None] | None = None,
+    options: RolloutOptions,
+    *,
     layout: RolloutLayout | None = None,
-    watch: Callable[[Usage], None] | None = None,
     first: int | Sequence[int] = 0,
+    drafts: Drafts | None = None,
+    on_ended: Callable[[int], None] | None = None,
+    on_usage: Callable[[Usage], None] | None = None,
 ) -> Rollout:
-    """Draws and parses `group` answers to each sample.
+    """Samples and parses `options.group` answers to each sample.
 
     Args:
       images: pixels of each sample's sources, by name; sides must be multiples of the tokenizer's factor.
-      size: latent rows and columns of every drawn image, or `grammar.FREE`; by default those of the first source, or
-        of the image tokenizer's training resolution without one.  All samples of a call must agree.
-      engine: how they are drawn; progress: called with the number of answers that have just ended; watch: with what
-        it has cost so far, now and then (`sampler.sample`).
-      layout: where and in which dtype they are drawn; by default where the system's parameters are.
+      options: without a size, all samples of a call must agree in theirs.
+      layout: where and in which dtype answers are sampled; by default where the system's parameters are.
       first: number of the first sample among those that `key` is for, of which these may be a part; or the number of
-        each.  An answer depends on its number, not on what is drawn beside it.
+        each.  An answer depends on its number, not on what is sampled beside it.
+      drafts: of each sample the first image that its answers begin with.
+      on_ended: called with the number of answers that have just ended; on_usage: with the cost so far, now and then.
     """
+    clock = time.perf_counter()
+    given = () if drafts is None else tuple(drafts.tokens)
+    prompts, sampled, usage = _sample(
+        system, grammar, samples, images, key, options, layout, first, given, on_ended=on_ended, on_usage=on_usage
+    )
+    if drafts is not None:
+        sampled = _with_drafts(sampled, drafts, options.group)
+    answers, errors = _parse(system, grammar, samples, images, sampled, options.group)
+    return Rollout(
+        prompts.tokens,
+        prompts.lengths,
+        sampled,
+        answers,
+        errors,
+        options.group,
+        prompts.unconditional,
+        usage,
+        seconds=time.perf_counter() - clock,
+        draft_length=0 if drafts is None else drafts.tokens.shape[1],
+    )
+
+
+def _sample(
+    system: System,
+    grammar: Grammar,
+    samples: Sequence[Sample],
+    images: Sequence[Images],
+    key: jax.Array,
+    options: RolloutOptions,
+    layout: RolloutLayout | None = None,
+    first: int | Sequence[int] = 0,
+    given: tuple[Sequence[int], ...] = (),
+    only_image: bool = False,
+    **callbacks: Callable[[Any], None] | None,
+) -> tuple[PromptBatch, Samples, Usage]:
+    """Prompts and sampled tokens; with `only_image` sampling stops when the first image is complete."""
     if layout is not None:
         system = dataclasses.replace(system, config=layout.config, params=layout(system.params))
-    options = options or SamplingOptions()
-    tokenizer = system.tokenizer
-    per_sample = _source_codes(system, samples, images)
-    size = size or _size(system, samples, per_sample)
-    pad = tokenizer.vocab.pad
-    pairs = list(zip(samples, per_sample, strict=True))
-    prompts, lengths = pad_prompts([codec.encode_prompt(tokenizer, s, c) for s, c in pairs], pad)
-    unconditional = [
-        pad_prompts([codec.encode_unconditional_prompt(tokenizer, s, c, references) for s, c in pairs], pad)
-        for references in (True, False)[: options.passes]
-    ]
-    noise, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # a key lies on the mesh that made it
+    prompts, size = encode_prompts(system, samples, images, options.sampling.passes, options.size)
+    options = dataclasses.replace(options, size=size)
+    if only_image:
+        length = len(codec.encode_image(system.tokenizer, np.zeros(size, np.int32)))
+        options = dataclasses.replace(options, answer_length=length, group=1)
+    noise, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # a key is bound to its mesh
     with jax.set_mesh(layout.mesh) if layout else contextlib.nullcontext():
         key = jax.random.wrap_key_data(noise, impl=kind)
         starts = first + np.arange(len(samples)) if isinstance(first, int) else np.asarray(first)
-        numbers = (starts[:, None] * group + np.arange(group)).reshape(-1)
+        numbers = (starts[:, None] * options.group + np.arange(options.group)).reshape(-1)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
-        drawn, usage = sample(
-            system.config, system.params, grammar, prompts, lengths, size, keys, answer_length, options, group,
-            unconditional, engine, progress, watch,
-        )  # fmt: skip
-    answers, errors = _parse(system, grammar, samples, images, drawn, group)
-    return Rollout(prompts, lengths, drawn, answers, errors, group, tuple(unconditional), usage)
+        prompts = prompts._replace(given=given)
+        sampled, usage = sample(system.config, system.params, grammar, prompts, keys, options, **callbacks)
+    return prompts, sampled, usage
+
+
+def sample_drafts(
+    system: System,
+    grammar: Grammar,
+    samples: Sequence[Sample],
+    images: Sequence[Images],
+    key: jax.Array,
+    options: RolloutOptions,
+    *,
+    layout: RolloutLayout | None = None,
+    first: int | Sequence[int] = 0,
+) -> Drafts:
+    """One draft a sample; arguments as in `roll_out`."""
+    _, sampled, _ = _sample(system, grammar, samples, images, key, options, layout, first, only_image=True)
+    return Drafts(sampled.tokens, sampled.log_probs, sampled.kept)
+
+
+def _with_drafts(sampled: Samples, drafts: Drafts, group: int) -> Samples:
+    """Samples whose drafts, which were only read here, carry what was noted when they were sampled."""
+    length = drafts.tokens.shape[1]
+    log_probs = sampled.log_probs.copy()
+    log_probs[:, :length] = np.repeat(drafts.log_probs, group, axis=0)
+    kept = sampled.kept
+    if kept is not None:
+        kept = kept.copy()
+        kept[:, :length] = np.repeat(drafts.kept, group, axis=0)
+    return sampled._replace(log_probs=log_probs, kept=kept)
+
+
+def encode_prompts(
+    system: System,
+    samples: Sequence[Sample],
+    images: Sequence[Images],
+    passes: int = 0,
+    size: tuple[int, int] | None = None,
+) -> tuple[PromptBatch, tuple[int, int]]:
+    """The prompts of samples, and the latent size of the images that answer them.
+
+    Args:
+      passes: unconditional passes of guidance; size: latent rows and columns, by default those of the first source.
+    """
+    tokenizer = system.tokenizer
+    pad = tokenizer.vocab.pad
+    codes = _source_codes(system, samples, images)
+    size = size or _size(system, samples, codes)
+    pairs = list(zip(samples, codes, strict=True))
+    tokens, lengths = pad_prompts([codec.encode_prompt(tokenizer, s, c) for s, c in pairs], pad)
+    unconditional = tuple(
+        pad_prompts([codec.encode_unconditional_prompt(tokenizer, s, c, references) for s, c in pairs], pad)
+        for references in (True, False)[:passes]
+    )
+    return PromptBatch(tokens, lengths, unconditional), size
 
 
 def _source_codes(
@@ -147,34 +256,30 @@ def _parse(
     grammar: Grammar,
     samples: Sequence[Sample],
     images: Sequence[Images],
-    drawn: Samples,
+    sampled: Samples,
     group: int,
 ) -> tuple[tuple[Answer | None, ...], tuple[str, ...]]:
-    count = len(drawn.lengths)
+    """What each answer says, with its images decoded, and its error."""
     parsed: list[codec.ParsedAnswer | None] = []
     errors = []
-    for row in range(count):
-        length = drawn.lengths[row]
+    for number, length in enumerate(sampled.lengths):
+        tokens, nodes = sampled.tokens[number, :length], sampled.nodes[number, : length + 1]
         try:
-            parsed.append(
-                codec.parse_answer(
-                    grammar, samples[row // group], drawn.tokens[row, :length], drawn.nodes[row, : length + 1]
-                )
-            )
+            parsed.append(codec.parse_answer(grammar, samples[number // group], tokens, nodes))
             errors.append("")
         except UserError as error:
             parsed.append(None)
             errors.append(str(error))
     pixels = iter(system.codec.decode([grid for p in parsed if p for grid in p.codes.values()]))
     answers = []
-    for row, answer in enumerate(parsed):
+    for number, answer in enumerate(parsed):
         if answer is None:
             answers.append(None)
             continue
-        drawn_images = {name: next(pixels) for name in answer.codes}
-        renamed = {name: image_name(x) for name, x in drawn_images.items()}
+        generated = {name: next(pixels) for name in answer.codes}
+        renamed = {name: image_name(x) for name, x in generated.items()}
         rounds = tuple(dataclasses.replace(r, image=renamed[r.image]) for r in answer.trajectory.rounds)
-        held = {**images[row // group], **{renamed[name]: x for name, x in drawn_images.items()}}
+        held = {**images[number // group], **{renamed[name]: x for name, x in generated.items()}}
         answers.append(Answer(dataclasses.replace(answer.trajectory, rounds=rounds), held, answer.segments))
     return tuple(answers), tuple(errors)
 
@@ -187,17 +292,7 @@ def draw_first_images(
     options: SamplingOptions | None = None,
     engine: EngineOptions | None = None,
 ) -> list[np.ndarray]:
-    """`G1` alone, uint8 [height, width, 3] for each sample: drawing stops when the first image is complete."""
-    grammar = Grammar(system.tokenizer)
-    codes = _source_codes(system, samples, images)
-    rows, columns = _size(system, samples, codes)
-    length = len(codec.encode_image(system.tokenizer, np.zeros((rows, columns), np.int32)))
-    prompts, lengths = pad_prompts(
-        [codec.encode_prompt(system.tokenizer, s, c) for s, c in zip(samples, codes, strict=True)],
-        system.tokenizer.vocab.pad,
-    )
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(np.arange(len(samples)))
-    drawn, _ = sample(
-        system.config, system.params, grammar, prompts, lengths, (rows, columns), keys, length, options, engine=engine
-    )
-    return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in drawn.tokens])
+    """`G1` alone, uint8 [height, width, 3] for each sample: sampling stops when the first image is complete."""
+    how = RolloutOptions(0, options or SamplingOptions(), engine or EngineOptions())
+    _, sampled, _ = _sample(system, Grammar(system.tokenizer), samples, images, key, how, only_image=True)
+    return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in sampled.tokens])

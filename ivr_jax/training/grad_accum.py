@@ -11,7 +11,7 @@ import jax.numpy as jnp
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]  # (parameters, part, the layers' sums or None) → loss, metrics
 
 
-def total_gradient(loss: Loss, params: Any, parts: Any, dtype: str, in_place: bool) -> tuple[Any, Any]:
+def accumulate_gradients(loss: Loss, params: Any, parts: Any, dtype: str, in_place: bool) -> tuple[Any, Any]:
     """Gradient with respect to `params`, and metrics, each summed over the micro-batches.
 
     Args:
@@ -31,12 +31,12 @@ def total_gradient(loss: Loss, params: Any, parts: Any, dtype: str, in_place: bo
         gradients, metrics = total
         if in_place:
             rest, layers = _without_layers(gradients), gradients["layers"]
-            (new, layers), found = jax.grad(_of_sums, (0, 1), has_aux=True)(_without_layers(params), layers, part)
+            (new, layers), counted = jax.grad(_of_sums, (0, 1), has_aux=True)(_without_layers(params), layers, part)
             gradients = {**jax.tree.map(jnp.add, rest, rounded(new)), "layers": layers}
         else:
-            new, found = jax.grad(lambda params: loss(params, part, None), has_aux=True)(params)
+            new, counted = jax.grad(lambda params: loss(params, part, None), has_aux=True)(params)
             gradients = jax.tree.map(jnp.add, gradients, rounded(new))
-        return (gradients, jax.tree.map(jnp.add, metrics, found)), None
+        return (gradients, jax.tree.map(jnp.add, metrics, counted)), None
 
     def _of_sums(rest: Any, sums: Any, part: Any) -> tuple[jax.Array, Any]:
         return loss({**rest, "layers": params["layers"]}, part, sums)

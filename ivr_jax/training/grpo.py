@@ -1,24 +1,31 @@
-"""GRPO: groups of trajectories by the model itself, judged, compared inside the group (paper, section on RL).
+"""GRPO, one step from top to bottom: roll out, judge, score, learn (paper, section on RL).
 
-What the paper leaves open, and what is done here (all in the config):
+What differs from the paper, or is left open there (all of it in the config):
   * an answer without intermediate text has no R_s: the other weights are rescaled (`reward.renormalise`);
   * rollouts sample the bare policy (temperature 1, no guidance) unless `sampling` says otherwise;
   * the reference of the KL term is the checkpoint that the run starts from;
-  * the objective is averaged per answer, then over answers (`grpo.loss_type`), and clipped at 0.2.
+  * the objective is averaged per answer, then over answers (`grpo.loss_type`), and clipped at 0.2;
+  * tokens that the grammar forces count nowhere: their probability is 1 under every policy;
+  * groups whose answers all earn the same are left out of the passes (`grpo.skip_equal_groups`).
+
+`Trainer.step` is the whole of it; three files hold its parts (`rl_stage.py` makes a trainer of a config):
+  here                `collect_rollout` (answers by the policy), `submit` (to the judge), `learn` (updates)
+  scoring.py          `score_rollout`: judgements to rewards, bonus, advantages (formulas: rewards/functions.py)
+  policy_logprobs.py  answers as batches, their log-probabilities, `policy_gradient` of the objective in losses.py
 
 One sampling contract: the policy *is* the sampled distribution.  Policy, sampler and reference are all compared under
-the sampler's grammar mask and options (`chain.log_probabilities`): guidance runs its second pass, and top-k and top-p
-keep the ids that they kept when the answer was drawn.  So the importance ratio before the first update is 1, and the
-run checks that.  Where answers are drawn in another precision than they are learnt from (`rollout.dtype`, or a model in
-bfloat16), the ratio is taken against the log-probabilities that the policy of then gives in training; how far the
-sampler was from them is measured, bounded, and weighed (`grpo.tis_cap`).
+the sampler's grammar mask and options (`logits_processors.log_probabilities`): guidance runs its second pass, and top-k
+and top-p keep the ids that they kept when the answer was sampled.  So the importance ratio before the first update is
+1, and the run checks that.  Where answers are sampled in another precision than they are learnt from (`rollout.dtype`,
+or a model in bfloat16), the ratio is taken against the log-probabilities that the policy of then gives in training; how
+far the sampler was from them is measured, bounded, and weighed (`grpo.tis_cap`).
 
-With `overlap`, the next rollout is drawn while the judge still looks at the last one.  It then comes from the policy of
-one update earlier; the ratio is taken against the log-probabilities stored with it, which is what makes that sound.
+With `overlap`, the next rollout is sampled while the judge still looks at the last one.  It then comes from the policy
+of one update earlier; the ratio is taken against the log-probabilities stored with it, which makes that sound.
 
 With adapters (LoRA) the reference is the policy with its adapters left out: both share every other parameter.
 
-With several processes each draws and judges answers to its own prompts; all of them learn from all answers.
+With several processes each samples and judges answers to its own prompts; all of them learn from all answers.
 """
 
 from __future__ import annotations
@@ -38,382 +45,427 @@ import optax
 
 from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
-from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.report.gallery import GalleryItem, GallerySection
 from ivr_jax.report.pages import write_report
 from ivr_jax.rewards import functions as reward_functions
-from ivr_jax.rewards.judge_service import Judge, Verdicts
-from ivr_jax.sampling.engine import EngineOptions
+from ivr_jax.rewards.judge import Judged
+from ivr_jax.rewards.judge_service import JudgeService, Verdicts
+from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.layout import RolloutLayout
-from ivr_jax.sampling.logits_processors import SamplingOptions
-from ivr_jax.sampling.rollout import Rollout, roll_out
-from ivr_jax.training.judge_config import make_judge
-from ivr_jax.training.loop import Stage
-from ivr_jax.training.losses import GrpoOptions
-from ivr_jax.training.monitor import MonitorOptions, Watch
+from ivr_jax.sampling.rollout import Drafts, Rollout, roll_out, sample_drafts
+from ivr_jax.sampling.slots import rules_of
+from ivr_jax.training.monitor import Monitor, MonitorOptions
 from ivr_jax.training.multihost_rl import global_rollout, global_verdicts
-from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.policy_logprobs import Replay, answer_batch, bucket_of
-from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, Tasks, prompt_source
-from ivr_jax.training.scoring import Scored, score, shown_answers, summary
-from ivr_jax.training.state import TrainState, shard_state, updated
+from ivr_jax.training.policy_logprobs import (
+    PolicyGradient,
+    add_gradients,
+    answer_batch,
+    policy_gradient,
+    policy_logprobs,
+)
+from ivr_jax.training.prompts import Prompt, Tasks
+from ivr_jax.training.rl_options import RLOptions
+from ivr_jax.training.scoring import Scored, draft_answers, score_rollout, shown_answers, summary, token_advantages
+from ivr_jax.training.state import TrainState, apply_gradients
+from ivr_jax.training.throughput import train_flops
 
 Probe = Callable[[systems.System], Mapping[str, float]]  # gives metrics of a policy; reads it and changes nothing
-
+DRAFTS = 0xD4AF7  # folded into a step's key for its drafts
 RATIO_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The typed parts of an rl config.
-
-    Attributes:
-      group: M, answers to a prompt.
-      answer_length: most tokens of an answer.
-      micro_batch: answers in one forward and backward pass; gradients of all passes of an update add up exactly.
-      buckets: lengths that answers with their prompts are padded to.
-      num_iterations: times that a rollout is learnt from; num_minibatches: optimiser steps each time, on
-        disjoint parts of the groups.
-      loss_chunk_tokens: tokens for which the vocabulary stands whole.
-      overlap: draw the next rollout while the last one is judged.
-      check_every: steps between checks of the judge, 0 for none.
-      gallery_every, gallery_answers: steps between galleries, 0 for none, and how many answers one shows.
-      probe_every: steps between measurements of the policy by the trainer's `probe`, 0 for none.
-    """
-
-    sampling: SamplingOptions
-    engine: EngineOptions
-    grammar: GrammarOptions
-    reward: reward_functions.RewardOptions
-    grpo: GrpoOptions
-    group: int
-    answer_length: int
-    micro_batch: int
-    buckets: tuple[int, ...]
-    num_iterations: int
-    loss_chunk_tokens: int
-    num_minibatches: int = 1
-    overlap: bool = False
-    check_every: int = 0
-    gallery_every: int = 0
-    gallery_answers: int = 16
-    probe_every: int = 0
-
-    def __post_init__(self) -> None:
-        if 0 in (self.sampling.temperature, self.sampling.image_temperature):
-            raise UserError("rl cannot learn at temperature 0: nothing is left to chance.", "Give a temperature > 0.")
-        if self.group < self.reward.min_valid:
-            raise UserError(
-                f"config.group is {self.group}: answers are compared within their group, of at least "
-                f"reward.min_valid = {self.reward.min_valid}.",
-                "Raise config.group.",
-            )
-        if not self.buckets or min(self.buckets) < 1:
-            raise UserError(f"config.buckets {self.buckets} are no lengths.", "Give at least one length in tokens.")
-        if min(self.check_every, self.gallery_every) < 0 or self.gallery_answers < 1:
-            raise UserError(
-                f"judge.check_every {self.check_every}, gallery.every {self.gallery_every} or gallery.answers "
-                f"{self.gallery_answers} is out of range.",
-                "Steps are >= 0 (0: never), answers >= 1.",
-            )
-
-
 class OverlapState(NamedTuple):
-    """A `TrainState` with what was learnt (`lora.split`) before the last update, which drew the next rollout."""
+    """A `TrainState` with the parameters (of `lora.split`) before the last update, which sampled the next rollout."""
 
     params: Any
     opt_state: Any
     previous: Any
 
 
-class Pending(NamedTuple):
+class PendingRollout(NamedTuple):
     """A rollout whose judgement is on its way."""
 
     rollout: Rollout
     verdicts: concurrent.futures.Future[Verdicts]
-    seconds: float
+
+
+class Placement(NamedTuple):
+    """Where a run happens.
+
+    mesh: of training; state: shardings of the `TrainState`, None on one device; layout: where answers are sampled.
+    """
+
+    mesh: jax.sharding.Mesh
+    state: TrainState | None
+    layout: RolloutLayout
+
+    @classmethod
+    def on_one_device(cls, config: backbone.BackboneConfig) -> Placement:
+        mesh = sharding.make_mesh({}, jax.devices()[:1])
+        return cls(mesh, None, RolloutLayout(config, mesh))
 
 
 class Trainer:
-    """The functions of one RL run: rollout, judgement, update.
+    """The functions of one RL run.
 
-    It holds nothing that learning changes but `watch` and, with `overlap`, the rollout drawn ahead: a resumed run draws
-    that one again from `OverlapState.previous`.
+    It holds nothing that learning changes but `monitor` and, with `overlap`, the rollout sampled ahead: a resumed run
+    samples that one again from `OverlapState.previous`.
+
+    Args:
+      system: its parameters are the reference; None with adapters, where the reference is the policy without them.
+      placement: by default everything on one device.
+      gallery: folder for pages of sampled answers.
+      drafts: buffer of drafts, where `grpo.draft_source` is "buffer".
+      probe: measures the policy every `RLOptions.probe_every` steps.
     """
 
     def __init__(
         self,
         system: systems.System,
-        judge: Judge,
-        options: Options,
+        judge: JudgeService,
+        options: RLOptions,
         optimizer: optax.GradientTransformation,
-        mesh: jax.sharding.Mesh | None = None,
-        placed: TrainState | None = None,
-        watch: Watch | None = None,
+        placement: Placement | None = None,
+        monitor: Monitor | None = None,
         gallery: pathlib.Path | None = None,
-        steps: int | None = None,
-        layout: RolloutLayout | None = None,
+        drafts: DraftBuffer | None = None,
         probe: Probe | None = None,
     ):
-        """`probe`: measures the policy now and then, as `Options.probe_every` says.
-
-        `mesh` and `placed` (shardings of the state): where training goes on, one device by default; `layout`: where
-        answers are drawn, by default on the same devices in the same precision."""
         self.system, self.judge, self.options, self.optimizer = system, judge, options, optimizer
-        self.watch = watch or Watch(MonitorOptions(), options.grammar.modes)
-        self.gallery, self.steps, self.probe = gallery, steps, probe
+        self.placement = placement or Placement.on_one_device(system.config)
+        self.monitor = monitor or Monitor(MonitorOptions(), options.grammar.modes)
+        self.gallery, self.drafts, self.probe = gallery, drafts, probe
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
         self.strict = Grammar(system.tokenizer, dataclasses.replace(options.grammar, follow_verdict=True))
-        self.reference = system.params  # None with adapters: then it is the policy without them
-        self._pending: Pending | None = None
-        self.mesh = mesh or sharding.make_mesh({}, jax.devices()[:1])
-        self._layout = layout
-        whole, trained = sharding.replicated(self.mesh), placed and placed._replace(params=lora.split(placed.params)[0])
-        replay = Replay(system.config, self.grammar, options.sampling, options.grpo, options.loss_chunk_tokens)
-        self._statistics = jax.jit(replay.statistics)
-        gradients = (whole, trained and trained.params)
-        self._gradient = jax.jit(jax.value_and_grad(replay.loss, has_aux=True), out_shardings=gradients)
-        self._add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)  # a sum, and not three trees
-        apply = functools.partial(updated, optimizer=optimizer)
-        donated = () if options.overlap else (0,)  # the parameters stay, to tell a resumed run what drew the rollout
-        self._apply = jax.jit(apply, donate_argnums=donated, out_shardings=(trained, whole))
-
-    @property
-    def layout(self) -> RolloutLayout:
-        """Where and in which precision answers are drawn."""
-        if self._layout is None:
-            self._layout = RolloutLayout(self.system.config, self.mesh)
-        return self._layout
+        self.reference = system.params
+        self.activity = ""  # what a step is doing at the moment
+        self._key = jax.random.key(options.seed)
+        self._pending: PendingRollout | None = None
+        self._forced = rules_of(self.grammar).forced
+        self._logprobs = jax.jit(
+            functools.partial(policy_logprobs, system.config, grammar=self.grammar, options=options)
+        )
+        replicated = sharding.replicated(self.placement.mesh)
+        shards = self.placement.state
+        trained = shards and shards._replace(params=lora.split(shards.params)[0])
+        gradients = PolicyGradient(trained and trained.params, replicated, replicated)
+        self._gradient = policy_gradient(system.config, self.grammar, options, gradients)
+        self._apply = update_function(optimizer, options, (trained, replicated))
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, state: Any, tasks: Tasks, step: int, key: jax.Array) -> tuple[Any, dict[str, Any]]:
-        """Rolls out, judges and updates; returns the step's metrics.  `overlap` makes the state an OverlapState."""
-        drew = state.params
-        if self.options.overlap:
-            drew = lora.join(state.previous, lora.split(state.params)[1])
-            pending, mine, began = self._drawn_ahead(state.params, drew, tasks, step, key)
-        else:
-            pending = self.draw(drew, tasks.now, step, key)
-            mine, began = True, time.perf_counter()
+    def step(self, state: Any, prompts: Tasks, step: int) -> tuple[Any, dict[str, Any]]:
+        """Rolls out, judges, scores and learns; returns the state and the step's metrics.
+
+        The state is a `TrainState`, with `overlap` an `OverlapState`.
+        """
+        options, behaviour = self.options, self._behaviour(state)
+        on_policy = not options.overlap or step == 0
+        pending = self._pending
+        if pending is None:
+            pending = self.submit(self.collect_rollout(behaviour, prompts.now, step), step)
+            if not on_policy:  # a resumed run, whose update cannot check the ratio
+                self.check_logprobs(behaviour, pending.rollout)
+        ahead = None
+        if options.overlap and step + 1 < options.steps:
+            ahead = self.collect_rollout(state.params, prompts.upcoming, step + 1)
+        self.activity = "waiting for the judge"
+        clock = time.perf_counter()
         verdicts = global_verdicts(pending.verdicts.result())
-        waited = time.perf_counter() - began
-        scored = score(pending.rollout, verdicts.judged, self.options.group, self.options.reward)
-        gone = int(scored.present.size - scored.present.sum())
-        self.watch.count_missing(gone, scored.present.size, verdicts.usage.reasons)
+        waited = time.perf_counter() - clock
+        self._pending = None if ahead is None else self.submit(ahead, step + 1)
+
+        rollout = pending.rollout
+        judged, drafts = self._separate(verdicts.judged, rollout)
+        scored = score_rollout(rollout, judged, options.reward, options.grpo, drafts)
+        missing = sum(not judged.present for judged in scored.judged)
+        self.monitor.count_missing(missing, len(scored.judged), verdicts.usage.reasons)
+
+        self.activity = "learning"
         clock = time.perf_counter()
         learner = TrainState(state.params, state.opt_state)
-        previous = lora.split(state.params)[0]
-        learner, learned = self.learn(learner, pending.rollout, scored, step, check_ratio=mine, drew=drew)
+        learner, learnt = self.learn(learner, rollout, scored, step, on_policy, behaviour)
         metrics = {
-            **summary(pending.rollout, scored),
-            **pending.rollout.usage.metrics(),
+            **summary(rollout, scored),
+            **rollout.usage.metrics(),
             **verdicts.usage.metrics(),
             **verdicts.checks,
-            **learned,
-            "rollout_seconds": pending.seconds,
+            **learnt,
+            "work_flops": self._flops(rollout, scored),
+            "rollout_seconds": rollout.seconds,
             "judge_seconds": verdicts.seconds,
             "judge_wait_seconds": waited,
             "update_seconds": time.perf_counter() - clock,
         }
-        metrics |= self.watch.observe(step + 1, metrics)
-        if self.probe and self.options.probe_every and (step + 1) % self.options.probe_every == 0:
-            metrics |= self._probed(learner.params)
-        shows = self.gallery and self.options.gallery_every and (step + 1) % self.options.gallery_every == 0
+        metrics |= self.monitor.observe(step + 1, metrics)
+        if self.probe and options.probe_every and (step + 1) % options.probe_every == 0:
+            self.activity = "measuring the policy"
+            metrics |= self._measured(learner.params)
+        shows = self.gallery and options.gallery_every and (step + 1) % options.gallery_every == 0
         if shows and distributed.is_primary():
-            self._show(pending.rollout, [t.sample for t in tasks.now], scored, step + 1)
-        state = OverlapState(learner.params, learner.opt_state, previous) if self.options.overlap else learner
-        return state, metrics
+            self._write_gallery(rollout, [prompt.sample for prompt in self._of_groups(prompts.now)], scored, step + 1)
+        self.activity = ""
+        if options.overlap:
+            return OverlapState(learner.params, learner.opt_state, lora.split(state.params)[0]), metrics
+        return learner, metrics
 
-    def _probed(self, params: Any) -> dict[str, float]:
-        """What `probe` measures of the policy `params`, with the weights that answers are drawn with."""
-        system = dataclasses.replace(self.system, config=self.layout.config, params=self.layout(params))
-        with jax.set_mesh(self.layout.mesh):
+    def _behaviour(self, state: Any) -> Any:
+        """The parameters that sample this step's rollout."""
+        if not self.options.overlap:
+            return state.params
+        return lora.join(state.previous, lora.split(state.params)[1])
+
+    def _measured(self, params: Any) -> dict[str, float]:
+        """What `probe` measures of the policy `params`, with the weights that answers are sampled with."""
+        layout = self.placement.layout
+        system = dataclasses.replace(self.system, config=layout.config, params=layout(params))
+        with jax.set_mesh(layout.mesh):
             return dict(self.probe(system))
 
-    def _drawn_ahead(
-        self, params: Any, drew: Any, tasks: Tasks, step: int, key: jax.Array
-    ) -> tuple[Pending, bool, float]:
-        """This step's rollout, after the next one was drawn, whether it is on-policy, and when waiting began."""
-        first = self._pending is None
-        pending = self.draw(drew, tasks.now, step, key) if first else self._pending
-        if first and step:  # off-policy already, so the update cannot check the ratio
-            self.check_replay(drew, pending.rollout)
-        if self.steps is not None and step + 1 >= self.steps:
-            self._pending = None
-            return pending, step == 0, time.perf_counter()
-        ahead = self.roll(params, tasks.upcoming, step + 1, key)
-        began = time.perf_counter()
-        pending.verdicts.result()  # one submission at a time
-        self._pending = self._submit(*ahead, step + 1)
-        return pending, step == 0, began
+    # -- roll out and judge -----------------------------------------------------------------------------------------
 
-    def draw(self, params: Any, tasks: Sequence[Prompt], step: int, key: jax.Array) -> Pending:
-        """The rollout of `step`, on its way to the judge."""
-        return self._submit(*self.roll(params, tasks, step, key), step)
+    def collect_rollout(self, params: Any, prompts: Sequence[Prompt], step: int) -> Rollout:
+        """`group` answers to each prompt by the policy `params`, sampled by the processes together.
 
-    def roll(self, params: Any, tasks: Sequence[Prompt], step: int, key: jax.Array) -> tuple[Rollout, float]:
-        """The rollout of `step`, and how long it took."""
-        clock = time.perf_counter()
-        rollout = self.rollout(params, tasks, jax.random.fold_in(key, step))
-        return rollout, time.perf_counter() - clock
+        In draft groups each prompt has several drafts, and each of these `group` continuations.
+        """
+        system = dataclasses.replace(self.system, params=params)
+        own = distributed.share(len(prompts), "config.prompts_per_step")
+        mine = self._of_groups(prompts[own.start : own.stop])
+        first = own.start * self.options.group_count
+        key = jax.random.fold_in(self._key, step)
+        drafts = None
+        if self.options.grpo.group == "draft":
+            self.activity = "sampling drafts"
+            drafts = self._drafts(system, mine, jax.random.fold_in(key, DRAFTS), first)
+        ended, answers = 0, len(mine) * self.options.group
 
-    def _submit(self, rollout: Rollout, seconds: float, step: int) -> Pending:
-        every = self.options.check_every
-        checked = bool(every) and (step + 1) % every == 0
-        own = distributed.share(len(rollout.answers), "the number of answers")
-        formats = self.formats(rollout)[own.start : own.stop]
-        answers = rollout.judgeable()[own.start : own.stop]
-        return Pending(rollout, self.judge.submit(answers, formats, checked), seconds)
+        def on_ended(count: int) -> None:
+            nonlocal ended
+            ended += count
+            self.activity = f"rolling out, {ended} of {answers} answers"
 
-    def formats(self, rollout: Rollout) -> np.ndarray:
-        """R_f float32 [P * M]."""
-        free = np.zeros(len(rollout.answers), np.int32)
-        start = self.strict.initial(free, free)
-        return np.asarray(reward_functions.format_reward(self.strict.tables, start, rollout.samples.tokens))
-
-    def rollout(self, params: Any, tasks: Sequence[Prompt], key: jax.Array) -> Rollout:
-        """`group` answers to each task by the policy `params`, drawn by the processes together."""
-        system, options = dataclasses.replace(self.system, params=params), self.options
-        own = distributed.share(len(tasks), "config.prompts_per_step")
+        on_ended(0)
         rollout = roll_out(
             system,
             self.grammar,
-            [t.sample for t in tasks[own.start : own.stop]],
-            [t.images for t in tasks[own.start : own.stop]],
+            [prompt.sample for prompt in mine],
+            [prompt.images for prompt in mine],
             key,
-            options.answer_length,
-            options.sampling,
-            options.group,
-            engine=options.engine,
-            layout=self.layout,
-            first=own.start,
+            self.options.rollout,
+            layout=self.placement.layout,
+            first=first,
+            drafts=drafts,
+            on_ended=on_ended,
         )
-        rollout = global_rollout(rollout, system.tokenizer.vocab.pad)
-        bucket_of(int(rollout.prompt_lengths.max()) + options.answer_length, options.buckets)  # whatever was answered
-        return rollout
+        return global_rollout(rollout, system.tokenizer.vocab.pad)
 
-    # -- learning ---------------------------------------------------------------------------------------------------
+    def _of_groups(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompt of every group: each as often as it has drafts."""
+        return [prompt for prompt in prompts for _ in range(self.options.group_count)]
+
+    def _drafts(self, system: systems.System, prompts: Sequence[Prompt], key: jax.Array, first: int) -> Drafts:
+        """A draft for each of `prompts`, by the policy, or by the checkpoint that the run starts from and stored."""
+        samples, images = [p.sample for p in prompts], [p.images for p in prompts]
+        keys = [prompt.sample.key for prompt in prompts[:: self.options.group_count]]
+        if self.drafts is not None:
+            stored = self.drafts.read(keys)
+            if stored is not None:
+                return stored
+            reference = lora.base(system.params) if self.reference is None else self.reference
+            system = dataclasses.replace(system, params=reference)
+        how, layout = self.options.rollout, self.placement.layout
+        drafts = sample_drafts(system, self.grammar, samples, images, key, how, layout=layout, first=first)
+        if self.drafts is not None:
+            self.drafts.write(keys, drafts)
+        return drafts
+
+    def submit(self, rollout: Rollout, step: int) -> PendingRollout:
+        """Sends this process's answers to the judge."""
+        every = self.options.check_every
+        checked = bool(every) and (step + 1) % every == 0
+        own = distributed.share(len(rollout.answers), "the number of answers")
+        formats = list(self.format_rewards(rollout)[own.start : own.stop])
+        answers = rollout.judgeable()[own.start : own.stop]
+        if rollout.draft_length:
+            groups = slice(own.start // rollout.group, own.stop // rollout.group)
+            answers += draft_answers(rollout)[groups]
+            formats += [1.0] * (groups.stop - groups.start)
+        return PendingRollout(rollout, self.judge.submit(answers, formats, checked))
+
+    def _separate(self, judged: list[Judged], rollout: Rollout) -> tuple[list[Judged], list[Judged] | None]:
+        """The judgements of answers and those of drafts; each process submitted its answers, then its drafts."""
+        if not rollout.draft_length:
+            return judged, None
+        answers = len(rollout.answers) // jax.process_count()
+        each = answers + answers // rollout.group
+        parts = [judged[start : start + each] for start in range(0, len(judged), each)]
+        return [j for part in parts for j in part[:answers]], [j for part in parts for j in part[answers:]]
+
+    def format_rewards(self, rollout: Rollout) -> np.ndarray:
+        """R_f float32 [P * M]."""
+        any_size = np.zeros(len(rollout.answers), np.int32)
+        start = self.strict.initial(any_size, any_size)
+        return np.asarray(reward_functions.format_reward(self.strict.tables, start, rollout.samples.tokens))
+
+    # -- learn ------------------------------------------------------------------------------------------------------
 
     def learn(
-        self, state: TrainState, rollout: Rollout, scored: Scored, step: int, check_ratio: bool, drew: Any = None
+        self, state: TrainState, rollout: Rollout, scored: Scored, step: int, on_policy: bool, behaviour: Any = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """`num_iterations` times `num_minibatches` optimiser steps on one rollout by `drew` (default: the state's)."""
-        drew = state.params if drew is None else drew
-        parts = [self.prepare(rollout, scored, rows, drew) for rows in self._split(scored, step)]
-        found: list[dict[str, Any]] = []
-        for update in range(self.options.num_iterations):
-            for part, batches in enumerate(parts):
-                state, metrics = self.update(state, batches, check_ratio and update == part == 0)
-                found.append(metrics)
-        return state, _joined(found)
+        """`num_iterations` times `num_minibatches` optimiser steps on one rollout.
 
-    def _split(self, scored: Scored, step: int) -> list[np.ndarray]:
-        """The rows that take part, dealt by whole groups into `num_minibatches` parts of about equal size."""
+        Args:
+          on_policy: the state sampled the rollout, so that the ratio must be 1 before the first update.
+          behaviour: the parameters that sampled it; by default the state's.
+        """
+        behaviour = state.params if behaviour is None else behaviour
+        minibatches = [
+            (self.prepare(rollout, scored, answers, behaviour), self._left_out(rollout, scored, answers))
+            for answers in self._minibatches(scored, step)
+        ]
+        updates: list[dict[str, Any]] = []
+        for iteration in range(self.options.num_iterations):
+            for number, (batches, left_out) in enumerate(minibatches):
+                check_ratio = on_policy and iteration == number == 0
+                state, metrics = self.update(state, batches, check_ratio, left_out)
+                updates.append(metrics)
+        return state, _joined(updates)
+
+    def _minibatches(self, scored: Scored, step: int) -> list[np.ndarray]:
+        """The answers that take part, whole groups shuffled into `num_minibatches` parts of about equal size."""
         groups = np.arange(len(scored.used))
         if self.options.num_minibatches > 1:
-            groups = np.random.default_rng((step, 0x5011)).permutation(groups)
-        rows = np.arange(scored.used.size).reshape(scored.used.shape)
-        return [rows[part][scored.used[part]] for part in np.array_split(groups, self.options.num_minibatches)]
+            groups = np.random.default_rng((self.options.seed, step, 0x5011)).permutation(groups)
+        numbers = np.arange(scored.used.size).reshape(scored.used.shape)
+        return [numbers[part][scored.used[part]] for part in np.array_split(groups, self.options.num_minibatches)]
+
+    def _learns(self, scored: Scored) -> np.ndarray:
+        """bool [P * M]: answers that go through the passes."""
+        used = scored.used & scored.has_contrast[:, None] if self.options.grpo.skip_equal_groups else scored.used
+        return used.reshape(-1)
+
+    def _left_out(self, rollout: Rollout, scored: Scored, answers: np.ndarray) -> float:
+        """What those of `answers` that skip the passes would add to the loss's denominator; to its sum they add 0."""
+        skipped = answers[~self._learns(scored)[answers]]
+        samples = rollout.samples
+        place = np.arange(samples.rows.shape[1])
+        inside = (place >= self._context_length(rollout)) & (place < samples.lengths[skipped, None])
+        chosen = ((self._forced[samples.rows[skipped]] < 0) & inside).sum(1)
+        return float(chosen.sum() if self.options.grpo.loss_type == "bnpo" else (chosen > 0).sum())
 
     def prepare(
-        self, rollout: Rollout, scored: Scored, rows: np.ndarray | None = None, drew: Any = None
+        self, rollout: Rollout, scored: Scored, answers: np.ndarray | None = None, behaviour: Any = None
     ) -> list[dict[str, Any]]:
-        """Minibatches of similar length of the members that take part, with the reference's log-probabilities.
+        """Micro-batches of similar length of the `answers` that learn, with the reference's log-probabilities.
 
-        `drew`: the parameters that drew the rollout; needed with adapters, and where the layout is not exact.
+        `behaviour`: the parameters that sampled them; needed with adapters, and where the layout is not exact.
         """
         if self.options.sampling.truncates and rollout.samples.kept is None:
             raise UserError("top-k or top-p is on, but the rollout did not record which ids were kept.",
                             "Switch them off in config.sampling.")
-        rows = np.flatnonzero(scored.used.reshape(-1)) if rows is None else rows
-        rows = rows[np.argsort(rollout.total_lengths[rows], kind="stable")]
-        reference = lora.base(drew) if self.reference is None else self.reference
+        answers = np.flatnonzero(scored.used.reshape(-1)) if answers is None else answers
+        answers = answers[self._learns(scored)[answers]]
+        answers = answers[np.argsort(rollout.total_lengths[answers], kind="stable")]
+        reference = lora.base(behaviour) if self.reference is None else self.reference
+        visual_start = self.grammar.tokenizer.vocab.visual_start
+        advantages = token_advantages(rollout, scored, self.options.grpo, visual_start)
+        size = self.options.micro_batch
         batches = []
-        for start in range(0, len(rows), self.options.micro_batch):
-            batch = self._batch(rollout, scored.advantages.reshape(-1), rows[start : start + self.options.micro_batch])
-            batch["reference"] = self._statistics(reference, batch).log_probs
-            if not self.layout.exact:
-                batch |= {"sampler": batch["old"], "old": self._statistics(drew, batch).log_probs}
+        for start in range(0, len(answers), size):
+            batch = self._batch(rollout, advantages, answers[start : start + size])
+            batch["reference"] = self._logprobs(reference, batch).log_probs
+            if not self.placement.layout.exact:
+                batch |= {"sampler": batch["old"], "old": self._logprobs(behaviour, batch).log_probs}
             batches.append(batch)
         return batches
 
     def update(
-        self, state: TrainState, batches: Sequence[Mapping[str, Any]], check_ratio: bool
+        self, state: TrainState, batches: Sequence[Mapping[str, Any]], check_ratio: bool, left_out: float = 0.0
     ) -> tuple[TrainState, dict[str, Any]]:
-        """One optimiser step over minibatches that add up exactly."""
+        """One optimiser step over micro-batches that add up exactly; `left_out` is added to the denominator."""
         if not batches:
             return state, {"skipped_updates": 1.0}
-        gradients, total, sums = None, None, None
         trained, frozen = lora.split(state.params)
+        total: PolicyGradient | None = None
         for batch in batches:
-            (_, (parts, extra)), gradient = self._gradient(trained, frozen, batch)
-            if gradients is None:
-                gradients, total, sums = gradient, parts, extra
-            else:
-                deviation = jnp.maximum(sums["max_ratio_deviation"], extra["max_ratio_deviation"])
-                gradients, total, sums = self._add((gradients, total, sums), (gradient, parts, extra))
-                sums["max_ratio_deviation"] = deviation
-        tokens = sums["tokens"]
+            total = add_gradients(total, self._gradient(trained, frozen, batch))
+        metrics, tokens = total.metrics, total.metrics["tokens"]
         if check_ratio:
-            _check_ratio(float(sums["max_ratio_deviation"]))
-            if "sampler_kl" in sums:
-                _check_sampler(float(sums["sampler_kl"] / tokens))
-        after, norm = self._apply(TrainState(trained, state.opt_state), gradients, total[1])
-        found = {name: (sums[name], tokens) for name in ("sampler_kl",) if name in sums}
-        return TrainState(lora.join(after.params, frozen), after.opt_state), found | {
-            "loss": total,
-            "kl": (sums["kl"], tokens),
-            "clip_fraction": (sums["clipped"], tokens),
-            "ratio": (sums["ratio"], tokens),
-            "approx_kl": (sums["approx_kl"], tokens),
+            _check_ratio(float(metrics["max_ratio_deviation"]))
+            if "sampler_kl" in metrics:
+                _check_sampler(float(metrics["sampler_kl"] / tokens))
+        loss, denominator = total.loss[0], total.loss[1] + left_out
+        after, norm = self._apply(TrainState(trained, state.opt_state), total.gradients, denominator)
+        means = {"kl": "kl", "clipped": "clip_fraction", "ratio": "ratio", "approx_kl": "approx_kl"}
+        means |= {name: name for name in ("sampler_kl",) if name in metrics}
+        return TrainState(lora.join(after.params, frozen), after.opt_state), {
+            "loss": (loss, denominator),
+            **{shown: (metrics[name], tokens) for name, shown in means.items()},
             "grad_norm": (norm, 1.0),
-            "max_ratio_deviation": sums["max_ratio_deviation"],
-            "text_entropy": (sums["text_entropy"], sums["text_tokens"]),
-            "image_entropy": (sums["image_entropy"], sums["image_tokens"]),
+            "max_ratio_deviation": metrics["max_ratio_deviation"],
+            "text_entropy": (metrics["text_entropy"], metrics["text_tokens"]),
+            "image_entropy": (metrics["image_entropy"], metrics["image_tokens"]),
             "skipped_updates": 0.0,
         }
 
-    def check_replay(self, params: Any, rollout: Rollout) -> None:
-        """Raises RuntimeError when `params`, which drew the rollout, do not give its log-probabilities again."""
-        rows = np.arange(min(self.options.micro_batch, len(rollout.answers)))
-        batch = self._batch(rollout, np.zeros(len(rollout.answers), np.float32), rows)
-        away = (self._statistics(params, batch).log_probs - batch["old"]) * batch["mask"]
-        if self.layout.exact:
-            _check_ratio(float(jnp.abs(jnp.expm1(away)).max()))
+    def check_logprobs(self, params: Any, rollout: Rollout) -> None:
+        """Raises RuntimeError when `params`, which sampled the rollout, do not give its log-probabilities again."""
+        answers = np.arange(min(self.options.micro_batch, len(rollout.answers)))
+        batch = self._batch(rollout, np.zeros(len(rollout.answers), np.float32), answers)
+        difference = (self._logprobs(params, batch).log_probs - batch["old"]) * batch["mask"]
+        if self.placement.layout.exact:
+            _check_ratio(float(jnp.abs(jnp.expm1(difference)).max()))
         else:
-            _check_sampler(float((jnp.expm1(away) - away).sum() / batch["mask"].sum()))
+            _check_sampler(float((jnp.expm1(difference) - difference).sum() / batch["mask"].sum()))
 
-    def _batch(self, rollout: Rollout, advantages: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
-        """`replay.answer_batch` on the mesh."""
+    def _batch(self, rollout: Rollout, advantages: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
+        """`policy_logprobs.answer_batch` on the mesh."""
         size = self.options.micro_batch
-        batch = answer_batch(rollout, advantages, rows, size, self.options.buckets)
-        mine = sharding.local_rows(self.mesh, size)
-        return sharding.global_batch(self.mesh, {name: x[mine] for name, x in batch.items()}, size)
+        batch = answer_batch(rollout, advantages, answers, size, self.options.buckets, self._context_length(rollout))
+        mine = sharding.local_rows(self.placement.mesh, size)
+        return sharding.global_batch(self.placement.mesh, {name: x[mine] for name, x in batch.items()}, size)
 
-    # -- for people -------------------------------------------------------------------------------------------------
+    def _context_length(self, rollout: Rollout) -> int:
+        """Tokens at the beginning of every answer that the policy does not learn from: drafts of a buffer."""
+        return rollout.draft_length if self.options.grpo.draft_source == "buffer" else 0
 
-    def _show(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
-        """A page with whole groups of this step's answers, rewards and all."""
+    def _flops(self, rollout: Rollout, scored: Scored) -> float:
+        """Operations that the mathematics of the step needs: sampling, the reference, and the updates."""
+        lengths = rollout.total_lengths.astype(np.float64)
+        learns = lengths[self._learns(scored)]
+        sampled = train_flops(self.system.config, lengths.sum(), (lengths**2).sum() / 2) / 3  # forward only
+        update = train_flops(self.system.config, learns.sum(), (learns**2).sum() / 2)
+        again = 1 if self.placement.layout.exact else 2  # the reference, and the old policy in training's precision
+        return sampled + update * (self.options.num_iterations + again / 3)
+
+    def _write_gallery(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
+        """A page with whole groups of this step's answers and their rewards."""
         count = max(1, self.options.gallery_answers // rollout.group) * rollout.group
-        rows = range(min(count, len(rollout.answers) // jax.process_count()))  # pixels are where they were drawn
-        answers, images = shown_answers(rollout, samples, scored, rows)
-        shown = tuple(GalleryItem(f"member {row % rollout.group + 1}", answers[row], images) for row in rows)
+        numbers = range(min(count, len(rollout.answers) // jax.process_count()))  # pixels stay where they were made
+        answers, images = shown_answers(rollout, samples, scored, numbers)
+        items = tuple(GalleryItem(f"member {n % rollout.group + 1}", answers[n], images) for n in numbers)
         intro = "Groups of answers that one update compared: rewards as judged, the bonus, and the advantage."
-        section = GallerySection(f"Rollouts of step {step}", intro, shown)
+        section = GallerySection(f"Rollouts of step {step}", intro, items)
         write_report(self.gallery / f"step_{step:06d}.html", f"Rollouts of step {step}", (), {}, (section,), (), ())
+
+
+def update_function(optimizer: optax.GradientTransformation, options: RLOptions, out_shardings: Any = None) -> Any:
+    """`state.apply_gradients` jitted.  With `overlap` the old parameters stay: they sampled the next rollout."""
+    apply = functools.partial(apply_gradients, optimizer=optimizer)
+    return jax.jit(apply, donate_argnums=() if options.overlap else (0,), out_shardings=out_shardings)
 
 
 def _check_ratio(deviation: float) -> None:
     if not deviation <= RATIO_TOLERANCE:
         raise RuntimeError(
             f"importance ratio deviates from 1 by {deviation:.2e} before the first update: "
-            "the trainer does not replay the sampler's distribution"
+            "the trainer does not compute the sampler's distribution"
         )
 
 
@@ -421,14 +473,14 @@ def _check_sampler(divergence: float) -> None:
     if not divergence <= SAMPLER_TOLERANCE:
         raise RuntimeError(
             f"sampler and trainer are {divergence:.2e} nats a token apart before the first update, more than rounding "
-            "explains: the trainer does not replay the sampler's distribution"
+            "explains: the trainer does not compute the sampler's distribution"
         )
 
 
-def _joined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics of several updates: pairs add up, skipped updates too; the ratio's deviation is that of the first."""
+def _joined(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Metrics of several updates: pairs and skipped updates add up; the ratio's deviation is that of the first."""
     joined: dict[str, Any] = {}
-    for metrics in found:
+    for metrics in updates:
         for name, value in metrics.items():
             if name not in joined:
                 joined[name] = value
@@ -436,77 +488,5 @@ def _joined(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 joined[name] = tuple(a + b for a, b in zip(joined[name], value, strict=True))
             elif name == "skipped_updates":
                 joined[name] += value
-    largest = [m["max_ratio_deviation"] for m in found if "max_ratio_deviation" in m]
+    largest = [metrics["max_ratio_deviation"] for metrics in updates if "max_ratio_deviation" in metrics]
     return joined | ({"ratio_largest": functools.reduce(jnp.maximum, largest)} if len(largest) > 1 else {})
-
-
-# -- the stage ------------------------------------------------------------------------------------------------------
-
-
-def _latent_size(codec: Any, prompt: Prompt) -> tuple[int, int]:
-    """Latent rows and columns of the images that answer a prompt: those of its first source."""
-    if not prompt.sample.sources:
-        return (codec.resolution // codec.factor,) * 2
-    height, width, _ = prompt.images[prompt.sample.sources[0]].shape
-    return height // codec.factor, width // codec.factor
-
-
-def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, probe: Probe | None = None) -> Stage:
-    """The stage of an rl config; `probe` measures the policy every `config.sight.every` steps."""
-    if not config.init:
-        raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
-    distributed.share(config.prompts_per_step, "config.prompts_per_step")
-    if config.num_minibatches > config.prompts_per_step:
-        raise UserError(
-            f"config.num_minibatches is {config.num_minibatches}: the groups of {config.prompts_per_step} prompts "
-            "cannot be dealt into so many parts.",
-            "Lower config.num_minibatches.",
-        )
-    sharding.check_batch(mesh, config.micro_batch, "config.micro_batch")
-    sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
-    sampling = as_dataclass(SamplingOptions, config.sampling)
-    options = Options(
-        sampling,
-        as_dataclass(EngineOptions, config.engine),
-        as_dataclass(GrammarOptions, config.grammar),
-        as_dataclass(reward_functions.RewardOptions, config.reward),
-        as_dataclass(GrpoOptions, config.grpo),
-        config.group,
-        config.answer_length,
-        config.micro_batch,
-        tuple(config.buckets),
-        config.num_iterations,
-        config.loss_chunk_tokens,
-        config.num_minibatches,
-        config.overlap,
-        config.judge.check_every,
-        config.gallery.every,
-        config.gallery.answers,
-        config.sight.every,
-    )
-    adapters = as_dataclass(lora.LoraOptions, config.lora)
-    source = prompt_source(config.prompts, config.prompts.seed)
-    judge = make_judge(config.judge, options.reward, source, workdir)
-    system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations * config.num_minibatches)
-    watch = Watch(as_dataclass(MonitorOptions, config.watch), options.grammar.modes)
-    axes, meta = backbone.param_axes(system.config), {**system.meta, "run": config.to_dict()}
-    if adapters.rank:
-        params, axes = lora.add(system.params, adapters, jax.random.key(config.seed)), lora.axes(axes, adapters)
-        system, meta = dataclasses.replace(system, params=None), {**meta, "lora": dataclasses.asdict(adapters)}
-    else:
-        params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
-    state, (placed, _) = shard_state(mesh, axes, params, optimizer)
-    layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
-    gallery = workdir / "gallery"
-    trainer = Trainer(system, judge, options, optimizer, mesh, placed, watch, gallery, config.steps, layout, probe)
-    key = jax.random.key(config.seed)
-    size_of = functools.partial(_latent_size, system.codec.config)
-    batches = SameSize(source, config.prompts_per_step, config.seed, size_of)
-    return Stage(
-        OverlapState(*state, jax.tree.map(jnp.copy, lora.split(state.params)[0])) if options.overlap else state,
-        PromptIterator(batches, watch, options.overlap),
-        lambda state, tasks, step: trainer.step(state, tasks, step, key),
-        meta,
-        zero_gradient=False,
-    )

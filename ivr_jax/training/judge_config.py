@@ -1,4 +1,4 @@
-"""From the `judge` part of an rl config to a `Judge`."""
+"""From the `judge` part of an rl config to a `JudgeService`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ivr_jax.data.pipeline import Indexed
 from ivr_jax.errors import UserError
 from ivr_jax.interfaces import Analyzer
 from ivr_jax.rewards.functions import RewardOptions
-from ivr_jax.rewards.judge_service import PARTS, Check, Judge
+from ivr_jax.rewards.judge_service import PARTS, Check, JudgeOptions, JudgeService
 from ivr_jax.training.prompts import Prompt
 from ivr_jax.world.facts import has_facts
 
@@ -34,8 +34,8 @@ def _journal(path: pathlib.Path) -> Journal:
 
 
 @dataclasses.dataclass
-class Ledger:
-    """`Records` of the judge's services: answers kept in a journal, if any, and what they took so far.
+class JudgeRecords:
+    """`Records` of the judge's services: answers kept in a journal, if any, and their cost so far.
 
     The journal is opened when it is first needed, by the thread that judges.
     """
@@ -46,9 +46,9 @@ class Ledger:
     recorded: int = 0
 
     def call(self, digest: str) -> Recorded | None:
-        found = _journal(self.path).call(digest) if self.path else None
-        self.recorded += found is not None
-        return found
+        recorded = _journal(self.path).call(digest) if self.path else None
+        self.recorded += recorded is not None
+        return recorded
 
     def record_call(self, digest: str, service: str, answer: Recorded) -> None:
         self.tokens += answer.tokens_in + answer.tokens_out
@@ -57,37 +57,38 @@ class Ledger:
             _journal(self.path).record_call(digest, service, answer)
 
     def image(self, name: str) -> None:
-        return None  # a judge draws nothing
+        return None  # a judge generates no images
 
     async def add_image(self, pixels: Any) -> str:
-        raise UserError("a judge was asked to draw an image.", "Name a service that answers in text.")
+        raise UserError("a judge was asked to generate an image.", "Name a service that answers in text.")
 
     def totals(self) -> dict[str, float]:
         """What has been spent since the process started."""
         return {"judge_tokens": float(self.tokens), "judge_cost": self.cost, "judge_recorded": float(self.recorded)}
 
 
-def make_judge(config: Any, options: RewardOptions, prompts: Indexed, workdir: pathlib.Path) -> Judge:
+def make_judge(config: Any, options: RewardOptions, prompts: Indexed, workdir: pathlib.Path) -> JudgeService:
     """The judge that a config names: one analyzer a part, what is checked now and then, and the limits.
 
     Raises:
       UserError: a setting is wrong, a key is not set, or the micro-world's analyzer is asked to judge other prompts.
     """
     index = jax.process_index()  # a journal belongs to one process
-    ledger, fresh = Ledger(workdir / (f"{FOLDER}-{index}" if index else FOLDER)), Ledger()
-    named = {part: part if config[part].kind else "outcome" for part in PARTS}
-    made = {name: make_analyzer(config, name, prompts, ledger) for name in set(named.values())}
+    records = JudgeRecords(workdir / (f"{FOLDER}-{index}" if index else FOLDER))
+    unrecorded = JudgeRecords()
+    section_of = {part: part if config[part].kind else "outcome" for part in PARTS}
+    made = {name: make_analyzer(config, name, prompts, records) for name in set(section_of.values())}
     check = None
     if config.check_every:
-        held_out = make_analyzer(config, "held_out", prompts, ledger) if config.held_out.kind else None
-        again = make_analyzer(config, "outcome", prompts, fresh)  # answers from the record would not vary
+        held_out = make_analyzer(config, "held_out", prompts, records) if config.held_out.kind else None
+        again = make_analyzer(config, "outcome", prompts, unrecorded)  # answers from the record would not vary
         check = Check(again, config.check_repeats, held_out, config.check_answers)
-    analyzers = {part: made[name] for part, name in named.items()}
-    totals = (ledger.totals, fresh.totals)
-    return Judge(analyzers, options, config.every_image, config.concurrency, config.deadline, check, totals)
+    limits = JudgeOptions(options, config.every_image, config.concurrency, config.deadline, check)
+    analyzers = {part: made[name] for part, name in section_of.items()}
+    return JudgeService(analyzers, limits, (records.totals, unrecorded.totals))
 
 
-def make_analyzer(config: Any, name: str, prompts: Indexed, records: Ledger) -> Analyzer:
+def make_analyzer(config: Any, name: str, prompts: Indexed, records: JudgeRecords) -> Analyzer:
     """The analyzer that the section `name` of a judge's config describes."""
     section = config[name]
     if section.kind == WORLD:

@@ -35,8 +35,8 @@ def token_statistics(
     rows: jax.Array | None = None,
     tables: Tables | None = None,
     options: SamplingOptions | None = None,
-    others: tuple[jax.Array, ...] = (),
-    kept: jax.Array | None = None,
+    uncond_hidden: tuple[jax.Array, ...] = (),
+    kept_mask: jax.Array | None = None,
     vocab_size: int | None = None,
     fsdp_over_tensor: bool = False,
 ) -> TokenStatistics:
@@ -44,11 +44,11 @@ def token_statistics(
 
     The vocabulary is only ever materialised for about `chunk` tokens at a time, forwards and backwards (each chunk is
     recomputed for its gradient).  A chunk takes every n-th token of every row, so that on a mesh each device works on
-    tokens of its own.  With `tables` and `rows` int [B, T] the distribution is the sampler's: the grammar mask and
-    `options` are replayed, with `others`, hidden states [B, T, D] of the same positions in guidance's unconditional
-    passes, and `kept` uint8 [B, T, ceil(V / 8)] for top-k and top-p (`chain.log_probabilities`).  Columns of `head`
-    from `vocab_size` on are padding, and have no probability.  `fsdp_over_tensor` says how the rows of `hidden` are
-    sharded on a mesh (`sharding.partition`).
+    tokens of its own.  With `tables` and `rows` int [B, T] the distribution is the sampler's, under the grammar mask
+    and `options`, with `uncond_hidden`, hidden states [B, T, D] of the same positions in guidance's other passes, and
+    `kept_mask` uint8 [B, T, ceil(V / 8)] for top-k and top-p (`logits_processors.log_probabilities`).  Columns of
+    `head` from `vocab_size` on are padding, and have no probability.  `fsdp_over_tensor` says how the rows of
+    `hidden` are sharded (`sharding.partition`).
     """
     batch, length, _ = hidden.shape
     count = min(length, -(-batch * length // chunk))
@@ -59,8 +59,8 @@ def token_statistics(
     padding = head.shape[1] - (vocab_size or head.shape[1])
     if tables is not None and padding:
         tables = tables._replace(class_of=jnp.pad(jnp.asarray(tables.class_of), (0, padding), constant_values=ILLEGAL))
-    if kept is not None:
-        kept = jnp.pad(kept, ((0, 0), (0, 0), (0, -(-head.shape[1] // 8) - kept.shape[2])))
+    if kept_mask is not None:
+        kept_mask = jnp.pad(kept_mask, ((0, 0), (0, 0), (0, -(-head.shape[1] // 8) - kept_mask.shape[2])))
 
     def split(x: jax.Array) -> jax.Array:
         """[B, T, ...] -> [chunks, B, tokens of a chunk, ...]."""
@@ -76,25 +76,25 @@ def token_statistics(
 
     @jax.checkpoint
     def one(_: None, inputs: tuple) -> tuple[None, TokenStatistics]:
-        h, target, row, free, keep = jax.tree.map(_gathered, inputs)  # `free` as many as `others`
+        h, target, row, uncond, keep = jax.tree.map(_gathered, inputs)
         if tables is None:
             log_probs = jax.nn.log_softmax(logits_of(h))
         else:
-            without = tuple(map(logits_of, free))
-            log_probs = log_probabilities(logits_of(h), tables, row, options or SamplingOptions(), without, keep)
+            uncond_logits = tuple(map(logits_of, uncond))
+            log_probs = log_probabilities(logits_of(h), tables, row, options or SamplingOptions(), uncond_logits, keep)
         taken = jnp.sum(jnp.where(columns == target[..., None], log_probs, 0.0), axis=-1)  # no gather across shards
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return None, TokenStatistics(taken, entropy, (taken >= jnp.max(log_probs, axis=-1)).astype(jnp.float32))
 
-    inputs = (hidden, targets, targets if rows is None else rows, others, kept)
+    inputs = (hidden, targets, targets if rows is None else rows, uncond_hidden, kept_mask)
     _, statistics = jax.lax.scan(one, None, jax.tree.map(split, inputs))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :length], statistics)
 
 
 def next_token(x: jax.Array) -> jax.Array:
-    """What stands at the next token: x [B, T] moved by one (the last one gets the first).
+    """x [B, T] of the next token at each token (the last one gets the first).
 
-    It is kept apart from what follows: XLA:TPU aborts where it fuses this into the sums of a batch of one row.
+    The barrier keeps it separate from what uses it: XLA:TPU aborts where it fuses this into sums over a single row.
     """
     return jax.lax.optimization_barrier(jnp.roll(x, -1, axis=1))
 
@@ -130,8 +130,19 @@ class GrpoOptions:
       loss_type: "grpo" averages each answer over its tokens, then over answers; "bnpo" averages over all
         tokens of the update; "dr_grpo" divides each answer's sum by `dr_grpo_length`, then averages over answers.
       dr_grpo_length: see above, in tokens.
-      tis_cap: where answers were drawn in another precision than they are learnt from, a token's gain counts as
-        often as the policy of then is likelier to say it than the sampler was, at most this often; 0: always once.
+      tis_cap: truncated importance sampling: where answers were sampled in another precision than they are learnt
+        from, a token's gain is weighed by the ratio of the policy of then to the sampler, at most this; 0: by 1.
+      skip_equal_groups: leave groups whose advantages are all 0 out of the passes.  Without a KL term the update is the
+        same; with one their answers add nothing to it.
+      drop_truncated: leave answers that were cut at the answer length out of the update.
+      group: "trajectory": the answers to a prompt are compared; "draft": the continuations of one first image.
+      drafts: first images a prompt, for draft groups.
+      draft_source: "rollout": the policy samples them, and learns from them too; "buffer": the checkpoint that the run
+        starts from does, once (`sampling.drafts.DraftBuffer`), and they are context only.
+      credit: of draft groups.  "local": a continuation has the advantage within its draft's group, the draft that among
+        the drafts of its prompt; "broadcast": all tokens have the sum of the two.
+      modality_advantages: image tokens have advantages by the outcome (draft groups: the improvement) alone, text
+        tokens by the whole reward; False: all tokens have those of the whole reward.
     """
 
     clip_low: float = 0.2
@@ -140,6 +151,13 @@ class GrpoOptions:
     loss_type: str = "grpo"
     dr_grpo_length: int = 256
     tis_cap: float = 2.0
+    skip_equal_groups: bool = True
+    drop_truncated: bool = False
+    group: str = "trajectory"
+    drafts: int = 2
+    draft_source: str = "rollout"
+    credit: str = "local"
+    modality_advantages: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -149,8 +167,16 @@ class GrpoOptions:
         ):
             raise UserError(
                 f"GRPO options {self} are out of range.",
-                "normalisation is sequence, token or constant; the rest are >= 0.",
+                "loss_type is grpo, bnpo or dr_grpo, dr_grpo_length is >= 1, the rest are >= 0.",
             )
+        words = {
+            "group": ("trajectory", "draft"), "draft_source": ("rollout", "buffer"), "credit": ("local", "broadcast")
+        }  # fmt: skip
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"grpo.{name} is {getattr(self, name)!r}.", f"Use one of {', '.join(known)}.")
+        if self.drafts < 1:
+            raise UserError(f"grpo.drafts is {self.drafts}.", "Give a whole number of at least 1.")
 
 
 def grpo_loss(
@@ -166,15 +192,20 @@ def grpo_loss(
 
     Args:
       log_probs, old_log_probs, reference_log_probs: float [B, T] of the sampled tokens under the policy, the policy
-        that drew them, and the reference.
-      advantages: float [B].
-      mask: float [B, T], 1 on the answer tokens of members that take part; all-zero rows do not count.
+        that sampled them, and the reference.
+      advantages: float [B], or [B, T] of every token.
+      mask: float [B, T], 1 on the tokens that count; all-zero rows do not count.
       sampler_log_probs: float [B, T], what the sampler itself noted, where its precision was another one.
+
+    Returns:
+      The sum and the denominator add up over micro-batches.  Metrics are sums over the tokens that count, but
+      "max_ratio_deviation", the largest |ratio - 1|.
     """
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
     log_ratio = (log_probs - old_log_probs) * mask
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
-    gain = jnp.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
+    gain = jnp.minimum(ratio * advantages, clipped * advantages)
     sums = {}
     if sampler_log_probs is not None:
         mismatch = (old_log_probs - sampler_log_probs) * mask
@@ -191,9 +222,9 @@ def grpo_loss(
         total, denominator = per_token.sum(), tokens.sum()
     else:
         total, denominator = (per_token.sum(1) / options.dr_grpo_length).sum(), members
-    is_clipped = ((ratio < 1 - options.clip_low) & (advantages[:, None] < 0)) | (
-        (ratio > 1 + options.clip_high) & (advantages[:, None] > 0)
-    )
+    too_low = (ratio < 1 - options.clip_low) & (advantages < 0)
+    too_high = (ratio > 1 + options.clip_high) & (advantages > 0)
+    is_clipped = too_low | too_high
     sums |= {
         "kl": (kl * mask).sum(),
         "clipped": (is_clipped * mask).sum(),

@@ -1,4 +1,4 @@
-"""Watching an RL run: alarms, and the limit of judgements that may be missing.
+"""Monitoring of an RL run: alarms, and the limit of judgements that may be missing.
 
 An alarm is a line in the log when it goes on (and when it goes off again), and a metric `alarm_<name>` of 0 or 1:
 
@@ -6,8 +6,9 @@ An alarm is a line in the log when it goes on (and when it goes off again), and 
     zero_gradient       the gradient's norm is nothing
     mode_collapse       nearly all answers use one mode, of several that are allowed
     calibration_drift   P(pass | wrong) has risen far above its value at the start of the run
+    truncation          many answers are cut at the answer length
 
-Each looks at the last `window` steps.  The state is JSON, so that a resumed run watches on as if undisturbed.
+Each looks at the last `window` steps.  The state is JSON, so that a resumed run raises the same alarms.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from absl import logging
 from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Mode
 
-ALARMS = ("zero_variance", "zero_gradient", "mode_collapse", "calibration_drift")
-_WATCHED = ("frac_groups_nonzero_std", "pass_given_wrong", *(f"mode_{mode.value}" for mode in Mode))
+ALARMS = ("zero_variance", "zero_gradient", "mode_collapse", "calibration_drift", "truncation")
+_METRICS = ("frac_groups_nonzero_std", "pass_given_wrong", "truncated", *(f"mode_{mode.value}" for mode in Mode))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,29 +32,31 @@ class MonitorOptions:
 
     Attributes:
       window: steps that an alarm looks back on; none is raised before there are so many.
-      least_contrast: zero_variance when a smaller share of groups has contrast.
-      least_gradient: zero_gradient when all norms of the window are at or below it.
-      most_mode: mode_collapse when one mode has more than this share of the answers.
-      most_drift: calibration_drift when P(pass | wrong) is more than this above the first window's.
+      min_frac_nonzero_std: zero_variance when a smaller share of groups has contrast.
+      min_grad_norm: zero_gradient when all norms of the window are at or below it.
+      max_mode_share: mode_collapse when one mode has more than this share of the answers.
+      max_drift: calibration_drift when P(pass | wrong) is more than this above the first window's.
+      max_truncated: truncation when a larger share of the answers is cut.
       missing_window: judged answers that the limit of missing ones looks back on.
-      most_missing: the run stops when a larger share of them is missing.
+      max_missing: the run stops when a larger share of them is missing.
     """
 
     window: int = 10
-    least_contrast: float = 0.1
-    least_gradient: float = 1e-7
-    most_mode: float = 0.98
-    most_drift: float = 0.25
+    min_frac_nonzero_std: float = 0.1
+    min_grad_norm: float = 1e-7
+    max_mode_share: float = 0.98
+    max_drift: float = 0.25
+    max_truncated: float = 0.2
     missing_window: int = 256
-    most_missing: float = 0.5
+    max_missing: float = 0.5
 
     def __post_init__(self) -> None:
-        shares = (self.least_contrast, self.most_mode, self.most_missing)
+        shares = (self.min_frac_nonzero_std, self.max_mode_share, self.max_truncated, self.max_missing)
         if self.window < 1 or self.missing_window < 1 or not all(0 <= share <= 1 for share in shares):
-            raise UserError(f"watch options {self} are out of range.", "Windows are >= 1, shares from 0 to 1.")
+            raise UserError(f"monitor options {self} are out of range.", "Windows are >= 1, shares from 0 to 1.")
 
 
-class Watch:
+class Monitor:
     """Sees the metrics of every step, in order.
 
     Args:
@@ -69,7 +72,7 @@ class Watch:
 
     def observe(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """`alarm_<name>` of each alarm after step number `step`."""
-        row = {name: list(map(float, metrics[name])) for name in _WATCHED if name in metrics}
+        row = {name: list(map(float, metrics[name])) for name in _METRICS if name in metrics}
         if "grad_norm" in metrics:
             value = metrics["grad_norm"]
             row["grad_norm"] = float(value[0]) / max(float(value[1]), 1.0) if isinstance(value, tuple) else float(value)
@@ -77,12 +80,12 @@ class Watch:
         if len(self._rows) == self._options.window:
             if self._start is None:
                 self._start = self._sums("pass_given_wrong")
-            found = self._found()
-            for name in sorted(set(found) - set(self._on)):
-                logging.warning("step %d: ALARM %s: %s", step, name, found[name])
-            for name in sorted(set(self._on) - set(found)):
+            alarms = self._alarms()
+            for name in sorted(set(alarms) - set(self._on)):
+                logging.warning("step %d: ALARM %s: %s", step, name, alarms[name])
+            for name in sorted(set(self._on) - set(alarms)):
                 logging.warning("step %d: alarm %s is over", step, name)
-            self._on = sorted(found)
+            self._on = sorted(alarms)
         return {f"alarm_{name}": float(name in self._on) for name in ALARMS}
 
     def count_missing(self, missing: int, judged: int, reasons: Mapping[str, int]) -> None:
@@ -91,13 +94,13 @@ class Watch:
         while len(self._missing) > 1 and sum(n for _, n in self._missing[1:]) >= self._options.missing_window:
             self._missing.pop(0)
         gone, total = (sum(pair[i] for pair in self._missing) for i in range(2))
-        if total >= self._options.missing_window and gone > self._options.most_missing * total:
+        if total >= self._options.missing_window and gone > self._options.max_missing * total:
             likeliest = sorted(reasons.items(), key=lambda item: -item[1])[:3]
             why = ", ".join(f"{reason} ({count}x)" for reason, count in likeliest)
             raise UserError(
                 f"the judge failed on {gone} of the last {total} answers{': ' if why else ''}{why}.",
-                "See that it is up, then run the same command again: it goes on from the last checkpoint. "
-                "watch.most_missing is the limit.",
+                "Check that it is up, then run the same command again: it resumes from the last checkpoint. "
+                "monitor.max_missing is the limit.",
             )
 
     def _sums(self, name: str) -> list[float]:
@@ -108,24 +111,27 @@ class Watch:
         total, count = self._sums(name)
         return total / count if count else None
 
-    def _found(self) -> dict[str, str]:
+    def _alarms(self) -> dict[str, str]:
         """The alarms that are on, and why."""
-        options, found = self._options, {}
+        options, alarms = self._options, {}
         contrast = self._share("frac_groups_nonzero_std")
-        if contrast is not None and contrast < options.least_contrast:
-            found["zero_variance"] = f"{contrast:.0%} of the groups have members of different reward"
+        if contrast is not None and contrast < options.min_frac_nonzero_std:
+            alarms["zero_variance"] = f"{contrast:.0%} of the groups have members of different reward"
         norms = [row.get("grad_norm", 0.0) for row in self._rows]
-        if max(norms) <= options.least_gradient:
-            found["zero_gradient"] = f"the largest gradient norm is {max(norms):.1e}"
+        if max(norms) <= options.min_grad_norm:
+            alarms["zero_gradient"] = f"the largest gradient norm is {max(norms):.1e}"
         for mode in self._modes:
             share = self._share(f"mode_{mode}")
-            if len(self._modes) > 1 and share is not None and share > options.most_mode:
-                found["mode_collapse"] = f"{share:.1%} of the answers are {mode}"
+            if len(self._modes) > 1 and share is not None and share > options.max_mode_share:
+                alarms["mode_collapse"] = f"{share:.1%} of the answers are {mode}"
         now = self._share("pass_given_wrong")
         start = self._start[0] / self._start[1] if self._start and self._start[1] else None
-        if now is not None and start is not None and now > start + options.most_drift:
-            found["calibration_drift"] = f"a wrong image passes in {now:.0%} of the cases, {start:.0%} at the start"
-        return found
+        if now is not None and start is not None and now > start + options.max_drift:
+            alarms["calibration_drift"] = f"a wrong image passes in {now:.0%} of the cases, {start:.0%} at the start"
+        cut = self._share("truncated")
+        if cut is not None and cut > options.max_truncated:
+            alarms["truncation"] = f"{cut:.0%} of the answers are cut at config.answer_length"
+        return alarms
 
     def get_state(self) -> dict[str, Any]:
         return {"rows": self._rows, "start": self._start, "missing": self._missing, "on": self._on}

@@ -1,7 +1,7 @@
-"""Several processes as one RL run: each draws and judges answers to its own prompts, and all learn from all of them.
+"""Several processes as one RL run: each samples and judges answers to its own prompts, and all learn from all of them.
 
 What is exchanged is small: tokens and their log-probabilities, what the answers say, and judgements.  Pixels stay with
-the process that drew them.
+the process that made them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ def global_rollout(mine: Rollout, pad: int) -> Rollout:
         arrays |= {f"prompts/{k}": prompts, f"lengths/{k}": lengths}
     parts = distributed.gather_arrays(arrays)
     said = [None if answer is None else trajectory_to_json(answer.trajectory) for answer in mine.answers]
-    told = distributed.gather({"said": said, "errors": mine.errors, "usage": dataclasses.asdict(mine.usage)})
+    gathered = distributed.gather(
+        {"said": said, "errors": mine.errors, "usage": dataclasses.asdict(mine.usage), "seconds": mine.seconds}
+    )  # fmt: skip
     answers: list[Answer | None] = []
-    for process, theirs in enumerate(told):
+    for process, theirs in enumerate(gathered):
         if process == jax.process_index():
             answers += mine.answers
         else:
@@ -43,13 +45,14 @@ def global_rollout(mine: Rollout, pad: int) -> Rollout:
     def joined(name: str) -> np.ndarray:
         return _stacked([part[name] for part in parts], pad)
 
-    usage = [theirs["usage"] for theirs in told]
+    usage = [theirs["usage"] for theirs in gathered]
     return Rollout(
         joined("prompts/0"), joined("lengths/0"),
         Samples(*(joined(key) if (key := f"samples/{name}") in arrays else None for name in Samples._fields)),
-        tuple(answers), tuple(error for theirs in told for error in theirs["errors"]), mine.group,
+        tuple(answers), tuple(error for theirs in gathered for error in theirs["errors"]), mine.group,
         tuple((joined(f"prompts/{k + 1}"), joined(f"lengths/{k + 1}")) for k in range(len(mine.unconditional))),
         Usage(**{name: sum(one[name] for one in usage) for name in usage[0]}),
+        max(theirs["seconds"] for theirs in gathered), mine.draft_length,
     )  # fmt: skip
 
 
@@ -58,12 +61,12 @@ def global_verdicts(mine: Verdicts) -> Verdicts:
     if jax.process_count() == 1:
         return mine
     usage = {name: getattr(mine.usage, name) for name in ("calls", "missing", "seconds", "reasons")}
-    told = distributed.gather(
+    gathered = distributed.gather(
         {"judged": [_to_json(one) for one in mine.judged], "usage": usage, "seconds": mine.seconds,
          "checks": mine.checks}
     )  # fmt: skip
     total, checks = JudgeUsage(), {}
-    for theirs in told:
+    for theirs in gathered:
         for name in ("calls", "missing", "reasons"):
             getattr(total, name).update(collections.Counter(theirs["usage"][name]))
         total.seconds += theirs["usage"]["seconds"]
@@ -73,8 +76,8 @@ def global_verdicts(mine: Verdicts) -> Verdicts:
             if before is not None:
                 pair = tuple(map(sum, zip(before, pair, strict=True))) if isinstance(pair, tuple) else before + pair
             checks[name] = pair
-    judged = [_from_json(one) for theirs in told for one in theirs["judged"]]
-    return Verdicts(judged, total, max(theirs["seconds"] for theirs in told), checks)
+    judged = [_from_json(one) for theirs in gathered for one in theirs["judged"]]
+    return Verdicts(judged, total, max(theirs["seconds"] for theirs in gathered), checks)
 
 
 def _stacked(parts: list[np.ndarray], pad: int) -> np.ndarray:

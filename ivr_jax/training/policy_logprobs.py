@@ -1,13 +1,12 @@
-"""Answers as the trainer reads them again: padded batches, log-probabilities under the sampled distribution, objective.
+"""Answers as the trainer reads them: padded batches, log-probabilities under the sampled distribution, the gradient.
 
 Letters: B answers of a micro_batch, T tokens of prompt and answer.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,45 +16,57 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol.grammar import Grammar, Tables
-from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Rollout
 from ivr_jax.sampling.slots import rules_of
-from ivr_jax.training.losses import GrpoOptions, TokenStatistics, grpo_loss, token_statistics
+from ivr_jax.training.losses import TokenStatistics, grpo_loss, token_statistics
+from ivr_jax.training.rl_options import RLOptions
+
+TOKEN_ARRAYS = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32, "advantages": np.float32}
 
 
 def answer_batch(
-    rollout: Rollout, advantages: np.ndarray, rows: np.ndarray, size: int, buckets: Sequence[int]
+    rollout: Rollout,
+    advantages: np.ndarray,
+    answers: np.ndarray,
+    size: int,
+    buckets: Sequence[int],
+    context_length: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Rows of a rollout as one padded batch of `size` answers, in the smallest bucket.
+    """Some answers of a rollout as one padded batch of `size` rows, in the smallest bucket.
 
-    tokens, rows int32, old, mask float32 [B, T]: prompt and answer joined without a gap; advantages float32 [B]; with
-    guidance free_tokens int32 [B, passes, T], the same answer after each unconditional prompt, and shifts int32
-    [B, passes], how much later it begins there; with top-k or top-p kept uint8 [B, T, ceil(V / 8)].
+    Args:
+      advantages: float32 [N, A] of every token of the rollout's N answers, or [N] of every answer.
+      answers: int [n], which of them; n <= size.
+      context_length: tokens at the beginning of every answer that are context only.
+
+    Returns:
+      tokens, rows int32, old, mask, advantages float32 [B, T]: prompt and answer joined without a gap; with guidance
+      free_tokens int32 [B, passes, T], the same answer after each unconditional prompt, and shifts int32 [B, passes],
+      how much later it begins there; with top-k or top-p kept_mask uint8 [B, T, ceil(V / 8)].
     """
     samples, passes = rollout.samples, rollout.unconditional
     prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in passes)], axis=0)
-    length = bucket_of(int((prompts[rows // rollout.group] + samples.lengths[rows]).max()), buckets)
-    kinds = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32}
-    batch = {name: np.zeros((size, length), kind) for name, kind in kinds.items()}
-    batch["advantages"] = np.zeros(size, np.float32)
+    length = bucket_of(int((prompts[answers // rollout.group] + samples.lengths[answers]).max()), buckets)
+    batch = {name: np.zeros((size, length), kind) for name, kind in TOKEN_ARRAYS.items()}
     if passes:
         batch["free_tokens"] = np.zeros((size, len(passes), length), np.int32)
         batch["shifts"] = np.zeros((size, len(passes)), np.int32)
     if samples.kept is not None:
-        batch["kept"] = np.zeros((size, length, samples.kept.shape[-1]), np.uint8)
-    for i, row in enumerate(rows):
-        prompt, answer = rollout.prompt(row), rollout.answer_tokens(row)
+        batch["kept_mask"] = np.zeros((size, length, samples.kept.shape[-1]), np.uint8)
+    for i, number in enumerate(answers):
+        prompt, answer = rollout.prompt(number), rollout.answer_tokens(number)
         a, b = len(prompt), len(prompt) + len(answer)
         batch["tokens"][i, :b] = np.concatenate([prompt, answer])
-        batch["rows"][i, a:b] = samples.rows[row, : b - a]
-        batch["old"][i, a:b] = samples.log_probs[row, : b - a]
-        batch["mask"][i, a:b] = 1.0
-        batch["advantages"][i] = advantages[row]
+        batch["rows"][i, a:b] = samples.rows[number, : b - a]
+        batch["old"][i, a:b] = samples.log_probs[number, : b - a]
+        batch["mask"][i, a + context_length : b] = 1.0
+        batch["advantages"][i, a:b] = advantages[number, : b - a] if advantages.ndim == 2 else advantages[number]
         if samples.kept is not None:
-            batch["kept"][i, a:b] = samples.kept[row, : b - a]
+            batch["kept_mask"][i, a:b] = samples.kept[number, : b - a]
         for k, (free, lengths) in enumerate(passes):
-            f = int(lengths[row // rollout.group])
-            batch["free_tokens"][i, k, : f + len(answer)] = np.append(free[row // rollout.group, :f], answer)
+            group = number // rollout.group
+            f = int(lengths[group])
+            batch["free_tokens"][i, k, : f + len(answer)] = np.append(free[group, :f], answer)
             batch["shifts"][i, k] = f - a
     return batch
 
@@ -66,67 +77,106 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
     if not fits:
         raise UserError(
             f"a prompt and its answer may take {length} tokens; the largest bucket is {max(buckets)}.",
-            "Add a larger bucket to config.buckets, or lower config.answer_length.",
+            "Add a larger bucket to config.buckets (it may change when a run resumes), or lower config.answer_length.",
         )
     return min(fits)
 
 
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """The policy as a function of its parameters: what the sampler drew from, computed for whole answers at once.
+def policy_logprobs(
+    config: BackboneConfig, params: Any, batch: Mapping[str, jax.Array], grammar: Grammar, options: RLOptions
+) -> TokenStatistics:
+    """Statistics of every token given the ones before it, [B, T], under the distribution that the sampler samples from.
 
-    Attributes:
-      config: of the backbone; grammar: whose mask the sampler drew under; chunk: see `losses.token_statistics`.
+    Position 0 means nothing: no token stands before it.
+    """
+    tokens = batch["tokens"]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = backbone.apply(config, params, tokens, positions)
+    unconditional = []
+    for k in range(batch["shifts"].shape[1] if "shifts" in batch else 0):
+        free, _ = backbone.apply(config, params, batch["free_tokens"][:, k], positions)
+        index = jnp.clip(positions + batch["shifts"][:, k, None], 0, tokens.shape[1] - 1)
+        unconditional.append(jnp.take_along_axis(free, index[..., None], axis=1))
+    # hidden state t predicts token t + 1: everything is read one to the left, and the statistics moved back
+    statistics = token_statistics(
+        hidden,
+        backbone.lm_head(config, params),
+        jnp.roll(tokens, -1, 1),
+        options.loss_chunk_tokens,
+        jnp.roll(batch["rows"], -1, 1),
+        Tables(*map(jnp.asarray, grammar.tables)),
+        options.sampling,
+        uncond_hidden=tuple(unconditional),
+        kept_mask=jnp.roll(batch["kept_mask"], -1, 1) if "kept_mask" in batch else None,
+        vocab_size=config.vocab_size,
+        fsdp_over_tensor=config.fsdp_over_tensor,
+    )
+    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), statistics)
+
+
+class PolicyGradient(NamedTuple):
+    """What one micro_batch contributes to an update; all of it adds up over micro_batches.
+
+    gradients of the summed objective; loss (sum, denominator); metrics: sums by name, but "max_ratio_deviation".
     """
 
-    config: BackboneConfig
-    grammar: Grammar
-    sampling: SamplingOptions
-    objective: GrpoOptions
-    chunk: int
+    gradients: Any
+    loss: tuple[jax.Array, jax.Array]
+    metrics: dict[str, jax.Array]
 
-    def statistics(self, params: Any, batch: Mapping[str, jax.Array]) -> TokenStatistics:
-        """Statistics of every token given the ones before it, [B, T]; position 0 means nothing."""
-        config, tokens = self.config, batch["tokens"]
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = backbone.apply(config, params, tokens, positions)
-        others = []
-        for k in range(batch["shifts"].shape[1] if "shifts" in batch else 0):
-            free, _ = backbone.apply(config, params, batch["free_tokens"][:, k], positions)
-            index = jnp.clip(positions + batch["shifts"][:, k, None], 0, tokens.shape[1] - 1)
-            others.append(jnp.take_along_axis(free, index[..., None], axis=1))
-        found = token_statistics(
-            hidden,
-            backbone.lm_head(config, params),
-            jnp.roll(tokens, -1, 1),
-            self.chunk,
-            jnp.roll(batch["rows"], -1, 1),
-            Tables(*map(jnp.asarray, self.grammar.tables)),
-            self.sampling,
-            others=tuple(others),
-            kept=jnp.roll(batch["kept"], -1, 1) if "kept" in batch else None,
-            vocab_size=config.vocab_size,
-            fsdp_over_tensor=config.fsdp_over_tensor,
-        )
-        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), found)
 
-    def loss(self, trained: Any, frozen: Any, batch: Mapping[str, jax.Array]):
-        """(sum, ((sum, denominator), metric sums)) of the objective; (trained, frozen): `lora.split` of parameters.
+def policy_gradient(
+    config: BackboneConfig, grammar: Grammar, options: RLOptions, out_shardings: Any = None
+) -> Callable[[Any, Any, Mapping[str, jax.Array]], PolicyGradient]:
+    """The jitted gradient of the GRPO objective: (trained, frozen, batch) -> PolicyGradient.
 
-        Entropies are of the tokens that the grammar leaves to the model, text and image tokens apart.
-        """
-        found = self.statistics(lora.join(trained, frozen), batch)
-        total, denominator, sums = grpo_loss(
-            found.log_probs, batch["old"], batch["reference"], batch["advantages"], batch["mask"], self.objective,
+    (trained, frozen) are `lora.split` of the parameters; `batch` is that of `answer_batch` with "reference" float32
+    [B, T], the reference's log-probabilities, and "sampler", where the sampler's precision is not the trainer's.
+
+    Tokens that the grammar forces (one id is legal) have log-probability 0 whatever the policy is.  They take no part:
+    neither in the mean over an answer nor in KL, clip fraction, ratio and entropy.
+
+    Args:
+      out_shardings: of `PolicyGradient`; None: XLA chooses.
+    """
+    forced = jnp.asarray(rules_of(grammar).forced)
+    visual_start = grammar.tokenizer.vocab.visual_start
+
+    def loss(trained: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, tuple[Any, Any]]:
+        statistics = policy_logprobs(config, lora.join(trained, frozen), batch, grammar, options)
+        chosen = batch["mask"] * (forced[batch["rows"]] < 0)
+        total, denominator, metrics = grpo_loss(
+            statistics.log_probs, batch["old"], batch["reference"], batch["advantages"], chosen, options.grpo,
             batch.get("sampler"),
         )  # fmt: skip
-        choices = batch["mask"] * (jnp.asarray(rules_of(self.grammar).forced)[batch["rows"]] < 0)
-        image = choices * (batch["tokens"] >= self.grammar.tokenizer.vocab.visual_start)
-        text = choices - image
-        sums |= {
-            "image_entropy": (found.entropy * image).sum(),
+        image = chosen * (batch["tokens"] >= visual_start)
+        text = chosen - image
+        metrics |= {
+            "image_entropy": (statistics.entropy * image).sum(),
             "image_tokens": image.sum(),
-            "text_entropy": (found.entropy * text).sum(),
+            "text_entropy": (statistics.entropy * text).sum(),
             "text_tokens": text.sum(),
         }
-        return total, ((total, denominator), sums)
+        return total, ((total, denominator), metrics)
+
+    def gradient(trained: Any, frozen: Any, batch: Mapping[str, jax.Array]) -> PolicyGradient:
+        gradients, (pair, metrics) = jax.grad(loss, has_aux=True)(trained, frozen, batch)
+        return PolicyGradient(gradients, pair, metrics)
+
+    return jax.jit(gradient, out_shardings=out_shardings)
+
+
+def add_gradients(total: PolicyGradient | None, more: PolicyGradient) -> PolicyGradient:
+    """Both together; the buffers of `total` are reused."""
+    if total is None:
+        return more
+    deviation = jnp.maximum(total.metrics["max_ratio_deviation"], more.metrics["max_ratio_deviation"])
+    both = _add(total, more)
+    return both._replace(metrics={**both.metrics, "max_ratio_deviation": deviation})
+
+
+def _sum(total: PolicyGradient, more: PolicyGradient) -> PolicyGradient:
+    return jax.tree.map(jnp.add, total, more)
+
+
+_add = jax.jit(_sum, donate_argnums=0)

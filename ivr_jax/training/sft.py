@@ -27,11 +27,11 @@ from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.protocol.codec import PARTS
 from ivr_jax.protocol.text import TextTokenizer
-from ivr_jax.training.grad_accum import total_gradient
+from ivr_jax.training.grad_accum import accumulate_gradients
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.losses import next_token, token_statistics
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.state import TrainState, micro_batches, shard_state, updated
+from ivr_jax.training.state import TrainState, apply_gradients, micro_batches, shard_state
 from ivr_jax.training.throughput import train_flops
 from ivr_jax.training.training_samples import write_training_samples
 from ivr_jax.world.practice import PracticeOptions
@@ -117,8 +117,8 @@ def make_step(
             return selective_loss(config, lora.join(trained, frozen), rows, chunk, visual_start, key, layer_sums)
 
         in_place = config.remat == "full" and not frozen
-        gradients, sums = total_gradient(loss, trained, parts, gradient_dtype, in_place)
-        state, norm = updated(state, gradients, sums["loss"][1], optimizer)
+        gradients, sums = accumulate_gradients(loss, trained, parts, gradient_dtype, in_place)
+        state, norm = apply_gradients(state, gradients, sums["loss"][1], optimizer)
         tokens, attended = sums["packing_efficiency"][0], sums.pop("attended")
         work = {"work_tokens": tokens, "work_flops": train_flops(config, tokens, attended)}
         return state, {**sums, "grad_norm": norm, "tokens_per_step": sums["loss"][1], **work}

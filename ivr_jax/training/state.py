@@ -44,7 +44,7 @@ def shard_state(
     return state, (placed, sharding.replicated(mesh))
 
 
-def updated(
+def apply_gradients(
     state: TrainState, gradients: Any, denominator: jax.Array, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, jax.Array]:
     """The state after one step on the sum of `gradients` (of `lora.split(params)[0]`) over `denominator`, and the norm

@@ -18,11 +18,14 @@ from ivr_jax.rewards.functions import (
     PAPER,
     RELEASED,
     Components,
+    DraftTruth,
     RewardOptions,
     advantages,
     complexity_bonus,
     format_reward,
+    improvement,
     outcome,
+    score_draft_groups,
     score_groups,
     total,
 )
@@ -400,3 +403,65 @@ def test_an_answer_that_does_not_parse_is_at_the_floor_and_present():
     assert found[0] is INVALID
     assert (INVALID.scores, INVALID.format, INVALID.step, INVALID.present) == ((1.0,) * 4, 0.0, None, True)
     assert [j.present for j in found] == [True, True, False]
+
+
+# -- continuations of drafts ------------------------------------------------------------------------------------------
+
+
+def draft_case():
+    """One prompt, two drafts, three continuations each; scores are the same on all axes.
+
+    The first draft is right (5, R_o 1), the second wrong (2, R_o .4).  First draft: stops; draws again and stays right;
+    draws again and spoils it (3, R_o .6).  Second: stops wrongly; draws again and is right; has no judgement.
+    """
+    final = np.array([[5, 5, 3], [2, 5, 1]], np.float32)
+    parts = Components(
+        np.repeat(final[..., None], 4, -1), np.ones((2, 3)), np.zeros((2, 3)), np.zeros((2, 3), bool),
+        np.zeros((2, 3)), np.zeros((2, 3), bool),
+    )  # fmt: skip
+    images, present = np.array([[1, 2, 2], [1, 2, 2]]), np.array([[True] * 3, [True, True, False]])
+    return parts, images, present, DraftTruth(np.array([1.0, 0.4]), np.array([True, False]), np.ones(2, bool))
+
+
+def test_a_continuation_earns_its_improvement_and_stopping_what_it_is_worth():
+    parts, images, present, truth = draft_case()
+    gain = improvement(np.array([[1, 1, 0.6], [0.4, 1, 0.2]]), images, truth)
+    np.testing.assert_allclose(gain, [[1, 0, -0.4], [0, 0.6, -0.2]], atol=1e-6)
+
+
+def test_draft_groups_by_hand():
+    """R = improvement alone here: advantages within a draft's group, and of drafts by the mean of their outcomes."""
+    options = RewardOptions(outcome_weight=1.0, format_weight=0.0, step_weight=0.0)
+    parts, images, present, truth = draft_case()
+    found = score_draft_groups(parts, images, present, truth, 2, options)
+    np.testing.assert_allclose(found.total, [[1, 0, -0.4], [0, 0.6, 0]], atol=1e-6)
+    np.testing.assert_array_equal(found.used, present)
+    np.testing.assert_array_equal(found.bonus, np.zeros((2, 3)))
+    first = np.array([1, 0, -0.4])
+    second = np.array([0, 0.6])
+    expected = (first - first.mean()) / first.std(ddof=1), (second - second.mean()) / second.std(ddof=1)
+    np.testing.assert_allclose(found.advantages[0], expected[0], atol=1e-4)
+    np.testing.assert_allclose(found.advantages[1], [*expected[1], 0], atol=1e-4)
+    np.testing.assert_allclose(found.image_advantages, found.advantages, atol=1e-4)
+    values = np.array([(1 + 1 + 0.6) / 3, (0.4 + 1) / 2])  # of those that are judged
+    between = (values - values.mean()) / values.std(ddof=1)
+    np.testing.assert_allclose(found.draft_advantages, np.repeat(between[:, None], 3, 1), atol=1e-4)
+
+
+def test_a_draft_without_a_judgement_leaves_its_group_out():
+    parts, images, present, truth = draft_case()
+    unknown = truth._replace(present=np.array([True, False]))
+    found = score_draft_groups(parts, images, present, unknown, 2, RewardOptions())
+    assert found.used[0].all() and not found.used[1].any() and not np.asarray(found.advantages[1]).any()
+    assert not np.asarray(found.draft_advantages).any()  # nothing to compare the other draft with
+
+
+def test_image_advantages_compare_outcomes_alone():
+    """Two answers of equal outcome and different steps: the images are equally good, the texts are not."""
+    parts = Components(
+        np.full((1, 2, 4), 5.0), np.ones((1, 2)), np.array([[1.0, 0.0]]), np.ones((1, 2), bool), np.zeros((1, 2)),
+        np.zeros((1, 2), bool),
+    )  # fmt: skip
+    found = score_groups(parts, np.array([[2, 2]]), np.ones((1, 2), bool), RewardOptions(bonus_weight=0.0))
+    assert found.advantages[0, 0] > 0.5 > -0.5 > found.advantages[0, 1]
+    np.testing.assert_array_equal(found.image_advantages, [[0, 0]])

@@ -14,7 +14,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.interfaces import ServiceFailed
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.rewards.judge import INVALID
-from ivr_jax.rewards.judge_service import Check, Judge, Panel, same
+from ivr_jax.rewards.judge_service import Check, JudgeOptions, JudgeService, same
 from ivr_jax.trajectory import Reflection
 
 ANSWER = trajectory([Reflection("why", "how")], [False, True])
@@ -54,7 +54,7 @@ class Analyzer:
 
 
 def test_faults_are_missing_and_counted_and_nothing_waits_for_a_call_that_hangs():
-    judge = Judge(same(Analyzer()), deadline=2.0)
+    judge = JudgeService(same(Analyzer()), JudgeOptions(deadline=2.0))
     answers = [(ANSWER, images(mark)) for mark in (5, 200, 201, 202, 3)] + [None]
     clock = time.perf_counter()
     verdicts = judge.submit(answers, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]).result()
@@ -74,23 +74,66 @@ def test_faults_are_missing_and_counted_and_nothing_waits_for_a_call_that_hangs(
 
 def test_no_more_calls_run_at_a_time_than_allowed():
     analyzer = Analyzer()
-    judge = Judge(same(analyzer), concurrency=3)
+    judge = JudgeService(same(analyzer), JudgeOptions(concurrency=3))
     judge.submit([(ANSWER, images(4))] * 10, [1.0] * 10).result()
     assert analyzer.most == 3
+
+
+def test_submissions_are_judged_one_after_another_and_counted_each_for_itself():
+    """Two at once: each tells of its own calls, faults and spending."""
+    spent = {"judge_cost": 0.0}
+
+    class Paid(Analyzer):
+        async def evaluate(self, sample, images, image):
+            evaluated = await super().evaluate(sample, images, image)
+            spent["judge_cost"] += 1.0
+            return evaluated
+
+    judge = JudgeService(same(Paid()), totals=(lambda: dict(spent),))
+    first = judge.submit([(ANSWER, images(5))] * 2 + [(ANSWER, images(200))])
+    second = judge.submit([(ANSWER, images(3))])
+    assert first.result().usage.calls == {"outcome": 3, "reasoning": 4} and first.result().usage.missing.total() == 1
+    assert second.result().usage.calls == {"outcome": 1, "reasoning": 2} and not second.result().usage.missing
+    assert [done.result().checks["judge_cost"] for done in (first, second)] == [2.0, 1.0]
+
+
+def test_connections_are_closed_once_each_on_the_loop_that_used_them():
+    class Connected(Analyzer):
+        loops, closed = set(), 0
+
+        async def evaluate(self, *args):
+            self.loops.add(asyncio.get_running_loop())
+            return await super().evaluate(*args)
+
+        async def close(self):
+            self.closed += 1
+            self.loops.add(asyncio.get_running_loop())
+
+    analyzer = Connected()
+    judge = JudgeService(same(analyzer))
+    judge.submit([(ANSWER, images(5))]).result()
+    judge.close()
+    assert analyzer.closed == 1 and len(analyzer.loops) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"deadline": -1.0}])
+def test_limits_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        JudgeOptions(**wrong)
 
 
 def test_each_part_has_its_own_judge():
     outcome, reasoning = Analyzer(), Analyzer()
     reasoning.evaluate = None
     outcome.judge_reasoning = None
-    judge = Judge({"outcome": outcome, "step": outcome, "reasoning": reasoning})
+    judge = JudgeService({"outcome": outcome, "step": outcome, "reasoning": reasoning})
     assert judge.submit([(ANSWER, images(4))]).result().judged[0].step == 0.75
-    with pytest.raises(UserError, match="not fully described"):
-        Panel({"outcome": outcome})
+    with pytest.raises(UserError):
+        JudgeService({"outcome": outcome})
 
 
 def test_another_error_is_raised_to_whoever_waits():
-    judge = Judge(same(Analyzer()))
+    judge = JudgeService(same(Analyzer()))
     odd = trajectory([Reflection("unheard of", "how")], [False, True])
     with pytest.raises(KeyError):
         judge.submit([(odd, images(5))]).result()
@@ -99,7 +142,7 @@ def test_another_error_is_raised_to_whoever_waits():
 def test_variance_comes_of_repeated_calls_and_the_held_out_judge_is_compared():
     """Scores 1 and 5 of one image: R_o 0.2 and 1.0, variance 0.32; the held-out judge says 0.8 where ours says 1."""
     check = Check(Analyzer([1.0, 5.0] * 4), repeats=2, held_out=Analyzer([4.0] * 4), answers=2)
-    judge = Judge(same(Analyzer()), RewardOptions(step_reward_evals="all"), check=check)
+    judge = JudgeService(same(Analyzer()), JudgeOptions(RewardOptions(step_reward_evals="all"), check=check))
     answers = [(ANSWER, images(5))] * 4 + [None]
     assert judge.submit(answers).result().checks == {}
     verdicts = judge.submit(answers, checked=True).result()

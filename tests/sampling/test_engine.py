@@ -16,7 +16,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, advance, legal_row
 from ivr_jax.sampling import decode_loop, slots
-from ivr_jax.sampling.batch import Samples, Usage, sample
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Samples, Usage, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
 
@@ -31,9 +31,8 @@ NOTHING = pad_prompts(prompts_of(SOURCES, IMAGES, references=False), TOKENIZER.v
 
 
 def engine(options: SamplingOptions | None = None, others=(), length: int = LENGTH, **how) -> tuple[Samples, Usage]:
-    return sample(
-        CONFIG, PARAMS, GRAMMAR, *PROMPTS, SIZE, KEYS, length, options, GROUP, others, EngineOptions(**how)
-    )  # fmt: skip
+    options = RolloutOptions(length, options or SamplingOptions(), EngineOptions(**how), GROUP, SIZE)
+    return sample(CONFIG, PARAMS, GRAMMAR, PromptBatch(*PROMPTS, tuple(others)), KEYS, options)
 
 
 @functools.cache
@@ -74,7 +73,8 @@ def test_large_layers_are_taken_apart_on_a_cpu_and_draw_the_same(monkeypatch):
     monkeypatch.setattr(decode_loop, "APART", (1, 1 << 30))
     config = dataclasses.replace(CONFIG, unroll=2)  # a program of its own
     how = EngineOptions(**AHEAD)
-    found, _ = sample(config, PARAMS, GRAMMAR, *PROMPTS, SIZE, KEYS, LENGTH, group=GROUP, engine=how)
+    options = RolloutOptions(LENGTH, engine=how, group=GROUP, size=SIZE)
+    found, _ = sample(config, PARAMS, GRAMMAR, PromptBatch(*PROMPTS), KEYS, options)
     assert_same(found, plain())
     assert taken.called
 
@@ -155,8 +155,10 @@ def test_a_size_that_the_model_chooses_draws_the_same_too():
     ends = [TOKENIZER.vocab.boi, TOKENIZER.vocab.eos]
     head[:, ends] *= 0.3
     head[0, [ord("1"), ord("0"), *ends]] = 40, 50, 0, 0
-    args = CONFIG, {**PARAMS, "lm_head": head}, grammar, *PROMPTS, FREE, KEYS[:6], 150
-    expected, (found, usage) = plain_sample(*args), sample(*args, engine=EngineOptions(slots=4, growth=1))
+    args = CONFIG, {**PARAMS, "lm_head": head}, grammar
+    expected = plain_sample(*args, *PROMPTS, FREE, KEYS[:6], 150)
+    options = RolloutOptions(150, engine=EngineOptions(slots=4, growth=1), size=FREE)
+    found, usage = sample(*args, PromptBatch(*PROMPTS), KEYS[:6], options)
     assert usage.calls > 0 and found.lengths.min() < 150
     for row, length in enumerate(found.lengths):
         np.testing.assert_array_equal(found.tokens[row, :length], np.asarray(expected.tokens)[row, :length])

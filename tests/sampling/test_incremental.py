@@ -11,7 +11,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol.codec import parse_answer
 from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarOptions, advance
 from ivr_jax.protocol.joined_grammar import JoinedGrammar
-from ivr_jax.sampling.batch import sample
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, sample
 from ivr_jax.sampling.engine import Engine, EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.trajectory import Mode, Sample
@@ -34,7 +34,8 @@ SAMPLING = SamplingOptions()
 def alone(number: int, mode: str = "auto", length: int = LENGTH, size=(2, 2)) -> np.ndarray:
     """The answer to one prompt, drawn by itself."""
     rows = pad_prompts([PROMPTS[number]], TOKENIZER.vocab.pad)
-    drawn, _ = sample(CONFIG, PARAMS, JOINED.grammars[mode], *rows, size, KEYS[number][None], length)
+    options = RolloutOptions(length, size=size)
+    drawn, _ = sample(CONFIG, PARAMS, JOINED.grammars[mode], PromptBatch(*rows), KEYS[number][None], options)
     return drawn.tokens[0, : drawn.lengths[0]]
 
 

@@ -25,7 +25,7 @@ from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.sampling import decode_loop
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.layout import RolloutLayout
-from ivr_jax.sampling.batch import sample
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 
 config = dataclasses.replace(CONFIG, vocab_multiple=8)
@@ -46,8 +46,8 @@ def watched(*args, **how):
 decode_loop.run = watched
 
 def answers(config, params):
-    return sample(config, params, grammar, *prompts, (2, 2), keys, 48, SamplingOptions(guidance=2.0), 4, (free,),
-                  engine)[0]
+    options = RolloutOptions(48, SamplingOptions(guidance=2.0), engine, 4, (2, 2))
+    return sample(config, params, grammar, PromptBatch(*prompts, (free,)), keys, options)[0]
 
 expected = answers(config, jax.device_put(plain, jax.devices()[0]))
 mesh = sharding.make_mesh({"data": 2, "fsdp": 4})

@@ -25,7 +25,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import ACCEPT, FREE, VISUAL, Grammar, GrammarOptions, Tables
 from ivr_jax.protocol.interleaved import parse_interleaved
-from ivr_jax.sampling.batch import Samples, sample
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Samples, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import (
     MASKED,
@@ -53,9 +53,9 @@ def keys(count: int, seed: int = 0) -> jax.Array:
 
 def sampled(prompts: list[list[int]], draws, group: int = 1, others: tuple = (), **options) -> Samples:
     padded, lengths = pad_prompts(prompts, TOKENIZER.vocab.pad, 32)
-    unconditional = [pad_prompts(other, TOKENIZER.vocab.pad, 32) for other in others]
-    chosen = SamplingOptions(**options)
-    return sample(CONFIG, PARAMS, GRAMMAR, padded, lengths, SIZE, draws, LENGTH, chosen, group, unconditional, FLAT)[0]
+    unconditional = tuple(pad_prompts(other, TOKENIZER.vocab.pad, 32) for other in others)
+    how = RolloutOptions(LENGTH, SamplingOptions(**options), FLAT, group, SIZE)
+    return sample(CONFIG, PARAMS, GRAMMAR, PromptBatch(padded, lengths, unconditional), draws, how)[0]
 
 
 PROMPTS = prompts_of(*requests(3))
@@ -203,7 +203,8 @@ def free_sized() -> Samples:
     head[:, [vocab.boi, vocab.eos]] *= 0.3
     head[0, [ord("1"), ord("0"), vocab.boi, vocab.eos]] = 40, 50, 0, 0  # images of about 10 x 10 cells
     params = {**PARAMS, "lm_head": head}
-    return sample(CONFIG, params, grammar, prompts, lengths, FREE, keys(64), 200, None, 64, engine=FLAT)[0]
+    options = RolloutOptions(200, engine=FLAT, group=64, size=FREE)
+    return sample(CONFIG, params, grammar, PromptBatch(prompts, lengths), keys(64), options)[0]
 
 
 def test_a_free_size_is_two_digits_a_side_and_every_image_block_parses():
@@ -232,7 +233,8 @@ def test_frequencies_follow_the_exact_probabilities(options, how):
     forced = codec.encode_image(TOKENIZER, np.zeros(SIZE, np.int32))[:5]
     padded, *others = (pad_prompts(passes[:1], TOKENIZER.vocab.pad, 32) for passes in PASSES[: 1 + chosen.passes])
     wide = dataclasses.replace(FLAT, slots=4096, **how)
-    drawn, usage = sample(CONFIG, PARAMS, GRAMMAR, *padded, SIZE, keys(count), 11, chosen, count, others, wide)
+    how = RolloutOptions(11, chosen, wide, count, SIZE)
+    drawn, usage = sample(CONFIG, PARAMS, GRAMMAR, PromptBatch(*padded, tuple(others)), keys(count), how)
     tokens = drawn.tokens
     assert not how or 0 < usage.accepted < usage.drafted
     assert (tokens[:, :5] == forced).all()
@@ -254,7 +256,7 @@ def test_frequencies_follow_the_exact_probabilities(options, how):
 def test_what_does_not_fit_the_context_is_refused():
     padded, lengths = pad_prompts(PROMPTS, TOKENIZER.vocab.pad)
     with pytest.raises(UserError, match="do not fit a context of 256"):
-        sample(CONFIG, PARAMS, GRAMMAR, padded, lengths, SIZE, keys(3), 250)
+        sample(CONFIG, PARAMS, GRAMMAR, PromptBatch(padded, lengths), keys(3), RolloutOptions(250, size=SIZE))
 
 
 def test_prompts_are_padded_on_the_right_to_a_multiple():
@@ -373,8 +375,8 @@ def test_options_that_no_distribution_has_are_refused_by_name(field, value):
 def test_a_rollout_returns_parsed_answers_with_their_pixels_and_says_why_one_is_missing():
     samples, images = requests(2, sources=1)
     free = Grammar(TOKENIZER, GrammarOptions(modes=("direct",), text_cap=2))
-    found = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), 48, group=4)
-    short = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), 20, group=4)
+    found = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), RolloutOptions(48, group=4))
+    short = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), RolloutOptions(20, group=4))
     for row, (answer, error) in enumerate(zip(found.answers, found.errors, strict=True)):
         spoken = found.answer_tokens(row)
         assert error == "" and answer.trajectory.sample == samples[row // 4]
@@ -390,7 +392,7 @@ def test_first_images_are_those_that_the_answers_would_begin_with():
     samples, images = requests(2)
     greedy, key = SamplingOptions(temperature=0.0), jax.random.key(3)
     drawn = draw_first_images(system(PARAMS), samples, images, key, greedy)
-    whole = roll_out(system(PARAMS), GRAMMAR, samples, images, key, LENGTH, greedy)
+    whole = roll_out(system(PARAMS), GRAMMAR, samples, images, key, RolloutOptions(LENGTH, greedy))
     for image, answer in zip(drawn, whole.answers, strict=True):
         np.testing.assert_array_equal(image, answer.images[answer.trajectory.images[0]])
 
@@ -399,4 +401,4 @@ def test_requests_for_different_sizes_need_separate_batches():
     samples, images = requests(2, sources=1)
     images[1] = {name: np.zeros((16, 32, 3), np.uint8) for name in images[1]}
     with pytest.raises(UserError, match="different sizes"):
-        roll_out(system(PARAMS), GRAMMAR, samples, images, jax.random.key(0), 32)
+        roll_out(system(PARAMS), GRAMMAR, samples, images, jax.random.key(0), RolloutOptions(32))

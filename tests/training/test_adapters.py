@@ -16,12 +16,10 @@ from tiny_runs import assert_same_run, metrics, prepare, rl_settings, sft_settin
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.models import lora
 from ivr_jax.protocol.grammar import GrammarOptions
-from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.sampling.engine import EngineOptions
-from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training import grpo
-from ivr_jax.training.losses import GrpoOptions
 from ivr_jax.training.prompts import Prompt
+from ivr_jax.training.rl_options import RLOptions
 from ivr_jax.training.scoring import Scored
 from ivr_jax.training.state import TrainState
 
@@ -41,9 +39,7 @@ def size(tree) -> int:
 def test_the_reference_is_the_policy_without_its_adapters_and_shares_its_memory():
     grammar = GrammarOptions(modes=("direct",), text_cap=2)
     engine = EngineOptions(growth=1, shrink=False)
-    options = grpo.Options(
-        SamplingOptions(), engine, grammar, RewardOptions(), GrpoOptions(), 4, 72, 8, (128,), 1, 64,
-    )  # fmt: skip
+    options = RLOptions(grammar, 4, 72, 8, (128,), 64, engine=engine, seed=2)
     optimizer = optax.adam(3e-2)
     learner = grpo.Trainer(dataclasses.replace(system(), params=None), None, options, optimizer)
     params = lora.add(PARAMS, ADAPTERS, KEY)
@@ -53,10 +49,10 @@ def test_the_reference_is_the_policy_without_its_adapters_and_shares_its_memory(
     scored = Scored([], {}, everything, everything, everything, np.linspace(-1, 2, 8).reshape(2, 4), everything)
     rows, references = [], []
     for step in range(2):
-        rollout = learner.rollout(state.params, PROMPTS, jax.random.fold_in(KEY, step))
-        batches = learner.prepare(rollout, scored, drew=state.params)
+        rollout = learner.collect_rollout(state.params, PROMPTS, step)
+        batches = learner.prepare(rollout, scored, behaviour=state.params)
         [batch] = batches
-        again = np.asarray(learner._statistics(PARAMS, batch).log_probs)  # the model that RL started from
+        again = np.asarray(learner._logprobs(PARAMS, batch).log_probs)  # the model that RL started from
         np.testing.assert_array_equal(np.asarray(batch["reference"]) * batch["mask"], again * batch["mask"])
         before = state
         state, found = learner.update(state, batches, check_ratio=True)

@@ -25,20 +25,19 @@ from ivr_jax.errors import UserError
 from ivr_jax.interfaces import ServiceFailed
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
-from ivr_jax.rewards.judge_service import Check, Judge, same
+from ivr_jax.rewards.judge_service import Check, JudgeOptions, JudgeService, same
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.layout import RolloutLayout
-from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training import grpo
-from ivr_jax.training.judge_config import Ledger, make_analyzer, make_judge
-from ivr_jax.training.losses import GrpoOptions
-from ivr_jax.training.monitor import MonitorOptions, Watch
+from ivr_jax.training.judge_config import JudgeRecords, make_analyzer, make_judge
+from ivr_jax.training.monitor import Monitor, MonitorOptions
 from ivr_jax.training.prompts import Prompt, Tasks
-from ivr_jax.training.scoring import score
+from ivr_jax.training.rl_options import RLOptions
+from ivr_jax.training.scoring import score_rollout
 from ivr_jax.training.state import TrainState
 from ivr_jax.trajectory import AxisVerdict, Evaluation, Sample
 
-PARAMS, GROUP, KEY = noisy_params(), 4, jax.random.key(2)
+PARAMS, GROUP = noisy_params(), 4
 PROMPTS = [Prompt(*pair) for pair in zip(*requests(12), strict=True)]
 ONE = Indexed(lambda i: PROMPTS[0], 1)
 
@@ -57,18 +56,15 @@ class LocalJudge:
 @functools.cache
 def trainer() -> grpo.Trainer:
     grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
-    options = grpo.Options(
-        SamplingOptions(), EngineOptions(), grammar, RewardOptions(), GrpoOptions(), GROUP, 72, 8, (128,), 1, 64,
-        overlap=True,
-    )
-    return grpo.Trainer(system(PARAMS), Judge(same(LocalJudge())), options, optax.sgd(0.05))
+    options = RLOptions(grammar, GROUP, 72, 8, (128,), 64, seed=2, overlap=True)
+    return grpo.Trainer(system(PARAMS), JudgeService(same(LocalJudge())), options, optax.sgd(0.05))
 
 
-def like(overlap: bool = False, **attributes) -> grpo.Trainer:
+def like(overlap: bool = False, steps: int = 1, **attributes) -> grpo.Trainer:
     """The same trainer, its compiled functions included, with something changed."""
     other = copy.copy(trainer())
-    other.options = dataclasses.replace(other.options, overlap=overlap)
-    other.watch = Watch(MonitorOptions(), other.options.grammar.modes)
+    other.options = dataclasses.replace(other.options, overlap=overlap, steps=steps)
+    other.monitor = Monitor(MonitorOptions(), other.options.grammar.modes)
     other._pending = None
     for name, value in attributes.items():
         setattr(other, name, value)
@@ -124,13 +120,13 @@ class Counted:
 
 @pytest.fixture(scope="module")
 def rollout():
-    return trainer().rollout(PARAMS, PROMPTS[:4], KEY)
+    return trainer().collect_rollout(PARAMS, PROMPTS[:4], 0)
 
 
 def verdicts_over(url: str, rollout, fault_rate: float, service: OpenAIService, **settings):
     service.behaviour.fault_rate = fault_rate
-    analyzer = Counted(make_analyzer(section(url, **settings), "outcome", ONE, Ledger()))
-    return Judge(same(analyzer)).submit(rollout.judgeable()).result(), analyzer
+    analyzer = Counted(make_analyzer(section(url, **settings), "outcome", ONE, JudgeRecords()))
+    return JudgeService(same(analyzer)).submit(rollout.judgeable()).result(), analyzer
 
 
 def test_faults_over_http_differ_from_none_only_in_the_members_that_are_missing(rollout):
@@ -150,7 +146,7 @@ def test_faults_over_http_differ_from_none_only_in_the_members_that_are_missing(
         if with_faults.present:
             assert with_faults == without
     options = RewardOptions()
-    a, b = score(rollout, clean.judged, GROUP, options), score(rollout, faulty.judged, GROUP, options)
+    a, b = score_rollout(rollout, clean.judged, options), score_rollout(rollout, faulty.judged, options)
     np.testing.assert_array_equal(b.present.reshape(-1), present)
     np.testing.assert_array_equal(np.where(b.present, a.components["total"], 0), b.components["total"])
     assert not b.used[~b.present].any() and not b.advantages[~b.present].any() and not b.bonus[~b.present].any()
@@ -173,14 +169,14 @@ def test_training_finishes_with_faults_and_stops_when_there_is_nothing_else(tmp_
         learner = like(judge=make_judge(section(url), RewardOptions(), ONE, tmp_path))
         state = fresh_state()
         for step in range(3):
-            state, metrics = learner.step(state, tasks(step), step, KEY)
+            state, metrics = learner.step(state, tasks(step), step)
             assert metrics["missing"] == 8 - metrics["reward"][1] and metrics["judge_tokens"] > 0
         assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(state)))
         service.behaviour.status = 500
-        learner.watch = Watch(MonitorOptions(missing_window=16), learner.options.grammar.modes)
+        learner.monitor = Monitor(MonitorOptions(missing_window=16), learner.options.grammar.modes)
         with pytest.raises(UserError, match="the judge failed on .* of the last 16 answers: "):
             for step in range(3, 6):
-                state, metrics = learner.step(state, tasks(step), step, KEY)
+                state, metrics = learner.step(state, tasks(step), step)
 
 
 def test_prompts_that_are_not_of_the_world_need_another_judge():
@@ -189,7 +185,7 @@ def test_prompts_that_are_not_of_the_world_need_another_judge():
     with pytest.raises(UserError, match="'cat' is not of the micro-world.*kind=openai"):
         make_judge(config, RewardOptions(), photographs, pathlib.Path())
     config.outcome.update({"kind": "openai", "model": "judge", "key_variable": "", "base_url": "http://127.0.0.1:9/v1"})
-    assert isinstance(make_judge(config, RewardOptions(), photographs, pathlib.Path()), Judge)
+    assert isinstance(make_judge(config, RewardOptions(), photographs, pathlib.Path()), JudgeService)
     config.reasoning.kind = "oracle"
     with pytest.raises(UserError, match="judge.reasoning.kind is 'oracle'"):
         make_judge(config, RewardOptions(), photographs, pathlib.Path())
@@ -204,7 +200,7 @@ def test_overlapped_runs_are_one_update_behind_and_resume_bit_for_bit():
     state = grpo.OverlapState(*start, jax.tree.map(jnp.copy, start.params))
     learner, states, rows = like(overlap=True, steps=steps), [state], []
     for step in range(steps):
-        state, metrics = learner.step(jax.tree.map(jnp.copy, state), tasks(step), step, KEY)
+        state, metrics = learner.step(jax.tree.map(jnp.copy, state), tasks(step), step)
         states.append(state)
         rows.append(metrics)
     assert learner._pending is None  # nothing is drawn for a step that will not come
@@ -212,15 +208,15 @@ def test_overlapped_runs_are_one_update_behind_and_resume_bit_for_bit():
     assert float(rows[0]["max_ratio_deviation"]) < 1e-3 < float(rows[2]["max_ratio_deviation"])
 
     plain = like()
-    first, _ = plain.step(fresh_state(), tasks(0), 0, KEY)
+    first, _ = plain.step(fresh_state(), tasks(0), 0)
     assert same_bits(first.params, states[1].params)  # the first step is on-policy either way
-    rollout = plain.rollout(states[1].params, tasks(2).now, jax.random.fold_in(KEY, 2))
+    rollout = plain.collect_rollout(states[1].params, tasks(2).now, 2)
     np.testing.assert_array_equal(rollout.samples.lengths.sum(), rows[2]["answer_tokens"][0])
 
     again = like(overlap=True, steps=steps)  # another process, after the first checkpoint
     state = jax.tree.map(jnp.copy, states[1])
     for step in range(1, steps):
-        state, metrics = again.step(state, tasks(step), step, KEY)
+        state, metrics = again.step(state, tasks(step), step)
         assert float(metrics["loss"][0]) == float(rows[step]["loss"][0])
     assert same_bits(state, states[steps])
 
@@ -241,30 +237,30 @@ class Patient(LocalJudge):
 def test_the_next_rollout_is_drawn_while_the_last_one_is_judged():
     judge = Patient()
     start = fresh_state()
-    learner = like(overlap=True, steps=2, judge=Judge(same(judge)))
+    learner = like(overlap=True, steps=2, judge=JudgeService(same(judge)))
 
-    def roll(params, tasks, step, key):
+    def collect_rollout(params, prompts, step):
         if step:
             judge.begun.set()
             deadline = time.monotonic() + 20
             while not judge.early and time.monotonic() < deadline:  # a judgement arrives while this draws
                 time.sleep(0.01)
-        found = grpo.Trainer.roll(learner, params, tasks, step, key)
+        rollout = grpo.Trainer.collect_rollout(learner, params, prompts, step)
         if step:
             judge.ended.set()
-        return found
+        return rollout
 
-    learner.roll = roll
+    learner.collect_rollout = collect_rollout
     state = grpo.OverlapState(*start, jax.tree.map(jnp.copy, start.params))
-    _, metrics = learner.step(state, tasks(0), 0, KEY)
+    _, metrics = learner.step(state, tasks(0), 0)
     assert metrics["missing"] == 0 and judge.early > 0
 
 
-def test_a_replay_that_does_not_fit_stops_a_resumed_run(rollout):
+def test_log_probabilities_that_do_not_fit_stop_a_resumed_run(rollout):
     learner = like()
-    learner.check_replay(PARAMS, rollout)
-    with pytest.raises(RuntimeError, match="does not replay the sampler's distribution"):
-        learner.check_replay(noisy_params(seed=1), rollout)
+    learner.check_logprobs(PARAMS, rollout)
+    with pytest.raises(RuntimeError):
+        learner.check_logprobs(noisy_params(seed=1), rollout)
 
 
 # -- what a run says of itself ----------------------------------------------------------------------------------------
@@ -276,14 +272,15 @@ class Indifferent(LocalJudge):
 
 
 def test_a_judge_that_sees_no_difference_raises_the_alarms():
-    watch = Watch(MonitorOptions(window=2), ("direct", "reflection"))
-    learner = like(judge=Judge(same(Indifferent()), RewardOptions(bonus_weight=0.0)), watch=watch)
+    monitor = Monitor(MonitorOptions(window=2), ("direct", "reflection"))
+    judge = JudgeService(same(Indifferent()), JudgeOptions(RewardOptions(bonus_weight=0.0)))
+    learner = like(judge=judge, monitor=monitor)
     learner.options = dataclasses.replace(
         learner.options, reward=RewardOptions(step_weight=0.0, format_weight=0.0, bonus_weight=0.0)
     )
     state, rows = fresh_state(), []
     for step in range(2):
-        state, metrics = learner.step(state, tasks(step), step, KEY)
+        state, metrics = learner.step(state, tasks(step), step)
         rows.append(metrics)
     assert not rows[0]["alarm_zero_variance"] and rows[1]["alarm_zero_variance"] and rows[1]["alarm_zero_gradient"]
     assert rows[1]["frac_groups_nonzero_std"] == (0.0, 2.0) and not rows[1]["alarm_calibration_drift"]
@@ -301,16 +298,17 @@ def documented_scalars() -> set[str]:
 def test_every_scalar_that_the_docs_list_is_written_and_no_other():
     rewards = RewardOptions(intermediate="images", reflection_weight=0.2, step_weight=0.0)
     again = Check(LocalJudge(), repeats=2, held_out=Indifferent(), answers=2)
-    ledger = Ledger()
-    judge = Judge(same(LocalJudge()), rewards, check=again, totals=(ledger.totals,))
-    learner = like(judge=judge, _layout=RolloutLayout(CONFIG, trainer().mesh, dtype="bfloat16"))
+    judge = JudgeService(same(LocalJudge()), JudgeOptions(rewards, check=again), (JudgeRecords().totals,))
+    placement = trainer().placement
+    layout = RolloutLayout(CONFIG, placement.mesh, dtype="bfloat16")
+    learner = like(judge=judge, placement=placement._replace(layout=layout))
     engine = EngineOptions(slots=2, window=3, speculate=True)
     learner.options = dataclasses.replace(
         learner.options, num_iterations=2, check_every=1, reward=rewards, engine=engine
     )
-    _, written = learner.step(fresh_state(), tasks(0), 0, KEY)
-    plain = like(judge=Judge(same(LocalJudge())))
-    _, more = plain.step(fresh_state(), tasks(1), 0, KEY)
+    _, written = learner.step(fresh_state(), tasks(0), 0)
+    plain = like(judge=JudgeService(same(LocalJudge())))
+    _, more = plain.step(fresh_state(), tasks(1), 0)
     names = {name for row in (written, more) for name in row if not name.startswith("work_")}
     assert names == documented_scalars()
 
@@ -323,7 +321,7 @@ def test_a_gallery_shows_whole_groups_with_their_rewards(tmp_path):
     learner.options = dataclasses.replace(learner.options, gallery_every=2, gallery_answers=5)
     state = fresh_state()
     for step in range(2):
-        state, _ = learner.step(state, tasks(step), step, KEY)
+        state, _ = learner.step(state, tasks(step), step)
     [page] = (tmp_path / "gallery").glob("*.html")
     assert page.name == "step_000002.html"
     text = page.read_text()

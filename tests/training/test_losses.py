@@ -25,6 +25,8 @@ from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
+from ivr_jax.training.rl_options import RLOptions
+from ivr_jax.training.scoring import score_rollout, summary
 from ivr_jax.training.sft import TrainState, make_step, selective_loss
 from ivr_jax.trajectory import Evaluation, Reflection, Step
 
@@ -279,12 +281,9 @@ class Judge:
 
 @functools.cache
 def trainer(micro_batch: int = 8, **changes) -> grpo.Trainer:
-    options = grpo.Options(
-        SamplingOptions(), EngineOptions(growth=1),
-        GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2),
-        RewardOptions(), GrpoOptions(), 4, 72, micro_batch, (128,), 1, 64,
-    )  # fmt: skip
-    judge = judge_service.Judge(judge_service.same(Judge()))
+    grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
+    options = RLOptions(grammar, 4, 72, micro_batch, (128,), 64, engine=EngineOptions(growth=1))
+    judge = judge_service.JudgeService(judge_service.same(Judge()))
     return grpo.Trainer(system(PARAMS), judge, dataclasses.replace(options, **changes), optax.sgd(0.1))
 
 
@@ -297,9 +296,16 @@ def fresh_state(optimizer) -> TrainState:
 def rolled():
     """Eight answers (two prompts, four each), judged."""
     learner = trainer()
-    rollout = learner.rollout(PARAMS, [grpo.Prompt(*p) for p in zip(*requests(2), strict=True)], jax.random.key(5))
+    rollout = learner.collect_rollout(PARAMS, [grpo.Prompt(*p) for p in zip(*requests(2), strict=True)], 5)
     judged = asyncio.run(judge_answers(Judge(), rollout.judgeable()))
-    return rollout, grpo.score(rollout, judged, 4, RewardOptions())
+    return rollout, score_rollout(rollout, judged, RewardOptions())
+
+
+def choices(learner: grpo.Trainer, rollout) -> np.ndarray:
+    """int [answers]: tokens at which the grammar allows more than one id."""
+    tables, samples = learner.grammar.tables, rollout.samples
+    legal = np.asarray(tables.legal)[samples.rows][..., tables.class_of].sum(-1)
+    return ((legal > 1) & (np.arange(samples.rows.shape[1]) < samples.lengths[:, None])).sum(1)
 
 
 def test_the_trainer_replays_the_samplers_distribution():
@@ -309,7 +315,9 @@ def test_the_trainer_replays_the_samplers_distribution():
     assert float(metrics["max_ratio_deviation"]) < 1e-4
     assert float(metrics["kl"][0]) < 1e-6  # the policy still is the reference
     used = scored.used.reshape(-1)
-    assert float(metrics["loss"][1]) == used.sum() and float(metrics["kl"][1]) == rollout.samples.lengths[used].sum()
+    chosen = choices(learner, rollout)[used].sum()
+    assert float(metrics["loss"][1]) == used.sum() and 0 < chosen < rollout.samples.lengths[used].sum()
+    assert float(metrics["kl"][1]) == float(metrics["clip_fraction"][1]) == chosen  # forced tokens do not count
 
 
 def test_minibatches_add_up_to_the_whole_update():
@@ -338,7 +346,7 @@ def test_scores_of_a_rollout_by_hand():
     answers = (Parsed(direct), Parsed(reflected), None, Parsed(direct))
     judged = [Judged((5.0,) * 4, 1.0, None), Judged((5.0,) * 4, 1.0, 0.75), INVALID, Judged(None, 1.0, None)]
     rollout = dataclasses.replace(rolled()[0], answers=answers)
-    scored = grpo.score(rollout, judged, 4, RewardOptions())
+    scored = score_rollout(rollout, judged, RewardOptions())
     # 0.7 + 0.1 rescaled to 1; 0.7 + 0.1 + 0.15 = 0.95, within 0.05 of the best; 0.14 rescaled to 0.175
     np.testing.assert_allclose(scored.components["total"][0, :3], [1.0, 0.95, 0.175], atol=1e-6)
     np.testing.assert_array_equal(scored.images, [[1, 2, 0, 1]])
@@ -357,6 +365,25 @@ def test_an_update_without_contrast_is_skipped():
     state = fresh_state(learner.optimizer)
     after, metrics = learner.update(state, learner.prepare(rollout, nobody), check_ratio=True)
     assert after is state and metrics == {"skipped_updates": 1.0}
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+def test_a_group_without_contrast_skips_the_passes_and_changes_no_update(loss_type):
+    rollout, scored = rolled()
+    advantages = np.where(np.arange(2)[:, None] == 1, 0.0, [[1.0, -1.0, 0.5, -0.5]]).astype(np.float32)
+    scored = dataclasses.replace(scored, used=np.ones((2, 4), bool), advantages=advantages)
+    results = []
+    for skip in (True, False):
+        learner = trainer(3, grpo=GrpoOptions(beta=0.0, loss_type=loss_type, skip_equal_groups=skip))
+        batches = learner.prepare(rollout, scored)
+        assert len(batches) == (2 if skip else 3)
+        results.append(learner.learn(fresh_state(learner.optimizer), rollout, scored, 0, on_policy=True))
+    (skipped, metrics), (whole, expected) = results
+    assert_same_tree(skipped.params, whole.params, 1e-6)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-4, atol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), skipped.params, PARAMS)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    assert summary(rollout, scored)["groups_skipped"] == (1.0, 2.0)
 
 
 def test_an_answer_longer_than_every_bucket_is_refused():

@@ -7,22 +7,21 @@ import json
 import commands
 
 SCRIPT = """
-import json, types
+import json
 import jax, numpy as np, optax
 from tiny_model import CONFIG, noisy_params, requests, system
 from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import GrammarOptions
-from ivr_jax.rewards.functions import RewardOptions
-from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.training import grpo, state
-from ivr_jax.training.losses import GrpoOptions
+from ivr_jax.training.rl_options import RLOptions
+from ivr_jax.training.scoring import Scored
 
 grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
 engine = EngineOptions(growth=1, shrink=False)
-options = grpo.Options(SamplingOptions(), engine, grammar, RewardOptions(), GrpoOptions(), 4, 72, 8, (128,), 1, 64)
+options = RLOptions(grammar, 4, 72, 8, (128,), 64, engine=engine)
 samples, images = requests(2)
 tasks = [grpo.Prompt(*pair) for pair in zip(samples, images, strict=True)]
 optimizer = optax.chain(optax.trace(0.0), optax.scale(-1e-3))
@@ -32,7 +31,8 @@ def made(sizes, devices):
     mesh = sharding.make_mesh(sizes, devices)
     first, (placed, _) = state.shard_state(mesh, axes, noisy_params(), optimizer)
     held = jax.device_put(noisy_params(), placed.params)
-    return mesh, first, grpo.Trainer(system(held), None, options, optimizer, mesh, placed)
+    placement = grpo.Placement(mesh, placed, Watched(CONFIG, mesh))
+    return mesh, first, grpo.Trainer(system(held), None, options, optimizer, placement)
 
 class Watched(RolloutLayout):
     # What the rollouts are drawn with; the guard raises if anything on the way is fetched by the host or comes from it.
@@ -52,9 +52,8 @@ def through_the_host(params, layout):
 
 def rolled(mesh, first, trainer):
     with jax.set_mesh(mesh):
-        trainer._layout = Watched(CONFIG, mesh)
-        rollout = trainer.rollout(first.params, tasks, jax.random.key(3))
-        trainer.check_replay(first.params, rollout)
+        rollout = trainer.collect_rollout(first.params, tasks, 3)
+        trainer.check_logprobs(first.params, rollout)
         return rollout
 
 def cuts(tree):
@@ -73,11 +72,12 @@ def error(a, b):
 one = made({}, jax.devices()[:1])
 eight = made({"data": 2, "fsdp": 2, "tensor": 2}, None)
 rollout = rolled(*eight)
-scored = types.SimpleNamespace(used=np.ones((2, 4), bool), advantages=np.linspace(-1, 2, 8).reshape(2, 4))
+some = np.ones((2, 4), bool)
+scored = Scored([], {}, some, some, some, np.linspace(-1, 2, 8).reshape(2, 4), some)
 moments = cuts(eight[1].opt_state)
 theirs, expected, _ = gradients(*one, rollout, scored)
 ours, loss, deviation = gradients(*eight, rollout, scored)
-layout, learner = eight[2].layout, eight[2]
+layout, learner = eight[2].placement.layout, eight[2]
 drawn_with = layout.made["layers"]["mlp"]["gate"]
 print(json.dumps({"loss": abs(loss / expected - 1), "ratio": deviation,
                   "gradients": max(jax.tree.leaves(jax.tree.map(error, ours, theirs))),

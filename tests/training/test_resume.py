@@ -184,7 +184,7 @@ def test_rl_needs_a_trained_backbone(runs, tmp_path, capsys):
         ({"sampling.image_top_p": 0.0}, "top_p"),
         ({"engine.refill": 0.0}, "engine options .* are out of range"),
         ({"lora.rank": 2, "lora.targets": ("embed",)}, "lora.targets .* are not possible"),
-        ({"watch.most_missing": 2.0}, "watch options .* are out of range"),
+        ({"monitor.max_missing": 2.0}, "max_missing"),
         ({"mesh.data": 3}, "mesh"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),

@@ -26,6 +26,7 @@ from ivr_jax.images import Pixels, fit, fitted_size, image_name, load_image, sav
 from ivr_jax.protocol import codec, interleaved
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar
 from ivr_jax.report.answers import answer_to_json, make_answer
+from ivr_jax.sampling.batch import RolloutOptions
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Rollout, roll_out
@@ -122,11 +123,7 @@ def generate(
                     [one.sample for one in group],
                     [one.images for one in group],
                     jax.random.key(plan.seed),
-                    group[0].length,
-                    sampling,
-                    plan.samples,
-                    group[0].size,
-                    engine,
+                    RolloutOptions(group[0].length, sampling, engine, plan.samples, group[0].size),
                     first=[one.number for one in group],
                 )
             _check_finite(rollout)

@@ -1,0 +1,78 @@
+"""The stage of an rl config: what is loaded, checked and joined before the first step of `grpo.Trainer`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ivr_jax import distributed, sharding
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.config import as_dataclass
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone, lora
+from ivr_jax.sampling.drafts import DraftBuffer
+from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.training import grpo
+from ivr_jax.training.judge_config import make_judge
+from ivr_jax.training.loop import Stage
+from ivr_jax.training.monitor import Monitor, MonitorOptions
+from ivr_jax.training.optimizer import make_optimizer
+from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, prompt_source
+from ivr_jax.training.rl_options import rl_options
+from ivr_jax.training.state import shard_state
+
+
+def build(
+    config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, probe: grpo.Probe | None = None
+) -> Stage:
+    """The stage of an rl config; `probe` measures the policy every `config.sight.every` steps."""
+    if not config.init:
+        raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
+    options, adapters = rl_options(config), as_dataclass(lora.LoraOptions, config.lora)
+    distributed.share(config.prompts_per_step, "config.prompts_per_step")
+    sharding.check_batch(mesh, config.micro_batch, "config.micro_batch")
+    sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
+    optimizer = make_optimizer(config.optimizer, options.optimizer_steps)
+    monitor = Monitor(as_dataclass(MonitorOptions, config.monitor), options.grammar.modes)
+    source = prompt_source(config.prompts, config.prompts.seed)
+    judge = make_judge(config.judge, options.reward, source, workdir)
+    system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
+    fingerprint = systems.fingerprint(system.params) if options.grpo.draft_source == "buffer" else ""
+    axes, meta = backbone.param_axes(system.config), {**system.meta, "run": config.to_dict()}
+    if adapters.rank:
+        params, axes = lora.add(system.params, adapters, jax.random.key(config.seed)), lora.axes(axes, adapters)
+        system, meta = dataclasses.replace(system, params=None), {**meta, "lora": dataclasses.asdict(adapters)}
+    else:
+        params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
+    state, (shards, _) = shard_state(mesh, axes, params, optimizer)
+    layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
+    drafts = None
+    if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
+        drafts = DraftBuffer(workdir / f"drafts-{jax.process_index()}", fingerprint)
+    placement = grpo.Placement(mesh, shards, layout)
+    trainer = grpo.Trainer(system, judge, options, optimizer, placement, monitor, workdir / "gallery", drafts, probe)
+    batches = SameSize(
+        source, config.prompts_per_step, config.seed, functools.partial(_latent_size, system.codec.config)
+    )
+    return Stage(
+        grpo.OverlapState(*state, jax.tree.map(jnp.copy, lora.split(state.params)[0])) if options.overlap else state,
+        PromptIterator(batches, monitor, options.overlap),
+        trainer.step,
+        meta,
+        zero_gradient=False,
+        activity=lambda: trainer.activity,
+        close=judge.close,
+    )
+
+
+def _latent_size(codec: Any, prompt: Prompt) -> tuple[int, int]:
+    """Latent rows and columns of the images that answer a prompt: those of its first source."""
+    if not prompt.sample.sources:
+        return (codec.resolution // codec.factor,) * 2
+    height, width, _ = prompt.images[prompt.sample.sources[0]].shape
+    return height // codec.factor, width // codec.factor
