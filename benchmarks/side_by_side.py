@@ -44,7 +44,7 @@ from ivr_jax.models.image_tokenizer import ImageTokenizerConfig  # noqa: E402
 from ivr_jax.protocol import codec  # noqa: E402
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions  # noqa: E402
 from ivr_jax.protocol.text import PhraseTokenizer  # noqa: E402
-from ivr_jax.sampling.batch import sample  # noqa: E402
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, sample  # noqa: E402
 from ivr_jax.sampling.logits_processors import SamplingOptions  # noqa: E402
 from ivr_jax.training import sft  # noqa: E402
 from ivr_jax.training.optimizer import make_optimizer  # noqa: E402
@@ -100,9 +100,9 @@ def generate(size: str) -> Pair:
     def ours(turn: int) -> None:
         prompt, free = prompts(turn)
         unconditional = ((free[None], np.array([FREE_PROMPT], np.int32)),)
-        sample(config, params, grammar, prompt[None], np.array([PROMPT], np.int32), (SIDE, SIDE),
-               jax.random.split(jax.random.key(turn), 1), length, SamplingOptions(guidance=GUIDANCE),
-               unconditional=unconditional)  # fmt: skip
+        batch = PromptBatch(prompt[None], np.array([PROMPT], np.int32), unconditional)
+        options = RolloutOptions(length, SamplingOptions(guidance=GUIDANCE), size=(SIDE, SIDE))
+        sample(config, params, grammar, batch, jax.random.split(jax.random.key(turn), 1), options)
 
     def call(tokens: Any, cache: Any) -> tuple[Any, Any]:
         out = model(tokens, past_key_values=cache, use_cache=True)

@@ -13,6 +13,7 @@ from ivr_jax.evaluate.paired import paired_test, reads_request, world_cases
 from ivr_jax.evaluate.swap import known_pairs, swap_cases
 from ivr_jax.evaluate.verdicts import VerdictScorer
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.sampling.batch import RolloutOptions
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.rollout import roll_out
 from ivr_jax.trajectory import Mode
@@ -79,8 +80,7 @@ class SightProbe:
                 [task.sample for task in self._tasks],
                 [task.images for task in self._tasks],
                 jax.random.key(self._seed),
-                self._length,
-                engine=EngineOptions(slots=len(self._tasks)),
+                RolloutOptions(self._length, engine=EngineOptions(slots=len(self._tasks))),
             )
             cases = world_cases(system, self._tasks, rollout, range(len(self._tasks)), self._seed, reads_request)
         overall = paired_test(cases, VerdictScorer(system, self._grammar, self._length), self._seed)["overall"]
