@@ -3,7 +3,7 @@
     python -m ivr_jax.train --config=configs/micro_image_tokenizer.py --workdir=runs/demo/image_tokenizer
     python -m ivr_jax.train --config=configs/micro_sft.py --workdir=runs/demo/sft --config.optimizer.learning_rate=1e-3
 
-The same command goes on where a stopped run was: checkpoints hold parameters, optimiser, data position and config.
+The same command resumes a stopped run: checkpoints hold parameters, optimiser, data position and config.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from absl import flags
 
 from ivr_jax import cli, distributed, files, sharding
 from ivr_jax.checkpoints import store
-from ivr_jax.config import as_dataclass, check_least, claim_workdir
+from ivr_jax.config import as_dataclass, check_least, claim_workdir, saved_config
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.sight import SightOptions, SightProbe
 from ivr_jax.protocol.grammar import GrammarOptions
@@ -64,6 +66,8 @@ def main(call: cli.Call) -> None:
     primary = distributed.is_primary()
     with files.Lock(workdir) if primary else contextlib.nullcontext(), jax.set_mesh(mesh):
         resuming = store.has_any(workdir)
+        if resuming:
+            check_same_steps(saved_config(workdir), config, workdir)
         claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=primary)
         extra = {"probe": sight_probe(config)} if config.stage == "rl" and config.sight.every else {}
         stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh, **extra)
@@ -74,6 +78,18 @@ def sight_probe(config: Any) -> SightProbe:
     """The paired verdict test that an rl config asks for."""
     grammar = as_dataclass(GrammarOptions, config.grammar)
     return SightProbe(as_dataclass(SightOptions, config.sight), grammar, config.answer_length, config.seed)
+
+
+def check_same_steps(saved: Mapping[str, Any] | None, config: Any, workdir: pathlib.Path) -> None:
+    """Raises UserError for a run that is asked to be longer or shorter than its learning-rate schedule."""
+    steps = (saved or {}).get("steps", config.steps)
+    if steps != config.steps:
+        further = "" if config.stage == "image_tokenizer" else f" --config.init={workdir}"
+        raise UserError(
+            f"{workdir} is a run of {steps} steps: its learning rate ends there, so it cannot be one of "
+            f"{config.steps}.",
+            f"Resume it with --config.steps={steps}; to train further, start a run in another --workdir{further}.",
+        )
 
 
 def entry() -> None:

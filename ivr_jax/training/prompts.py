@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Hashable
+import io
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
 
 from ivr_jax.data import pipeline
 from ivr_jax.data.sources import open_dataset
 from ivr_jax.data.store import TrajectorySource
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images
+from ivr_jax.protocol import codec
+from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.trajectory import Sample
 from ivr_jax.world.sampler import sample_task
 
 WORLD = "world"
+WORLD_CHECKED = 256  # tasks of the micro-world whose lengths are checked before a run
 
 
 class Prompt(NamedTuple):
@@ -46,13 +53,55 @@ def prompt_source(config: Any, seed: int) -> pipeline.Indexed:
     Raises UserError when there is none.
     """
     if config.source == WORLD:
-        found = pipeline.Indexed(functools.partial(_world_prompt, config.level, seed), config.size)
+        source = pipeline.Indexed(functools.partial(_world_prompt, config.level, seed), config.size)
     else:
         dataset = open_dataset(config.source)
-        found = pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
-    if found.size < 1:
+        source = pipeline.Indexed(functools.partial(_stored_prompt, dataset), len(dataset))
+    if source.size < 1:
         raise UserError("there is no prompt to answer.", "Set config.prompts.size, or name a dataset with some.")
-    return found
+    return source
+
+
+def image_sizes(config: Any, seed: int) -> Iterator[tuple[Sample, dict[str, tuple[int, int]]]]:
+    """The samples of `prompt_source` with the height and width of their sources, no pixel decoded.
+
+    All of a dataset's; of the micro-world's tasks, which are alike, the first `WORLD_CHECKED`.
+    """
+    if config.source == WORLD:
+        for index in range(min(config.size, WORLD_CHECKED)):
+            sample, images = _world_prompt(config.level, seed, index)
+            yield sample, {name: pixels.shape[:2] for name, pixels in images.items()}
+        return
+    dataset = open_dataset(config.source)
+    for index in range(len(dataset)):
+        sample = dataset[index].sample
+        opened = {name: Image.open(io.BytesIO(dataset.png(name))) for name in sample.sources}
+        yield sample, {name: (image.height, image.width) for name, image in opened.items()}
+
+
+def check_lengths(
+    prompts: Iterable[tuple[Sample, Mapping[str, tuple[int, int]]]],
+    tokenizer: TextTokenizer,
+    factor: int,
+    answer_length: int,
+    longest: int,
+) -> None:
+    """Raises UserError for a prompt that leaves an answer no room.
+
+    Args:
+      prompts: see `image_sizes`; factor: pixels a side of a latent cell.
+      longest: tokens that prompt and answer may have together: the model's context, or the largest bucket.
+    """
+    for sample, sizes in prompts:
+        codes = {name: np.zeros((h // factor, w // factor), np.int32) for name, (h, w) in sizes.items()}
+        tokens = len(codec.encode_prompt(tokenizer, sample, codes))
+        if tokens + answer_length > longest:
+            raise UserError(
+                f"the prompt {sample.key!r} has {tokens} tokens and an answer may have {answer_length}: more than "
+                f"{longest}, the largest of config.buckets and the model's context allow.",
+                "Lower config.answer_length, add a larger bucket (config.buckets may change when a run resumes), or "
+                "leave such prompts out.",
+            )
 
 
 def _world_prompt(level: int, seed: int, index: int) -> Prompt:

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
+from ivr_jax.protocol import codec
 from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.training import grpo
@@ -22,8 +24,15 @@ from ivr_jax.training.judge_config import make_judge
 from ivr_jax.training.loop import Stage
 from ivr_jax.training.monitor import Monitor, MonitorOptions
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.prompts import Prompt, PromptIterator, SameSize, prompt_source
-from ivr_jax.training.rl_options import rl_options
+from ivr_jax.training.prompts import (
+    Prompt,
+    PromptIterator,
+    SameSize,
+    check_lengths,
+    image_sizes,
+    prompt_source,
+)
+from ivr_jax.training.rl_options import RLOptions, rl_options
 from ivr_jax.training.state import shard_state
 
 
@@ -42,6 +51,12 @@ def build(
     source = prompt_source(config.prompts, config.prompts.seed)
     judge = make_judge(config.judge, options.reward, source, workdir)
     system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
+    longest = min(max(options.buckets), system.config.max_position_embeddings)
+    factor = system.codec.config.factor
+    sizes = image_sizes(config.prompts, config.prompts.seed)
+    check_lengths(sizes, system.tokenizer, factor, options.answer_length, longest)
+    if distributed.is_primary() and (note := room_note(options, system)):
+        print(note)
     fingerprint = systems.fingerprint(system.params) if options.grpo.draft_source == "buffer" else ""
     axes, meta = backbone.param_axes(system.config), {**system.meta, "run": config.to_dict()}
     if adapters.rank:
@@ -70,9 +85,28 @@ def build(
     )
 
 
-def _latent_size(codec: Any, prompt: Prompt) -> tuple[int, int]:
+def room_note(options: RLOptions, system: systems.System) -> str:
+    """What to say where the longest answers that the grammar allows may be cut; "" where they fit.
+
+    Their images, at the image tokenizer's training resolution, and one text of full length a round are counted.
+    """
+    side = system.codec.config.resolution // system.codec.config.factor
+    image = len(codec.encode_image(system.tokenizer, np.zeros((side, side), np.int32)))
+    grammar = options.grammar
+    rounds = {"reflection": grammar.max_reflections, "multi_step": grammar.max_steps}
+    most = 1 + max((rounds.get(mode, 0) for mode in grammar.modes), default=0)
+    needed = most * (image + grammar.text_cap)
+    if needed <= options.answer_length:
+        return ""
+    return (
+        f"note: {most} images of {image} tokens with a text of {grammar.text_cap} each need {needed} tokens; "
+        f"config.answer_length is {options.answer_length}. Longer answers are cut (metric `truncated`)."
+    )
+
+
+def _latent_size(codec_config: Any, prompt: Prompt) -> tuple[int, int]:
     """Latent rows and columns of the images that answer a prompt: those of its first source."""
     if not prompt.sample.sources:
-        return (codec.resolution // codec.factor,) * 2
+        return (codec_config.resolution // codec_config.factor,) * 2
     height, width, _ = prompt.images[prompt.sample.sources[0]].shape
-    return height // codec.factor, width // codec.factor
+    return height // codec_config.factor, width // codec_config.factor
