@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         {
             "path": "",
+            "held_out": "",  # a dataset whose loss is logged as held_out_loss; "": none
             "length": 256,
             "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from clu import parameter_overview
 
@@ -21,6 +23,7 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.data import examples, online, pipeline
 from ivr_jax.data.sources import open_dataset
+from ivr_jax.data.store import TrajectorySource
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 from ivr_jax.models.backbone_config import BackboneConfig
@@ -36,6 +39,7 @@ from ivr_jax.training.throughput import train_flops
 from ivr_jax.training.training_samples import write_training_samples
 from ivr_jax.world.practice import PracticeOptions
 
+HELD_OUT_BATCHES = 4
 DROPOUT = 1  # folded into a step's key for its dropout
 # of config.model, these hold for a model from `init` as well
 COMPUTED = ("dtype", "param_dtype", "remat", "unroll", "fsdp_over_tensor", "dropout", "attention_dropout")
@@ -137,6 +141,11 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
             f"a batch of {config.batch} does not divide into {config.grad_accum_steps} parts.",
             "Make config.batch a multiple of config.grad_accum_steps.",
         )
+    if config.batch % config.data.streams:
+        raise UserError(f"data.streams is {config.data.streams} and config.batch {config.batch}.",
+                        "Make data.streams a divisor of config.batch.")
+    if config.data.held_out and config.data.held_out == config.data.path:
+        raise UserError("data.held_out is the dataset that is trained on.", "Name another one, or leave it empty.")
     part = config.batch // config.grad_accum_steps
     sharding.check_batch(mesh, part, "config.batch / config.grad_accum_steps", config.model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)  # before the images are tokenised: it may be refused
@@ -186,7 +195,49 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     def placed_step(state: TrainState, batch: dict[str, Any], number: int) -> tuple[TrainState, dict[str, Any]]:
         return step(state, sharding.global_batch(mesh, batch, config.batch), number)
 
-    return Stage(state, data, placed_step, meta)
+    summary = None
+    if config.data.held_out:
+        held_out = _held_out_batches(config, workdir, mesh, tokenizer, codec, model.max_position_embeddings)
+        summary = held_out_loss(model, config.loss_chunk_tokens, start, mesh, held_out)
+    return Stage(state, data, placed_step, meta, summary)
+
+
+def held_out_loss(
+    config: BackboneConfig, chunk: int, visual_start: int, mesh: jax.sharding.Mesh, batches: list[dict[str, jax.Array]]
+) -> Callable[[TrainState, int], dict[str, float]]:
+    """(state, step) -> mean loss of held-out batches: held_out_loss, of text and of image tokens apart."""
+    names = ("loss", "text_loss", "image_loss")
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def measure(params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        _, sums = selective_loss(config, params, batch, chunk, visual_start)
+        return {name: sums[name] for name in names}
+
+    def summary(state: TrainState, _: int) -> dict[str, float]:
+        measured = [jax.device_get(measure(state.params, batch)) for batch in batches]
+        sums = {name: np.sum([row[name] for row in measured], axis=0) for name in names}
+        return {f"held_out_{name}": float(total / count) for name, (total, count) in sums.items() if count}
+
+    return summary
+
+
+def _held_out_batches(
+    config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, tokenizer: TextTokenizer, codec: ImageCodec,
+    longest: int,
+) -> list[dict[str, jax.Array]]:  # fmt: skip
+    """The first `HELD_OUT_BATCHES` packed batches of the dataset `data.held_out`, all its modes as often as they are
+    in it."""
+    folder, length = workdir / "held_out_examples", min(config.data.length, longest)
+    if distributed.is_primary():
+        _make_examples(open_dataset(config.data.held_out), folder, tokenizer, codec, length)
+    distributed.barrier("held-out examples")
+    mix = {mode: float(count) for mode, count in examples.read_manifest(folder)["counts"].items()}
+    stored = pipeline.stored_examples(folder, mix, config.data.length, config.seed)
+    rows = sharding.local_rows(mesh, config.batch)
+    packed = pipeline.packed_batches(
+        stored, config.batch, config.data.length, config.seed, config.data.streams, rows
+    )
+    return [sharding.global_batch(mesh, next(packed), config.batch) for _ in range(HELD_OUT_BATCHES)]
 
 
 def _say(text: str) -> None:
@@ -219,10 +270,17 @@ def _prepare(
     config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
 ) -> None:
     """Token examples and the report's training samples, made once."""
-    dataset, folder = open_dataset(config.data.path), workdir / "examples"
+    dataset = open_dataset(config.data.path)
+    _make_examples(dataset, workdir / "examples", tokenizer, codec, longest)
+    if not (workdir / "training_samples").exists():
+        write_training_samples(workdir / "training_samples", dataset, tokenizer, codec.encode)
+
+
+def _make_examples(
+    dataset: TrajectorySource, folder: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
+) -> None:
+    """Token examples of a dataset, unless the folder holds those of the same content already."""
     fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
     manifest = examples.read_manifest(folder)
     if manifest is None or manifest["fingerprint"] != fingerprint:
         examples.make_examples(dataset, tokenizer, codec.encode, folder, longest, fingerprint)
-    if not (workdir / "training_samples").exists():
-        write_training_samples(workdir / "training_samples", dataset, tokenizer, codec.encode)
