@@ -1,4 +1,4 @@
-"""The rollout engine's programs: prefill of prompts, and one model call of a segment (`sampling.segment.run`).
+"""The rollout engine's programs: prefill of prompts, and one model call of a segment (`sampling.decode_loop.run`).
 
 Both run in the rollout layout of the weights (`sampling.layout`), on the mesh and in the dtype of `config.rollout`.
 """

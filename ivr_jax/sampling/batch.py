@@ -26,7 +26,7 @@ REPORTED = 64  # model calls between two calls of `on_usage`
 
 
 class Samples(NamedTuple):
-    """What was drawn; A is the longest answer asked for.
+    """What was sampled; A is the longest answer asked for.
 
     tokens int32 [B, A]: answer tokens, EOS included, then PAD.
     rows int32 [B, A]: row of the grammar's legality table at each token; the trainer replays the mask from it.
@@ -230,14 +230,14 @@ class _Batch:
 
     def _take_out(self) -> int:
         """Copies the answers that have ended to their rows; returns their number."""
-        drawn = self.engine.take_finished()
-        for row, answer in drawn.items():
+        finished = self.engine.take_finished()
+        for row, answer in finished.items():
             count = len(answer.tokens)
             self.tokens[row, :count], self.log_probs[row, :count] = answer.tokens, answer.log_probs
             self.lengths[row] = count
             if self.kept is not None:
                 self.kept[row, :count] = answer.kept
-        return len(drawn)
+        return len(finished)
 
     def _fill(self) -> None:
         """Moves waiting answers into free slots, those of one prefilled wave of prompts at a time."""

@@ -12,12 +12,12 @@ from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.models.fused_attention import platform
 from ivr_jax.protocol.grammar import GRID
-from ivr_jax.sampling.drawing import Part, choose, extend, parts_of
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work
 from ivr_jax.sampling.speculation import speculate
+from ivr_jax.sampling.token_choice import VocabRange, choose, extend, vocab_ranges
 
-APART = 32 << 20, 8 << 30  # bytes of all layers
+UNSTACK_BYTES = 32 << 20, 8 << 30  # bytes of all layers
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options", "visual_start"), donate_argnames=("slots",))
@@ -38,8 +38,8 @@ def run(
     """
     rules = jax.tree.map(jnp.asarray, rules)
     width, wide = slots.window.shape[1], slots.cache.k.shape[3]
-    parts = parts_of(config, params, rules.tables, visual_start)
-    apart = backbone.unstack_layers(params) if _pays(params["layers"]) else None
+    ranges = vocab_ranges(config, params, rules.tables, visual_start)
+    unstacked = backbone.unstack_layers(params) if _unstacking_pays(params["layers"]) else None
 
     def going(carry: tuple[Slots, Work]) -> jax.Array:
         now, work = carry
@@ -51,9 +51,9 @@ def run(
         contexts, batch = now.starts.shape
         positions = first_of(now).reshape(-1, 1) + jnp.arange(width)[None, :]
         window = jnp.tile(now.window, (contexts, 1))
-        hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, unstacked_layers=apart)
+        hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, unstacked_layers=unstacked)
         hidden = hidden.reshape(contexts, batch, width, -1)
-        after, counts = step(rules, parts, hidden, now._replace(cache=cache), options)
+        after, counts = step(rules, ranges, hidden, now._replace(cache=cache), options)
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
 
     step = _step if slots.drafts is None else speculate
@@ -61,17 +61,17 @@ def run(
     return _readable(after), work
 
 
-def _pays(layers: Any) -> bool:
+def _unstacking_pays(layers: Any) -> bool:
     """Whether to unstack the layers (`backbone.unstack_layers`): on a CPU, if larger than its caches."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
-    return platform() == "cpu" and APART[0] <= size <= APART[1]
+    return platform() == "cpu" and UNSTACK_BYTES[0] <= size <= UNSTACK_BYTES[1]
 
 
 def _readable(slots: Slots) -> Slots:
-    """What the host reads lies whole on every device."""
+    """What the host reads is replicated on every device."""
     names = ("answered", "ended", "tokens", "log_probs", "kept")
-    whole = {name: x for name in names if (x := getattr(slots, name)) is not None}
-    return slots._replace(**{name: sharding.constrain(x, (None,) * x.ndim) for name, x in whole.items()})
+    arrays = {name: x for name in names if (x := getattr(slots, name)) is not None}
+    return slots._replace(**{name: sharding.constrain(x, (None,) * x.ndim) for name, x in arrays.items()})
 
 
 def first_of(slots: Slots) -> jax.Array:
@@ -86,12 +86,12 @@ def reach(slots: Slots) -> jax.Array:
 
 
 def _step(
-    rules: Rules, parts: tuple[Part, Part], hidden: jax.Array, slots: Slots, options: SamplingOptions
+    rules: Rules, ranges: tuple[VocabRange, VocabRange], hidden: jax.Array, slots: Slots, options: SamplingOptions
 ) -> tuple[Slots, Work]:
     """One token a slot, and the forced ones after it, from hidden [C, B, W, D]."""
     last = jnp.take_along_axis(hidden, (slots.known - 1)[None, :, None, None], axis=2)[:, :, 0]
     active = ~slots.ended
-    drawn = choose(rules, parts, last, slots.state, slots.keys, slots.answered, active, options)
-    after = extend(rules, slots, drawn)
+    choice = choose(rules, ranges, last, slots.state, slots.keys, slots.answered, active, options)
+    after = extend(rules, slots, choice)
     images = (active & (rules.tables.kind[slots.state.node] == GRID)).sum()
     return after, Work(1, active.sum(), (after.answered - slots.answered).sum(), images, images, 0, 0)

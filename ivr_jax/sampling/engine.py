@@ -33,12 +33,12 @@ PROMPT_ROUND, OPENING_ROUND = 96, 32  # prompts and openings that arrive alone a
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """How answers are drawn; none of it changes what is drawn.
+    """How answers are sampled; none of it changes what they say.
 
     Attributes:
       slots: answers in progress at a time.
       refill: the share of slots that must be free before they are filled again.
-      window: most tokens a slot feeds in one model call: one drawn token and the forced ones after it.
+      window: most tokens a slot feeds in one model call: one sampled token and the forced ones after it.
       growth: factor by which the cache widens when an answer outgrows it; 1 gives it its full width from the start.
       shrink: move answers together into half the slots once no more than half are in use and none wait.
       speculate: fill the rest of the window with guesses at an image's next tokens (speculative Jacobi decoding).
@@ -98,7 +98,7 @@ class Engine:
 
     Args:
       grammar: gives `tables` and `tokenizer` (a `Grammar`, or several joined ones).
-      sampling: how ids are drawn; options: how many at a time, and how caches grow.
+      sampling: how ids are sampled; options: how many at a time, and how caches grow.
       length: most tokens of one answer; an answer's own `limit` may be lower.
       widest: most cache slots that an answer can need; by default those of the model's context.
       batch: slots, by default those of the options.
@@ -306,12 +306,12 @@ class Engine:
     def cancel(self, answers: Sequence[Hashable]) -> dict[Hashable, Drawn]:
         """Ends answers where they are and frees their slots; what they have so far is returned."""
         chosen = [slot for slot, answer in enumerate(self.held) if answer is not None and answer in answers]
-        drawn = self._take(chosen)
+        cancelled = self._take(chosen)
         if chosen:
             stopped = np.full(self.batch, self.batch, np.int32)
             stopped[: len(chosen)] = chosen
             self._slots = self._slots._replace(ended=device.vacate(self._slots.ended, stopped))
-        return drawn
+        return cancelled
 
     def reset(self) -> None:
         """Gives up cache memory; there must be no answer in a slot."""

@@ -1,8 +1,8 @@
-"""The rollout layout of the weights: the same numbers, cut for drawing answers instead of for learning.
+"""The rollout layout of the weights: the same numbers, sharded for sampling answers instead of for learning.
 
-Learning cuts parameters along the model width ("fsdp") and gathers them layer by layer, once for a large batch.
-Drawing reads every weight for every token, so there nothing must be gathered: heads, mlp width and vocabulary are cut
-("tensor"), the width is whole, and what is left of the devices holds copies with their own part of the slots ("data").
+Learning shards parameters along the model width ("fsdp") and gathers them layer by layer, once for a large batch.
+Sampling reads every weight for every token, so there nothing must be gathered: heads, mlp width and vocabulary are
+sharded ("tensor"), the model width is not, and the remaining devices hold copies with their own slots ("data").
 Both are the one table of `sharding.py`, on two meshes of the same devices in the same order, so that one jitted program
 moves the weights from device to device; the host never sees them.
 """
@@ -35,15 +35,15 @@ def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
 
 
 def own_part(mesh: Mesh) -> Mesh:
-    """The part of a rollout mesh that this process draws its own answers on: the copies that lie on its devices.
+    """The part of a rollout mesh that this process samples its own answers on: the copies that are on its devices.
 
-    Raises UserError when a copy of the weights lies on devices of several processes.
+    Raises UserError when a copy of the weights is spread over devices of several processes.
     """
     process = jax.process_index()
     mine = np.array([[device.process_index == process for device in row.flat] for row in mesh.devices])
     if (mine.any(1) != mine.all(1)).any() or not mine.any():
         raise UserError(
-            f"a copy of the rollout's weights, {mesh.shape['tensor']} shards, would lie on several processes.",
+            f"a copy of the rollout's weights, {mesh.shape['tensor']} shards, would be spread over several processes.",
             "Set config.rollout.tensor to the devices of one process or fewer, and order config.mesh so that data and "
             "fsdp count processes.",
         )
@@ -59,7 +59,7 @@ class RolloutLayout:
             sample(layout.config, weights, ...)
 
     Adapters (LoRA) are merged into the kernels on the way.  With several processes each one gets weights on its own
-    devices, and draws answers without waiting for the others.
+    devices, and samples answers without waiting for the others.
 
     Attributes:
       mesh: of rollouts; config: the backbone's, with the rollout's dtype for weights and activations.
@@ -89,8 +89,9 @@ class RolloutLayout:
         They are when everything is float32, products included.  With less, as accelerators do by default, one token at
         a time and all tokens together round otherwise.
         """
-        whole = jax.default_backend() == "cpu" or jax.config.jax_default_matmul_precision in ("highest", "float32")
-        return whole and self.config == self._trained and self.config.dtype == self.config.param_dtype == "float32"
+        precise = jax.config.jax_default_matmul_precision in ("highest", "float32")
+        products = jax.default_backend() == "cpu" or precise
+        return products and self.config == self._trained and self.config.dtype == self.config.param_dtype == "float32"
 
     def __call__(self, params: Any) -> Any:
         """The weights in rollout layout; on one device and in the same dtype, `params` themselves."""

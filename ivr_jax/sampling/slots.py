@@ -1,18 +1,18 @@
 """The rollout engine's slots, which hold answers in progress, and the programs that fill and move them.
 
 A slot is one row of the KV cache with everything that its answer needs.  One model call reads a *window* of W tokens a
-slot: the token drawn last and the forced tokens that follow it (EOL, EOI, image sizes, markers), which the grammar
-knows without asking the model.  Then one token is drawn from the hidden state of the window's last known token.
+slot: the token sampled last and the forced tokens that follow it (EOL, EOI, image sizes, markers), which the grammar
+knows without asking the model.  Then one token is sampled from the hidden state of the window's last known token.
 
     window  [v16 EOI <Evaluate> ...]      known 3      the rest is padding, overwritten before anything can see it
-    call    reads them at their positions, draws "pass: " from the hidden state of <Evaluate>
+    call    reads them at their positions, samples "pass: " from the hidden state of <Evaluate>
     window  [pass: ...]                   known 1
 
 Speculation (an option) fills the rest of the window with guesses at the tokens of an image, see `speculation.py`.
 
-Cache slot s of a row holds position s, so a row needs no bookkeeping beside its length.  An answer's token t is drawn
+Cache slot s of a row holds position s, so a row needs no bookkeeping beside its length.  An answer's token t is sampled
 with the key `fold_in(key of the answer, t)`: neither the slot it sits in, nor its neighbours, nor the window change
-what is drawn.
+what is sampled.
 
 B slots, W window, C contexts (conditional, and those of guidance), A answer tokens, S cache slots, N answers.
 """
@@ -35,7 +35,7 @@ class Drafts(NamedTuple):
     """Guesses at coming tokens, for speculation.
 
     count int32 [B]: window tokens after the known ones that are guesses.  reference int32 [B, cells]: visual ids of the
-    image that is being drawn, and where it is not drawn yet, of the one before it.
+    image that is being sampled, and where it has none yet, of the one before it.
     """
 
     count: Any
@@ -51,7 +51,7 @@ class Slots(NamedTuple):
     which is answer token `answered - 1`.
     limit int32 [B]: most tokens of each answer; ended bool [B]: complete, cut, or empty.
     tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8 [B, A + W, ceil(V / 8)]:
-    `logits_processors.pack_kept` of each drawn token, None where nothing is left out.  drafts: None without
+    `logits_processors.pack_kept` of each sampled token, None where nothing is left out.  drafts: None without
     speculation.
     """
 
@@ -81,7 +81,7 @@ class Work(NamedTuple):
     """Counts of one segment, int32 [].
 
     calls: model calls; in_use: slots in progress, summed over calls; tokens: answer tokens that came of them;
-    image_calls: slots that drew a visual token, summed over calls; image_tokens: visual tokens drawn;
+    image_calls: slots that sampled a visual token, summed over calls; image_tokens: visual tokens sampled;
     drafted, accepted: guesses at visual tokens that were verified, and those that were right.
     """
 

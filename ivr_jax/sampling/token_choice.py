@@ -1,4 +1,4 @@
-"""From hidden states to tokens: what the model is asked for, and what the grammar adds by itself."""
+"""From hidden states to tokens: those that the model chooses, and those that the grammar forces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, log_prob
 from ivr_jax.sampling.slots import Rules, Slots, is_full
 
 
-class Part(NamedTuple):
+class VocabRange(NamedTuple):
     """A range of ids that is scored alone: its columns [D, ids] of the output matrix, and tables for these ids."""
 
     first: int
@@ -21,14 +21,16 @@ class Part(NamedTuple):
     tables: Tables
 
 
-def parts_of(config: backbone.BackboneConfig, params: Any, tables: Tables, visual_start: int) -> tuple[Part, Part]:
-    """Visual ids, and all ids before them: those legal at one position always lie within one of the two."""
+def vocab_ranges(
+    config: backbone.BackboneConfig, params: Any, tables: Tables, visual_start: int
+) -> tuple[VocabRange, VocabRange]:
+    """Visual ids, and all ids before them: those legal at one position always belong to one of the two."""
     kernel = backbone.lm_head(config, params)
-    ranges = (visual_start, config.vocab_size), (0, visual_start)
-    return tuple(Part(a, kernel[:, a:b], tables._replace(class_of=tables.class_of[a:b])) for a, b in ranges)
+    bounds = (visual_start, config.vocab_size), (0, visual_start)
+    return tuple(VocabRange(a, kernel[:, a:b], tables._replace(class_of=tables.class_of[a:b])) for a, b in bounds)
 
 
-class Drawn(NamedTuple):
+class Choice(NamedTuple):
     """One token a slot: token int32, log_prob float32 [B], and kept uint8 [B, ceil(V / 8)] or None."""
 
     token: jax.Array
@@ -38,14 +40,14 @@ class Drawn(NamedTuple):
 
 def choose(
     rules: Rules,
-    parts: tuple[Part, Part],
+    ranges: tuple[VocabRange, VocabRange],
     hidden: jax.Array,
     state: GrammarState,
     keys: jax.Array,
     number: jax.Array,
     wanted: jax.Array,
     options: SamplingOptions,
-) -> Drawn:
+) -> Choice:
     """A token for each of N places, from hidden [C, N, D]: answer token `number` [N] of the answer with key `keys` [N].
 
     A part of the vocabulary is scored only if some place needs it; a token that is forced needs none, and a place that
@@ -56,12 +58,12 @@ def choose(
     in_grid = rules.tables.kind[state.node] == GRID
     undecided = wanted & (forced < 0)
     keys = jax.vmap(jax.random.fold_in)(keys, number)
-    size = parts[0].first + parts[0].kernel.shape[1]
+    size = ranges[0].first + ranges[0].kernel.shape[1]
     kept = jnp.full((*row.shape, -(-size // 8)), 255, jnp.uint8) if options.truncates else None
-    chosen = Drawn(jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32), kept)
-    for part, here in zip(parts, (undecided & in_grid, undecided & ~in_grid), strict=True):
+    chosen = Choice(jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32), kept)
+    for part, here in zip(ranges, (undecided & in_grid, undecided & ~in_grid), strict=True):
 
-        def score(part: Part = part, before: Drawn = chosen, here: jax.Array = here) -> Drawn:
+        def score(part: VocabRange = part, before: Choice = chosen, here: jax.Array = here) -> Choice:
             logits = jnp.matmul(hidden, part.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
             log_probs = log_probabilities(logits[0], part.tables, row, options, tuple(logits[1:]))
             ids = sample_ids(log_probs, keys, options)
@@ -70,7 +72,7 @@ def choose(
             if before.kept is not None:
                 others = (part.first, size - part.first - part.kernel.shape[1])
                 kept = pack_kept(jnp.pad(log_probs, ((0, 0), others), constant_values=MASKED))
-            return where_rows(here, Drawn(ids + part.first, log_prob, kept), before)
+            return where_rows(here, Choice(ids + part.first, log_prob, kept), before)
 
         chosen = jax.lax.cond(here.any(), score, lambda before=chosen: before)
     return chosen
@@ -85,9 +87,9 @@ def where_rows(flags: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(choose_rows, new, old)
 
 
-def extend(rules: Rules, slots: Slots, drawn: Drawn) -> Slots:
+def extend(rules: Rules, slots: Slots, choice: Choice) -> Slots:
     """Adds a token to each slot in use, and the forced ones that follow it, as many as the window holds."""
-    token, active, width = drawn.token, ~slots.ended, slots.window.shape[1]
+    token, active, width = choice.token, ~slots.ended, slots.window.shape[1]
     state, answered = advance(rules.tables, slots.state, token, jnp), slots.answered + 1
     known = jnp.ones_like(answered)
     window, going = [token], active & ~is_full(rules.tables, state, answered, slots.limit, jnp)
@@ -108,6 +110,6 @@ def extend(rules: Rules, slots: Slots, drawn: Drawn) -> Slots:
     return slots._replace(
         **where_rows(active, moved, stayed),
         tokens=slots.tokens.at[batch[:, None], place].set(window, mode="drop"),
-        log_probs=slots.log_probs.at[batch, place[:, 0]].set(drawn.log_prob, mode="drop"),
-        kept=None if slots.kept is None else slots.kept.at[batch, place[:, 0]].set(drawn.kept, mode="drop"),
+        log_probs=slots.log_probs.at[batch, place[:, 0]].set(choice.log_prob, mode="drop"),
+        kept=None if slots.kept is None else slots.kept.at[batch, place[:, 0]].set(choice.kept, mode="drop"),
     )
