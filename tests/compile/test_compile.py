@@ -15,8 +15,9 @@ import pytest
 
 from ivr_jax import cli, sharding
 from ivr_jax.compile import __main__ as compile
-from ivr_jax.compile import flops, hlo, jobs, memory, programs, roofline
+from ivr_jax.compile import flops, hlo, jobs, memory, programs, rl_programs, roofline
 from ivr_jax.compile.topologies import GIB, parse_topology
+from ivr_jax.config import load_config
 from ivr_jax.errors import UserError
 from ivr_jax.training.throughput import train_flops
 
@@ -173,6 +174,19 @@ def test_an_error_of_the_compiler_becomes_advice():
 def test_topologies_that_cannot_be_are_refused(name):
     with pytest.raises(UserError):
         parse_topology(name)
+
+
+def test_the_rl_plan_holds_the_policy_before_and_the_rollout():
+    """Against one answer a pass and no overlap: a copy of the parameters more; and as many batches as a rollout has."""
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    config = load_config("micro_rl")
+    model = load_config("micro_sft")
+    config.model, config.text_tokenizer, config.micro_batch = model.model, "micro", 32
+    plain = rl_programs.policy_gradient(programs.Placed(config, mesh)).resident
+    config.overlap, config.num_minibatches = True, 2
+    resident = rl_programs.policy_gradient(programs.Placed(config, mesh)).resident
+    assert plain["previous policy"] == 0 and resident["previous policy"] == resident["parameters"] > 0
+    assert resident["rollout"] == resident["batch"] * (8 * 8 // 32 - 1)
 
 
 def test_topologies_are_read():

@@ -67,10 +67,10 @@ def test_the_same_tokens_as_one_padded_batch_in_lock_step(how):
     assert usage.tokens == plain().lengths.sum() - 5 * len(KEYS)  # five forced ones, which the prefill reads
 
 
-def test_large_layers_are_taken_apart_on_a_cpu_and_draw_the_same(monkeypatch):
+def test_large_layers_are_unstacked_on_a_cpu_and_sample_the_same(monkeypatch):
     taken = mock.Mock(side_effect=backbone.unstack_layers)
     monkeypatch.setattr(decode_loop.backbone, "unstack_layers", taken)
-    monkeypatch.setattr(decode_loop, "APART", (1, 1 << 30))
+    monkeypatch.setattr(decode_loop, "UNSTACK_BYTES", (1, 1 << 30))
     config = dataclasses.replace(CONFIG, unroll=2)  # a program of its own
     how = EngineOptions(**AHEAD)
     options = RolloutOptions(LENGTH, engine=how, group=GROUP, size=SIZE)
