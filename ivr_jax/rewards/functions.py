@@ -245,7 +245,7 @@ def score_groups(parts: Components, images: jax.Array, present: jax.Array, optio
 
     Args:
       parts: arrays [P, M] (scores [P, M, 4]); what stands where `present` is False never reaches a result.
-      images: int [P, M], drawn images; present: bool [P, M], members without a missing judgement.
+      images: int [P, M], generated images; present: bool [P, M], members without a missing judgement.
     """
     parts = Components(*map(jnp.asarray, parts))
     outcome_reward = outcome(jnp.where(present[..., None], parts.scores, 1.0), options)
@@ -263,7 +263,7 @@ def improvement(outcome_reward: jax.Array, images: jax.Array, drafts: DraftTruth
     """What continuations gain over their draft, float [P, M] in [-1, 1]; takes the place of R_o.
 
     A continuation that stops at the draft (one image) earns 1 where the draft is right, and 0 where it is wrong; one
-    that draws again earns the difference of the outcomes.
+    that continues earns the difference of the outcomes.
     """
     stopped = jnp.where(drafts.right, 1.0, 0.0)[:, None]
     return jnp.where(images == 1, stopped, outcome_reward - jnp.asarray(drafts.outcome)[:, None])

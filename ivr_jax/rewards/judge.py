@@ -30,7 +30,7 @@ class Judged:
       format: 1 for a structurally valid answer, else 0.
       step: R_s, None when the answer has nothing that it is a mean over.
       step_failed: True when a judgement that R_s or R_r needs is missing.
-      truth: the judge's evaluation of every drawn image that was asked for, in order; None where it failed.
+      truth: the judge's evaluation of every generated image that was asked for, in order; None where it failed.
       reflection: R_r, None when there is no reflection or the rules have no R_r.
     """
 
@@ -60,13 +60,13 @@ async def judge_answer(
     """Judges a parsed answer: the final image on four axes, and whatever `options` makes R_s and R_r a mean of.
 
     Args:
-      images: the sources and the drawn images by name.
-      every_image: evaluate all drawn images, not only those that a reward needs.
+      images: the sources and the generated images by name.
+      every_image: evaluate all generated images, not only those that a reward needs.
       format_reward: R_f of the answer.
     """
     sample = trajectory.sample
-    drawn = [images[name] for name in trajectory.images]
-    wanted = drawn if every_image or options.step_reward_evals == "all" else drawn[-1:]
+    generated = [images[name] for name in trajectory.images]
+    wanted = generated if every_image or options.step_reward_evals == "all" else generated[-1:]
     truth = await _outcomes(analyzer.evaluate(sample, images, image) for image in wanted)
     last = truth[-1]
     if last is None or not all(in_range(score, 1, 5) for score in last.scores):
@@ -106,16 +106,16 @@ async def judge_answers(
 
 async def _outcomes(calls: Iterable[Awaitable[Any]]) -> tuple[Any, ...]:
     """The results of all calls, None where the judge failed.  Any other error is raised, after all have ended."""
-    found = await asyncio.gather(*calls, return_exceptions=True)
-    for result in found:
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    for result in results:
         if isinstance(result, BaseException) and not isinstance(result, ServiceFailed):
             raise result
-    return tuple(None if isinstance(result, ServiceFailed) else result for result in found)
+    return tuple(None if isinstance(result, ServiceFailed) else result for result in results)
 
 
 def _intermediate_texts(analyzer: Analyzer, trajectory: Trajectory, images: Images, options: RewardOptions):
     """Calls that rate each failure analysis, improvement plan and sub-instruction, shown the images before it."""
-    calls, drawn = [], [images[name] for name in trajectory.images]
+    calls, generated = [], [images[name] for name in trajectory.images]
     for n, round_ in enumerate(trajectory.rounds):
         texts = ()
         if isinstance(round_.cause, Reflection):
@@ -125,20 +125,20 @@ def _intermediate_texts(analyzer: Analyzer, trajectory: Trajectory, images: Imag
             )
         elif isinstance(round_.cause, Step):
             texts = (("step", round_.cause.instruction),)
-        calls += [analyzer.judge_reasoning(trajectory.sample, images, *text, drawn[:n]) for text in texts]
+        calls += [analyzer.judge_reasoning(trajectory.sample, images, *text, generated[:n]) for text in texts]
     return calls, ()
 
 
 def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Images, options: RewardOptions):
     """Calls that rate each step's image (the mean of its axes), and each reflection (the mean of its two texts)."""
-    sample, drawn = trajectory.sample, [images[name] for name in trajectory.images]
+    sample, generated = trajectory.sample, [images[name] for name in trajectory.images]
     before = [images[name] for name in sample.sources]
 
     async def step(instruction: str, previous: list, image: Any) -> float:
-        found = await analyzer.evaluate_step(sample, images, instruction, previous, image)
-        if not all(in_range(score, 1, 5) for score in found.scores):
-            raise ServiceFailed(f"the judge scored a step {found.scores}.", "Scores are from 1 to 5.")
-        return float(rescale(sum(found.scores) / len(AXES), options.score_map))
+        results = await analyzer.evaluate_step(sample, images, instruction, previous, image)
+        if not all(in_range(score, 1, 5) for score in results.scores):
+            raise ServiceFailed(f"the judge scored a step {results.scores}.", "Scores are from 1 to 5.")
+        return float(rescale(sum(results.scores) / len(AXES), options.score_map))
 
     async def reflection(cause: Reflection, previous: list) -> float:
         texts = (("failure_analysis", cause.failure_analysis), ("improvement_plan", cause.improvement_plan))
@@ -150,10 +150,10 @@ def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Ima
     steps, reflections = [], []
     for n, round_ in enumerate(trajectory.rounds):
         if isinstance(round_.cause, Step):
-            steps.append(step(round_.cause.instruction, before, drawn[n]))
-            before = [drawn[n]]
+            steps.append(step(round_.cause.instruction, before, generated[n]))
+            before = [generated[n]]
         elif isinstance(round_.cause, Reflection):
-            reflections.append(reflection(round_.cause, drawn[:n]))
+            reflections.append(reflection(round_.cause, generated[:n]))
     return steps, reflections
 
 

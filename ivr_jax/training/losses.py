@@ -116,7 +116,7 @@ _settled.defvjp(lambda head: (head, None), _settle_gradient)
 
 
 def _gathered(x: jax.Array) -> jax.Array:
-    """A chunk's [B, T, ...] whole on every tensor shard."""
+    """A chunk's [B, T, ...], replicated on every tensor shard."""
     return sharding.constrain(x, ("batch", "length", *("width",) * (x.ndim - 2)))
 
 

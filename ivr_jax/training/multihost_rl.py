@@ -31,16 +31,16 @@ def global_rollout(mine: Rollout, pad: int) -> Rollout:
     for k, (prompts, lengths) in enumerate(mine.unconditional, start=1):
         arrays |= {f"prompts/{k}": prompts, f"lengths/{k}": lengths}
     parts = distributed.gather_arrays(arrays)
-    said = [None if answer is None else trajectory_to_json(answer.trajectory) for answer in mine.answers]
+    trajectories = [None if answer is None else trajectory_to_json(answer.trajectory) for answer in mine.answers]
     gathered = distributed.gather(
-        {"said": said, "errors": mine.errors, "usage": dataclasses.asdict(mine.usage), "seconds": mine.seconds}
+        {"trajectories": trajectories, "errors": mine.errors, "usage": dataclasses.asdict(mine.usage), "seconds": mine.seconds}
     )  # fmt: skip
     answers: list[Answer | None] = []
     for process, theirs in enumerate(gathered):
         if process == jax.process_index():
             answers += mine.answers
         else:
-            answers += [None if a is None else Answer(trajectory_from_json(a), {}, ()) for a in theirs["said"]]
+            answers += [None if a is None else Answer(trajectory_from_json(a), {}, ()) for a in theirs["trajectories"]]
 
     def joined(name: str) -> np.ndarray:
         return _stacked([part[name] for part in parts], pad)

@@ -33,7 +33,7 @@ class Prompt(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """The prompts of one step, and those of the next one where rollouts are drawn ahead (else ())."""
+    """The prompts of one step, and those of the next one where rollouts are sampled ahead (else ())."""
 
     now: tuple[Prompt, ...]
     upcoming: tuple[Prompt, ...] = ()
@@ -115,7 +115,7 @@ def _stored_prompt(dataset: TrajectorySource, index: int) -> Prompt:
 
 
 class SameSize:
-    """Endless lists of `count` prompts whose images have one size, since answers of one size are drawn together.
+    """Endless lists of `count` prompts whose images have one size, since answers of one size are sampled together.
 
     Prompts come in the shuffled order of `source`; those of a size that has not yet `count` of them are held back.
 

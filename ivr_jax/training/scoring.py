@@ -24,7 +24,7 @@ class Scored:
     Attributes:
       judged: what the judge said of each answer.
       components: outcome, format, step, has_step, reflection, has_reflection, total (R before the bonus).
-      images: drawn images; present: members without a missing judgement.
+      images: generated images; present: members without a missing judgement.
       bonus, advantages: float32; used: bool, the members that take part in the update.
       image_advantages: of image tokens, where these have their own; draft_advantages: of drafts; None: none.
     """

@@ -1,4 +1,4 @@
-"""What a stage learns, and where it lies on the mesh."""
+"""What a stage learns, and how it is sharded on the mesh."""
 
 from __future__ import annotations
 
