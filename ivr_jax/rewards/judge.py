@@ -135,10 +135,10 @@ def _intermediate_images(analyzer: Analyzer, trajectory: Trajectory, images: Ima
     before = [images[name] for name in sample.sources]
 
     async def step(instruction: str, previous: list, image: Any) -> float:
-        results = await analyzer.evaluate_step(sample, images, instruction, previous, image)
-        if not all(in_range(score, 1, 5) for score in results.scores):
-            raise ServiceFailed(f"the judge scored a step {results.scores}.", "Scores are from 1 to 5.")
-        return float(rescale(sum(results.scores) / len(AXES), options.score_map))
+        evaluation = await analyzer.evaluate_step(sample, images, instruction, previous, image)
+        if not all(in_range(score, 1, 5) for score in evaluation.scores):
+            raise ServiceFailed(f"the judge scored a step {evaluation.scores}.", "Scores are from 1 to 5.")
+        return float(rescale(sum(evaluation.scores) / len(AXES), options.score_map))
 
     async def reflection(cause: Reflection, previous: list) -> float:
         texts = (("failure_analysis", cause.failure_analysis), ("improvement_plan", cause.improvement_plan))

@@ -39,7 +39,7 @@ _CRITERIA = {
     "quality_score": "how free the last image is of artefacts and broken shapes",
     "knowledge_score": "how well the last image agrees with physics, facts and common sense",
     "step_score": "how well the last image carries out this step, starting from the image or images before it",
-    "reflection_score": "how truly the critique names the faults of the first image, and how far the second repairs them",
+    "reflection_score": "how truly the critique names the faults of the first image, and how far the second is better",
 }
 
 

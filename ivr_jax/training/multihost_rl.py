@@ -32,9 +32,10 @@ def global_rollout(mine: Rollout, pad: int) -> Rollout:
         arrays |= {f"prompts/{k}": prompts, f"lengths/{k}": lengths}
     parts = distributed.gather_arrays(arrays)
     trajectories = [None if answer is None else trajectory_to_json(answer.trajectory) for answer in mine.answers]
+    usage = dataclasses.asdict(mine.usage)
     gathered = distributed.gather(
-        {"trajectories": trajectories, "errors": mine.errors, "usage": dataclasses.asdict(mine.usage), "seconds": mine.seconds}
-    )  # fmt: skip
+        {"trajectories": trajectories, "errors": mine.errors, "usage": usage, "seconds": mine.seconds}
+    )
     answers: list[Answer | None] = []
     for process, theirs in enumerate(gathered):
         if process == jax.process_index():
