@@ -1,9 +1,10 @@
 r"""Supervised fine-tuning of the micro-world's base model on direct, reflection and multi-step trajectories (2:1:2).
 
 Paper: 1:2:2, next-token loss on the selected tokens, one epoch, cosine schedule with 10% warm-up.  Here: several
-epochs over a few thousand trajectories.
+epochs over a few thousand trajectories; a quarter of the examples go on being the base model's practice.
 Command: python -m ivr_jax.train --config=configs/micro_sft.py --workdir=runs/demo/sft --config.init=runs/demo/base \
-    --config.data.path=runs/demo/construct/dataset --config.image_tokenizer=runs/demo/image_tokenizer
+    --config.data.path=runs/demo/construct/dataset --config.data.practice_share=0.25 \
+    --config.image_tokenizer=runs/demo/image_tokenizer
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ def get_config() -> ConfigDict:
     config = micro_base.get_config()
     config.steps = 600
     config.data.length = 576
-    config.data.practice_share = 0.25
+    config.data.practice_share = 0.0
     config.batch = 5
     config.data.mix = ConfigDict({"direct": 2.0, "reflection": 1.0, "multi_step": 2.0})
     config.optimizer.learning_rate = 3e-3

@@ -75,6 +75,7 @@ def sft_settings(runs: Path) -> dict:
     return {
         "steps": 20, "batch": 2, "grad_accum_steps": 1, "loss_chunk_tokens": 64, "log_every": 3, "checkpoint_every": 4,
         "image_tokenizer": runs / "image_tokenizer", "data.path": runs / "dataset", "data.length": 128,
+        "data.practice_share": 0.0,
         "data.mix.reflection": 2.0, "data.mix.multi_step": 2.0, "optimizer.learning_rate": 2e-3,
         **{f"model.{key}": value for key, value in MODEL.items()},
     }  # fmt: skip

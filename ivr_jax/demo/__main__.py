@@ -43,7 +43,10 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
         step("Evaluate the base model", "evaluate", f"{check}:base", "eval_base", checkpoint=base),
         step("Evaluate it on single edits of each kind", "evaluate", f"{check}:kinds", "eval_kinds", checkpoint=base),
         step("Construct trajectories from its own images", "construct", "micro_construct", "construct", baseline=base),
-        step("Fine-tune on them", "train", "micro_sft", "sft", init=base, data__path=built, image_tokenizer=images),
+        step(
+            "Fine-tune on them", "train", "micro_sft", "sft",
+            init=base, data__path=built, data__practice_share=0.25, image_tokenizer=images,
+        ),
         step("Evaluate the fine-tuned model", "evaluate", check, "eval_sft", checkpoint=sft),
         *(
             step(

@@ -134,6 +134,9 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an sft config: tokenises the dataset on the first run, then trains on packed batches."""
     if not 0 <= config.data.practice_share <= 1:
         raise UserError(f"data.practice_share is {config.data.practice_share}.", "Give a share from 0 to 1.")
+    if config.data.practice_share == 1 and config.data.path:
+        raise UserError("a dataset was named, but all examples are to be practice.",
+                        "Lower data.practice_share (0: the dataset alone), or name none.")
     if config.data.practice_share < 1 and not config.data.path:
         raise UserError("no dataset was named.", "Give --config.data.path=WORKDIR/dataset of ivr_jax.construct.")
     if config.batch % config.grad_accum_steps:
