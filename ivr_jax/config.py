@@ -178,11 +178,9 @@ def saved_config(workdir: Path) -> dict[str, Any] | None:
     """The nested values of `config.json`, or None when the folder has none.  Raises UserError when it is damaged."""
     path = workdir / CONFIG_FILE
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.read_json(path, "Restore the file, or use another --workdir.")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}.", "Restore the file, or use another --workdir.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a configuration.", "Restore the file, or use another --workdir.")
     return value

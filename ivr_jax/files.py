@@ -78,6 +78,31 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_file(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A text file in UTF-8, with or without a byte order mark.  Raises OSError, or ValueError for another encoding."""
+    return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def parse_json(text: str, what: str, remedy: str = "Correct it.") -> Any:
+    """A JSON value; `what` names it in errors.  Raises UserError for all that is none, however deep or odd it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "too many levels" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
+        raise UserError(f"{what} is not JSON ({reason}).", remedy) from None
+
+
+def read_json(path: str | os.PathLike[str], remedy: str = "Correct the file.") -> Any:
+    """The JSON value in a file.  Raises UserError when it cannot be read or is none; FileNotFoundError stays one."""
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}.", remedy) from error
+    return parse_json(text, str(path), remedy)
+
+
 class Lock:
     """The operating system's exclusive lock on an existing file or folder, until `close` or the end of the process.
 

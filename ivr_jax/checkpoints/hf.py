@@ -23,7 +23,14 @@ from jax.sharding import Mesh
 
 from ivr_jax import files, sharding
 from ivr_jax.checkpoints.lazy import Index, LazyArray, place_tree
-from ivr_jax.checkpoints.safetensors_io import DTYPES, INDEX, PlannedTensor, open_directory, write_directory
+from ivr_jax.checkpoints.safetensors_io import (
+    DTYPES,
+    INDEX,
+    PlannedTensor,
+    open_directory,
+    row_blocks,
+    write_directory,
+)
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
@@ -150,7 +157,39 @@ def open_backbone(directory: str | os.PathLike[str], **options: Any) -> tuple[Ba
     source = Path(directory)
     config = BackboneConfig.from_hf(read_mapping(source, ("config.json",)), **options)
     slots, shapes = backbone_slots(config), backbone.param_shapes(config)
-    return config, _lazy_tree(slots, _checked(slots, open_weights(source), source), shapes)
+    stored = needed_weights(config, open_weights(source), source)
+    return config, _lazy_tree(slots, _checked(slots, stored, source), shapes)
+
+
+def needed_weights(config: BackboneConfig, stored: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """`stored` without what the decoder has or computes anyway, if it says the same.
+
+    That is the output matrix of a model whose output is tied to its embedding, and tables of rotary frequencies.
+
+    Raises:
+      UserError: it says something else, so that config.json does not describe these weights.
+    """
+    kept = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    for name in stored.keys() - kept.keys():
+        table = np.asarray(stored[name].read(), np.float64)
+        if config.rope_scaling is None and not (
+            table.shape == frequencies.shape and np.allclose(table, frequencies, rtol=1e-2)
+        ):
+            raise UserError(f"tensor {name} in {stored[name].file} holds other rotary frequencies than rope_theta "
+                            f"{config.rope_theta:g} of config.json gives.", "Find out which of the two is right.")
+    head, embedding = kept.get("lm_head.weight"), kept.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head is not None and embedding is not None:
+        same = head.shape == embedding.shape and head.dtype == embedding.dtype
+        width = slice(0, embedding.shape[-1])
+        for start, stop in row_blocks(embedding.shape, embedding.dtype.itemsize) if same else ():
+            part = (slice(start, stop), width)
+            same = same and np.array_equal(head.read(part), embedding.read(part))
+        if not same:
+            raise UserError(f"tensor lm_head.weight in {head.file} differs from the embedding, and config.json of "
+                            f"{where} says tie_word_embeddings.", "Set tie_word_embeddings to false if it belongs.")
+        del kept["lm_head.weight"]
+    return kept
 
 
 def import_image_tokenizer(
@@ -313,7 +352,8 @@ def read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
     if path is None:
         raise UserError(f"{directory} has no {' or '.join(names)}.", "Name a folder that holds a complete checkpoint.")
     try:
-        value = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        text = files.read_text(path)
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError, OSError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}).", "Get the file again.") from None
     if not isinstance(value, Mapping):

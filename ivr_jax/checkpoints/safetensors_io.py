@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from ivr_jax import files
 from ivr_jax.checkpoints.lazy import PART_BYTES, Index
 from ivr_jax.errors import UserError
 
@@ -147,10 +148,10 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
 def _open_indexed(directory: Path) -> dict[str, StoredTensor]:
     index = directory / INDEX
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        weight_map = dict(files.read_json(index, _AGAIN)["weight_map"])
         shards = sorted(set(weight_map.values()))
         inside = all(Path(shard).name == shard for shard in shards)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not a checkpoint index ({error}).", _AGAIN) from None
     if not inside:
         raise UserError(f"{index} names files outside its own folder.", _AGAIN)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ivr_jax import cli, files
-from ivr_jax.checkpoints import hf, parity, streaming
+from ivr_jax.checkpoints import hf, parity, store, streaming
 from ivr_jax.checkpoints.lazy import Index, LazyArray
 from ivr_jax.checkpoints.safetensors_io import digest, row_blocks
 from ivr_jax.errors import UserError
@@ -48,7 +49,10 @@ TOKENIZER = "tokenizer"  # folder of a workdir for the files that came with a de
 FORMS = ("orbax", "hf")
 _THEIRS = {"architectures", "attention_dropout"}  # fields that an imported config.json keeps
 _EMU_FILES = {RANKS_FILE, VISION_FILE}
-_COMPANIONS = {".json", ".jsonl", ".txt", ".tiktoken", ".model", ".jinja", ".py", ".md"}
+_COMPANIONS = (
+    "*token*.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "*.jinja", "*.tiktoken", "*.model",
+    VISION_FILE, "tokenization_*.py", "LICEN[CS]E*", "NOTICE*", "COPYING*",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Model:
 
 def read_orbax(path: Path) -> Model:
     """A checkpoint, to be read a part at a time; optimiser state is left where it is."""
-    meta = streaming.read_meta(path)
+    meta = store.read_meta(path)
     classes = {BACKBONE: (BackboneConfig, backbone), IMAGE_TOKENIZER: (ImageTokenizerConfig, image_tokenizer)}
     if meta.get("kind") not in classes:
         raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}.",
@@ -87,10 +91,10 @@ def read_orbax(path: Path) -> Model:
         raise UserError(f"the checkpoint {str(path)!r} does not say what its model is ({error}).",
                         "It is damaged, or of another version of the program; use another step.") from None
     params = streaming.open_params(path, module.param_shapes(config))
-    workdir = streaming.resolve(path).absolute().parent.parent
+    workdir = store.resolve(path).absolute().parent.parent
     recorded = Path(meta.get("text_tokenizer", ""))  # a folder's full name, or one that is built in
     folders = [folder for folder in (workdir / TOKENIZER, recorded) if folder.is_absolute() and folder.is_dir()]
-    companions = _companions(folders[0]) if folders else ()
+    companions = _companions(folders[0], code=folders[0].name == TOKENIZER) if folders else ()
     extra = {key: meta[key] for key in meta if key not in ("kind", "model", "lora")}  # adapters are merged
     return Model(meta["kind"], config, params, extra, companions if meta["kind"] == BACKBONE else ())
 
@@ -106,14 +110,18 @@ def read_hf(path: Path, param_dtype: str, vocab_multiple: int = 1) -> Model:
         image_config, params = hf.open_image_tokenizer(path, param_dtype=param_dtype)
         return Model(IMAGE_TOKENIZER, image_config, params, _extra(path))
     config, params = hf.open_backbone(path, param_dtype=param_dtype, vocab_multiple=vocab_multiple)
-    return Model(BACKBONE, config, params, {"hf_config": dict(fields), **_extra(path)}, _companions(path))
+    companions = _companions(path, code=bool(fields.get("auto_map")))  # modules that config.json names
+    return Model(BACKBONE, config, params, {"hf_config": dict(fields), **_extra(path)}, companions)
 
 
-def _companions(folder: Path) -> tuple[Path, ...]:
-    """Files beside weights that are neither weights nor about them: a text tokenizer's, remote code, licences."""
-    names = {"config.json", hf.INDEX, EXTRA}
-    found = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in names)
-    return tuple(file for file in found if file.suffix in _COMPANIONS or file.name.startswith(("LICENSE", "NOTICE")))
+def _companions(folder: Path, code: bool) -> tuple[Path, ...]:
+    """Files beside weights that belong to an export too: a text tokenizer's, licences and, with `code`, Python files.
+
+    What training and adapters left behind describes other weights.
+    """
+    patterns = (*_COMPANIONS, "*.py") if code else _COMPANIONS
+    found = (file for file in sorted(folder.iterdir()) if file.is_file())
+    return tuple(file for file in found if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns))
 
 
 def write_orbax(model: Model, folder: Path, final: Path | None = None) -> None:
@@ -178,13 +186,18 @@ def certificate(model: Model, folder: Path) -> dict[str, Any]:
     """Compares `model` with the weights in `folder`, reading a part of a tensor at a time on both sides.
 
     Returns:
-      tensors, bytes and dtypes of the files; `equal`, how many tensors have the same SHA-256 on both sides (our
+      tensors, bytes and dtypes of the files; `copies`, tensors that repeat what others or the config say, and do so
+      rightly (`hf.needed_weights`); `equal`, how many tensors have the same SHA-256 on both sides (our
       parameters brought to the files' dtype); `unfit`, names of the files' tensors with values that are NaN or
       infinite; `digest`, over all of the files' tensors; `logits`, the largest difference of logits on a fixed prompt
       against transformers, and `scale`, the largest logit (a decoder's in safetensors, if every value is finite; None
       without PyTorch).
     """
-    stored = hf.open_weights(folder)
+    everything = hf.open_weights(folder)
+    stored = everything
+    if isinstance(model.config, BackboneConfig):
+        stored = hf.needed_weights(model.config, everything, folder)
+    copies = sorted(everything.keys() - stored.keys())
     size = sum(tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values())
     digests, equal, unfit = {}, 0, set()
     with _bar("verify", size) as bar:
@@ -205,8 +218,8 @@ def certificate(model: Model, folder: Path) -> dict[str, Any]:
             equal += digest(planned.parts()) == digests[name]
     total = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
     logits, scale = (None, None) if unfit else _compared_logits(model, folder)
-    return {"tensors": len(stored), "bytes": size, "dtypes": sorted({x.dtype.name for x in stored.values()}),
-            "equal": equal, "unfit": sorted(unfit), "digest": total, "logits": logits, "scale": scale}
+    return {"tensors": len(everything), "copies": copies, "bytes": size,
+            "dtypes": sorted({x.dtype.name for x in stored.values()}), "equal": equal + len(copies), "unfit": sorted(unfit), "digest": total, "logits": logits, "scale": scale}
 
 
 def _compared_logits(model: Model, folder: Path) -> tuple[float | None, float | None]:
@@ -318,6 +331,8 @@ def report(found: Mapping[str, Any], model: Model, target: Path, exported: bool)
     print(f"  dtypes       {dtypes_in_words(files, held, exported)}")
     print(f"  bit-equal    {found['equal']} of {found['tensors']} tensors (SHA-256 of each, in the files' dtype)")
     print(f"  SHA-256      {found['digest']} over all tensors")
+    if found["copies"]:
+        print(f"  left behind  {', '.join(found['copies'][:3])}: copies, equal to what is kept")
     if model.kind == BACKBONE:
         compared = found["logits"] is not None
         shown = (f"{found['logits']:.2e} at most, logits up to {found['scale']:.3g}" if compared

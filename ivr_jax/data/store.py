@@ -198,7 +198,7 @@ class TrajectorySource(abc.ABC):
             raise IndexError(f"trajectory {index} of {len(self)}")
         try:
             return trajectory_from_json(json.loads(self._record(i)))
-        except (RuntimeError, ValueError, TypeError, UserError) as error:
+        except (RuntimeError, ValueError, TypeError, UserError) as error:  # RecursionError is a RuntimeError
             raise UserError(f"record {i} of {self.path} is corrupt: {_first_line(error)}", _REBUILD) from error
 
     def __iter__(self) -> Iterator[Trajectory]:
@@ -372,9 +372,9 @@ def _json_copy(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}", _REBUILD) from error
+        return files.read_json(path, _REBUILD)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing.", _REBUILD) from None
 
 
 def _first_line(error: Exception) -> str:

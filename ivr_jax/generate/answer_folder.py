@@ -72,11 +72,9 @@ def write_answer(out: Path, answer: Answer | InterleavedAnswer, about: Mapping[s
 def read_about(out: Path) -> dict[str, Any] | None:
     """The `about` of a finished answer in `out`; None when there is none."""
     try:
-        record = json.loads((out / RECORD).read_text())
+        record = files.read_json(out / RECORD, "Remove it; the answer is made again.")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / RECORD} cannot be read ({error}).", "Remove it; the answer is made again.") from error
     if not isinstance(record, dict) or not isinstance(record.get("about"), dict):
         raise UserError(f"{out / RECORD} is no answer.", "Name another --out.")
     return record["about"]

@@ -9,13 +9,13 @@ file's folder), `task`, `aspect_ratio`, `seed` and `key` (names the answer's fol
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from ivr_jax import files
 from ivr_jax.checkpoints.system import System
 from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, fit, fitted_size, image_name, load_image
@@ -67,8 +67,8 @@ def read_requests(path: str, seed: int = 0, task: str = "", aspect_ratio: str = 
     """
     file = Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # JSON texts may hold other ends of lines
-    except (OSError, UnicodeDecodeError) as error:
+        lines = files.read_text(file).split("\n")  # JSON texts may hold other ends of lines
+    except (OSError, ValueError) as error:
         raise UserError(f"the file of prompts {path!r} cannot be read ({error}).", "Give a JSONL file.") from error
     requests: dict[str, Request] = {}
     for number, line in enumerate(lines, 1):
@@ -85,10 +85,7 @@ def read_requests(path: str, seed: int = 0, task: str = "", aspect_ratio: str = 
 
 
 def _request(line: str, where: str, folder: Path, default: Request) -> Request:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}).", 'Write lines such as {"prompt": "A red cup."}.') from None
+    fields = files.parse_json(line, where, 'Write lines such as {"prompt": "A red cup."}.')
     if not isinstance(fields, Mapping) or not set(fields) <= set(_KINDS) or "prompt" not in fields:
         raise UserError(f"{where} must be an object with a prompt and only the fields {', '.join(_KINDS)}.",
                         "Mend the line.")

@@ -19,6 +19,7 @@ _SIZES = (
 _REFUSED = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # so that a damaged file is an error, not a program without an end
 _OTHER_FILE = "Take the config.json that belongs to the weights."
+_ONE_OF_TWO = "Find out which of the two belongs to the weights, and remove the other."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +129,20 @@ class BackboneConfig:
         tied = fields.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             raise _bad("tie_word_embeddings", tied, "true or false")
-        theta = fields.get("rope_theta", rope.get("rope_theta"))
-        if theta is None:
+        theta, other = fields.get("rope_theta"), rope.get("rope_theta")
+        if theta is None and other is None:
             raise UserError("config.json has no rope_theta.", _OTHER_FILE)
-        scaling = fields.get("rope_scaling") or {key: value for key, value in rope.items() if key != "rope_theta"}
+        theta = other if theta is None else theta
+        if other is not None and other != theta:
+            raise UserError(f"config.json gives rope_theta {theta!r}, and {other!r} in rope_parameters.", _ONE_OF_TWO)
+        newer = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaling = fields.get("rope_scaling") or newer
+        if newer and fields.get("rope_scaling"):
+            size = fields["head_dim"] if isinstance(fields["head_dim"], int) else 0
+            first, second = (_rope_scaling(value, size) for value in (scaling, newer))
+            if first != second:
+                raise UserError(f"config.json gives rope_scaling {scaling!r}, and {newer!r} in rope_parameters.",
+                                _ONE_OF_TWO)
         return cls(
             **{name: fields[name] for name in _SIZES}, rms_norm_eps=_real("rms_norm_eps", fields["rms_norm_eps"]),
             rope_theta=_real("rope_theta", theta), rope_scaling=scaling or None, tie_word_embeddings=tied, **options,

@@ -39,7 +39,7 @@ def convert_command(*words) -> None:
 
 def save_run(workdir, state, meta) -> None:
     """A checkpoint as training saves it."""
-    checkpointer = streaming.Checkpointer(workdir)
+    checkpointer = store.Checkpointer(workdir)
     checkpointer.save(3, jax.tree.map(jnp.asarray, state), {"position": 1}, meta)
     checkpointer.wait()
     checkpointer.close()
@@ -59,7 +59,7 @@ def test_convert_there_and_back(exported, tmp_path, params, capsys):
     said = capsys.readouterr().out
     assert "36 of 36" in said and "float32 in the files and here" in said and "tokenizer.txt" in said
     assert "generating and training need --text_tokenizer=FOLDER and --image_tokenizer=FOLDER" in said
-    read, meta = streaming.read_params(tmp_path / "run", "backbone", backbone.param_shapes(UNPADDED))
+    read, meta = store.read_params(tmp_path / "run", "backbone", backbone.param_shapes(UNPADDED))
     assert meta["model"] == dataclasses.asdict(UNPADDED)
     np.testing.assert_array_equal(read["lm_head"], params["lm_head"][:, :21])
     np.testing.assert_array_equal(read["layers"]["mlp"]["up"], params["layers"]["mlp"]["up"])
@@ -83,7 +83,7 @@ def test_an_emu_tokenizer_beside_the_weights_is_recorded_and_follows_training(ex
         (exported / name).write_text(name)
     convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
     assert "need --image_tokenizer=FOLDER" in capsys.readouterr().out
-    meta = streaming.read_meta(tmp_path / "run")
+    meta = store.read_meta(tmp_path / "run")
     assert meta["text_tokenizer"] == str(tmp_path / "run" / "tokenizer")
     trained = {"kind": "backbone", "model": dataclasses.asdict(CONFIG), "text_tokenizer": meta["text_tokenizer"]}
     save_run(tmp_path / "trained", {"params": params}, trained)
@@ -137,7 +137,7 @@ def test_export_of_an_adapted_checkpoint_merges_the_adapters(tmp_path, params):
 def test_large_chunks_are_read_once_and_parts_of_arrays_otherwise(tmp_path, params, monkeypatch):
     """A store made by training may hold an array as one chunk; one made by converting never does."""
     save_run(tmp_path / "trained", {"params": params}, {"kind": "backbone"})
-    monkeypatch.setattr(store, "PART_BYTES", 200)
+    monkeypatch.setattr(streaming, "PART_BYTES", 200)
     monkeypatch.setattr(lazy, "PART_BYTES", 200)
     shapes = backbone.param_shapes(CONFIG)
     streaming.write(tmp_path / "written", streaming.open_params(tmp_path / "trained", shapes), {"kind": "backbone"})
@@ -145,7 +145,7 @@ def test_large_chunks_are_read_once_and_parts_of_arrays_otherwise(tmp_path, para
     for run in ("trained", "written"):
         found = streaming.open_params(tmp_path / run, shapes)
         assert_trees_equal(jax.tree.map(lambda leaf: leaf[()], found), params)
-        assert_trees_equal(streaming.read_params(tmp_path / run, "backbone", shapes)[0], params)
+        assert_trees_equal(store.read_params(tmp_path / run, "backbone", shapes)[0], params)
 
 
 @pytest.mark.parametrize("damage", ["missing chunk", "truncated chunk", "missing array", "other shape"])
@@ -169,7 +169,7 @@ def test_zeros_are_stored_and_not_taken_for_missing(tmp_path, params):
     zeros = jax.tree.map(np.zeros_like, params)
     hf.export_backbone(CONFIG, zeros, tmp_path / "hf")
     streaming.write(tmp_path / "run", hf.open_backbone(tmp_path / "hf", vocab_multiple=8)[1], {"kind": "backbone"})
-    assert_trees_equal(streaming.read_params(tmp_path / "run", "backbone", backbone.param_shapes(CONFIG))[0], zeros)
+    assert_trees_equal(store.read_params(tmp_path / "run", "backbone", backbone.param_shapes(CONFIG))[0], zeros)
 
 
 def spoil(folder, fault):
@@ -238,7 +238,7 @@ def test_a_certificate_that_does_not_hold_leaves_nothing(exported, tmp_path, mon
     def other(workdir, params, meta):
         write(workdir, {**params, "final_norm": params["embed"]}, meta)
 
-    monkeypatch.setattr(store, "write", other)
+    monkeypatch.setattr(streaming, "write", other)
     with pytest.raises(UserError, match="params.final_norm"):
         convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -303,7 +303,7 @@ def test_image_tokenizer_as_a_bfloat16_pickle(tmp_path, config, capsys):
     convert_command("--from=hf", folder, "--to=orbax", tmp_path / "run")
     said = capsys.readouterr().out
     assert f"{len(state)} of {len(state)}" in said and "float32 master parameters from bfloat16 files" in said
-    params, _ = streaming.read_params(tmp_path / "run", "image_tokenizer", image_tokenizer.param_shapes(IMAGES))
+    params, _ = store.read_params(tmp_path / "run", "image_tokenizer", image_tokenizer.param_shapes(IMAGES))
     expected = narrow["encoder.conv_in.weight"].float().numpy().transpose(2, 3, 1, 0)
     np.testing.assert_array_equal(params["encoder"]["conv_in"]["kernel"], expected)
 
