@@ -1,4 +1,4 @@
-"""The frame around every command: flags, configuration, work directory, logging, errors.
+"""What every command shares: flags, configuration, work directory, logging, errors.
 
 An entry point is a thin `main` and one line:
 
@@ -25,27 +25,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
 import re
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_dict import config_dict
 from ml_collections.config_flags import config_path
 
-from ivr_jax.config import check_numbers, config_names, describe_config, flatten, load_config, with_article
+from ivr_jax.config import (
+    check_numbers,
+    config_names,
+    describe_config,
+    flatten,
+    load_config,
+    new_name,
+    with_article,
+)
 from ivr_jax.errors import UserError
 
 CACHE_VARIABLE = "IVR_JAX_CACHE"
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
-_MEMORY_FULL = re.compile("RESOURCE_EXHAUSTED|Out of memory|Unable to allocate")  # of XLA and of numpy
-_DISK_FULL = re.compile("No space left on device|Disk quota exceeded")  # whatever a library wraps these words in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +89,11 @@ def run(
       argv: the command line, program name first; `sys.argv` by default.
     """
 
+    argv = list(sys.argv if argv is None else argv)
+
     def parse_flags(arguments: list[str]) -> Call:
-        return parse(arguments, config=config, workdir=workdir, add_flags=add_flags, doc=_doc_of(main))
+        doc = sys.modules[main.__module__].__doc__ or ""
+        return parse(arguments, config=config, workdir=workdir, add_flags=add_flags, doc=doc)
 
     def start(call: Call) -> int | None:
         set_logging(call.verbose)
@@ -93,33 +101,34 @@ def run(
         return main(call)
 
     try:
-        app.run(start, argv=list(sys.argv if argv is None else argv), flags_parser=parse_flags)
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        app.run(start, argv=argv, flags_parser=parse_flags)
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        key = _missing_key(error)
-        if config and key is not None:
-            spec, _ = _take_config_flag(sys.argv if argv is None else argv)
-            print(f"error: {spec} has no key `{key}`, which this command reads. Name a config that was made for this "
-                  "command, or add the key to the file.", file=sys.stderr)
-            sys.exit(2)
-        if _DISK_FULL.search(str(error)):
-            print("error: the disk is full. Make room and give the same command again; what was complete before is "
-                  "kept.", file=sys.stderr)
-            sys.exit(2)
-        if _MEMORY_FULL.search(str(error)) and "--verbose" not in (sys.argv if argv is None else argv):
-            print(
-                f"error: out of memory ({str(error).splitlines()[0]}). Take a smaller batch, length or model; "
-                "config.grad_accum_steps trains a batch in parts. --verbose shows where it happened.",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        raise
+        understood = error if isinstance(error, UserError) else _explained(error, argv)
+        if understood is None:
+            raise
+        print("error:", " ".join(str(understood).split()), file=sys.stderr)
+        sys.exit(2)
     raise AssertionError("absl's app.run always exits")
+
+
+def _explained(error: Exception, argv: Sequence[str]) -> UserError | None:
+    """What the user can do about an exception of a library; None when it is a defect of this program."""
+    if isinstance(error, AttributeError) and isinstance(error.obj, ConfigDict):
+        spec, _ = _take_config_flag(argv)
+        return UserError(f"{spec} has no key `{error.name}`, which this command reads.",
+                         "Name a config that was made for this command, or add the key to the file.")
+    text = str(error)
+    if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT)):  # some libraries keep no errno
+        return UserError("the disk is full.", "Make room and give the same command again; what was complete is kept.")
+    exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    if exhausted and "--verbose" not in argv:  # XLA has no exception of its own for this, only a status in the text
+        return UserError(f"out of memory ({text.partition(chr(10))[0]}).",
+                         "Take a smaller batch, length or model; config.grad_accum_steps trains a batch in parts. "
+                         "--verbose shows where it happened.")
+    return None
 
 
 def parse(
@@ -142,7 +151,7 @@ def parse(
     if config:
         spec, argv = _take_config_flag(argv)
     settings = None if spec is None else load_config(spec)
-    if _wants_help(argv):
+    if {"--help", "-help", "-h", "--helpshort", "--helpfull"} & set(argv[1:]):
         print(_help_text(doc, values, spec, settings, config=config, workdir=workdir))
         raise SystemExit(0)
     if config and (spec is None or settings is None):
@@ -234,6 +243,9 @@ def _check_overrides(argv: Sequence[str], spec: str, settings: ConfigDict) -> No
 
 def _unknown_key(name: str, section: str, part: str, node: ConfigDict, spec: str, settings: ConfigDict) -> UserError:
     """The error for an override of a key that is not there: names the likeliest meant one, here or elsewhere."""
+    new = new_name(name)
+    if new is not None and new in flatten(settings):
+        return UserError(f"`config.{name}` is now `config.{new}`.", f"Write --config.{new}=VALUE.")
     every = list(flatten(settings))
     prefix = f"{section}." if section else ""
     if name == f"{prefix}{part}":
@@ -295,29 +307,11 @@ def _check_tuples(values: flags.FlagValues, original: ConfigDict, settings: Conf
             raise UserError(what, f"It is {before!r} in the config file.")
 
 
-def _missing_key(error: Exception) -> str | None:
-    """The key that a ConfigDict was asked for and does not have, when that is what went wrong."""
-    if not isinstance(error, (AttributeError, KeyError)):
-        return None
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if frame.f_code.co_filename != config_dict.__file__:
-        return None
-    return frame.f_locals.get("attribute", frame.f_locals.get("key"))
-
-
 def _installed() -> str:
     return ", ".join(config_names()) or "none"
 
 
 # Help
-
-
-def _doc_of(function: Callable[..., Any]) -> str:
-    return sys.modules[function.__module__].__doc__ or ""
-
-
-def _wants_help(argv: Sequence[str]) -> bool:
-    return any(word in ("--help", "-help", "-h", "--h", "-?", "--helpshort", "--helpfull") for word in argv[1:])
 
 
 def _help_text(

@@ -1,8 +1,17 @@
-"""Configurations: found by name, loaded from Python files, saved beside a run, and compared when it goes on.
+"""Configurations: found by name, loaded from Python files, checked, saved beside a run, compared when it resumes.
 
 A config file has a docstring (paper, cost, command) and one function, `get_config()` or `get_config(word)`, which
 returns an `ml_collections.ConfigDict` of plain values: numbers, texts, true/false, and tuples of them.  It is a module
 of its folder, so one config can start from a neighbour: `from . import micro_base`.  Every default stands there.
+
+A section of a config becomes a dataclass (`as_dataclass`) that derives from `Section`.  Its annotations say what each
+value may be, and are checked whenever one is made:
+
+    @dataclasses.dataclass(frozen=True)
+    class LoraOptions(Section, name="lora"):
+        rank: Count
+        dropout: Annotated[float, Range(0, below=1)]
+        kind: Annotated[str, OneOf("q", "k", "v")]
 """
 
 from __future__ import annotations
@@ -17,9 +26,10 @@ import re
 import sys
 import traceback
 import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -80,11 +90,82 @@ def load_config(spec: str) -> ConfigDict:
         flatten(settings)
     except config_dict.RequiredValueError as error:
         raise UserError(f"{path}: {str(error).rstrip('.')}.", "Give every key a value in the file.") from error
+    check_names(settings, str(path))
     return settings
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `least` to `most`; `above` and `below` are bounds that are not reached."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: Any) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+
+
+class OneOf:
+    """Some values by name."""
+
+    def __init__(self, *values: Any):
+        self._values = values
+
+    def __contains__(self, value: Any) -> bool:
+        return value in self._values
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(repr, self._values))}"
+
+
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+NotNegative = Annotated[float, Range(0)]
+
+
+class Section:
+    """Base of the dataclasses that hold a part of a config; `name` is that part's, for errors.
+
+    Raises:
+      UserError: a value is not of its annotation's type (an int is a float too), not finite, or out of its range.
+    """
+
+    def __init_subclass__(cls, name: str = "", **options: Any):
+        super().__init_subclass__(**options)
+        cls._prefix = f"{name}." if name else ""
+
+    def __post_init__(self) -> None:
+        for field, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            if not field.startswith("_"):
+                check_value(self._prefix + field, getattr(self, field), hint)
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    """Raises UserError unless `value` fits the annotation `hint`: a type, an optional one, or one with a range."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if type(None) in options:
+        if value is None:
+            return
+        (hint,) = (option for option in options if option is not type(None))
+    kind, *ranges = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    word = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}.get(kind)
+    if word is None:
+        return
+    allowed = (int, float) if kind is float else kind
+    fits = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
+    if not fits or kind is float and not math.isfinite(value) or not all(value in part for part in ranges):
+        raise UserError(f"`{key}` is {value!r}.", f"Give {', '.join([word, *map(str, ranges)])}.")
+
+
 def as_dataclass(kind: type, section: Mapping[str, Any] | ConfigDict) -> Any:
-    """The dataclass `kind` from a section of a config; every field must stand in the config, and no other key.
+    """The dataclass `kind` from a section of a config; every field must be in the section, and no other key.
 
     A field whose default is None is a feature that is off, and may be left out.
     """
@@ -93,15 +174,15 @@ def as_dataclass(kind: type, section: Mapping[str, Any] | ConfigDict) -> Any:
     if fields != set(section) | off:
         wrong = ", ".join(sorted(fields ^ (set(section) | off)))
         what = f"the config section for {kind.__name__} lacks, or should not have: {wrong}."
-        raise UserError(what, "Mend the config file.")
+        raise UserError(what, "Correct the config file.")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
 
 
 def check_least(config: ConfigDict, names: Iterable[str], least: int = 1) -> None:
     """Raises UserError for a key among `names` that `config` has, and that is below `least`."""
     for name in names:
-        if name in config and config[name] < least:
-            raise UserError(f"`{name}` is {config[name]}.", f"Give a whole number of at least {least}.")
+        if name in config:
+            check_value(name, config[name], Annotated[int, Range(least)])
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -112,6 +193,69 @@ def check_numbers(config: ConfigDict) -> None:
                 raise UserError(f"`{key}` is {number}.", "Give a finite number.")
         if key.split(".")[-1] == "seed" and isinstance(value, int) and not 0 <= value < 2**32:
             raise UserError(f"`{key}` is {value}.", "Use a seed from 0 to 4294967295.")
+
+
+RENAMED = {  # key of an earlier version -> its name now
+    "minibatch": "micro_batch",
+    "splits": "num_minibatches",
+    "updates": "num_iterations",
+    "accumulation": "grad_accum_steps",
+    "chunk": "loss_chunk_tokens",
+    "keep": "max_checkpoints",
+    "optimizer.peak": "optimizer.learning_rate",
+    "optimizer.final": "optimizer.final_learning_rate",
+    "optimizer.warmup": "optimizer.warmup_ratio",
+    "grpo.kl": "grpo.beta",
+    "grpo.normalisation": "grpo.loss_type",
+    "grpo.constant": "grpo.dr_grpo_length",
+    "grpo.sampler_cap": "grpo.tis_cap",
+    "reward.scale": "reward.score_map",
+    "reward.evaluations": "reward.step_reward_evals",
+    "reward.absent": "reward.missing_value",
+    "reward.bonus_floor": "reward.bonus_min_outcome",
+    "model.gather_tensor": "model.fsdp_over_tensor",
+    "watch.least_contrast": "monitor.min_frac_nonzero_std",
+    "watch.least_gradient": "monitor.min_grad_norm",
+    "watch.most_mode": "monitor.max_mode_share",
+    "watch.most_drift": "monitor.max_drift",
+    "watch.most_missing": "monitor.max_missing",
+    "watch": "monitor",
+}
+RENAMED_VALUES = {  # by the key's name now
+    "grpo.loss_type": {"sequence": "grpo", "token": "bnpo", "constant": "dr_grpo"},
+    "reward.score_map": {"fifth": "div5"},
+    "reward.step_reward_evals": {"literal": "none"},
+}
+
+
+def new_name(key: str) -> str | None:
+    """What the dotted `key` of an earlier version is called now; None for a key that was not renamed."""
+    section, dot, rest = key.partition(".")
+    return RENAMED.get(key) or (f"{RENAMED[section]}.{rest}" if dot and section in RENAMED else None)
+
+
+def check_names(config: Mapping[str, Any] | ConfigDict, file: str) -> None:
+    """Raises UserError for a key or a value of an earlier version, and says what it is called now."""
+    for key, value in flatten(config).items():
+        new = new_name(key)
+        if new is not None:
+            raise UserError(f"`config.{key}` is now `config.{new}`.", f"Rename it in {file}.")
+        now = RENAMED_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
+        if now is not None:
+            raise UserError(f"`config.{key}` {value!r} is now {now!r}.", f"Change it in {file}.")
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested `values` of an earlier version with the names of this one."""
+    result: dict[str, Any] = {}
+    for key, value in flatten(values).items():
+        key = new_name(key) or key
+        *sections, last = key.split(".")
+        node = result
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = RENAMED_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
+    return result
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -147,11 +291,11 @@ def _run_config_code(path: Path, code: Callable[[], Any]) -> Any:
     except UserError as error:
         raise UserError(f"{path}: {error.what}", error.remedy) from error
     except SyntaxError as error:
-        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}.", "Mend the config file.") from error
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}.", "Correct the config file.") from error
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{frame.filename}, line {frame.lineno}"
-        raise UserError(f"{where}: {type(error).__name__}: {error}.", f"Mend the config file {path}.") from error
+        raise UserError(f"{where}: {type(error).__name__}: {error}.", f"Correct the config file {path}.") from error
 
 
 def describe_config(spec: str) -> str:
@@ -175,7 +319,10 @@ def save_config(workdir: Path, config: ConfigDict) -> None:
 
 
 def saved_config(workdir: Path) -> dict[str, Any] | None:
-    """The nested values of `config.json`, or None when the folder has none.  Raises UserError when it is damaged."""
+    """The nested values of `config.json`, with the key names of this version; None when the folder has none.
+
+    Raises UserError when it is damaged.
+    """
     path = workdir / CONFIG_FILE
     try:
         value = files.read_json(path, "Restore the file, or use another --workdir.")
@@ -183,7 +330,7 @@ def saved_config(workdir: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a configuration.", "Restore the file, or use another --workdir.")
-    return value
+    return renamed(value)
 
 
 def check_same_config(saved: Mapping[str, Any], config: ConfigDict, ignore: Iterable[str] = ()) -> None:
@@ -218,7 +365,7 @@ def check_same_config(saved: Mapping[str, Any], config: ConfigDict, ignore: Iter
 def claim_workdir(
     workdir: Path, config: ConfigDict, *, resuming: bool, ignore: Iterable[str] = (), write: bool = True
 ) -> None:
-    """Settles, before a run starts or goes on in `workdir`, that the folder is this configuration's; saves it there.
+    """Checks, before a run starts or resumes in `workdir`, that the folder is this configuration's; saves it there.
 
     Args:
       workdir: an existing folder.

@@ -7,25 +7,22 @@ been taken apart into steps (every further drawing on a drawing costs quality, s
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
-from ivr_jax.errors import UserError
+from ivr_jax.config import Range, Section
 from ivr_jax.trajectory import AXES, Evaluation
+
+Score = Annotated[float, Range(1, 5)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Thresholds:
+class Thresholds(Section, name="thresholds"):
     """The lowest score, 1-5, that passes each axis."""
 
-    instruction: float = 5
-    consistency: float = 3
-    quality: float = 3
-    knowledge: float = 3
-
-    def __post_init__(self) -> None:
-        for axis in AXES:
-            value = getattr(self, axis)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 5:
-                raise UserError(f"the {axis} threshold is {value!r}.", "Give a number from 1 to 5.")
+    instruction: Score = 5
+    consistency: Score = 3
+    quality: Score = 3
+    knowledge: Score = 3
 
     def judge(self, evaluation: Evaluation) -> Evaluation:
         """`evaluation` with its verdicts taken from its scores; an axis without a score keeps its verdict."""

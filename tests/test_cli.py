@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from absl import flags, logging
@@ -318,6 +319,78 @@ def test_a_section_becomes_a_dataclass_only_when_every_field_is_there_and_no_oth
     assert config.as_dataclass(Optimizer, {"lr": 0.1, "betas": [0.9, 0.95]}) == Optimizer(0.1, (0.9, 0.95))
     with pytest.raises(UserError, match="section for Optimizer lacks, or should not have: betas, decay."):
         config.as_dataclass(Optimizer, config.ConfigDict({"lr": 0.1, "decay": 0.0}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges(config.Section, name="part"):
+    """Every kind of range."""
+
+    count: config.Positive = 1
+    share: config.Share = 0.5
+    rate: Annotated[float, config.Range(above=0, below=1)] = 0.5
+    kind: Annotated[str, config.OneOf("a", "b")] = "a"
+    off: config.Count | None = None
+    on: bool = True
+    free: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize(("field", "values"), [
+    ("count", (0, -1, 1.0, True, "1", None)), ("share", (-0.1, 1.1, float("nan"), "x", True)),
+    ("rate", (0, 1, float("inf"))), ("kind", ("c", "", 1)), ("off", (-1, 0.5)), ("on", (1, "yes")),
+])  # fmt: skip
+def test_a_section_refuses_what_its_annotations_exclude_and_names_the_key(field, values):
+    for value in values:
+        with pytest.raises(UserError) as caught:
+            Ranges(**{field: value})
+        assert f"`part.{field}`" in caught.value.what
+
+
+def test_a_section_takes_what_its_annotations_allow():
+    assert Ranges(count=7, share=1, rate=0.1, kind="b", off=0, on=False, free=(1,)).share == 1
+    assert config.as_dataclass(Ranges, {"count": 2, "share": 0.0, "rate": 0.5, "kind": "a", "on": True, "free": [3]}) \
+        == Ranges(2, 0.0, free=(3,))
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("minibatch", "micro_batch"), ("optimizer.peak", "optimizer.learning_rate"), ("grpo.kl", "grpo.beta"),
+    ("watch.window", "monitor.window"), ("keep", "max_checkpoints"), ("reward.scale", "reward.score_map"),
+])  # fmt: skip
+def test_an_old_key_is_answered_with_the_new_one(old, new):
+    with pytest.raises(UserError) as caught:
+        cli.config_from_argv(["--config=micro_rl", f"--config.{old}=1"])
+    assert f"`config.{old}` is now `config.{new}`" in caught.value.what
+
+
+def test_every_new_name_is_a_key_of_a_config():
+    keys = set()
+    for name in config.config_names():
+        keys |= set(config.flatten(config.load_config(name)))
+    assert {new for new in config.RENAMED.values() if new != "monitor"} <= keys
+    assert any(key.startswith("monitor.") for key in keys)
+    assert not {old for old in keys if config.new_name(old)}
+
+
+def test_an_old_config_file_is_answered_with_the_new_names(tiny):
+    (tiny / "old.py").write_text(TINY_CONFIG.replace('"steps": 100', '"minibatch": 100'))
+    with pytest.raises(UserError) as caught:
+        config.load_config("old.py")
+    assert "`config.micro_batch`" in caught.value.what
+    (tiny / "old.py").write_text(TINY_CONFIG.replace('"steps": 100', '"reward": {"score_map": "fifth"}'))
+    with pytest.raises(UserError) as caught:
+        config.load_config("old.py")
+    assert "'div5'" in caught.value.what
+
+
+def test_a_run_of_an_earlier_version_resumes_with_the_new_names(tmp_path):
+    old = {"minibatch": 8, "optimizer": {"peak": 0.1}, "grpo": {"normalisation": "token"}, "watch": {"window": 3},
+           "reward": {"scale": "fifth", "evaluations": "literal"}, "model": {"gather_tensor": True}}  # fmt: skip
+    now = {"micro_batch": 8, "optimizer": {"learning_rate": 0.1}, "grpo": {"loss_type": "bnpo"},
+           "monitor": {"window": 3}, "reward": {"score_map": "div5", "step_reward_evals": "none"},
+           "model": {"fsdp_over_tensor": True}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert config.saved_config(tmp_path) == now
+    config.claim_workdir(tmp_path, config.ConfigDict(now), resuming=True)
+    assert json.loads((tmp_path / "config.json").read_text()) == now
 
 
 # Work directories

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ivr_jax.config import renamed
 from ivr_jax.errors import UserError
 from ivr_jax.models import lora
 
@@ -79,7 +80,7 @@ class Checkpointer:
             state=wanted, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
         found = self._manager.restore(step, args=args)
-        return Restored(step, found.state, found.data["state"], found.meta)
+        return Restored(step, found.state, found.data["state"], _current(found.meta))
 
     def wait(self) -> None:
         """Returns when every started save is committed."""
@@ -121,12 +122,21 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     folder = resolve(path).absolute()
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder / "meta")
+            return _current(checkpointer.restore(folder / "meta"))
     except (OSError, ValueError) as error:
         raise UserError(
             f"the checkpoint {str(folder)!r} is damaged ({type(error).__name__}).",
             "Use another step, or copy it again.",
         ) from error
+
+
+def _current(meta: dict[str, Any]) -> dict[str, Any]:
+    """Metadata with the names of this version: those of the model's fields and of the run's config."""
+    if isinstance(meta.get("model"), dict):
+        meta = {**meta, **renamed({"model": meta["model"]})}
+    if isinstance(meta.get("run"), dict):
+        meta = {**meta, "run": renamed(meta["run"])}
+    return meta
 
 
 def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dict[str, Any]]:

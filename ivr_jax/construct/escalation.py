@@ -21,7 +21,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
+from typing import Annotated
 
+from ivr_jax.config import Range, Section
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, Pixels, image_name
 from ivr_jax.interfaces import Analyzer, Attempt, Generator, RootCause
@@ -30,7 +32,7 @@ from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Evaluation, Reflectio
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class Rules(Section, name="rules"):
     """Every threshold and every count of the escalation.
 
     Attributes:
@@ -44,25 +46,16 @@ class Rules:
 
     thresholds: Thresholds | None = None
     step_thresholds: Thresholds | None = None
-    max_reflections: int = MAX_REFLECTIONS
-    min_steps: int = 2
-    max_steps: int = MAX_STEPS
-    step_tries: int = 3
-    max_step_chars: int = 500
+    max_reflections: Annotated[int, Range(0, MAX_REFLECTIONS)] = MAX_REFLECTIONS
+    min_steps: Annotated[int, Range(1, MAX_STEPS)] = 2
+    max_steps: Annotated[int, Range(1, MAX_STEPS)] = MAX_STEPS
+    step_tries: Annotated[int, Range(1, 100)] = 3
+    max_step_chars: Annotated[int, Range(1, 100_000)] = 500
 
     def __post_init__(self) -> None:
-        allowed = {
-            "max_reflections": (0, MAX_REFLECTIONS),
-            "min_steps": (1, self.max_steps),
-            "max_steps": (1, MAX_STEPS),
-            "step_tries": (1, 100),
-            "max_step_chars": (1, 100_000),
-        }
-        for name, (low, high) in allowed.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(
-                    f"the rule {name} is {getattr(self, name)!r}.", f"Give a whole number from {low} to {high}."
-                )
+        super().__post_init__()
+        if self.min_steps > self.max_steps:
+            raise UserError(f"`rules.min_steps` is {self.min_steps}.", f"Give at most max_steps = {self.max_steps}.")
 
 
 RELEASED_RULES = Rules(thresholds=WHOLE_REQUEST, step_thresholds=MULTI_STEP, min_steps=1)

@@ -218,8 +218,11 @@ def certificate(model: Model, folder: Path) -> dict[str, Any]:
             equal += digest(planned.parts()) == digests[name]
     total = hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
     logits, scale = (None, None) if unfit else _compared_logits(model, folder)
-    return {"tensors": len(everything), "copies": copies, "bytes": size,
-            "dtypes": sorted({x.dtype.name for x in stored.values()}), "equal": equal + len(copies), "unfit": sorted(unfit), "digest": total, "logits": logits, "scale": scale}
+    return {
+        "tensors": len(everything), "copies": copies, "bytes": size, "equal": equal + len(copies),
+        "dtypes": sorted({tensor.dtype.name for tensor in stored.values()}), "unfit": sorted(unfit), "digest": total,
+        "logits": logits, "scale": scale,
+    }  # fmt: skip
 
 
 def _compared_logits(model: Model, folder: Path) -> tuple[float | None, float | None]:

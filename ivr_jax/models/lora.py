@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ivr_jax.config import Count, Section
 from ivr_jax.errors import UserError
 from ivr_jax.models import layers
 
@@ -28,7 +29,7 @@ PLACES = {**{name: "attention" for name in ("q", "k", "v", "o")}, **{name: "mlp"
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraOptions:
+class LoraOptions(Section, name="lora"):
     """What is adapted.
 
     Attributes:
@@ -37,19 +38,20 @@ class LoraOptions:
       targets: kernels by name: q, k, v, o, gate, up, down.
     """
 
-    rank: int
+    rank: Count
     alpha: float
     targets: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "targets", tuple(self.targets))
         unknown = [name for name in self.targets if name not in PLACES]
         if unknown or len(set(self.targets)) != len(self.targets):
             known = ", ".join(PLACES)
             raise UserError(f"lora.targets {self.targets} are not possible.", f"Name some of {known}, each once.")
-        if self.rank < 0 or (self.rank and (self.alpha <= 0 or not self.targets)):
+        if self.rank and (self.alpha <= 0 or not self.targets):
             raise UserError(f"LoRA of rank {self.rank} with alpha {self.alpha} on {self.targets} is not possible.",
-                            "rank >= 0 (0: none); with a rank, alpha > 0 and at least one target.")
+                            "With a rank, alpha must be above 0, and there must be at least one target.")
 
 
 def add(params: Params, options: LoraOptions, key: jax.Array) -> Params:

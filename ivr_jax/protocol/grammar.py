@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
+from ivr_jax.config import Positive, Range, Section
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import markers
 from ivr_jax.protocol.text import TextTokenizer
@@ -34,7 +35,7 @@ FREE = (-1, -1)  # image size: the first image chooses it, two digits a side, an
 
 
 @dataclasses.dataclass(frozen=True)
-class GrammarOptions:
+class GrammarOptions(Section, name="grammar"):
     """Which answers are legal.
 
     Attributes:
@@ -48,24 +49,18 @@ class GrammarOptions:
 
     modes: tuple[str, ...] = tuple(mode.value for mode in Mode)
     force: bool = False
-    max_reflections: int = MAX_REFLECTIONS
-    max_steps: int = MAX_STEPS
+    max_reflections: Annotated[int, Range(0, MAX_REFLECTIONS)] = MAX_REFLECTIONS
+    max_steps: Annotated[int, Range(0, MAX_STEPS)] = MAX_STEPS
     follow_verdict: bool = True
-    text_cap: int = 512
+    text_cap: Positive = 512
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = {mode.value for mode in Mode}
         if not self.modes or not (set(self.modes) <= known or tuple(self.modes) == (INTERLEAVED,)):
             raise UserError(
                 f"grammar modes {self.modes!r} are not among {sorted(known)}.",
                 f"Name at least one of them, or {INTERLEAVED} alone.",
-            )
-        if not (
-            0 <= self.max_reflections <= MAX_REFLECTIONS and 0 <= self.max_steps <= MAX_STEPS and self.text_cap >= 1
-        ):
-            raise UserError(
-                f"grammar limits {self} are out of range.",
-                f"Use max_reflections 0-{MAX_REFLECTIONS}, max_steps 0-{MAX_STEPS}, text_cap >= 1.",
             )
 
 

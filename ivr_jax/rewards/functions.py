@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ivr_jax.config import NotNegative, OneOf, Range, Section
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import ACCEPT, GrammarState, Tables, advance
 from ivr_jax.trajectory import AXES
@@ -32,7 +33,7 @@ STEP_REWARD_EVALS = ("none", "final", "all")
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardOptions:
+class RewardOptions(Section, name="reward"):
     """Weights and rules; the defaults are the paper's.
 
     Attributes:
@@ -55,45 +56,30 @@ class RewardOptions:
       min_valid: a group with fewer present members is left out of the update.
     """
 
-    outcome_weight: float = 0.7
-    format_weight: float = 0.1
-    step_weight: float = 0.2
-    reflection_weight: float = 0.0
+    outcome_weight: Annotated[float, Range(above=0)] = 0.7
+    format_weight: NotNegative = 0.1
+    step_weight: NotNegative = 0.2
+    reflection_weight: NotNegative = 0.0
     axis_weights: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
-    score_map: str = "div5"
-    intermediate: str = "texts"
-    step_reward_evals: str = "none"
+    score_map: Annotated[str, OneOf(*SCORE_MAPS)] = "div5"
+    intermediate: Annotated[str, OneOf(*INTERMEDIATE)] = "texts"
+    step_reward_evals: Annotated[str, OneOf(*STEP_REWARD_EVALS)] = "none"
     renormalise: bool = True
     missing_value: float = 1.0
-    bonus_weight: float = 1.0
-    epsilon: float = 0.05
-    bonus_min_outcome: float = 0.0
+    bonus_weight: NotNegative = 1.0
+    epsilon: NotNegative = 0.05
+    bonus_min_outcome: NotNegative = 0.0
     divide_by_std: bool = True
-    std_floor: float = 1e-6
-    min_valid: int = 2
+    std_floor: NotNegative = 1e-6
+    min_valid: Annotated[int, Range(2)] = 2
 
     def __post_init__(self) -> None:
-        weights = (self.outcome_weight, self.format_weight, self.step_weight, self.reflection_weight, self.bonus_weight)
-        lowest = min(*weights, self.epsilon, self.bonus_min_outcome, self.std_floor)
-        if lowest < 0 or self.outcome_weight <= 0 or self.min_valid < 2:
-            raise UserError(
-                f"reward options {self} are out of range.",
-                "Weights, epsilon, bonus_min_outcome and std_floor are >= 0, outcome_weight > 0, min_valid >= 2.",
-            )
+        super().__post_init__()
         if len(self.axis_weights) != len(AXES) or min(self.axis_weights) < 0 or sum(self.axis_weights) <= 0:
             raise UserError(
                 f"reward.axis_weights {self.axis_weights} are out of range.",
                 f"Give one weight >= 0 for each of {', '.join(AXES)}.",
             )
-        for name, known in (
-            ("score_map", SCORE_MAPS),
-            ("intermediate", INTERMEDIATE),
-            ("step_reward_evals", STEP_REWARD_EVALS),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"reward.{name} is {getattr(self, name)!r}, which is unknown.", f"Use one of {', '.join(known)}."
-                )
 
 
 PAPER = RewardOptions()

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ivr_jax.config import Positive, Range, Section
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import ACCEPT, ERROR, GrammarState, advance, legal_row
@@ -32,7 +33,7 @@ PROMPT_ROUND, OPENING_ROUND = 96, 32  # prompts and openings that arrive alone a
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(Section, name="engine"):
     """How answers are sampled; none of it changes what they say.
 
     Attributes:
@@ -44,18 +45,12 @@ class EngineOptions:
       speculate: fill the rest of the window with guesses at an image's next tokens (speculative Jacobi decoding).
     """
 
-    slots: int = 64
-    refill: float = 0.125
-    window: int = 2
-    growth: float = 1.5
+    slots: Positive = 64
+    refill: Annotated[float, Range(above=0, most=1)] = 0.125
+    window: Positive = 2
+    growth: Annotated[float, Range(1)] = 1.5
     shrink: bool = True
     speculate: bool = False
-
-    def __post_init__(self) -> None:
-        if self.slots < 1 or not 0 < self.refill <= 1 or self.window < 1 or self.growth < 1:
-            raise UserError(
-                f"engine options {self} are out of range.", "slots and window are >= 1, 0 < refill <= 1, growth >= 1."
-            )
 
 
 class Admission(NamedTuple):

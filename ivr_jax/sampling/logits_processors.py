@@ -11,14 +11,13 @@ A processor is a small frozen dataclass, called with scores float32 [..., V] and
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ivr_jax.errors import UserError
+from ivr_jax.config import Count, NotNegative, Range, Section
 from ivr_jax.protocol.grammar import VISUAL, Tables
 
 MASKED = -1e30  # finite, so that a masked id times a zero weight stays zero in gradients
@@ -133,7 +132,7 @@ def _nucleus_threshold(log_probs: jax.Array, mass: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingOptions:
+class SamplingOptions(Section, name="sampling"):
     """How ids are sampled.  A config may leave out the options that are None here.
 
     Attributes:
@@ -145,24 +144,14 @@ class SamplingOptions:
       image_guidance: guidance by the references, see `Guidance.image`; None: the two-way form.
     """
 
-    temperature: float = 1.0
-    text_top_k: int = 0
-    text_top_p: float = 1.0
-    image_top_k: int = 0
-    image_top_p: float = 1.0
-    guidance: float = 1.0
-    image_temperature: float | None = None
-    image_guidance: float | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("top_p"):
-                if not 0 < value <= 1:
-                    raise UserError(f"{field.name} of the sampling is {value}.",
-                                    "It must be above 0 and at most 1; 1 keeps all.")
-            elif value is not None and not 0 <= value < math.inf:
-                raise UserError(f"{field.name} of the sampling is {value}.", "It must be a number of at least 0.")
+    temperature: NotNegative = 1.0
+    text_top_k: Count = 0
+    text_top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    image_top_k: Count = 0
+    image_top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    guidance: NotNegative = 1.0
+    image_temperature: NotNegative | None = None
+    image_guidance: NotNegative | None = None
 
     @property
     def truncates(self) -> bool:

@@ -11,16 +11,19 @@ import os
 import re
 import urllib.parse
 from collections.abc import Iterable, Mapping
+from typing import Annotated
 
+from ivr_jax.config import Count, NotNegative, OneOf, Positive, Range, Section
 from ivr_jax.errors import UserError
 
 KINDS = ("", "world", "openai", "gateway", "checkpoint")
+Seconds = Annotated[float, Range(1e-3)]
 STRUCTURED = ("auto", "json_schema", "json_object", "none")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class ServiceConfig:
+class ServiceConfig(Section, name="service"):
     """One service.  What `identity` names decides what it answers; the rest only how it is asked.
 
     Attributes:
@@ -47,7 +50,7 @@ class ServiceConfig:
       price_in, price_out, price_image: cost of a million tokens read and written, and of one drawn image.
     """
 
-    kind: str
+    kind: Annotated[str, OneOf(*KINDS)]
     base_url: str
     model: str
     key_variable: str
@@ -55,36 +58,28 @@ class ServiceConfig:
     source: str
     checkpoint: str
     temperature: float
-    max_tokens: int
-    structured: str
-    image_side: int
+    max_tokens: Count
+    structured: Annotated[str, OneOf(*STRUCTURED)]
+    image_side: Positive
     size: str
     image_reply: str
-    in_flight: int
-    requests_per_minute: float
-    tokens_per_minute: float
-    image_tokens: int
-    timeout: float
-    tries: int
-    first_wait: float
-    longest_wait: float
-    breaker_failures: int
-    breaker_rest: float
-    patience: float
-    price_in: float
-    price_out: float
-    price_image: float
+    in_flight: Positive
+    requests_per_minute: NotNegative
+    tokens_per_minute: NotNegative
+    image_tokens: Count
+    timeout: Seconds
+    tries: Positive
+    first_wait: Seconds
+    longest_wait: Seconds
+    breaker_failures: Positive
+    breaker_rest: NotNegative
+    patience: NotNegative
+    price_in: NotNegative
+    price_out: NotNegative
+    price_image: NotNegative
 
     def __post_init__(self) -> None:
-        _one_of("kind", self.kind, KINDS)
-        _one_of("structured", self.structured, STRUCTURED)
-        for name in ("in_flight", "tries", "breaker_failures", "image_side"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("timeout", "first_wait", "longest_wait"):
-            _at_least(name, getattr(self, name), 1e-3)
-        for name in ("requests_per_minute", "tokens_per_minute", "image_tokens", "max_tokens", "breaker_rest",
-                     "patience", "price_in", "price_out", "price_image"):
-            _at_least(name, getattr(self, name), 0)
+        super().__post_init__()
         for name in ("key_variable", "app_variable"):
             if getattr(self, name) and not _VARIABLE.fullmatch(getattr(self, name)):  # it may be the key: not shown
                 raise UserError(f"the service's {name} is no name of an environment variable.",
@@ -165,13 +160,3 @@ def secret(variable: str, environment: Mapping[str, str] | None = None) -> str:
     if not value.isascii() or not value.isprintable() or " " in value:
         raise UserError(f"the environment variable {variable} holds characters that no key has.", "Set it again.")
     return value
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise UserError(f"the service's {name} is {value!r}.", f"Use one of: {', '.join(repr(a) for a in allowed)}.")
-
-
-def _at_least(name: str, value: float, low: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= low:
-        raise UserError(f"the service's {name} is {value!r}.", f"Give a number of at least {low:g}.")

@@ -7,13 +7,13 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ivr_jax import sharding
-from ivr_jax.errors import UserError
+from ivr_jax.config import NotNegative, OneOf, Positive, Section
 from ivr_jax.models.layers import project_gathered
 from ivr_jax.protocol.grammar import ILLEGAL, Tables
 from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, log_probabilities
@@ -121,7 +121,7 @@ def _gathered(x: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class GrpoOptions:
+class GrpoOptions(Section, name="grpo"):
     """The GRPO objective.
 
     Attributes:
@@ -145,38 +145,19 @@ class GrpoOptions:
         tokens by the whole reward; False: all tokens have those of the whole reward.
     """
 
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.01
-    loss_type: str = "grpo"
-    dr_grpo_length: int = 256
-    tis_cap: float = 2.0
+    clip_low: NotNegative = 0.2
+    clip_high: NotNegative = 0.2
+    beta: NotNegative = 0.01
+    loss_type: Annotated[str, OneOf("grpo", "bnpo", "dr_grpo")] = "grpo"
+    dr_grpo_length: Positive = 256
+    tis_cap: NotNegative = 2.0
     skip_equal_groups: bool = True
     drop_truncated: bool = False
-    group: str = "trajectory"
-    drafts: int = 2
-    draft_source: str = "rollout"
-    credit: str = "local"
+    group: Annotated[str, OneOf("trajectory", "draft")] = "trajectory"
+    drafts: Positive = 2
+    draft_source: Annotated[str, OneOf("rollout", "buffer")] = "rollout"
+    credit: Annotated[str, OneOf("local", "broadcast")] = "local"
     modality_advantages: bool = False
-
-    def __post_init__(self) -> None:
-        if (
-            self.loss_type not in ("grpo", "bnpo", "dr_grpo")
-            or min(self.clip_low, self.clip_high, self.beta, self.tis_cap) < 0
-            or self.dr_grpo_length < 1
-        ):
-            raise UserError(
-                f"GRPO options {self} are out of range.",
-                "loss_type is grpo, bnpo or dr_grpo, dr_grpo_length is >= 1, the rest are >= 0.",
-            )
-        words = {
-            "group": ("trajectory", "draft"), "draft_source": ("rollout", "buffer"), "credit": ("local", "broadcast")
-        }  # fmt: skip
-        for name, known in words.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"grpo.{name} is {getattr(self, name)!r}.", f"Use one of {', '.join(known)}.")
-        if self.drafts < 1:
-            raise UserError(f"grpo.drafts is {self.drafts}.", "Give a whole number of at least 1.")
 
 
 def grpo_loss(

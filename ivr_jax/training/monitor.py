@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import logging
 
+from ivr_jax.config import Positive, Section, Share
 from ivr_jax.errors import UserError
 from ivr_jax.trajectory import Mode
 
@@ -27,7 +28,7 @@ _METRICS = ("frac_groups_nonzero_std", "pass_given_wrong", "truncated", *(f"mode
 
 
 @dataclasses.dataclass(frozen=True)
-class MonitorOptions:
+class MonitorOptions(Section, name="monitor"):
     """When to raise an alarm, and when to stop.
 
     Attributes:
@@ -41,19 +42,14 @@ class MonitorOptions:
       max_missing: the run stops when a larger share of them is missing.
     """
 
-    window: int = 10
-    min_frac_nonzero_std: float = 0.1
+    window: Positive = 10
+    min_frac_nonzero_std: Share = 0.1
     min_grad_norm: float = 1e-7
-    max_mode_share: float = 0.98
+    max_mode_share: Share = 0.98
     max_drift: float = 0.25
-    max_truncated: float = 0.2
-    missing_window: int = 256
-    max_missing: float = 0.5
-
-    def __post_init__(self) -> None:
-        shares = (self.min_frac_nonzero_std, self.max_mode_share, self.max_truncated, self.max_missing)
-        if self.window < 1 or self.missing_window < 1 or not all(0 <= share <= 1 for share in shares):
-            raise UserError(f"monitor options {self} are out of range.", "Windows are >= 1, shares from 0 to 1.")
+    max_truncated: Share = 0.2
+    missing_window: Positive = 256
+    max_missing: Share = 0.5
 
 
 class Monitor:

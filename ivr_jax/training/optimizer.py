@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from ivr_jax.config import Range, check_value
 from ivr_jax.errors import UserError
 
 
@@ -66,20 +67,13 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
 def _check_ranges(config: Any) -> None:
     ranges = {
-        "learning_rate": "at least 0",
-        "final_learning_rate": "at least 0",
-        "weight_decay": "at least 0",
-        "warmup_ratio": "from 0 to 1",
+        **dict.fromkeys(("learning_rate", "final_learning_rate", "weight_decay"), Range(0)),
+        "warmup_ratio": Range(0, 1),
+        **dict.fromkeys(("b1", "b2"), Range(0, below=1)),
+        **dict.fromkeys(("clip_norm", "eps"), Range(above=0)),
     }
     for name, wanted in ranges.items():
-        if config[name] < 0 or name == "warmup_ratio" and config[name] > 1:
-            raise UserError(f"optimizer.{name} is {config[name]}.", f"Give a number {wanted}.")
-    for name in ("b1", "b2"):
-        if not 0 <= config[name] < 1:
-            raise UserError(f"optimizer.{name} is {config[name]}.", "Give a number of at least 0 and below 1.")
-    for name in ("clip_norm", "eps"):
-        if config[name] <= 0:
-            raise UserError(f"optimizer.{name} is {config[name]}.", "Give a number above 0.")
+        check_value(f"optimizer.{name}", getattr(config, name), Annotated[float, wanted])
 
 
 def stored_in(core: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints.store import Checkpointer
 
 
@@ -30,6 +31,18 @@ def test_the_newest_stay(tmp_path, keep, left):
     found = Checkpointer(tmp_path, keep).restore(jax.eval_shape(lambda: state(0)))
     assert (found.step, found.data, found.meta) == (4, {"iterator": 4}, {"kind": "test"})
     np.testing.assert_array_equal(found.state["w"], np.full((4, 8), 4.0))
+
+
+def test_metadata_of_an_earlier_version_has_the_names_of_this_one(tmp_path):
+    old = {"kind": "backbone", "model": {"gather_tensor": True, "rope_scaling": {"rope_type": "linear"}},
+           "run": {"minibatch": 4, "steps": 2}}  # fmt: skip
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, state(1), None, old)
+    checkpointer.close()
+    meta = {"kind": "backbone", "model": {"fsdp_over_tensor": True, "rope_scaling": {"rope_type": "linear"}},
+            "run": {"micro_batch": 4, "steps": 2}}  # fmt: skip
+    assert store.read_meta(tmp_path) == meta
+    assert Checkpointer(tmp_path).restore(jax.eval_shape(lambda: state(0))).meta == meta
 
 
 def test_what_was_not_committed_is_not_there(tmp_path):

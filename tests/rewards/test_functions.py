@@ -175,7 +175,7 @@ def test_advantages_sum_to_nothing_and_forget_the_level(rewards, shift):
 
 @pytest.mark.parametrize("wrong", [{"outcome_weight": 0}, {"epsilon": -0.1}, {"min_valid": 1}, {"bonus_weight": -1.0}])
 def test_options_out_of_range_are_refused(wrong):
-    with pytest.raises(UserError, match="out of range"):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         RewardOptions(**wrong)
 
 

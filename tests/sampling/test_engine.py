@@ -175,5 +175,5 @@ def test_replay_reads_what_the_grammar_reads():
 
 @pytest.mark.parametrize("wrong", [{"slots": 0}, {"window": 0}, {"refill": 0.0}, {"growth": 0.5}])
 def test_engine_options_out_of_range_are_refused(wrong):
-    with pytest.raises(UserError, match="out of range"):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         EngineOptions(**wrong)

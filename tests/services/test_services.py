@@ -425,10 +425,10 @@ def test_the_key_appears_nowhere(service, tmp_path, capfd, caplog):
         ({"base_url": "https://host/v1?key=secret"}, "holds credentials"),
         ({"base_url": "ftp://host"}, "base_url is"),
         ({"base_url": "http://[::1"}, "cannot be read"),
-        ({"kind": "smoke"}, "kind is 'smoke'"),
+        ({"kind": "smoke"}, "`service.kind`"),
         ({"model": ""}, "names no model"),
-        ({"tries": 0}, "tries is 0"),
-        ({"timeout": float("nan")}, "timeout is nan"),
+        ({"tries": 0}, "`service.tries`"),
+        ({"timeout": float("nan")}, "`service.timeout`"),
     ],
 )
 def test_wrong_settings_are_said_and_secrets_in_them_are_not(settings, complaint):

@@ -261,7 +261,7 @@ def test_ratio_deviation_is_the_largest_over_counted_tokens():
 
 @pytest.mark.parametrize("wrong", [{"loss_type": "mean"}, {"beta": -0.1}, {"dr_grpo_length": 0}, {"clip_low": -1.0}])
 def test_objective_options_out_of_range_are_refused(wrong):
-    with pytest.raises(UserError, match="out of range"):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         GrpoOptions(**wrong)
 
 
