@@ -1,1 +1,1 @@
-"""Compilation for TPUs that are not there: memory, schedule and an estimate of time before anyone rents them."""
+"""Ahead-of-time TPU compilation without a TPU: memory, schedule and an estimate of time."""

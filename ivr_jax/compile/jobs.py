@@ -1,4 +1,4 @@
-"""Runs compilations, each in a process of its own, and turns what comes back into memory plans and estimates."""
+"""Runs compilations, each in a process of its own, and reads memory plans and estimates from what they wrote."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Outcome:
       plan: memory, or None when the compiler gave none; `advice` says what to do when it does not fit.
       estimate: time, or None when it does not fit.
       flops: operations that the chips together carry out, recomputation included; `model_flops` without it.
-      error: why there is no estimate, "" when all went well.
+      error: why there is no estimate, "" when all went well; `needed`: bytes a chip when that is memory, else 0.
     """
 
     program: str
@@ -48,6 +48,7 @@ class Outcome:
     compile_seconds: float
     error: str = ""
     advice: str = ""
+    needed: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -89,28 +90,28 @@ def compile_program(config: Mapping[str, Any], topology: Topology, program: str,
             return _aborted(program, topology, config, done)
         result = json.loads(answer.read_text())
         if "what" in result:
-            return _nothing(program, topology, config, result["what"], result["remedy"])
+            return _failed(program, topology, config, result["what"], result["remedy"])
         return _read(program, topology, config, result, folder / "hlo")
 
 
 def _aborted(program: str, topology: Topology, config: Mapping, done: subprocess.CompletedProcess[str]) -> Outcome:
-    """The compiler ended its process: its last words, and what usually helps."""
+    """The compiler ended its process: its last message, and what usually helps."""
     if done.returncode == -signal.SIGKILL:
-        what = "the compiler was killed, as a system does that runs out of memory"
-        return _nothing(program, topology, config, what, "One full-size compilation takes 3 GiB; stop other programs.")
+        return _failed(program, topology, config, "the compiler was killed, as a system does that runs out of memory",
+                       "One full-size compilation takes 3 GiB; stop other programs.")  # fmt: skip
     lines = [line for line in done.stderr.splitlines() if re.search("Check fail|FATAL|Error|error", line)]
     if done.returncode == 1:  # an exception of Python, before the compiler
         what = f"the program could not be made: {lines[-1].strip()[:300] if lines else 'no message'}"
-        return _nothing(program, topology, config, what, "This is a fault of the program, not of the config.")
-    words = re.sub(r"^F\d{4} \S+\s+\d+ ", "", (lines or done.stderr.splitlines() or ["no message"])[-1].strip())
-    return _nothing(
-        program, topology, config, f"the compiler ended with status {done.returncode}: {words[:300]}",
-        "It cannot lay out every sharding (a width cut below a tile of 8×128, say): lower config.mesh.fsdp and raise "
-        "config.mesh.tensor, or turn config.model.fsdp_over_tensor over.",
+        return _failed(program, topology, config, what, "This is a fault of the program, not of the config.")
+    last = re.sub(r"^F\d{4} \S+\s+\d+ ", "", (lines or done.stderr.splitlines() or ["no message"])[-1].strip())
+    return _failed(
+        program, topology, config, f"the compiler ended with status {done.returncode}: {last[:300]}",
+        "It cannot lay out every sharding (shards narrower than a tile of 8×128, for instance): lower config.mesh.fsdp "
+        "and raise config.mesh.tensor, or change config.model.fsdp_over_tensor.",
     )  # fmt: skip
 
 
-def _nothing(program: str, topology: Topology, config: Mapping, error: str, advice: str) -> Outcome:
+def _failed(program: str, topology: Topology, config: Mapping, error: str, advice: str) -> Outcome:
     mesh = config.get("mesh", {})
     return Outcome(program, str(topology), mesh, None, None, 0.0, 0.0, 0, 0.0, error.rstrip("."), advice)
 
@@ -122,25 +123,25 @@ def _read(program: str, topology: Topology, config: Mapping, result: dict[str, A
         plan = memory.Plan(_kinds(result, heap), topology.chip.hbm)
     elif "memory" in result:
         plan = memory.Plan({**result["resident"], "temporaries": result["memory"]["temp"]}, topology.chip.hbm)
-    known = {"plan": plan, "flops": result["flops"], "model_flops": result["model_flops"], "tokens": result["tokens"],
-             "compile_seconds": result.get("compile_seconds", 0.0)}  # fmt: skip
-    if "error" in result or (plan is not None and not plan.fits):
-        wanted = memory.exceeded(result.get("error", ""))
-        if wanted is not None:
-            error = f"needs {memory.gib(wanted[0])} GiB a chip, there are {memory.gib(wanted[1])}"
-        elif "error" in result:
-            error = result["error"].strip().splitlines()[0][:300]
-        else:
-            error = f"needs {memory.gib(plan.total)} GiB a chip with what lies beside it"
-        advice = memory.advice(plan.kinds if plan else {}, config, result["mesh"], result["model"])
-        if "error" in result and wanted is None:
-            advice = "This is a fault of the compiler: try another config.mesh, or turn model.fsdp_over_tensor over."
-        return Outcome(program, str(topology), result["mesh"], estimate=None, error=error, advice=advice, **known)
+    outcome = Outcome(
+        program, str(topology), result["mesh"], plan, None, result["flops"], result["model_flops"], result["tokens"],
+        result.get("compile_seconds", 0.0),
+    )  # fmt: skip
+    message = result.get("error", "")
+    if wanted := memory.exceeded(message):
+        error = f"needs {memory.gib(wanted[0])} GiB a chip, there are {memory.gib(wanted[1])}"
+        return dataclasses.replace(outcome, error=error, needed=wanted[0])
+    if message:
+        advice = "This is a fault of the compiler: try another config.mesh, or change model.fsdp_over_tensor."
+        return dataclasses.replace(outcome, error=message.strip().splitlines()[0][:300], advice=advice)
+    if plan is not None and not plan.fits:
+        error = f"needs {memory.gib(plan.total)} GiB a chip with what else is in memory"
+        return dataclasses.replace(outcome, error=error, needed=plan.total)
     schedule = _largest(dump, "after_codegen.txt")
     if schedule is None:
         raise UserError(f"the compiler wrote no schedule to {dump}.", "Use the libtpu that belongs to this jax.")
     estimate = roofline.estimate(hlo.read(schedule.read_text()), topology, result["one_pass"])
-    return Outcome(program, str(topology), result["mesh"], estimate=estimate, **known)
+    return dataclasses.replace(outcome, estimate=estimate)
 
 
 def _kinds(result: dict[str, Any], heap: Path) -> dict[str, int]:
@@ -156,6 +157,6 @@ def _kinds(result: dict[str, Any], heap: Path) -> dict[str, int]:
 
 
 def _largest(folder: Path, ending: str) -> Path | None:
-    """The dump of the program itself: small modules (conversions of constants) and the host's are dumped beside it."""
+    """The dump of the program itself: small modules (conversions of constants) and the host's are dumped as well."""
     found = [path for path in folder.glob(f"*{ending}") if "cpu_" not in path.name]
     return max(found, key=lambda path: path.stat().st_size, default=None)

@@ -1,4 +1,4 @@
-"""What lies in a chip's HBM during a program, from the compiler's own buffer assignment; and what to do about it."""
+"""What is in a chip's HBM during a program, from the compiler's own buffer assignment."""
 
 from __future__ import annotations
 
@@ -102,36 +102,6 @@ def exceeded(message: str) -> tuple[float, float] | None:
     if match is None:
         return None
     return float(match.group(1)) * _UNITS[match.group(2)], float(match.group(3)) * _UNITS[match.group(4)]
-
-
-def advice(kinds: Mapping[str, int], config: Mapping, mesh: Mapping[str, int], model: Mapping) -> str:
-    """What to change first, by what takes most; `kinds` may be empty when the compiler gave no division."""
-    tips = []
-    static = sum(kinds.get(kind, 0) for kind in ("parameters", "moments", "reference", "gradients"))
-    moving = sum(kinds.get(kind, 0) for kind in ("activations", "temporaries"))
-    gathered = model.get("fsdp_over_tensor", False)
-    batch_shards = mesh["data"] * mesh["fsdp"] * (mesh["tensor"] if gathered else 1)
-    accumulation, batch = config.get("grad_accum_steps", 1), config.get("batch", 0)
-    if moving >= static or not kinds:
-        if model.get("remat", "full") != "full":
-            tips.append("config.model.remat=full")
-        if gathered and batch // accumulation <= batch_shards:
-            tips.append("config.model.fsdp_over_tensor=False with more accumulation")
-        if batch and batch // accumulation > batch_shards:
-            tips.append(f"config.grad_accum_steps={batch // batch_shards} (one row a device at a time)")
-        tensor = mesh["tensor"] * 2
-        if model["num_key_value_heads"] % tensor == 0:
-            tips.append(f"config.mesh.tensor={tensor}")
-        if config.get("loss_chunk_tokens", 0) > 4096:
-            tips.append(f"config.loss_chunk_tokens={config['loss_chunk_tokens'] // 2}")
-    optimizer = config.get("optimizer", {})
-    if static > moving and optimizer.get("moment_dtype", "bfloat16") != "bfloat16":
-        tips.append("config.optimizer.moment_dtype=bfloat16")
-    if static > moving and accumulation > 1 and config.get("gradient_dtype", "bfloat16") != "bfloat16":
-        tips.append("config.gradient_dtype=bfloat16")
-    if not tips:
-        return "Use more chips: name a larger --topology."
-    return f"Try {', or '.join(tips)}; or more chips."
 
 
 def gib(size: float) -> str:

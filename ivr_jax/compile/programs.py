@@ -1,4 +1,4 @@
-"""The real step functions of training and sampling with the shapes and shardings of a config, and nothing allocated."""
+"""The step functions of training and sampling with the shapes and shardings of a config; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from ivr_jax.training.throughput import train_flops
 from ivr_jax.world.language import PHRASES
 
 PROGRAMS = {"sft": ("sft",), "rl": ("grpo", "prefill", "decode")}
+NAMED_PROGRAMS = {"rl": ("generate",)}  # that are compiled only when named
 MICRO_CODES = 64  # image codes of the micro-world; a run takes them from its image tokenizer
 
 
@@ -36,10 +37,10 @@ class Program:
     Attributes:
       mesh: what it runs on; trace: traces it, under that mesh.
       model: the decoder; param_shapes: shapes of one chip's shards of its parameters.
-      resident: bytes a chip of what lies in HBM while it runs, by kind, argument of the program or not.
+      resident: bytes a chip of what is in HBM while it runs, by kind, argument of the program or not.
       model_flops: operations the mathematics needs in one call, all chips together, nothing computed twice.
       tokens: tokens that one call works on.
-      one_pass: a call is one pass through the program's loop, of which nobody knows how often it runs.
+      one_pass: a call is one pass through the program's loop, whose length is known only at run time.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Program:
 
 
 def bytes_a_chip(tree: Any) -> int:
-    """Bytes that the arrays of a tree of placed ShapeDtypeStructs take on each chip."""
+    """Bytes that the arrays of a tree of sharded ShapeDtypeStructs take on each chip."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -72,11 +73,27 @@ def vocabulary_of(config: Any) -> vocabulary.Vocabulary:
     return PhraseTokenizer(PHRASES, MICRO_CODES).vocab if micro else vocabulary.emu35()
 
 
-class Placed:
-    """Shapes and places of what the programs of one config take, on one mesh; `model` is the config's by default."""
+class StandInTokenizer(PhraseTokenizer):
+    """A text tokenizer of a given vocabulary with made-up texts: a plan needs shapes, not words.
+
+    The grammar's tables get about the size that they have with the real tokenizer; no ranks file is needed.
+    """
+
+    def __init__(self, model_vocabulary: vocabulary.Vocabulary):
+        super().__init__(PHRASES, model_vocabulary.visual_size)
+        self.vocab = model_vocabulary
+
+    def is_blank(self, token: int) -> bool:
+        return token < len(self._bytes) + 256 and super().is_blank(token)
+
+
+class Setup:
+    """Shapes and shardings of what the programs of one config take on one mesh; `model` is the config's by default."""
 
     def __init__(self, config: Any, mesh: Mesh, model: BackboneConfig | None = None):
-        self.config, self.mesh, self.model = config, mesh, model or model_of(config)
+        self.config = config
+        self.mesh = mesh
+        self.model = model or model_of(config)
         self.vocabulary = vocabulary_of(config)
         axes, shapes = backbone.param_axes(self.model), backbone.param_shapes(self.model)
         self.params = sharding.abstract_sharded(mesh, axes, shapes)
@@ -91,7 +108,7 @@ class Placed:
         return Program(name, self.mesh, trace, self.model, shapes, resident, flops, tokens)
 
     def state(self, optimizer: optax.GradientTransformation) -> TrainState:
-        """The training state, adapters included when the config has some, each array where `training.state` puts it."""
+        """The training state, with adapters when the config has some, sharded as `training.state.shard_state` does."""
         axes = backbone.param_axes(self.model)
         shapes = backbone.param_shapes(self.model)
         options = as_dataclass(lora.LoraOptions, self.config.lora) if "lora" in self.config else None
@@ -107,24 +124,24 @@ def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(x.shape, x.dtype)
 
 
-def sft_step(placed: Placed) -> Program:
+def sft_step(setup: Setup) -> Program:
     """`training.sft.make_step`: forward, backward, accumulation, clip, optimiser."""
-    config, model = placed.config, placed.model
+    config, model = setup.config, setup.model
     rows, length = config.batch, min(config.data.length, model.max_position_embeddings)
     if rows % config.grad_accum_steps:
         raise UserError(f"a batch of {rows} does not divide into {config.grad_accum_steps} parts.",
                         "Make config.batch a multiple of config.grad_accum_steps.")
     part = rows // config.grad_accum_steps
-    sharding.check_batch(placed.mesh, part, "config.batch / config.grad_accum_steps", model.fsdp_over_tensor)
+    sharding.check_batch(setup.mesh, part, "config.batch / config.grad_accum_steps", model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = placed.state(optimizer)
-    lies = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(placed.mesh)
+    state = setup.state(optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(setup.mesh)
     step = sft.make_step(model, optimizer, config.loss_chunk_tokens, config.grad_accum_steps,
-                         placed.vocabulary.visual_start, lies, config.gradient_dtype)  # fmt: skip
-    batch = {name: placed.array((rows, length), dtype, ("batch", "length"))
+                         setup.vocabulary.visual_start, shardings, config.gradient_dtype)  # fmt: skip
+    batch = {name: setup.array((rows, length), dtype, ("batch", "length"))
              for name, dtype in (("tokens", jnp.int32), ("segment_ids", jnp.int32), ("positions", jnp.int32),
                                  ("loss", jnp.uint8))}  # fmt: skip
     resident = {"parameters": bytes_a_chip(state.params), "moments": bytes_a_chip(state.opt_state),
                 "batch": bytes_a_chip(batch)}  # fmt: skip
     flops = train_flops(model, rows * length, rows * length * length / 2)
-    return placed.program("sft", lambda: step.trace(state, batch), resident, flops, rows * length)
+    return setup.program("sft", lambda: step.trace(state, batch), resident, flops, rows * length)

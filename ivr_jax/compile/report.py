@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import pprint
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ivr_jax.compile.jobs import Outcome
 from ivr_jax.compile.memory import gib
+from ivr_jax.compile.search import Candidate
 from ivr_jax.compile.topologies import Topology
 
 MEANING = {
@@ -63,12 +67,12 @@ def side_by_side(console: Console, names: Sequence[str], outcomes: Sequence[Outc
 
 def _time_table(topology: Topology, outcome: Outcome) -> Table:
     chip, found = topology.chip, outcome.estimate
-    table = Table(title="time of one call (a prediction from the schedule; no TPU was asked)", title_justify="left")
+    table = Table(title="time of one call (predicted from the schedule, unconfirmed by a TPU)", title_justify="left")
     for name in ("what", "amount", "at full speed"):
         table.add_column(name, justify="left" if name == "what" else "right")
     each = outcome.flops / topology.count
     table.add_row("operations a chip, recomputation included", f"{each / 1e12:,.1f} TFLOP", _s(each / chip.flops))
-    table.add_row("… of them in the mathematics", f"{outcome.model_flops / topology.count / 1e12:,.1f} TFLOP",
+    table.add_row("… of them nothing recomputed", f"{outcome.model_flops / topology.count / 1e12:,.1f} TFLOP",
                   _s(outcome.model_flops / topology.count / chip.flops))  # fmt: skip
     table.add_row("HBM traffic a chip", f"{found.hbm_bytes / 1e9:,.1f} GB", _s(found.hbm_bytes / chip.bandwidth))
     if cache := outcome.plan.kinds.get("cache"):
@@ -102,6 +106,42 @@ def summarise(console: Console, outcomes: Sequence[tuple[Topology, Outcome]]) ->
         )  # fmt: skip
     console.print()
     console.print(table)
+
+
+def show_search(console: Console, topology: Topology, found: Sequence[tuple[Candidate, Outcome]]) -> None:
+    """What a search found to fit, fastest first, with the flags that make it of the config."""
+    if not found:
+        console.print(f"\n[bold red]nothing that was compiled fits {topology}[/]; raise --compilations.")
+        return
+    table = Table(title=f"fits {topology}, by predicted time", title_justify="left")
+    for name in ("predicted time", "predicted MFU", "GiB a chip", "of", "flags"):
+        table.add_column(name, justify="left" if name == "flags" else "right", overflow="fold")
+    for candidate, outcome in found:
+        table.add_row(
+            _s(outcome.estimate.seconds), _percent(outcome.mfu(topology)), gib(outcome.plan.total),
+            gib(topology.chip.hbm), candidate.flags() or "as configured",
+        )  # fmt: skip
+    console.print()
+    console.print(table)
+
+
+def config_file(config: ConfigDict, topology: Topology, outcome: Outcome) -> str:
+    """The text of a config file: all values of `config`, and in its docstring what was predicted of it."""
+    values = pprint.pformat(config.to_dict(), sort_dicts=False, width=110)
+    return f'''"""For {topology}, found by `python -m ivr_jax.compile --search`.
+
+Memory by the compiler: {gib(outcome.plan.total)} of {gib(topology.chip.hbm)} GiB a chip.
+Predicted, not measured: {_s(outcome.estimate.seconds)} a step, MFU {_percent(outcome.mfu(topology))}.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+{textwrap.indent(values, " " * 8)}
+    )
+'''
 
 
 def to_json(topology: Topology, outcome: Outcome) -> dict[str, Any]:

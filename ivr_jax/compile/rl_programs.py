@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ivr_jax import sharding
-from ivr_jax.compile.programs import Placed, Program, bytes_a_chip
-from ivr_jax.compile.spelling import Spelling
+from ivr_jax.compile.programs import Program, Setup, StandInTokenizer, bytes_a_chip
 from ivr_jax.models import lora
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.sampling.layout import RolloutLayout
@@ -17,35 +16,35 @@ from ivr_jax.training.rl_options import rl_options
 from ivr_jax.training.throughput import train_flops
 
 
-def policy_gradient(placed: Placed) -> Program:
+def policy_gradient(setup: Setup) -> Program:
     """`training.policy_logprobs.policy_gradient` of one micro-batch of answers, in the largest bucket.
 
     Beside the arguments stay in memory: the reference policy (the policy without its adapters, where it has some), the
     moments, the sum of earlier micro-batches' gradients, with `overlap` the policy that sampled the next rollout, and
     the batches of a whole rollout, which all its `num_iterations` and `num_minibatches` read.
     """
-    config, model = placed.config, placed.model
-    sharding.check_batch(placed.mesh, config.micro_batch, "config.micro_batch", model.fsdp_over_tensor)
+    config, model = setup.config, setup.model
+    sharding.check_batch(setup.mesh, config.micro_batch, "config.micro_batch", model.fsdp_over_tensor)
     options = rl_options(config)
-    state = placed.state(make_optimizer(config.optimizer, options.optimizer_steps))
-    grammar = Grammar(Spelling(placed.vocabulary), options.grammar)
+    state = setup.state(make_optimizer(config.optimizer, options.optimizer_steps))
+    grammar = Grammar(StandInTokenizer(setup.vocabulary), options.grammar)
     trained, frozen = lora.split(state.params)
     shards = jax.tree.map(lambda x: x.sharding, trained)
-    replicated = sharding.replicated(placed.mesh)
+    replicated = sharding.replicated(setup.mesh)
     outputs = policy_logprobs.PolicyGradient(shards, replicated, replicated)
     gradient = policy_logprobs.policy_gradient(model, grammar, options, outputs)
     rows, length = config.micro_batch, max(config.buckets)
-    layout = RolloutLayout(model, placed.mesh, config.rollout.tensor, config.rollout.dtype or None)
+    layout = RolloutLayout(model, setup.mesh, config.rollout.tensor, config.rollout.dtype or None)
     kinds = dict(policy_logprobs.TOKEN_ARRAYS) | {"reference": jnp.float32}
     if not layout.exact:
         kinds["sampler"] = jnp.float32
-    batch = {name: placed.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
+    batch = {name: setup.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
     batches = -(-config.prompts_per_step * config.group // rows)
     resident = {
-        "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(placed.params),
+        "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(setup.params),
         "previous policy": bytes_a_chip(trained) if options.overlap else 0, "moments": bytes_a_chip(state.opt_state),
         "gradient sum": bytes_a_chip(trained), "batch": bytes_a_chip(batch),
         "rollout": bytes_a_chip(batch) * (batches - 1),
     }  # fmt: skip
     flops = train_flops(model, rows * length, rows * length * length / 2)
-    return placed.program("grpo", lambda: gradient.trace(trained, frozen, batch), resident, flops, rows * length)
+    return setup.program("grpo", lambda: gradient.trace(trained, frozen, batch), resident, flops, rows * length)

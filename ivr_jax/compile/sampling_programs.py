@@ -1,18 +1,18 @@
-"""The rollout engine's programs: prefill of prompts, and one model call of a segment (`sampling.decode_loop.run`).
+"""Programs of the rollout engine: prefill of prompts, and one call of the model (`sampling.decode_loop.run`).
 
-Both run in the rollout layout of the weights (`sampling.layout`), on the mesh and in the dtype of `config.rollout`.
+They run in the rollout layout of the weights (`sampling.layout`), on the mesh and in the dtype of `config.rollout`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from ivr_jax import sharding
-from ivr_jax.compile.programs import Placed, Program, bytes_a_chip
-from ivr_jax.compile.spelling import Spelling
+from ivr_jax.compile.programs import Program, Setup, StandInTokenizer, bytes_a_chip
 from ivr_jax.config import as_dataclass
 from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions, GrammarState
@@ -25,61 +25,77 @@ from ivr_jax.training.throughput import train_flops
 PROMPT = 2048  # tokens of a prompt with one source image and its instruction, rounded up
 
 
-def _rolling_out(placed: Placed) -> Placed:
+def _rollout_setup(setup: Setup) -> Setup:
     """The same chips and model as rollouts use them."""
-    rollout = placed.config.rollout
-    layout = RolloutLayout(placed.model, placed.mesh, rollout.tensor, rollout.dtype or None)
-    return Placed(placed.config, layout.mesh, layout.config)
+    rollout = setup.config.rollout
+    layout = RolloutLayout(setup.model, setup.mesh, rollout.tensor, rollout.dtype or None)
+    return Setup(setup.config, layout.mesh, layout.config)
 
 
-def prefill(placed: Placed) -> Program:
+def prefill(setup: Setup) -> Program:
     """`slots.prefill` of one prompt for each batch shard, `PROMPT` tokens each."""
-    placed = _rolling_out(placed)
-    rows = placed.mesh.shape["data"] * placed.mesh.shape["fsdp"]
-    length = min(PROMPT, placed.model.max_position_embeddings // 2)
-    prompts = placed.array((rows, length), jnp.int32, ("batch", "length"))
+    setup = _rollout_setup(setup)
+    rows = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    length = min(PROMPT, setup.model.max_position_embeddings // 2)
+    prompts = setup.array((rows, length), jnp.int32, ("batch", "length"))
 
     def trace() -> jax.stages.Traced:
-        return slots.prefill.trace(placed.model, placed.params, prompts)
+        return slots.prefill.trace(setup.model, setup.params, prompts)
 
-    resident = {"parameters": bytes_a_chip(placed.params), "batch": bytes_a_chip(prompts)}
-    flops = train_flops(placed.model, rows * length, rows * length * length / 2) / 3  # forwards alone
-    return placed.program("prefill", trace, resident, flops, rows * length)
+    resident = {"parameters": bytes_a_chip(setup.params), "batch": bytes_a_chip(prompts)}
+    flops = train_flops(setup.model, rows * length, rows * length * length / 2) / 3  # forwards alone
+    return setup.program("prefill", trace, resident, flops, rows * length)
 
 
-def decode(placed: Placed) -> Program:
-    """`decode_loop.run`: one call of the model for every slot, with caches of the largest bucket's width.
+def decode(setup: Setup) -> Program:
+    """`decode_loop.run` in the layout of rollouts: one call of the model for every slot of the engine."""
+    return _decode("decode", _rollout_setup(setup))
 
-    The loop's length is not known before it runs, so operations and time are those of one pass.
+
+def generate(setup: Setup) -> Program:
+    """`decode` with bfloat16 weights split over as many chips as key heads allow, and copies on the other chips.
+
+    This is what inference needs without training beside it; `config.mesh` and `config.rollout` do not matter.
     """
-    placed = _rolling_out(placed)
-    config, model = placed.config, placed.model
+    tensor = math.gcd(setup.mesh.devices.size, setup.model.num_key_value_heads)
+    layout = RolloutLayout(setup.model, setup.mesh, tensor, "bfloat16")
+    return _decode("generate", Setup(setup.config, layout.mesh, layout.config))
+
+
+def _decode(name: str, setup: Setup) -> Program:
+    """One call with caches of the largest bucket's width.
+
+    The loop's length is known only at run time, so operations and time are those of one pass.
+    """
+    config, model = setup.config, setup.model
     engine = as_dataclass(EngineOptions, config.engine)
-    options, wide = as_dataclass(SamplingOptions, config.sampling), max(config.buckets)
-    grammar = Grammar(Spelling(placed.vocabulary), as_dataclass(GrammarOptions, config.grammar))
-    whole = sharding.replicated(placed.mesh)
+    options = as_dataclass(SamplingOptions, config.sampling)
+    width = max(config.buckets)
+    sharding.check_batch(setup.mesh, engine.slots, "config.engine.slots")
+    grammar = Grammar(StandInTokenizer(setup.vocabulary), as_dataclass(GrammarOptions, config.grammar))
+    replicated = sharding.replicated(setup.mesh)
     state = GrammarState(*(jax.ShapeDtypeStruct((), jnp.int32) for _ in GrammarState._fields))
     shapes = jax.eval_shape(
         lambda key, state: slots.empty(
-            model, key, state, batch=engine.slots, contexts=1, slots=wide, length=config.answer_length,
+            model, key, state, batch=engine.slots, contexts=1, slots=width, length=config.answer_length,
             window=engine.window, pad=0, truncates=options.truncates, cells=None,
         ),
         jax.eval_shape(lambda: jax.random.key(0)), state,
     )  # fmt: skip
 
-    def everywhere(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    def on_every_chip(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
-    cache = backbone.KVCache(*(placed.array(x.shape, x.dtype, axes)
+    cache = backbone.KVCache(*(setup.array(x.shape, x.dtype, axes)
                                for x, axes in zip(shapes.cache, backbone.CACHE_AXES, strict=True)))  # fmt: skip
-    held = jax.tree.map(everywhere, shapes._replace(cache=None))._replace(cache=cache)
-    rules = jax.tree.map(everywhere, slots.rules_of(grammar))
-    until = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    held = jax.tree.map(on_every_chip, shapes._replace(cache=None))._replace(cache=cache)
+    rules = jax.tree.map(on_every_chip, slots.rules_of(grammar))
+    until = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
 
     def trace() -> jax.stages.Traced:
-        return decode_loop.run.trace(placed.params, rules, held, until, config=model, options=options,
-                                 visual_start=placed.vocabulary.visual_start)  # fmt: skip
+        return decode_loop.run.trace(setup.params, rules, held, until, config=model, options=options,
+                                 visual_start=setup.vocabulary.visual_start)  # fmt: skip
 
-    resident = {"parameters": bytes_a_chip(placed.params), "cache": bytes_a_chip(cache)}
-    flops = train_flops(model, engine.slots, engine.slots * wide) / 3
-    return dataclasses.replace(placed.program("decode", trace, resident, flops, engine.slots), one_pass=True)
+    resident = {"parameters": bytes_a_chip(setup.params), "cache": bytes_a_chip(cache)}
+    flops = train_flops(model, engine.slots, engine.slots * width) / 3
+    return dataclasses.replace(setup.program(name, trace, resident, flops, engine.slots), one_pass=True)

@@ -1,7 +1,7 @@
 """Compiles one program for one topology, in a process of its own:
 `python -m ivr_jax.compile.worker JOB.json RESULT.json`.
 
-Some shardings make the compiler end the whole process; whoever started this one sees that in its exit status.
+Some shardings make the compiler end the whole process, which the exit status then says.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
         "grpo": rl_programs.policy_gradient,
         "prefill": sampling_programs.prefill,
         "decode": sampling_programs.decode,
+        "generate": sampling_programs.generate,
     }
-    placed = programs.Placed(config, sharding.make_mesh(dict(config.mesh), described.devices))
-    program = builders[job["program"]](placed)
+    setup = programs.Setup(config, sharding.make_mesh(dict(config.mesh), described.devices))
+    program = builders[job["program"]](setup)
     mesh, clock = program.mesh, time.perf_counter()
     with jax.set_mesh(mesh):
         traced = program.trace()
