@@ -97,7 +97,7 @@ def run(
 
     def start(call: Call) -> int | None:
         set_logging(call.verbose)
-        enable_compilation_cache()
+        set_up_jax()
         return main(call)
 
     try:
@@ -120,6 +120,9 @@ def _explained(error: Exception, argv: Sequence[str]) -> UserError | None:
         spec, _ = _take_config_flag(argv)
         return UserError(f"{spec} has no key `{error.name}`, which this command reads.",
                          "Name a config that was made for this command, or add the key to the file.")
+    if os.environ.get("JAX_PLATFORMS") and not _finds_devices():
+        return UserError(f"JAX finds no device of JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}.",
+                         "Unset the variable, or set it to cpu; `pip install ivr_jax[gpu]` or [tpu] brings the others.")
     text = str(error)
     if any(os.strerror(code) in text for code in (errno.ENOSPC, errno.EDQUOT)):  # some libraries keep no errno
         return UserError("the disk is full.", "Make room and give the same command again; what was complete is kept.")
@@ -375,13 +378,33 @@ def set_logging(verbose: bool) -> None:
     logging.set_verbosity(logging.INFO if verbose else logging.WARNING)
 
 
+def set_up_jax() -> None:
+    """Sets JAX up for a command: compiled programs are kept, and JAX_ENABLE_X64 changes no computation.
+
+    Every array here has the dtype that it is given; with 64-bit defaults the loops over them would not type-check.
+    """
+    import jax  # here, so that --help and flag errors do not wait for it
+
+    jax.config.update("jax_enable_x64", False)
+    enable_compilation_cache()
+
+
+def _finds_devices() -> bool:
+    import jax
+
+    try:
+        return bool(jax.devices())
+    except Exception:  # of many types, by backend and version
+        return False
+
+
 def enable_compilation_cache() -> Path | None:
     """Lets XLA keep compiled programs between runs; returns the folder, or None when there is none.
 
     The folder is `$IVR_JAX_CACHE`, or `~/.cache/ivr_jax/xla`.  A cache that JAX was already told of
     (JAX_COMPILATION_CACHE_DIR) stays; `IVR_JAX_CACHE=` (empty) and a folder that cannot be made mean no cache.
     """
-    import jax  # here, so that --help and flag errors do not wait for it
+    import jax
 
     if jax.config.jax_compilation_cache_dir:
         return Path(jax.config.jax_compilation_cache_dir)

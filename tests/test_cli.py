@@ -565,3 +565,25 @@ def test_without_a_usable_folder_nothing_is_kept_and_the_command_goes_on(tmp_pat
 
 def test_a_cache_that_jax_was_told_of_stays(tmp_path):
     assert cache_of(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax")) == str(tmp_path / "jax")
+
+
+@pytest.mark.parametrize("name", ["nonsense"])
+def test_a_backend_that_is_not_there_is_one_line_that_names_the_variable(tiny, monkeypatch, name):
+    (tiny / "device.py").write_text(
+        "from ivr_jax import cli\ndef main(call):\n    import jax.numpy as jnp\n    print(jnp.ones(2) + 1)\n"
+        "if __name__ == '__main__':\n    cli.run(main, config=False, workdir=False)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": name}
+    done = subprocess.run([sys.executable, "device.py"], cwd=tiny, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and f"JAX_PLATFORMS={name}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_64_bit_defaults_of_the_environment_change_nothing(tiny):
+    (tiny / "dtype.py").write_text(
+        "from ivr_jax import cli\ndef main(call):\n    import jax.numpy as jnp\n    print(jnp.arange(2.0).dtype)\n"
+        "if __name__ == '__main__':\n    cli.run(main, config=False, workdir=False)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_ENABLE_X64": "1"}
+    done = subprocess.run([sys.executable, "dtype.py"], cwd=tiny, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "float32"

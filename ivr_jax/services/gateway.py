@@ -55,7 +55,12 @@ class GatewayTransport:
     def __init__(self, config: ServiceConfig, app: str, secret: str, clock: Callable[[], float] = time.time):
         self._config, self._app, self._secret, self._clock = config, app, secret, clock
         self._secrets, self._pictures = Secrets([secret, app]), PictureEncoder(config.image_side)
-        self._client = httpx2.AsyncClient(timeout=config.timeout, limits=connection_limits(config.in_flight))
+        try:
+            self._client = httpx2.AsyncClient(timeout=config.timeout, limits=connection_limits(config.in_flight))
+        except (ImportError, ValueError) as error:
+            reason = str(error).partition(".")[0]
+            raise UserError(f"the proxy that the environment names cannot be used: {reason}.",
+                            "Correct or unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY.") from error
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         content: list[dict[str, Any]] = []
