@@ -87,6 +87,7 @@ COMMANDS = {
     "ivr-report": "ivr_jax.report.__main__",
     "ivr-export": "ivr_jax.export.__main__",
     "ivr-review": "ivr_jax.review.__main__",
+    "ivr-score": "ivr_jax.score.__main__",
     "ivr-serve": "ivr_jax.serve.__main__",
     "ivr-tokenise": "ivr_jax.tokenise.__main__",
     "ivr-compile": "ivr_jax.compile.__main__",
