@@ -1,7 +1,7 @@
 """Steps: commands that a longer run consists of, each resumable by itself.
 
-`demo` runs its steps one after another with their output shown.  `reproduce` has a trunk and branches: what needs
-nothing of each other runs side by side, each branch writing to its own log.
+`demo` runs its steps one after another with their output shown.  `reproduce` has a trunk and branches: independent
+branches run at the same time, each writing to its own log.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run_step(step: Step, number: int, count: int, console: Console) -> float:
     if status:
         raise UserError(
             f"step {number} ({step.title}) ended with status {status}.",
-            "Mend what it says above, then give the same command again.",
+            "Fix the error above, then run the same command again.",
         )
     return time.perf_counter() - clock
 
@@ -82,13 +82,13 @@ def run_branches(branches: Sequence[Branch], jobs: int, logs: pathlib.Path, titl
     """Runs `branches`, `jobs` at a time, each on its share of the cores.
 
     Args:
-      branches: in the order in which they are begun.
+      branches: in the order in which they start.
       jobs: how many run at once.
       logs: folder for `<branch>.log`, each step's command and output; made when missing.
       title: of the progress bar, which counts steps.
 
     Raises:
-      UserError: a step failed.  No other step is begun then; those that run are waited for.
+      UserError: a step failed.  No other step is started then; running ones are awaited.
     """
     logs.mkdir(parents=True, exist_ok=True)
     cores = max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else os.cpu_count() // jobs)
@@ -110,7 +110,7 @@ def run_branches(branches: Sequence[Branch], jobs: int, logs: pathlib.Path, titl
                     failed.set()
                     raise UserError(
                         f"{branch.name}: {step.title} ended with status {status}; {log.name} says why.",
-                        "Mend it, then give the same command again.",
+                        "Fix it, then run the same command again.",
                     )
                 bar.update()
 

@@ -4,7 +4,7 @@ r"""Evaluate a checkpoint on held-out prompts of the micro-world: scores, images
         --config.checkpoint=runs/demo/sft
 
 Writes evaluation.json (every figure with its 95% interval), answers.jsonl and images/ for the report.  A finished
-evaluation of the same checkpoint and config is left as it is.
+evaluation of the same checkpoint and config is kept.
 
 With --benchmark=NAME, a public benchmark (`python -m ivr_jax.evaluate --benchmark=geneval --help`); with --compare A B,
 two of its runs side by side.
@@ -41,7 +41,7 @@ def main(call: cli.Call) -> None:
 
 
 def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
-    """The evaluation that stands in `workdir`, if it is this one; else it is made and written there."""
+    """The evaluation in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
     about = {"checkpoint": str(store.resolve(config.checkpoint)), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():

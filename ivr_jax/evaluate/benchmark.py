@@ -1,4 +1,4 @@
-"""Answers of a system to held-out prompts, judged: what `metrics.evaluate` and the report are made from."""
+"""Answers of a system to held-out prompts, judged: the input of `metrics.evaluate` and of the report."""
 
 from __future__ import annotations
 

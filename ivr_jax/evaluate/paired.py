@@ -1,6 +1,6 @@
 """The paired verdict test: does a model's verdict depend on the image it judges, or on the prompt alone?
 
-Agreement with the truth cannot tell: wrong images stand behind hard prompts, so a verdict that only reads the prompt
+Agreement with the truth cannot tell: wrong images follow hard prompts, so a verdict that only reads the prompt
 agrees with the truth more often than chance.  Here one prompt keeps its place in the answer, and the image changes:
 
     own      the image that the model drew there

@@ -1,9 +1,9 @@
 """Probes of single skills under true prefixes: two of the entry gates that whole answers cannot show.
 
-The model draws `G1` of held-out requests itself.  Where it is wrong, the exact analyzer and a faultless generator go
-on with it, once with a critique and once in steps; every text of these trajectories is then compared with what the
-model would have said in its place.  A text counts as right when each of its tokens is the likeliest one after the
-true tokens before it, which is the same as: greedy decoding from the true prefix says exactly this text.
+The model draws `G1` of held-out requests itself.  Where it is wrong, the exact analyzer and a faultless generator
+continue from it, once with a critique and once in steps; every text of these trajectories is then compared with what
+the model generates in its place.  A text counts as right when each of its tokens is the likeliest one after the
+true tokens before it, that is, when greedy decoding from the true prefix gives exactly this text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def probe(
     """Shares of steps and of critiques that are right, each an estimate (`ivr_jax.report.intervals`).
 
     Args:
-      prompts: held-out requests of 2 to `most_edits` edits; those whose first image is right say nothing.
+      prompts: held-out requests of 2 to `most_edits` edits; those whose first image is right are not counted.
       batch: trajectories a forward pass.
       observe: whether the evaluations of the true prefixes begin with an observation, as those learnt from did.
     """
@@ -83,7 +83,7 @@ def _first_images(system: System, tasks: Sequence[Any], seed: int, batch: int) -
 
 
 def _texts_right(system: System, encoded: Sequence[codec.Encoded], batch: int) -> dict[str, list[list[bool]]]:
-    """For every probe, trajectory by trajectory, whether each of its texts is what greedy decoding would say."""
+    """For every probe, trajectory by trajectory, whether each of its texts is what greedy decoding gives."""
     longest = max((len(e.tokens) for e in encoded), default=0)
     length = -(-longest // 64) * 64
     right: dict[str, list[list[bool]]] = {name: [] for name in PROBES}
@@ -95,7 +95,7 @@ def _texts_right(system: System, encoded: Sequence[codec.Encoded], batch: int) -
         likeliest = np.asarray(_likeliest(system.config, system.params, tokens)) > 0
         for row, example in enumerate(part):
             for name, letter in PROBES.items():
-                # Its first token chooses how to go on, which is not a question of what is said.
+                # The first token chooses the mode, which is not what is probed.
                 spans = [(s.start + 1, s.end) for s in example.segments if s.part == letter]
                 hits = [likeliest[row, example.answer_start + a : example.answer_start + b].all() for a, b in spans]
                 right[name].append([bool(hit) for hit in hits])

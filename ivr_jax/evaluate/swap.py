@@ -52,7 +52,7 @@ def main(call: cli.Call) -> None:
 
 
 def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
-    """The swap test in `workdir` if it is this one; else it is made and written there."""
+    """The swap test in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
     about = {"checkpoint": str(store.resolve(config.checkpoint)), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / SWAP_FILE).exists():

@@ -131,7 +131,7 @@ def passing_grammar(grammar: Grammar) -> tuple[Grammar, dict[int, tuple[int, int
     """`grammar`, changed so that it reads one evaluation in which every verdict is "pass", then EOS.
 
     Returns:
-      The grammar, and for each node where a verdict is decided the ids of "pass" and "fail" that are told apart there.
+      The grammar, and for each node where a verdict is decided the ids of "pass" and "fail" that differ there.
     """
     tokenizer = grammar.tokenizer
     nodes = grammar.run(np.array([codec.encode_image(tokenizer, np.zeros((1, 1), np.int32))]))

@@ -1,4 +1,4 @@
-"""What a model answered, and the truth about it: the record that metrics and the report are made from.
+"""Records of a model's answers with their true evaluations, from which metrics and reports are computed.
 
 On disk an evaluation is a folder:
 
@@ -6,7 +6,7 @@ On disk an evaluation is a folder:
     images/<name>.png      every image that an answer names (drawn or source), stored once; the name is
                            percent-encoded, so that any image name is one plain file name
 
-A name stands for one image in all answers of a folder; `ivr_jax.images.image_name` makes such names.
+A name denotes the same image in all answers of a folder (see `ivr_jax.images.image_name`).
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ def answer_from_json(value: Mapping[str, Any]) -> Answer:
 def write_answers(folder: str | os.PathLike[str], answers: Sequence[Answer], images: Mapping[str, np.ndarray]) -> None:
     """Writes `answers.jsonl` and `images/` into `folder` (made when missing), replacing what was there.
 
-    Images (uint8 [height, width, 3]) go first and every file is put in place in one move, so that a killed run
+    Images (uint8 [height, width, 3]) go first and every file is put in place atomically, so that a killed run
     leaves either the old answers or the new ones, never half a file.  Raises UserError for an image that is missing
     or not uint8 [height, width, 3], and for a folder that cannot be written.
     """
@@ -295,7 +295,7 @@ def read_answers(folder: str | os.PathLike[str]) -> tuple[Answer, ...]:
     path = Path(folder) / ANSWERS_FILE
     answers = []
     try:
-        # Bytes split at "\n" alone: other line separators may stand inside a text.
+        # Bytes split at "\n" alone: a text may contain other line separators.
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error}.", "Run the evaluation first.") from None
@@ -316,7 +316,7 @@ def read_images(folder: str | os.PathLike[str]) -> StoredImages:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Puts `data` at `path` in one move; leaves the file alone when it already holds the same bytes."""
+    """Puts `data` at `path` atomically; leaves the file alone when it already holds the same bytes."""
     if path.is_file() and path.read_bytes() == data:
         return
     files.write_file(path, data)

@@ -1,4 +1,4 @@
-"""What a working directory holds, gathered for the report.
+"""Reads a working directory for the report.
 
     <workdir>/
       image_tokenizer/ base/ sft/ rl/     stages: metrics.jsonl, config.json
@@ -8,7 +8,7 @@
       <anything>/swap.json                optional: swap tests
       gates.json                          optional: the entry gates
 
-Whatever is missing is left out, and a note says so; whatever is there but broken is a UserError.
+A missing part is left out and noted; a broken file raises UserError.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> 
     evaluations, answered = _arms(root, notes)
     gallery = [
         GallerySection(
-            "What the models answered",
-            "The same prompts, answered by each model as it unfolded. Prompts are drawn evenly from the kinds "
-            "of answer that the last model gave, so rare kinds are over-represented here.",
+            "Answers",
+            "The same prompts, answered by each model. Prompts are sampled evenly from the kinds of answer that "
+            "the last model gave, so rare kinds are over-represented here.",
             choose(answered, _PROMPTS_SHOWN, seed),
         )
     ]

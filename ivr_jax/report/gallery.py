@@ -1,7 +1,7 @@
 """Answers round by round: from records to the values that the page's template shows.
 
 A *section* is a row of answers under a heading ("Answers", "Training samples of SFT").  Answers to the same sample
-stand together, one below the other, so that arms can be compared on one prompt.
+are grouped, so that arms can be compared on one prompt.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from PIL import Image
 
 from ivr_jax.images import data_uri
 from ivr_jax.report.answers import Answer, Segment
-from ivr_jax.report.metrics import edits_of, mode_of
+from ivr_jax.report.metrics import MODES, edits_of, mode_of
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Round
 
 LONGEST_TEXT = 1200  # characters of one text shown on the page; answers.jsonl holds the rest
 LARGEST_SIDE = 320  # pixels; larger images are reduced for the page
 PIXELATED_SIDE = 128  # pixels; up to this size an image is enlarged with hard pixels
+_RESULTS = ("right", "wrong", "false_pass")  # a false pass is a wrong final image that the model passed
 _REWARD_ORDER = ("total", "outcome", "format", "step", "reflection", "bonus")
 
 
@@ -29,7 +30,7 @@ class GalleryItem:
     """An answer in a gallery section: under which arm, and where its images are (name -> uint8 [height, width, 3]).
 
     `mode` replaces the answer's own where that says nothing (interleaved answers, images of another model); `notes` are
-    headings and texts that stand below the answer, such as what a judge said.
+    headings and texts shown below the answer, such as a judge's.
     """
 
     arm: str
@@ -109,14 +110,8 @@ def section_view(section: GallerySection) -> dict[str, Any]:
         "groups": list(groups.values()),
         "count": len(answers),
         "arms": list(dict.fromkeys(answer["arm"] for answer in answers)),
-        "modes": [
-            mode
-            for mode in ("direct", "reflection", "multi_step", "invalid")
-            if any(answer["mode"] == mode for answer in answers)
-        ],
-        "results": [
-            result for result in ("right", "wrong", "fooled") if any(result in answer["results"] for answer in answers)
-        ],
+        "modes": [mode for mode in MODES if any(answer["mode"] == mode for answer in answers)],
+        "results": [result for result in _RESULTS if any(result in answer["results"] for answer in answers)],
     }
 
 
@@ -125,7 +120,7 @@ def _answer_view(item: GalleryItem) -> dict[str, Any]:
     own = answer.own[-1] if answer.own else None
     results = {True: ["right"], False: ["wrong"], None: []}[answer.right]
     if answer.right is False and own is not None and own.passed:
-        results = [*results, "fooled"]
+        results = [*results, "false_pass"]
     total = sum(segment.tokens for segment in answer.segments)
     trained = sum(segment.tokens for segment in answer.segments if segment.loss)
     rewards = sorted(
@@ -151,7 +146,7 @@ def _answer_view(item: GalleryItem) -> dict[str, Any]:
 
 
 def _parsed(item: GalleryItem) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The panels of an answer that parsed: each round's image, and what was said after it.  Nothing stands before."""
+    """The panels of an answer that parsed: each round's image and the texts after it; none precedes the first."""
     context, rounds = _context_only(item.answer.segments), item.answer.trajectory.rounds
     panels = []
     for index, round_ in enumerate(rounds):
@@ -235,7 +230,7 @@ def _verdict(axis: str, own: Evaluation | None, truth: Evaluation | None) -> dic
 
 
 def _failures(own: AxisVerdict | None, truth: AxisVerdict | None) -> list[tuple[str, str]]:
-    """Who says what against an axis; said once when both say the same."""
+    """The reasons against an axis, by who gives them; one entry when both give the same."""
     said = [
         (who, _clip(verdict.reason))
         for who, verdict in (("answer", own), ("truth", truth))

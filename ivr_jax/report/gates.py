@@ -1,6 +1,6 @@
 """Gates: conditions that must hold before a result means anything, each with its threshold and measured value.
 
-The entry gates of the micro-world stand before reinforcement learning.  They have two columns of thresholds: `demo`
+The entry gates of the micro-world apply before reinforcement learning.  They have two columns of thresholds: `demo`
 for the run of minutes, `reproduce` for the run of hours; a threshold of None is reported and not judged.
 """
 

@@ -1,4 +1,4 @@
-"""From answers to figures: what was right, how many images it took, and whether the model knows when it is right.
+"""Figures of a set of answers: correctness, images per answer, and calibration of the model's own verdicts.
 
 `evaluate(answers)` gives plain JSON (kept as `evaluation.json`), in which every figure is an estimate of
 `ivr_jax.report.intervals`: `{"value", "low", "high", "n"}` with a 95% interval.
@@ -39,8 +39,8 @@ the best constant verdict of each class.  A model is only known to look at its i
 paired test (`ivr_jax.evaluate.paired`) measures that directly.
 
 Rules.  No image drawn is the model's fault: not exact, and 0 on every axis (so R_o 0).  A judge's failure is not: a
-missing truth or score is left out, and `n` says over how many the figure stands.  Answers without a known target
-are left out of `exact`.  `by_suite` groups splits by what stands before their "/"; `by_edits` takes
+missing truth or score is left out, and `n` counts the observations of a figure.  Answers without a known target
+are left out of `exact`.  `by_suite` groups splits by the part before their "/"; `by_edits` takes
 `sample.facts["edits"]` (a count) and leaves out samples that have none, and benchmark splits (those with a "/" in
 their name): their edits are not of the training mixture's kinds, so a comparison by number would mislead.
 """
@@ -97,7 +97,7 @@ def evaluate(answers: Sequence[Answer], seed: int = 0, about: Mapping[str, Any] 
 
 
 def write_evaluation(folder: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
-    """Writes `evaluation.json` into `folder` (made when missing), in one move."""
+    """Writes `evaluation.json` into `folder` (made when missing), atomically."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -149,7 +149,7 @@ _GROUPINGS: dict[str, Callable[[Answer], str]] = {
 
 
 def _natural(group: str) -> tuple[bool, int, str]:
-    """Numbers by size, then words by letter; modes are few and stand where their letters put them."""
+    """Sort key: numbers by size, then words alphabetically."""
     return (not group.isdecimal(), int(group) if group.isdecimal() else 0, group)
 
 

@@ -1,4 +1,4 @@
-"""The report for people: one self-contained HTML page.
+"""The report: one self-contained HTML page.
 
 The page asks the network for nothing (its content security policy forbids it), works from a file, in light and dark,
 and on a phone.  Everything that a model or a user wrote is escaped by the template engine; should that ever fail, the
@@ -41,8 +41,10 @@ from ivr_jax.report.tables import (
 
 TEMPLATES = Path(__file__).parent / "templates"
 _FIRST_CURVES = 6
-# Which metrics a reader looks for first; the others stand behind a fold.
-_TELLING = re.compile(r"(^|[/_.])(loss|reward|total|exact|images|psnr|kl|accuracy|entropy|usage|codes?)($|[/_.])", re.I)
+# Metrics that are shown at once; the others are in a collapsed section.
+_MAIN_METRICS = re.compile(
+    r"(^|[/_.])(loss|reward|total|exact|images|psnr|kl|accuracy|entropy|usage|codes?|sight)($|[/_.])", re.I
+)
 _TILES = ("exact", "outcome", "images", "pass_given_wrong")
 
 
@@ -76,7 +78,7 @@ def write_report(
       evaluations: arm title -> result of `metrics.evaluate`, in the order of the columns.
       gallery: sections of answers.
       gates: entry gates; none means no such section.
-      notes: sentences that stand at the top (what is missing, what to bear in mind).
+      notes: sentences shown at the top (missing parts, caveats).
       swaps: title -> result of a swap test (`ivr_jax.evaluate.swap`).
       written: the time that the page names; now by default.
 
@@ -201,7 +203,7 @@ def _rows(evaluations: Evaluations) -> list[dict[str, Any]]:
 
 
 def _cells(measure: Measure, estimates: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """An arm beside the main ones has no change: what stands to its left is not what it came from."""
+    """An arm outside the main ones has no change: it does not follow from the arm to its left."""
     cells, in_line = [], set(arms) & set(MAIN_ARMS) or set(arms)
     for index, estimate in enumerate(estimates):
         change = compare(measure, estimate, estimates[index - 1]) if index and arms[index] in in_line else None
@@ -323,8 +325,8 @@ def _paired_table(title: str, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_view(run: Run) -> dict[str, Any]:
-    telling = [curve for curve in run.curves if _TELLING.search(curve.name)]
-    ordered = telling + [curve for curve in run.curves if curve not in telling]
+    main = [curve for curve in run.curves if _MAIN_METRICS.search(curve.name)]
+    ordered = main + [curve for curve in run.curves if curve not in main]
     figures = [(curve.name, plots.short(curve.values[-1]), plots.curve_svg(curve)) for curve in ordered]
     return {
         "title": run.title,

@@ -46,7 +46,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One arm's estimates, one for each group of the plot it stands in (None where the arm has no such group)."""
+    """One arm's estimates, one for each group of the plot (None where the arm has no such group)."""
 
     arm: str
     estimates: tuple[Estimate | None, ...]
@@ -90,7 +90,7 @@ def short(value: float) -> str:
 
 
 def _offset(number: int, count: int) -> float:
-    """Where arm `number` of `count` stands beside the middle of its group."""
+    """Horizontal offset of arm `number` of `count` from the middle of its group."""
     return (number - (count - 1) / 2) * min(0.12, 0.6 / count)
 
 
@@ -145,7 +145,7 @@ def curve_svg(curve: Curve) -> Markup:
 
 
 def interval_svg(plot: IntervalPlot) -> Markup:
-    """The plot as an SVG element; its legend stands on the page."""
+    """The plot as an SVG element; its legend is part of the page."""
     figure, axes = new_figure(4.4, 2.4)
     draw_intervals(axes, plot)
     return _svg(figure, plot.title)

@@ -1,7 +1,7 @@
-"""Arms side by side: which figures stand in a before/after table, and how they are written.
+"""Arms side by side: the measures of a comparison table and their formats.
 
 An *arm* is one model under one setting (base, SFT, SFT + RL, an ablation); `evaluations` maps an arm's title to its
-result of `ivr_jax.report.metrics.evaluate`, in the order in which the arms are to stand.
+result of `ivr_jax.report.metrics.evaluate`, in display order.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Measure:
 
     Attributes:
       name: in code and JSON.
-      title: for people.
-      path: where the estimate stands in a summary.
-      is_share: written in percent; else a plain number.
+      title: for display.
+      path: keys of the estimate in a summary.
+      is_share: formatted in percent; otherwise a plain number.
       better: +1 when higher is better, -1 when lower is, 0 when neither.
     """
 

@@ -25,7 +25,7 @@ from ivr_jax.reproduce.ablation import eval_folder
 
 
 def trunk(root: pathlib.Path, config: Any) -> list[Step]:
-    """What every arm starts from: image tokenizer, base model, its trajectories, the fine-tuned model."""
+    """Steps that every arm starts from: image tokenizer, base model, its trajectories, the fine-tuned model."""
     images, base = root / "image_tokenizer", root / "base"
     built = root / "construct"
     return [
@@ -43,7 +43,7 @@ def trunk(root: pathlib.Path, config: Any) -> list[Step]:
 
 
 def branches(root: pathlib.Path, config: Any) -> list[Branch]:
-    """Everything that needs nothing but the trunk, in order of interest."""
+    """All steps that depend on the trunk alone, in order of interest."""
     sft, steps = root / "sft", []
     for mode in ("base", "", "direct", "multi_step"):
         model = root / "base" if mode == "base" else sft

@@ -8,7 +8,7 @@
                          "images_by_edits": {...}, "exact_by_edits": {...}, "direct_by_edits": {...},
                          "exact_by_suite": {...}}, each figure an estimate with its 95% interval over prompts
 
-Arms are compared by the mean over their seeds; each seed stands beside it.
+Arms are compared by the mean over their seeds; each seed is given too.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def main_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...
     return columns, rows
 
 
-def conduct_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def mode_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """How each arm answers, and whether it knows when it is right: verdicts beside those of a blind rule."""
     shares = {
         "own first image exact": "first_exact", "P(passes | right)": "pass_given_right",
@@ -348,9 +348,9 @@ def _page(root: Path, found: Reproduction, plots: Sequence[tuple[str, Path]]) ->
         tables=[
             ("Arms", "Mean over seeds, each seed in brackets. Images and exact match on held-out prompts; “paper” is "
              "the same ratio in the paper's table 2.", *main_rows(found)),
-            ("Conduct", "Temperature 1, means over seeds. The model's own verdict on each of its images against the "
-             "analyzer's, beside a rule that sees the prompt alone and passes as often; sight by the paired test; the "
-             "mode it chose.", *conduct_rows(found)),
+            ("Modes and verdicts", "Temperature 1, means over seeds. The model's own verdict on each of its images against "
+             "the analyzer's, beside a rule that sees the prompt alone and passes as often; sight by the paired test; the "
+             "mode it chose.", *mode_rows(found)),
             ("Beside the paper's benchmarks", "Our splits copy the manner of the paper's benchmarks, not their "
              "content: compare orders, not values.", *score_rows(found)),
             ("Mode mix, fine-tuning alone", "Temperature 1, one seed, 95% intervals.", *mix_rows(found)),

@@ -96,7 +96,7 @@ def whole(studio) -> Page:
 
 
 def test_every_section_is_there(whole):
-    for words in ("A run", "17 May 2030, 09:30", "RL is missing.", "Exact match", "Which way it chose", "rl/90",
+    for words in ("A run", "17 May 2030, 09:30", "RL is missing.", "Exact match", "Modes", "rl/90",
                   "Critique right", "not measured", "optimizer.learning_rate", "0.0015", "P(passes | wrong)",
                   "By number of edits"):
         assert words in whole.text
@@ -199,7 +199,7 @@ def test_where_model_and_analyzer_differ_the_axis_is_marked_and_the_answer_filed
     shown = view["groups"][0]["answers"][0]
     assert [v["differ"] for v in shown["panels"][0]["verdicts"]] == [True, False, False, False]
     assert shown["panels"][0]["verdicts"][0]["why"] == [("truth", "wrong")]
-    assert shown["results"] == ["wrong", "fooled"] and view["results"] == ["wrong", "fooled"]
+    assert shown["results"] == ["wrong", "false_pass"] and view["results"] == ["wrong", "false_pass"]
 
 
 def test_segments_show_which_tokens_carried_loss():
