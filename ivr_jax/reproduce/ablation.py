@@ -348,8 +348,8 @@ def _page(root: Path, found: Reproduction, plots: Sequence[tuple[str, Path]]) ->
         tables=[
             ("Arms", "Mean over seeds, each seed in brackets. Images and exact match on held-out prompts; “paper” is "
              "the same ratio in the paper's table 2.", *main_rows(found)),
-            ("Modes and verdicts", "Temperature 1, means over seeds. The model's own verdict on each of its images against "
-             "the analyzer's, beside a rule that sees the prompt alone and passes as often; sight by the paired test; the "
+            ("Modes and verdicts", "Temperature 1, means over seeds. The model's verdict on each image against the "
+             "analyzer's, with a rule that sees the prompt alone and passes as often; sight by the paired test; the "
              "mode it chose.", *mode_rows(found)),
             ("Beside the paper's benchmarks", "Our splits copy the manner of the paper's benchmarks, not their "
              "content: compare orders, not values.", *score_rows(found)),
