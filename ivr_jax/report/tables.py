@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ivr_jax.errors import UserError
 from ivr_jax.report.intervals import NOTHING, Estimate, difference
 from ivr_jax.report.metrics import INVALID
 from ivr_jax.trajectory import AXES, Mode
@@ -71,36 +70,14 @@ MEASURES: tuple[Measure, ...] = (
 BY_NAME: dict[str, Measure] = {measure.name: measure for measure in MEASURES}
 
 
-def compare_arms(evaluations: Evaluations, reference: str) -> list[dict[str, Any]]:
-    """Every arm against the arm `reference`, measure by measure.
+def compare(measure: Measure, after: Estimate, before: Estimate) -> dict[str, Any]:
+    """One measure of an arm, `after`, against that of another.
 
     Returns:
-      One JSON object for each measure and other arm: `measure`, `arm`, `reference`, `difference` (an estimate; the
-      arms are taken as independent), `ratio` (of the values, None when the reference is 0 or either is missing),
-      `clear` (the interval of the difference excludes 0) and `better` (True, False, or None when not clear or when
-      the measure has no good direction).
+      `difference` (an estimate; the arms are taken as independent), `ratio` (of the values, None when the reference is
+      0 or either is missing), `clear` (the interval of the difference excludes 0) and `better` (True, False, or None
+      when not clear or when the measure has no good direction).
     """
-    if reference not in evaluations:
-        raise UserError(f"There is no arm {reference!r} to compare with.", f"Choose one of {sorted(evaluations)}.")
-    rows = []
-    for measure in MEASURES:
-        before = measure.of(evaluations[reference]["overall"])
-        for arm, result in evaluations.items():
-            if arm == reference:
-                continue
-            rows.append(
-                {
-                    "measure": measure.name,
-                    "arm": arm,
-                    "reference": reference,
-                    **compare(measure, measure.of(result["overall"]), before),
-                }
-            )
-    return rows
-
-
-def compare(measure: Measure, after: Estimate, before: Estimate) -> dict[str, Any]:
-    """`difference`, `ratio`, `clear` and `better` of one measure, as `compare_arms` says."""
     change = difference(after, before)
     clear = change["low"] is not None and (change["low"] > 0 or change["high"] < 0)
     ratio = after["value"] / before["value"] if change["value"] is not None and before["value"] else None

@@ -8,11 +8,10 @@ import pytest
 from answers_fixture import plain_answer
 from rich.console import Console
 
-from ivr_jax.errors import UserError
 from ivr_jax.report.metrics import evaluate
 from ivr_jax.report.tables import (
     BY_NAME,
-    compare_arms,
+    compare,
     format_interval,
     format_value,
     print_table,
@@ -30,28 +29,24 @@ def printed(show, *arguments, width: int = 80) -> str:
     return console.file.getvalue()
 
 
-def row(rows: list[dict], measure: str, name: str) -> dict:
-    return next(r for r in rows if r["measure"] == measure and r["arm"] == name)
+def compared(name: str, after: dict, before: dict) -> dict:
+    measure = BY_NAME[name]
+    return compare(measure, measure.of(after["overall"]), measure.of(before["overall"]))
 
 
-def test_arms_are_compared_with_the_reference():
-    rows = compare_arms({"Base": arm(20, 80), "SFT": arm(80, 20, images=2), "Same": arm(21, 79)}, reference="Base")
-    exact = row(rows, "exact", "SFT")
+def test_arms_are_compared_measure_by_measure():
+    base, sft = arm(20, 80), arm(80, 20, images=2)
+    exact = compared("exact", sft, base)
     assert exact["difference"]["value"] == pytest.approx(0.6)
     assert exact["difference"]["low"] == pytest.approx(0.4744, abs=1e-4)  # Wilson: 13.3-28.9% and 71.1-86.7%
     assert exact["ratio"] == pytest.approx(4.0) and exact["clear"] and exact["better"] is True
-    images = row(rows, "images", "SFT")
+    images = compared("images", sft, base)
     assert images["ratio"] == 2.0 and images["clear"] and images["better"] is False  # more images is no improvement
-    shares = row(rows, "multi_step", "SFT")
+    shares = compared("multi_step", sft, base)
     assert shares["clear"] and shares["better"] is None  # no mode is better in itself
-    assert not row(rows, "exact", "Same")["clear"] and row(rows, "exact", "Same")["better"] is None
-    assert {r["arm"] for r in rows} == {"SFT", "Same"}
-    assert row(rows, "reflection", "SFT")["ratio"] is None  # nothing to divide by
-
-
-def test_an_unknown_reference_is_an_error():
-    with pytest.raises(UserError, match="'RL'"):
-        compare_arms({"Base": arm(1, 1)}, reference="RL")
+    same = compared("exact", arm(21, 79), base)
+    assert not same["clear"] and same["better"] is None
+    assert compared("reflection", sft, base)["ratio"] is None  # nothing to divide by
 
 
 def test_numbers_are_written_for_people():
