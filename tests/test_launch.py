@@ -173,3 +173,15 @@ def test_rented_machines_get_the_versions_that_were_tested():
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
     _, _, prepared, _ = printed("tpu_pod.sh", "run", *SLICE, "--bucket=b", *RUN)
     assert any("--constraint launch/constraints.txt" in word for word in prepared)
+
+
+def test_one_host_of_gpus_runs_the_command_on_as_many_as_it_says():
+    script = ROOT / "launch" / "gpu_host.sh"
+    wanted = ["ivr_jax.train", "--config=emu35_sft", "--workdir=a folder", "--config.mesh.fsdp=4"]
+    done = subprocess.run(["bash", str(script), "--dry-run", "--gpus=4", "--", *wanted], capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": sys.executable})  # fmt: skip
+    words = shlex.split(done.stdout)
+    assert done.returncode == 0 and "CUDA_VISIBLE_DEVICES=0,1,2,3" in words
+    assert words[words.index(sys.executable) :] == [sys.executable, "-m", *wanted]
+    for wrong in (["--gpus=none", "--", "ivr_jax.train"], ["--gpus=4"], ["--cpus=4"]):
+        assert subprocess.run(["bash", str(script), *wrong], capture_output=True).returncode == 2

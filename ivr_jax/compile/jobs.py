@@ -62,7 +62,7 @@ class Outcome:
 
 
 def options_for(topology: Topology) -> dict[str, str]:
-    """Compiler options that the plan assumes; docs/results/pods-compile.md says how to train with the same ones."""
+    """Compiler options that the plan assumes; docs/how-to/compile.md says how to train with the same ones."""
     return {**COMMON, **(SPARSE_CORES if topology.kind in ("v5p", "v6e") else {})}
 
 
