@@ -143,7 +143,15 @@ def prune(history: Sequence[Drawing]) -> tuple[Round, ...]:
 class _Escalation:
     """One sample on its way; `drawn` (the history) and `images` (its pixels, and the sources') grow."""
 
-    def __init__(self, sample: Sample, images: Images, analyzer: Analyzer, generator: Generator, rules: Rules):
+    def __init__(
+        self,
+        sample: Sample,
+        images: Images,
+        analyzer: Analyzer,
+        generator: Generator,
+        rules: Rules,
+        given: Sequence[tuple[Reflection, Pixels]],
+    ):
         missing = [name for name in sample.sources if name not in images]
         if missing:
             raise UserError(
@@ -152,8 +160,9 @@ class _Escalation:
             )
         self.sample, self.analyzer, self.generator, self.rules = sample, analyzer, generator, rules
         self.sources = [images[name] for name in sample.sources]
-        self.given = {name: images[name] for name in sample.sources}
-        self.images = dict(self.given)
+        self.given_rounds = list(given)
+        self.source_images = {name: images[name] for name in sample.sources}
+        self.images = dict(self.source_images)
         self.drawn: list[Drawing] = []
         self.root_cause: RootCause | None = None
         self.plan: tuple[str, ...] = ()
@@ -172,7 +181,7 @@ class _Escalation:
         return evaluation is not None and evaluation.passed
 
     async def judged(self, image: Pixels, thresholds: Thresholds | None) -> Evaluation:
-        evaluation = await self.analyzer.evaluate(self.sample, self.given, image)
+        evaluation = await self.analyzer.evaluate(self.sample, self.source_images, image)
         return thresholds.judge(evaluation) if thresholds else evaluation
 
     async def direct(self, first_image: Pixels | None) -> bool:
@@ -184,17 +193,22 @@ class _Escalation:
     async def reflection(self, attempt: int) -> bool:
         """One round: a critique of the last image, and a new image drawn from the sources with it."""
         last = self.drawn[-1]
-        critique = await self.analyzer.reflect(self.sample, self.given, self.images[last.image], last.evaluation)
-        image = await self.generator.generate(self.sample, self.sample.prompt, self.sources, critique, attempt)
+        if attempt <= len(self.given_rounds):
+            critique, image = self.given_rounds[attempt - 1]
+        else:
+            critique = await self.analyzer.reflect(
+                self.sample, self.source_images, self.images[last.image], last.evaluation
+            )
+            image = await self.generator.generate(self.sample, self.sample.prompt, self.sources, critique, attempt)
         return self.record(critique, image, await self.judged(image, self.rules.thresholds))
 
     async def find_root_cause(self) -> Drop | None:
         attempts = [Attempt(self.images[d.image], d.evaluation, d.cause) for d in self.drawn]
-        self.root_cause = await self.analyzer.root_cause(self.sample, self.given, attempts)
+        self.root_cause = await self.analyzer.root_cause(self.sample, self.source_images, attempts)
         return _DROP_OF_CAUSE.get(self.root_cause)
 
     async def make_plan(self) -> Drop | None:
-        self.plan = tuple(await self.analyzer.decompose(self.sample, self.given))
+        self.plan = tuple(await self.analyzer.decompose(self.sample, self.source_images))
         fits = self.rules.min_steps <= len(self.plan) <= self.rules.max_steps
         usable = all(step.strip() and len(step) <= self.rules.max_step_chars for step in self.plan)
         return None if fits and usable else Drop.BAD_PLAN
@@ -216,7 +230,7 @@ class _Escalation:
         thresholds = self.rules.step_thresholds or self.rules.thresholds
         for attempt in range(self.rules.step_tries):
             image = await self.generator.generate(self.sample, instruction, previous, None, attempt)
-            alone = await self.analyzer.evaluate_step(self.sample, self.given, instruction, previous, image)
+            alone = await self.analyzer.evaluate_step(self.sample, self.source_images, instruction, previous, image)
             if thresholds:
                 alone = thresholds.judge(alone)
             whole = await self.judged(image, thresholds) if alone.passed else None
@@ -237,6 +251,7 @@ async def construct(
     analyzer: Analyzer,
     generator: Generator,
     rules: Rules | None = None,
+    given: Sequence[tuple[Reflection, Pixels]] = (),
 ) -> Outcome:
     """Runs the escalation for one sample.
 
@@ -246,11 +261,13 @@ async def construct(
       first_image: G1, drawn by the model to be trained (uint8 [height, width, 3]); None lets `generator` draw it.
       analyzer, generator: the two services; what they raise is passed on.
       rules: thresholds and counts; `Rules()` when None.
+      given: reflections and the images drawn from them, by someone else; they are judged like others, and the services
+        are asked for further ones only.
 
     Returns:
       The outcome, with a trajectory or a reason for having none.
     """
-    run = _Escalation(sample, images, analyzer, generator, rules or Rules())
+    run = _Escalation(sample, images, analyzer, generator, rules or Rules(), given)
     if await run.direct(first_image):
         return run.outcome()
     for attempt in range(1, run.rules.max_reflections + 1):
@@ -270,3 +287,4 @@ class Request:
     sample: Sample
     images: Images = dataclasses.field(default_factory=dict)
     first_image: Pixels | None = None
+    given: tuple[tuple[Reflection, Pixels], ...] = ()

@@ -16,6 +16,7 @@ from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.run import Entry
 from ivr_jax.construct.samples import sort_samples
 from ivr_jax.construct.shards import Shard
+from ivr_jax.construct.visual_reflection import read_visual_reflection
 from ivr_jax.errors import UserError
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.config import ServiceConfig
@@ -75,9 +76,11 @@ def source(config: Any, journal: Journal, progress: Callable[[str], None] = lamb
     count = None
     settings, shard = settings_digest(config), Shard.parse(config.shard)
     if config.samples:
-        samples, bad = sort_samples(config.samples, config.image_root or None)
+        is_lines = str(config.samples).endswith(".jsonl")
+        samples, bad = (read_visual_reflection if is_lines else sort_samples)(config.samples, config.image_root or None)
         if not samples:
-            raise UserError(f"{config.samples} holds no usable sample: {bad[0].reason.what}", bad[0].reason.remedy)
+            reason = bad[0].reason if bad else UserError("it is empty.")
+            raise UserError(f"{config.samples} holds no usable sample: {reason.what}", reason.remedy)
         quarantined = {entry.key: entry.reason.what for entry in bad if shard.holds(entry.key)}
         samples = [sample for sample in samples if shard.holds(sample.key)]
         count = len(samples)

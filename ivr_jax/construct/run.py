@@ -176,7 +176,8 @@ class Construction:
             return Status(entry.key, entry.request, State.QUARANTINED, reason=error.what)
         try:
             outcome = await construct(
-                request.sample, request.images, request.first_image, self._analyzer, self._generator, self._rules
+                request.sample, request.images, request.first_image, self._analyzer, self._generator, self._rules,
+                request.given,
             )
         except ServiceFailed as error:
             if isinstance(error, ServiceDown):

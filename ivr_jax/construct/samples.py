@@ -24,10 +24,18 @@ from ivr_jax.construct.released import check_storable
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name, load_image
 from ivr_jax.protocol.markers import check_user_text
-from ivr_jax.trajectory import Sample, checked_key
+from ivr_jax.trajectory import Reflection, Sample, checked_key
 
 _REQUIRED = {"key", "src_path", "edit_prompt", "edit_path"}
 _OPTIONAL = {"edit_key", "explanation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenRound:
+    """A reflection that a sample brings with it, and the path of the image drawn from it."""
+
+    cause: Reflection
+    image: Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +47,8 @@ class InputSample:
       sources: paths of the references.
       candidate: path of a ready G1, or None.
       edit_key: any JSON value, or None.
+      given: reflections and images that follow the candidate.
+      facts: JSON values for `Sample.facts`.
     """
 
     key: str
@@ -47,20 +57,24 @@ class InputSample:
     candidate: Path | None = None
     edit_key: Any = None
     explanation: str = ""
+    given: tuple[GivenRound, ...] = ()
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """Changes when the request does: its texts, and its files' paths, sizes and times."""
         stats = [_stat(path) for path in (*self.sources, self.candidate) if path is not None]
-        said = [self.prompt, self.explanation, self.edit_key, self.candidate is not None, stats]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        texts = [self.prompt, self.explanation, self.edit_key, self.candidate is not None, stats]
+        if self.given:
+            texts += [[dataclasses.astuple(round_.cause), _stat(round_.image)] for round_ in self.given]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
     def load(self) -> Request:
         """Reads the images; UserError when one is missing, corrupt or too large."""
         pixels = [load_image(path) for path in self.sources]
         images = {image_name(p): p for p in pixels}
         category = self.edit_key.get("category") if isinstance(self.edit_key, dict) else None
-        facts: dict[str, Any] = {} if self.edit_key is None else {"edit_key": self.edit_key}
+        facts: dict[str, Any] = {**self.facts} if self.edit_key is None else {**self.facts, "edit_key": self.edit_key}
         if self.candidate is not None:
             facts["candidate"] = True
         sample = Sample(
@@ -71,7 +85,8 @@ class InputSample:
             category if isinstance(category, str) else "",
             facts,
         )
-        return Request(sample, images, load_image(self.candidate) if self.candidate else None)
+        first = load_image(self.candidate) if self.candidate else None
+        return Request(sample, images, first, tuple((r.cause, load_image(r.image)) for r in self.given))
 
 
 def _stat(path: Path) -> tuple[str, int, int]:

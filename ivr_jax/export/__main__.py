@@ -2,6 +2,7 @@
 
     python -m ivr_jax.export DATASET --format=sharegpt --out=train.jsonl      also messages, chatml
     python -m ivr_jax.export DATASET --format=released --out=success          one folder a sample, as released
+    python -m ivr_jax.export DATASET --format=visual_reflection --out=v.jsonl  visual_reflection_v1
     python -m ivr_jax.export DATASET --format=tfds --out=FOLDER               for tfds.data_source, tfds.load
     python -m ivr_jax.export DATASET --format=card                            README.md and card.json, counted anew
     python -m ivr_jax.export SUCCESS --format=sharegpt --out=train.jsonl      equal to the released converter
@@ -21,12 +22,13 @@ from absl import flags
 from ivr_jax import cli, files
 from ivr_jax.construct.exports import FORMS, ExportOptions, export_dataset, export_success
 from ivr_jax.construct.released import Problem, check_final_passes, iter_released, write_trajectory
+from ivr_jax.construct.visual_reflection import export_visual_reflection
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter, write_card
 from ivr_jax.errors import UserError
 from ivr_jax.trajectory import checked_key
 
 _MOST_SHOWN = 100  # of the samples that are left out, each with its reason
-FORMATS = (*FORMS, "released", "dataset", "tfds", "card")
+FORMATS = (*FORMS, "released", "dataset", "tfds", "card", "visual_reflection")
 
 
 def write_released(dataset: TrajectoryDataset, out: Path) -> tuple[int, list[Problem]]:
@@ -63,7 +65,7 @@ def import_success(root: Path, out: Path, image_root: str | None) -> tuple[int, 
 def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) -> str:
     """Does what the command line asks, and returns what to print."""
     is_dataset = (source / "dataset.json").is_file()
-    if form in ("released", "tfds", "card") and not is_dataset:
+    if form in ("released", "tfds", "card", "visual_reflection") and not is_dataset:
         TrajectoryDataset(source)  # says what is missing
     if form == "dataset" and is_dataset:
         raise UserError(f"{source} is a dataset already.", f"Choose another format: {', '.join(FORMATS)}.")
@@ -78,6 +80,9 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
     problems: list[Problem] = []
     if form == "released":
         written, problems = write_released(TrajectoryDataset(source), out)
+    elif form == "visual_reflection":
+        written, problems = export_visual_reflection(TrajectoryDataset(source), out)
+        print("left out of every record: verdicts and scores, for which visual_reflection_v1 has no place")
     elif form == "dataset":
         written, problems = import_success(source, out, values.image_root)
     else:
