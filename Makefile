@@ -22,12 +22,15 @@ ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce install test test-fast test-default-flags lint docs bench clean
+.PHONY: help try demo reproduce install test test-fast test-default-flags lint docs bench clean
 
 help:  ## this list
 	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) JOBS=$(JOBS) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+
+try: $(VENV)/.installed  ## install, then serve the small model that comes along, and open its page
+	$(BIN)/python -m ivr_jax.serve --checkpoint=micro --open
 
 demo: $(VENV)/.installed  ## install, then train, evaluate and report the micro model; again: resumes
 	$(BIN)/python -m ivr_jax.demo --workdir=$(WORKDIR)

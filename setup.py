@@ -113,6 +113,7 @@ setup(
     package_dir={"ivr_jax.configs": "configs"},
     package_data={
         "ivr_jax": ["py.typed"],
+        "ivr_jax.checkpoints": ["micro/*"],
         "ivr_jax.services": ["prompts/*.txt"],
         "ivr_jax.review": ["page/*"],
         "ivr_jax.serve": ["page/*"],

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from ivr_jax import sharding
-from ivr_jax.checkpoints import store
+from ivr_jax.checkpoints import packed, store
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
@@ -75,7 +75,8 @@ def load_image_codec(path: str | os.PathLike) -> ImageCodec:
         raise UserError(
             "no image tokenizer was named.", "Give --config.image_tokenizer=WORKDIR of an image_tokenizer run."
         )
-    meta = store.read_meta(path)
+    folder = packed.folder_of(path)
+    meta = packed.read_record(folder)[IMAGE_TOKENIZER] if folder else store.read_meta(path)
     if meta.get("kind") != IMAGE_TOKENIZER:
         raise UserError(
             f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not an image tokenizer.",
@@ -85,6 +86,8 @@ def load_image_codec(path: str | os.PathLike) -> ImageCodec:
     like = sharding.abstract_sharded(
         sharding.local_mesh(), image_tokenizer.param_axes(config), image_tokenizer.param_shapes(config)
     )
+    if folder:
+        return ImageCodec(config, packed.read_params(folder, IMAGE_TOKENIZER, like))
     params, _ = store.read_params(path, IMAGE_TOKENIZER, like)
     return ImageCodec(config, params)
 
@@ -97,30 +100,32 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     **options: Any,
 ) -> System:
-    """The system of the backbone checkpoint at `path` (see `store.resolve`).
+    """The system of the backbone checkpoint at `path` (see `store.resolve`), or of a packed model (see `packed`).
 
     Args:
+      path: a workdir or step folder; a packed folder, or "micro" for the model that the package carries.
       image_tokenizer_path: where its image tokenizer is now, if it was moved or never recorded.
       codec: an image tokenizer already loaded.
       text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
       mesh: where the parameters go, shard by shard; one device by default.
       options: fields of BackboneConfig that may differ from the checkpoint's: those that change no shape.
     """
-    meta = store.read_meta(path)
+    folder = packed.folder_of(path)
+    meta = packed.read_record(folder)[BACKBONE] if folder else store.read_meta(path)
     if meta.get("kind") != BACKBONE:
         raise UserError(
             f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not a backbone.",
             "Name the workdir of an sft or rl run.",
         )
     text_kind = text_tokenizer_path or meta.get("text_tokenizer")
-    image_path = image_tokenizer_path or meta.get("image_tokenizer")
+    image_path = image_tokenizer_path or folder or meta.get("image_tokenizer")
     if not text_kind or not (codec or image_path):
         raise UserError(
             f"the checkpoint {str(path)!r} does not say which tokenizers it was trained with.",
             "It was imported: name both with --text_tokenizer=FOLDER --image_tokenizer=WORKDIR (in an sft run "
             "--config.text_tokenizer and --config.image_tokenizer; what it trains knows them).",
         )
-    codec = codec or load_image_codec(image_tokenizer_path or _nearby(path, image_path, "image"))
+    codec = codec or load_image_codec(image_tokenizer_path or folder or _nearby(path, image_path, "image"))
     recorded = meta.get("image_tokenizer_fingerprint")
     if recorded is not None and recorded != fingerprint(codec.params):
         raise UserError(
@@ -135,7 +140,10 @@ def load(
     like = backbone.param_shapes(config)
     if mesh is not None:
         like = sharding.abstract_sharded(mesh, backbone.param_axes(config), like)
-    params, meta = store.read_params(path, BACKBONE, like)
+    if folder:
+        params = packed.read_params(folder, BACKBONE, like)
+    else:
+        params, meta = store.read_params(path, BACKBONE, like)
     return System(config, params, tokenizer, codec, meta)
 
 

@@ -2,11 +2,15 @@
 
     python -m ivr_jax.convert --from=orbax runs/demo/rl --to=hf runs/demo/export
     python -m ivr_jax.convert --from=hf Emu3.5 --to=orbax runs/emu35
+    python -m ivr_jax.convert --pack=runs/demo/rl --pack_to=ivr_jax/checkpoints/micro --figures=runs/demo/eval_rl
 
 `orbax` is a workdir of ivr_jax.train or one of its checkpoints/<step> folders. `hf` is a folder with safetensors and
 config.json (the decoder, as transformers loads it), or with safetensors or model.ckpt and config.yaml or config.json
 (the image tokenizer). What is inside decides which of the two is converted. A part of one tensor is in memory at a
 time; a model need not fit. Files of a text tokenizer go along, optimiser state never does.
+
+`--pack` writes a small model and its image tokenizer together as safetensors with what they came from: such a folder is
+a checkpoint by itself, and the package carries one (`--checkpoint=micro`).
 
 The new folder appears when it is complete and a certificate holds, which is printed: tensors, bytes, dtypes, SHA-256 of
 every tensor on both sides (no value of which may be NaN or infinite) and, for a decoder and where PyTorch is installed,
@@ -37,6 +41,7 @@ from ivr_jax import cli, files
 from ivr_jax.checkpoints import hf, parity, store, streaming
 from ivr_jax.checkpoints.lazy import Index, LazyArray
 from ivr_jax.checkpoints.safetensors_io import digest, row_blocks
+from ivr_jax.convert.pack import pack_model
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import MODEL_TYPES, BackboneConfig
@@ -247,6 +252,11 @@ def add_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("from_path", None, "the first folder; may also follow --from", flag_values=values)
     flags.DEFINE_enum("to", None, FORMS, "what to make of it", flag_values=values)
     flags.DEFINE_string("to_path", None, "the new folder; may also follow --to", flag_values=values)
+    flags.DEFINE_string("pack", None, "workdir of a model of the micro-world, to be packed", flag_values=values)
+    flags.DEFINE_string("pack_to", None, "the packed folder; one that is there is replaced", flag_values=values)
+    flags.DEFINE_string("figures", None, "an evaluation's workdir, whose figures go along", flag_values=values)
+    flags.DEFINE_string("made_by", "make demo", "the command that trained the model, for the record",
+                        flag_values=values)
     flags.DEFINE_enum("model_type", None, ["qwen3", "Emu3"],
                       "for config.json; by default that of an imported decoder, or else qwen3", flag_values=values)
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"],
@@ -259,6 +269,9 @@ def add_flags(values: flags.FlagValues) -> None:
 
 
 def main(call: cli.Call) -> None:
+    if call.flags.pack or call.flags.pack_to:
+        pack_model(call.flags.pack, call.flags.pack_to, call.flags.figures, call.flags.made_by)
+        return
     forms = {name: call.flags[name].value for name in ("from", "to")}
     if not (call.flags.from_path and call.flags.to_path) or set(forms.values()) != set(FORMS):
         raise UserError("which way to convert is not clear.",

@@ -17,6 +17,8 @@ import dataclasses
 import ipaddress
 import os
 import socket
+import threading
+import webbrowser
 from pathlib import Path
 
 import jax
@@ -57,6 +59,7 @@ def add_flags(values: flags.FlagValues) -> None:
     number("answer_length", 0, "most answer tokens; 0: what the prompt leaves of the context")
     number("text_cap", 0, "most tokens of one free text; 0: 64 with the micro tokenizer, else 512")
     text("dtype", None, "of weights and activations, such as bfloat16; as in the checkpoint by default")
+    flags.DEFINE_boolean("open", False, "open the page in this machine's browser", flag_values=values)
     text("mesh", None, "devices by axis, such as tensor:4 or fsdp:2,tensor:4; one device by default")
 
 
@@ -155,7 +158,7 @@ def main(call: cli.Call) -> None:
         short = max(m.system.config.max_position_embeddings for m in models.values()) <= SHORT_CONTEXT
         options = EngineOptions(slots=wanted.slots, growth=1 if short else 2, shrink=False)
         port = listener.getsockname()[1]
-        app = make_app(models, out, allowed_hosts(port), token, Limits(waiting=wanted.waiting), options, mesh)
+        app = make_app(models, out, allowed_hosts(port), token, Limits(waiting=wanted.waiting), options, mesh, warm=True)
         shown = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
         print(f"models: {', '.join(models)}; answers in {out}; {wanted.slots} answers at a time")
         print(f"page: http://{shown}:{port}/   OpenAI's protocol: http://{shown}:{port}/v1", flush=True)
@@ -163,6 +166,8 @@ def main(call: cli.Call) -> None:
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2,
             limit_concurrency=1024, h11_max_incomplete_event_size=64 * 1024,
         )  # fmt: skip
+        if wanted.open:
+            threading.Timer(1.0, webbrowser.open, [f"http://{shown}:{port}/"]).start()
         uvicorn.Server(config).run(sockets=[listener])
 
 

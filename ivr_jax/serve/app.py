@@ -36,6 +36,7 @@ def make_app(
     limits: Limits | None = None,
     options: EngineOptions | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    warm: bool = False,
 ) -> Starlette:
     """The application; its engine thread runs between startup and shutdown.
 
@@ -46,10 +47,11 @@ def make_app(
       token: what callers must know; "" for none.
       options: of the rollout engine.
       mesh: where the models' parameters are; None: one device.
+      warm: compile the usual program before the first request.
     """
     limits, telemetry = limits or Limits(), Telemetry()
     archive = Archive(out, limits)
-    scheduler = Scheduler(models, limits, telemetry, options or EngineOptions(), archive.add, mesh)
+    scheduler = Scheduler(models, limits, telemetry, options or EngineOptions(), archive.add, mesh, warm)
     service = Service(models, scheduler, Uploads(limits), archive, limits)
     session = secrets.token_urlsafe(24)
 

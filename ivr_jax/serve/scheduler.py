@@ -88,6 +88,7 @@ class Scheduler:
       options: of every engine; `slots` answers at a time.
       archive: given every kept answer that has ended with something to show, in the engine thread.
       mesh: where the parameters are; None: one device.
+      warm: compile the usual program before the first request.
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class Scheduler:
         options: EngineOptions,
         archive: Archived = lambda job, last, answer: None,
         mesh: jax.sharding.Mesh | None = None,
+        warm: bool = False,
     ):
         self._models, self._limits, self._telemetry, self._options = models, limits, telemetry, options
-        self._archive, self._mesh = archive, mesh
+        self._archive, self._mesh, self._warm = archive, mesh, warm
         self._waiting: deque[Job] = deque()
         self._sessions: OrderedDict[tuple[str, SamplingOptions], _Session] = OrderedDict()
         self._stopped: set[str] = set()
@@ -151,6 +153,8 @@ class Scheduler:
 
     def _run(self) -> None:
         with jax.set_mesh(self._mesh) if self._mesh is not None else contextlib.nullcontext():
+            if self._warm:
+                self._warm_up()
             while not self._closing:
                 with self._changed:
                     busy = any(session.running for session in self._sessions.values())
@@ -168,6 +172,20 @@ class Scheduler:
                     self._end(running.job, FAILED, error="The server is shutting down.")
             for job in self._waiting:
                 self._end(job, FAILED, error="The server is shutting down.")
+
+    def _warm_up(self) -> None:
+        """Begins an answer that nobody asked for, so that the first user does not wait for the compiler."""
+        try:
+            name, model = next(iter(self._models.items()))
+            request = AnswerRequest(name, "Warm up.")
+            engine, prepared = self._session(request).engine, model.prepare(request)
+            size = (np.full(1, side) for side in prepared.size)
+            initial = model.grammar.initial(model.grammar_of(request.mode), *size)
+            engine.add("warm-up", prepared.prompts, initial, jax.random.key(0), prepared.limit)
+            engine.step(1)
+            engine.cancel(["warm-up"])
+        except Exception:
+            _LOG.exception("the model could not be warmed up; requests may still be answered")
 
     def _end(self, job: Job, state: str, answer: Answer | InterleavedAnswer | None = None, **fields: Any) -> None:
         """Publishes the last state of a job, and hands its answer to the archive before."""
