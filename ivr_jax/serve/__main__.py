@@ -158,7 +158,8 @@ def main(call: cli.Call) -> None:
         short = max(m.system.config.max_position_embeddings for m in models.values()) <= SHORT_CONTEXT
         options = EngineOptions(slots=wanted.slots, growth=1 if short else 2, shrink=False)
         port = listener.getsockname()[1]
-        app = make_app(models, out, allowed_hosts(port), token, Limits(waiting=wanted.waiting), options, mesh, warm=True)
+        limits = Limits(waiting=wanted.waiting)
+        app = make_app(models, out, allowed_hosts(port), token, limits, options, mesh, warm=True)
         shown = f"[{wanted.host}]" if ":" in wanted.host else wanted.host
         print(f"models: {', '.join(models)}; answers in {out}; {wanted.slots} answers at a time")
         print(f"page: http://{shown}:{port}/   OpenAI's protocol: http://{shown}:{port}/v1", flush=True)

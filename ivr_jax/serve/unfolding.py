@@ -75,7 +75,7 @@ class Unfolding:
             raise UserError(f"the answer leaves the grammar at token {wrong}.", "Undo the edit, or edit another part.")
         runs = self._runs()
         parts: list[Part] = []
-        at = 0
+        at, opening = 0, 0  # `opening`: where the tokens begin that chose how to go on; they belong to what they open
         while at < len(runs):
             slot = runs[at][0]
             last = at
@@ -83,7 +83,8 @@ class Unfolding:
                 last += 1
             if slot.part in _KINDS:
                 complete = last + 1 < len(runs) or self.ended or self._next_slot().part != slot.part
-                parts.append(self._part(runs[at : last + 1], complete))
+                parts.append(dataclasses.replace(self._part(runs[at : last + 1], complete), start=opening))
+                opening = parts[-1].end
             at = last + 1
         return tuple(parts)
 
