@@ -51,7 +51,9 @@ def write(folder: Path, networks: Mapping[str, tuple[Mapping[str, Any], Any]], o
         for name in NETWORKS:
             save_file(_flat(networks[name][1]), str(partial / f"{name}.safetensors"))
         record = {"origin": dict(origin), **{name: dict(networks[name][0]) for name in NETWORKS}}
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        files.write_json(partial / RECORD, record)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # the library makes them private
         return sum(file.stat().st_size for file in partial.iterdir())
 
 

@@ -40,7 +40,7 @@ def pack_model(source: str | None, target: str | None, figures: str | None, made
 
 def origin_of(source: str, meta: dict[str, Any], figures: str | None, made_by: str) -> dict[str, Any]:
     """Where a model comes from: command, version and commit of the program, step, the run's config and figures."""
-    run = meta.get("run", {})
+    run = _without_folders(meta.get("run", {}))
     return {
         "command": made_by,
         "version": ivr_jax.__version__,
@@ -51,6 +51,13 @@ def origin_of(source: str, meta: dict[str, Any], figures: str | None, made_by: s
         "config": run,
         "figures": read_evaluation(figures)["overall"] if figures else None,
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """Paths of the machine that trained a model say nothing elsewhere: their last part stays."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _commit() -> str:

@@ -14,7 +14,7 @@ import serving
 from serving import PROMPT, pixels_of, png
 
 from ivr_jax.protocol import codec
-from ivr_jax.sampling.batch import sample
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, sample
 from ivr_jax.sampling.engine import pad_prompts
 from ivr_jax.trajectory import Sample
 
@@ -44,7 +44,8 @@ def drawn_alone(model, prompt: str, seed: int, mode: str = "direct") -> list[np.
     system, grammar, request = model.system, model.grammar.grammars[mode], Sample("request", prompt)
     rows = pad_prompts([codec.encode_prompt(system.tokenizer, request, {})], system.tokenizer.vocab.pad, 32)
     keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
-    drawn, _ = sample(system.config, system.params, grammar, *rows, (2, 2), keys, 200)
+    options = RolloutOptions(200, size=(2, 2))
+    drawn, _ = sample(system.config, system.params, grammar, PromptBatch(*rows), keys, options)
     count = drawn.lengths[0]
     answer = codec.parse_answer(grammar, request, drawn.tokens[0, :count], drawn.nodes[0, : count + 1])
     return system.codec.decode(list(answer.codes.values()))
