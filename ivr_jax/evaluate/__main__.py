@@ -44,8 +44,6 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     """The evaluation in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
     checkpoint = packed.folder_of(config.checkpoint) or store.resolve(config.checkpoint)
     about = {"checkpoint": str(checkpoint), "config": config.to_dict()}
-    checkpoint = packed.folder_of(config.checkpoint) or store.resolve(config.checkpoint)
-    about = {"checkpoint": str(checkpoint), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():
         claim_workdir(workdir, config, resuming=True)
