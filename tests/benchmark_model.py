@@ -13,7 +13,7 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.models import backbone
 from ivr_jax.models.backbone_config import BackboneConfig
 
-SETTINGS = ("--config.text_cap=3", "--config.answer_length=288", "--config.engine.slots=8", "--config.batch=8")
+SETTINGS = ("--config.text_cap=3", "--config.answer_length=384", "--config.engine.slots=8", "--config.batch=8")
 
 
 def write_model(folder: Path) -> Path:

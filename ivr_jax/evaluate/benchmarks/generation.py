@@ -105,7 +105,8 @@ def generate(
       mesh: where the system's parameters are, when that is not one device.
       progress: called with the number of answers that were just written.
     """
-    todo = missing_answers(workdir, items, plan.samples)[share[0] :: share[1]]
+    missing = missing_answers(workdir, items, plan.samples)
+    todo = [(number, item) for number, item in missing if number % share[1] == share[0]]
     written = 0
     window = max(1, plan.batch // plan.samples) * _WINDOW
     for start in range(0, len(todo), window):

@@ -1,0 +1,156 @@
+"""Benchmark runs that are killed with SIGKILL at random moments and resumed, in processes forked from a server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+import benchmark_fixtures as fixtures
+from benchmark_model import SETTINGS, write_model
+from benchmark_runs import Prepared, judging
+from openai_service import Behaviour
+
+COMMAND = "ivr_jax.evaluate.__main__"
+LATENCY = 0.05  # seconds of the scripted judge
+_QUESTION = re.compile(r"Looked at, ([0-9a-f]{16})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of the kills.
+
+    Attributes:
+      hit: kills that met a running process.
+      equal: whether what the killed run wrote is byte-equal to what an undisturbed run wrote.
+      repeated: calls (or answers) that were on record when a process was killed, and were made again.
+      done: judgements (or answers) at the end.
+    """
+
+    hit: int
+    equal: bool
+    repeated: int
+    done: int
+
+
+def _command(arguments: list[str]) -> None:
+    import importlib
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    sys.argv = [COMMAND, *arguments]
+    importlib.import_module(COMMAND).entry()
+
+
+def start(target, *arguments) -> multiprocessing.Process:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([COMMAND, "benchmark_kills"])
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def finish(arguments: list[str]) -> float:
+    """Runs the command to its end; the seconds that it took."""
+    clock = time.monotonic()
+    process = start(_command, arguments)
+    process.join()
+    assert process.exitcode == 0, process.exitcode
+    return time.monotonic() - clock
+
+
+def kill(arguments: list[str], seconds: float) -> bool:
+    """Starts the command and kills it after `seconds`; false when it had ended before."""
+    process = start(_command, arguments)
+    process.join(seconds)
+    alive = process.is_alive()
+    if alive:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return alive
+
+
+def questions_on_record(workdir: Path) -> set[str]:
+    """Ids of the questions whose replies are kept: among the judgements, or in the judge's cache."""
+    found: set[str] = set()
+    with contextlib.suppress(FileNotFoundError):
+        found |= set(_QUESTION.findall((workdir / "judgements.jsonl").read_text(errors="replace")))
+    database = workdir / "judge_cache/journal.sqlite"
+    if database.exists():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as connection:
+            for (text,) in connection.execute("select text from calls"):
+                found |= set(_QUESTION.findall(text or ""))
+    return found
+
+
+def judge_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
+    """KRIS-Bench, 105 questions, judged with some calls in flight."""
+    rng, prepared = random.Random(seed), Prepared("kris", root)
+    with judging(behaviour=Behaviour(latency=LATENCY)) as (service, url):
+        usual = finish(prepared.arguments(url, root / "whole", "--config.judge.in_flight=2"))
+        arguments = prepared.arguments(url, root / "killed", "--config.judge.in_flight=2")
+        service.log.answered.clear()
+        hit = repeated = 0
+        for _ in range(kills):
+            known, asked = questions_on_record(root / "killed"), service.log.answered.copy()
+            hit += kill(arguments, rng.uniform(0.05, 0.6) * usual)
+            repeated += sum(service.log.answered[question] > asked[question] for question in known)
+        known, asked = questions_on_record(root / "killed"), service.log.answered.copy()
+        finish(arguments)
+        repeated += sum(service.log.answered[question] > asked[question] for question in known)
+    lines = [json.loads(line) for line in (root / "killed/judgements.jsonl").read_text().splitlines()]
+    addresses = [(line["item"], line["sample"], line["metric"]) for line in lines]
+    repeated += len(addresses) - len(set(addresses))
+    whole, killed = ((root / name / "summary.json").read_bytes() for name in ("whole", "killed"))
+    return Outcome(hit, whole == killed, repeated, len(lines))
+
+
+def _write_model(folder: str) -> None:
+    write_model(Path(folder))
+
+
+def generate_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
+    """WISE's seven prompts, two answers at a time."""
+    rng = random.Random(seed)
+    fixtures.write_wise(root / "data")
+    process = start(_write_model, str(root / "model"))
+    process.join()
+
+    def arguments(name: str) -> list[str]:
+        return [
+            "--benchmark=wise", f"--data={root / 'data'}", f"--workdir={root / name}", "--samples=1",
+            f"--checkpoint={root / 'model/backbone'}", *SETTINGS, "--config.batch=2", "--generate_only",
+        ]  # fmt: skip
+
+    finish(arguments("first"))  # fills the compilation cache
+    usual = finish(arguments("whole"))
+    hit = repeated = 0
+    seen: dict[Path, int] = {}
+    for _ in range(kills):
+        hit += kill(arguments("killed"), rng.uniform(0.2, 1.0) * usual)
+        now = {path: path.stat().st_mtime_ns for path in (root / "killed").rglob("answer.json")}
+        repeated += sum(now.get(path) != written for path, written in seen.items())
+        seen = now
+    finish(arguments("killed"))
+    whole, killed = (_written(root / name) for name in ("whole", "killed"))
+    return Outcome(hit, whole == killed, repeated, sum(name.endswith("answer.json") for name in killed))
+
+
+def _written(workdir: Path) -> dict[str, bytes]:
+    """Images and answers by path; hidden files are what a killed process was writing."""
+    return {
+        str(path.relative_to(workdir)): path.read_bytes()
+        for folder in ("images", "answers")
+        for path in sorted((workdir / folder).rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
