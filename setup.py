@@ -45,6 +45,7 @@ EXTRAS = {
         "tenacity>=9.2.1",
     ],
     "report": ["matplotlib>=3.11.2"],  # plots of `report`, `evaluate` and `reproduce`
+    "detector": ["torch>=2.13.0", "transformers>=5.23.0"],  # objects and colours of GenEval
     "convert": ["transformers>=5.23.0"],  # logits of an export compared with transformers (with torch)
     "tfds": [  # tables are written and read without TensorFlow; only `tfds.load` needs it
         "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not declare it

@@ -35,7 +35,7 @@ STAGES = {
 MAY_CHANGE = (
     "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "monitor", "gallery",
     "judge.concurrency", "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "buckets", "model.remat",
-    "model.fsdp_over_tensor", "sight",
+    "model.fsdp_over_tensor", "sight", "held_out",
     *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
 COUNTS = (
@@ -69,15 +69,35 @@ def main(call: cli.Call) -> None:
         if resuming:
             check_same_steps(saved_config(workdir), config, workdir)
         claim_workdir(workdir, config, resuming=resuming, ignore=MAY_CHANGE, write=primary)
-        extra = {"probe": sight_probe(config)} if config.stage == "rl" and config.sight.every else {}
+        extra = {"probes": probes(config, workdir)} if config.stage == "rl" else {}
         stage = importlib.import_module(STAGES[config.stage]).build(config, workdir, mesh, **extra)
         loop.run(stage, workdir, plan, workdir.name)
 
 
-def sight_probe(config: Any) -> SightProbe:
-    """The paired verdict test that an rl config asks for."""
-    grammar = as_dataclass(GrammarOptions, config.grammar)
-    return SightProbe(as_dataclass(SightOptions, config.sight), grammar, config.answer_length, config.seed)
+def probes(config: Any, workdir: pathlib.Path) -> list[Any]:
+    """What an rl config measures of the policy now and then: sight (the paired verdict test), a held-out benchmark."""
+    from ivr_jax.training.grpo import Probe  # with all that the rl stage needs, which other stages do not load
+
+    grammar, found = as_dataclass(GrammarOptions, config.grammar), []
+    if config.sight.every:
+        sight = SightProbe(as_dataclass(SightOptions, config.sight), grammar, config.answer_length, config.seed)
+        found.append(Probe(config.sight.every, lambda system, step: sight(system)))
+    if config.held_out.every:
+        # What these need, runs without such a benchmark do without (the extra `services`).
+        from ivr_jax.evaluate.benchmarks.held_out import HeldOutBenchmark, HeldOutOptions
+        from ivr_jax.sampling.engine import EngineOptions
+        from ivr_jax.sampling.logits_processors import SamplingOptions
+        from ivr_jax.services.config import ServiceConfig
+
+        settings = {name: value for name, value in config.held_out.items() if name != "judge"}
+        options = as_dataclass(HeldOutOptions, settings)
+        judge = as_dataclass(ServiceConfig, config.held_out.judge) if config.held_out.judge.kind else None
+        measure = HeldOutBenchmark(
+            options, judge, grammar, as_dataclass(SamplingOptions, config.sampling),
+            as_dataclass(EngineOptions, config.engine), config.answer_length, config.seed, workdir / "held_out",
+        )  # fmt: skip
+        found.append(Probe(options.every, measure))
+    return found
 
 
 def check_same_steps(saved: Mapping[str, Any] | None, config: Any, workdir: pathlib.Path) -> None:

@@ -23,7 +23,6 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
 from ivr_jax.evaluate import benchmark, paired, probes, typed
-from ivr_jax.evaluate.benchmarks import command
 from ivr_jax.evaluate.verdicts import VerdictScorer
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import metrics, tables
@@ -78,6 +77,8 @@ def paired_verdicts(system: System, config: Any, found: benchmark.Evaluated) -> 
 def entry() -> None:
     named = {word.partition("=")[0].lstrip("-") for word in sys.argv[1:] if word.startswith("-")}
     if named & {"benchmark", "compare"}:
+        from ivr_jax.evaluate.benchmarks import command  # needs the extra `services`
+
         command.entry()
     cli.run(main, config=True)
 

@@ -72,7 +72,6 @@ from ivr_jax.training.scoring import Scored, draft_answers, score_rollout, shown
 from ivr_jax.training.state import TrainState, apply_gradients
 from ivr_jax.training.throughput import train_flops
 
-Probe = Callable[[systems.System], Mapping[str, float]]  # gives metrics of a policy; reads it and changes nothing
 DRAFTS = 0xD4AF7  # folded into a step's key for its drafts
 RATIO_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
@@ -109,6 +108,17 @@ class Placement(NamedTuple):
         return cls(mesh, None, RolloutLayout(config, mesh))
 
 
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A measurement of the policy: every `every` steps `measure(system, step)` gives metrics by name.
+
+    It reads the policy and changes nothing.
+    """
+
+    every: int
+    measure: Callable[[systems.System, int], Mapping[str, float]]
+
+
 class Trainer:
     """The functions of one RL run.
 
@@ -120,7 +130,7 @@ class Trainer:
       placement: by default everything on one device.
       gallery: folder for pages of sampled answers.
       drafts: buffer of drafts, where `grpo.draft_source` is "buffer".
-      probe: measures the policy every `RLOptions.probe_every` steps.
+      probes: measure the policy now and then.
     """
 
     def __init__(
@@ -133,12 +143,12 @@ class Trainer:
         monitor: Monitor | None = None,
         gallery: pathlib.Path | None = None,
         drafts: DraftBuffer | None = None,
-        probe: Probe | None = None,
+        probes: Sequence[Probe] = (),
     ):
         self.system, self.judge, self.options, self.optimizer = system, judge, options, optimizer
         self.placement = placement or Placement.on_one_device(system.config)
         self.monitor = monitor or Monitor(MonitorOptions(), options.grammar.modes)
-        self.gallery, self.drafts, self.probe = gallery, drafts, probe
+        self.gallery, self.drafts, self.probes = gallery, drafts, tuple(probes)
         self.grammar = Grammar(system.tokenizer, options.grammar)
         # The format reward judges control flow even where the decoder does not enforce it.
         self.strict = Grammar(system.tokenizer, dataclasses.replace(options.grammar, follow_verdict=True))
@@ -203,9 +213,10 @@ class Trainer:
             "update_seconds": time.perf_counter() - clock,
         }
         metrics |= self.monitor.observe(step + 1, metrics)
-        if self.probe and options.probe_every and (step + 1) % options.probe_every == 0:
+        due = [probe for probe in self.probes if (step + 1) % probe.every == 0]
+        if due:
             self.activity = "measuring the policy"
-            metrics |= self._measured(learner.params)
+            metrics |= self._measured(due, learner.params, step + 1)
         shows = self.gallery and options.gallery_every and (step + 1) % options.gallery_every == 0
         if shows and distributed.is_primary():
             self._write_gallery(rollout, [prompt.sample for prompt in self._of_groups(prompts.now)], scored, step + 1)
@@ -220,12 +231,12 @@ class Trainer:
             return state.params
         return lora.join(state.previous, lora.split(state.params)[1])
 
-    def _measured(self, params: Any) -> dict[str, float]:
-        """What `probe` measures of the policy `params`, with the weights that answers are sampled with."""
+    def _measured(self, probes: Sequence[Probe], params: Any, step: int) -> dict[str, float]:
+        """What `probes` measure of the policy `params`, with the weights that answers are sampled with."""
         layout = self.placement.layout
         system = dataclasses.replace(self.system, config=layout.config, params=layout(params))
         with jax.set_mesh(layout.mesh):
-            return dict(self.probe(system))
+            return {name: value for probe in probes for name, value in probe.measure(system, step).items()}
 
     # -- roll out and judge -----------------------------------------------------------------------------------------
 

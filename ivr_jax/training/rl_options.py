@@ -32,7 +32,6 @@ class RLOptions:
       overlap: sample the next rollout while the last one is judged.
       check_every: steps between checks of the judge, 0 for none.
       gallery_every, gallery_answers: steps between galleries, 0 for none, and how many answers one shows.
-      probe_every: steps between measurements of the policy by the trainer's `probe`, 0 for none.
     """
 
     grammar: GrammarOptions
@@ -53,7 +52,6 @@ class RLOptions:
     check_every: int = 0
     gallery_every: int = 0
     gallery_answers: int = 16
-    probe_every: int = 0
 
     def __post_init__(self) -> None:
         if 0 in (self.sampling.temperature, self.sampling.image_temperature):
@@ -125,7 +123,6 @@ def rl_options(config: Any) -> RLOptions:
         check_every=config.judge.check_every,
         gallery_every=config.gallery.every,
         gallery_answers=config.gallery.answers,
-        probe_every=config.sight.every,
         **{name: config[name] for name in _KEYS},
         **{name: as_dataclass(kind, config[name]) for name, kind in _SECTIONS.items()},
     )

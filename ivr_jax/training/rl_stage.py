@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,9 +38,9 @@ from ivr_jax.training.state import shard_state
 
 
 def build(
-    config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, probe: grpo.Probe | None = None
+    config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, probes: Sequence[grpo.Probe] = ()
 ) -> Stage:
-    """The stage of an rl config; `probe` measures the policy every `config.sight.every` steps."""
+    """The stage of an rl config; `probes` measure the policy now and then."""
     if not config.init:
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
     options, adapters = rl_options(config), as_dataclass(lora.LoraOptions, config.lora)
@@ -70,7 +71,7 @@ def build(
     if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
         drafts = DraftBuffer(workdir / f"drafts-{jax.process_index()}", fingerprint)
     placement = grpo.Placement(mesh, shards, layout)
-    trainer = grpo.Trainer(system, judge, options, optimizer, placement, monitor, workdir / "gallery", drafts, probe)
+    trainer = grpo.Trainer(system, judge, options, optimizer, placement, monitor, workdir / "gallery", drafts, probes)
     batches = SameSize(
         source, config.prompts_per_step, config.seed, functools.partial(_latent_size, system.codec.config)
     )

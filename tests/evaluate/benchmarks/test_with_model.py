@@ -101,7 +101,7 @@ def test_a_prompt_that_leaves_no_room_is_an_invalid_answer_with_its_reason(tmp_p
 
 
 def test_shares_of_several_processes_are_the_whole(tmp_path, model, monkeypatch):
-    """What each process would draw, one after the other."""
+    """What each process would draw, one after the other; a share does not depend on what others have written."""
     write_data("wise", tmp_path / "data")
     drawn = []
     generate = generation.generate

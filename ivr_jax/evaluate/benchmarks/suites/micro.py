@@ -30,7 +30,7 @@ LEVEL, SEED, PROMPTS, MOST_EDITS, EACH_SPLIT = 0, 7, 320, 4, 8
 def write_tasks(folder: Path, prompts: int = PROMPTS, each_split: int = EACH_SPLIT, seed: int = SEED) -> None:
     """Writes the prompts and their images into `folder`."""
     config = ConfigDict({"level": LEVEL, "seed": seed, "prompts": prompts, "most_edits": MOST_EDITS,
-                         "each_split": each_split})  # fmt: skip
+                         "each_split": each_split, "each_kind": 0, "typed": ""})  # fmt: skip
     lines = []
     for task, split in held_out_tasks(config):
         for name, pixels in task.images.items():
