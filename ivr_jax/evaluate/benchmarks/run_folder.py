@@ -29,7 +29,7 @@ RUN, SUMMARY, IMAGES, ANSWERS, RESULTS = "run.json", "summary.json", "images", "
 ANSWER_FILE = "answer.json"
 SCHEMA = "ivr_jax.benchmark/1"
 # Of the parts of run.json: what a resumed run must share with the run that it resumes.
-_FIXED = ("schema", "benchmark", "samples", "data", "generation", "answers", "rewriter")
+_FIXED = ("schema", "benchmark", "samples", "data", "generation", "answers", "rewriter", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
