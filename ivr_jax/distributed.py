@@ -1,10 +1,10 @@
-"""Several processes as one run: start-up, and the few things that they tell each other beside the training step.
+"""Several processes as one run: start-up, and collectives of the host beside the training step.
 
     --distributed                                      a TPU pod, GKE, SLURM or Open MPI: JAX finds the others by itself
     --coordinator=HOST:PORT --process_count=4 --process_id=0      anything else, a loopback test included
 
-Under SLURM and GKE a job of several tasks is joined without a flag, because tasks that did not know of each other would
-all write to one work directory.  Everything here works, and costs nothing, in a run of one process.
+Under SLURM and GKE the processes of a job with several tasks join without a flag; otherwise each would write to the
+same work directory on its own.  Everything here works, and costs nothing, in a run of one process.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def add_flags(values: flags.FlagValues) -> None:
 
 
 def start(call_flags: flags.FlagValues) -> None:
-    """Joins the other processes, if there are any; must come before anything else that touches a device.
+    """Joins the other processes, if there are any; must run before anything else that uses a device.
 
-    Raises UserError for flags that do not belong together, and when the others do not answer.
+    Raises UserError for an incomplete set of flags, and when the other processes do not answer.
     """
     explicit = (call_flags.coordinator, call_flags.process_count, call_flags.process_id)
     if explicit != (None, None, None):
         if None in explicit:
-            raise UserError("--coordinator, --process_count and --process_id belong together.", "Give all three.")
+            raise UserError("--coordinator, --process_count and --process_id go together.", "Give all three.")
         address, count, index = explicit
         if not 0 <= index < count:
-            raise UserError(f"process {index} of {count} cannot be.", "Number the processes from 0.")
+            raise UserError(f"--process_id must be in [0, {count}), not {index}.", "Number the processes from 0.")
         _join(coordinator_address=address, num_processes=count, process_id=index)
     elif call_flags.distributed or in_a_job_of_several(os.environ):
         _join()
@@ -76,11 +76,11 @@ def barrier(name: str) -> None:
 
 
 def union(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of all processes' JSON mappings together; of equal keys the lowest process's value."""
-    found: dict[str, Any] = {}
-    for theirs in gather(values):
-        found = {**theirs, **found}
-    return found
+    """The union of all processes' JSON mappings; of equal keys the lowest process's value."""
+    union: dict[str, Any] = {}
+    for other in gather(values):
+        union = {**other, **union}
+    return union
 
 
 def gather(value: Any) -> list[Any]:
@@ -107,7 +107,7 @@ def _gather_bytes(data: bytes) -> list[bytes]:
 
 
 def share(count: int, name: str) -> range:
-    """Which of `count` things this process does; every process does as many.  `name` is what an error calls them."""
+    """Which of `count` items this process handles, as many as every other.  `name` is what an error calls them."""
     processes = jax.process_count()
     if count % processes:
         raise UserError(f"{name} is {count}, which does not divide over {processes} processes.",
@@ -117,7 +117,7 @@ def share(count: int, name: str) -> range:
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays of the mesh as numpy arrays on every process, each of them whole; for small ones."""
+    """Global arrays as numpy arrays on every process; for small ones."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)

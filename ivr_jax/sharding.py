@@ -157,7 +157,7 @@ def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array
 
 
 def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
-    """`sharding` for a whole tree: `axes` holds a tuple of logical axes where `shapes` holds an array or its shape."""
+    """`sharding` for a tree: `axes` holds a tuple of logical axes where `shapes` holds an array or its shape."""
 
     def one(path: Any, leaf: Any, names: Axes) -> NamedSharding:
         return sharding(mesh, names, leaf.shape, jax.tree_util.keystr(path, simple=True, separator="/"))
@@ -170,7 +170,7 @@ def state_axes(axes: Any, params: Any, state: Any) -> Any:
 
     Args:
       axes, params: a model's logical axes, and its parameters or their shapes.
-      state: any tree in which arrays of a parameter's shape stand under that parameter's path (moments, gradients).
+      state: any tree that holds arrays of a parameter's shape under that parameter's path (moments, gradients).
 
     Returns:
       A tree like `state`: a parameter's axes where its path ends in the parameter's and the shape is the same, else

@@ -197,10 +197,10 @@ def test_adapters_of_the_full_model_have_places(sizes):
 
 
 def test_two_axes_on_one_mesh_axis_collide():
-    with pytest.raises(ValueError, match="tensor"):
-        sharding.partition(("vocab", "mlp"))
-    with pytest.raises(ValueError, match="nonsense"):
-        sharding.partition(("nonsense",))
+    for axes, named in ((("vocab", "mlp"), "tensor"), (("nonsense",), "nonsense")):
+        with pytest.raises(ValueError) as error:
+            sharding.partition(axes)
+        assert named in str(error.value)
     assert sharding.partition(("batch", None)) == PartitionSpec(("data", "fsdp"), None)
 
 

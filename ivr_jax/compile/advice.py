@@ -19,7 +19,7 @@ def advice(program: str, config: ConfigDict, topology: Topology, measured: Mappi
 
     Args:
       program: its name in `programs.PROGRAMS`.
-      measured: bytes a chip by kind that the compiler gave, the whole under "all" where it gave no division.
+      measured: bytes a chip by kind that the compiler gave; the total under "all" where it gave no kinds.
     """
     if program == "sft":
         return _sft(config, topology, measured)

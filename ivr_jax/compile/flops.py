@@ -12,8 +12,8 @@ ATTENTION_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 5}  # T×T products in splash at
 def count(jaxpr: Any, devices: int = 1) -> float:
     """Operations (a multiply-add is two) of a jaxpr on all `devices` together.
 
-    A `while` loop counts once (its length is not known before it runs); a branch counts as the dearest of its choices.
-    Splash attention's kernels count what lies under the causal diagonal.
+    A `while` loop counts once (its length is not known before it runs); of a branch the most expensive choice counts.
+    Splash attention's kernels count what is under the causal diagonal.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return sum(_of(equation, devices) for equation in jaxpr.eqns)

@@ -18,7 +18,7 @@ _UNKNOWN = 1 << 60  # what the compiler writes where it has no estimate
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's type; `near` when it lies in the chip's own memory (VMEM, SMEM), not in HBM."""
+    """One array of an instruction's type; `near` when it is in the chip's own memory (VMEM, SMEM), not in HBM."""
 
     dtype: str
     shape: tuple[int, ...]

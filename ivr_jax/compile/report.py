@@ -1,4 +1,4 @@
-"""Shows what compilation found: a memory plan and a prediction of time for each program, and one table of all."""
+"""Tables of what compilations gave: memory and predicted time of each program, and one table of all."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of a pod: kind of chip, and how many lie along each dimension of its torus."""
+    """A slice of a pod: kind of chip, and how many there are along each dimension of its torus."""
 
     kind: str
     shape: tuple[int, ...]

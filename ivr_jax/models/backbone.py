@@ -328,8 +328,8 @@ def _rematerialised(config: BackboneConfig, one_layer: Any) -> Any:
 def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
     """The cache [L, B, K, S, h] with `new` [B, T, K, h] of one layer at `slots` [B, T]; slots past the end are dropped.
 
-    Each device writes its own part, rows and heads as one axis: where one update spans heads, XLA:TPU lays the heads
-    beside the width, and copies a layer's whole cache before it can be read.
+    Each device writes its own part, rows and heads as one axis: where one update spans heads, XLA:TPU stores the heads
+    of a slot together, and copies all of a layer's cache before it can be read.
     """
     place = sharding.spec(stored.shape, CACHE_AXES.k)
 
@@ -426,8 +426,8 @@ def apply(
 def unstack_layers(params: Params) -> tuple[Params, ...]:
     """The layers one by one, each in arrays of its own.
 
-    XLA:CPU copies a layer's kernels out of the stacked ones each time before it multiplies with them. Whoever calls the
-    model many times in one program copies them once in this way, at the cost of holding them twice.
+    XLA:CPU copies a layer's kernels out of the stacked ones each time before it multiplies with them. A program that
+    calls the model many times copies them once in this way, at the cost of holding them twice.
     """
     stacked = params["layers"]
     count = jax.tree.leaves(stacked)[0].shape[0]

@@ -17,7 +17,7 @@ _SIZES = (
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
 _REFUSED = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
-MOST, MOST_LAYERS = 2**31 - 1, 10_000  # so that a damaged file is an error, not a program without an end
+MOST, MOST_LAYERS = 2**31 - 1, 10_000  # so that a damaged file is an error and not an endless program
 _OTHER_FILE = "Take the config.json that belongs to the weights."
 _ONE_OF_TWO = "Find out which of the two belongs to the weights, and remove the other."
 
@@ -37,7 +37,7 @@ class BackboneConfig:
         not fit), "plain", "splash" or "cudnn".
       unroll: layers that the scan writes out at a time.
       fsdp_over_tensor: in training the tensor shards take rows of the batch of their own and gather the kernels of the
-        layers, instead of cutting heads and mlp (`sharding.partition`): less to wait for when there is a row for each
+        layers, instead of splitting heads and MLP (`sharding.partition`): less waiting when there is a row for each
         chip.
       vocab_multiple: embedding and output rows are padded inside to a multiple of this, so that they divide over a
         mesh; logits and exports never show the padding.

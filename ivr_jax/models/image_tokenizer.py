@@ -1,8 +1,8 @@
 """The image tokenizer (IBQ: index backpropagation quantization) of Emu3.5, at any size.
 
-A convolutional encoder makes a grid of latents, each latent takes the code with the largest *dot product*, a
-convolutional decoder paints the codes back.  Training keeps every code alive: the forward pass uses the hard
-assignment, the backward pass the softmax over all codes.  Functional use, parameters in a plain nested dict:
+A convolutional encoder makes a grid of latents, each latent takes the code with the largest *dot product*, and a
+convolutional decoder makes an image of the codes.  In training every code gets a gradient: the forward pass uses the
+hard assignment, the backward pass the softmax over all codes.  Functional use, parameters in a plain nested dict:
 
     params = init_params(config, key)
     codes = encode(config, params, pixels_to_unit(images))          int32 [B, y, x]
@@ -31,7 +31,7 @@ from ivr_jax.models.image_layers import Downsample, GroupNorm, ResBlock, Spatial
 Params = dict[str, Any]
 CODEBOOK_CHUNK = 8192  # codes scored at a time by `encode`, fewer for many cells
 SCORES_AT_A_TIME = 1 << 27  # entries of the [cells, codes] table that are held (training recomputes them backwards)
-_MOST = 64  # levels, and blocks of a level: a damaged file is an error, not a program without an end
+_MOST = 64  # levels, and blocks of a level, so that a damaged file is an error and not an endless program
 _DDCONFIG = ("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "in_channels", "resolution", "z_channels",
              "double_z", "dropout")  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Low-rank adapters on chosen kernels of the decoder (LoRA, arXiv 2106.09685), for those who have few chips.
+"""Low-rank adapters on chosen kernels of the decoder (LoRA, arXiv 2106.09685), for training with few chips.
 
-A kernel W [L, in, out] stays as it is and gets a companion (alpha / rank) · A B with A [L, in, rank] and B [L, rank,
-out].  A parameter tree with adapters is an ordinary one with two more entries, which the decoder applies when it finds
-them, and `merge` adds to the kernels.  A layer adds its product to its kernel in float32 when it runs and forgets it
-again: no gradient or moment of a kernel is ever kept, while the operations are those of full training.
+A kernel W [L, in, out] is frozen and gets an adapter (alpha / rank) · A B with A [L, in, rank] and B [L, rank, out].  A
+parameter tree with adapters has two more entries, which the decoder applies, and `merge` adds to the kernels.  A layer
+adds the product to its kernel in float32 each time it runs: no gradient or moment of a kernel is ever kept, while the
+operations are those of full training.
 
     params["lora"]         {"attention": {"q": {"a", "b"}, …}, "mlp": {"up": …}}: what is trained
     params["lora_scale"]   float32 scalar alpha / rank
@@ -66,7 +66,7 @@ def add(params: Params, options: LoraOptions, key: jax.Array) -> Params:
 
 
 def axes(model_axes: Params, options: LoraOptions) -> Params:
-    """Logical axes of what `add` returns: the adapters are cut along the model's axes as their kernels are."""
+    """Logical axes of what `add` returns: the adapters are split along the model's axes as their kernels are."""
     made: Params = {}
     for name in options.targets:
         first, into, out = model_axes["layers"][PLACES[name]][name]
@@ -75,7 +75,7 @@ def axes(model_axes: Params, options: LoraOptions) -> Params:
 
 
 def abstract_sharded(params: Params, options: LoraOptions) -> Params:
-    """ShapeDtypeStructs of what `add` returns, placed as the kernels of `params` (ShapeDtypeStructs) are."""
+    """ShapeDtypeStructs of what `add` returns, sharded as the kernels of `params` (ShapeDtypeStructs) are."""
     made: Params = {}
     scalar = None
     for name in options.targets:
@@ -95,14 +95,14 @@ def abstract_sharded(params: Params, options: LoraOptions) -> Params:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """(what is trained, what stays): adapters and the rest when there are adapters, else everything and nothing."""
+    """(trained, frozen) parameters: adapters and the rest when there are adapters, else everything and nothing."""
     if ADAPTERS not in params:
         return params, {}
     return {ADAPTERS: params[ADAPTERS]}, {key: value for key, value in params.items() if key != ADAPTERS}
 
 
 def join(trained: Params, frozen: Params) -> Params:
-    """The way back from `split`."""
+    """The inverse of `split`."""
     return {**frozen, **trained}
 
 

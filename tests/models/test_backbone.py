@@ -315,8 +315,9 @@ def test_modules_run_by_themselves():
     ],
 )  # fmt: skip
 def test_impossible_options_are_named(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    with pytest.raises(UserError) as error:
         dataclasses.replace(TINY, **wrong)
+    assert next(iter(wrong)) in str(error.value)
 
 
 def test_config_json_round_trip_and_refusals():
@@ -324,10 +325,11 @@ def test_config_json_round_trip_and_refusals():
     for config, kind in ((TINY, "qwen3"), (scaled, "Emu3")):
         assert BackboneConfig.from_hf(config.to_hf(kind)) == config
     fields = TINY.to_hf()
-    for change, words in (({"model_type": "llama"}, "llama"), ({"attention_bias": True}, "attention_bias"),
+    for change, named in (({"model_type": "llama"}, "llama"), ({"attention_bias": True}, "attention_bias"),
                           ({"head_dim": None}, "head_dim"), ({"hidden_act": "gelu"}, "hidden_act")):  # fmt: skip
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError) as error:
             BackboneConfig.from_hf({**fields, **change})
+        assert named in error.value.what
 
 
 def test_strict_dtypes_and_ranks():

@@ -282,19 +282,22 @@ def test_pixels_survive_the_way_to_unit_and_back():
 
 
 def test_image_of_the_wrong_size_is_refused():
-    with pytest.raises(UserError, match="30×32"):
+    with pytest.raises(UserError) as error:
         image_tokenizer.encode(SMALL, random_params(SMALL), jnp.zeros((1, 30, 32, 3)))
+    assert "30" in error.value.what and str(SMALL.factor) in error.value.remedy
 
 
 def test_config_round_trip_and_refusals():
     assert ImageTokenizerConfig.from_dict(SMALL.to_dict()) == SMALL
     nested = {"model": {"class_path": "IBQ", "init_args": SMALL.to_dict()}}
     assert ImageTokenizerConfig.from_dict(nested) == SMALL
-    with pytest.raises(UserError, match="n_embed"):
+    with pytest.raises(UserError) as error:
         ImageTokenizerConfig.from_dict({"ddconfig": SMALL.to_dict()["ddconfig"], "embed_dim": 4})
+    assert "n_embed" in error.value.what
     for wrong in ({"norm_groups": 3}, {"ch_mult": ()}, {"n_embed": 0}, {"dropout": 1.5}, {"entropy_temperature": 0.0}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
+        with pytest.raises(UserError) as error:
             dataclasses.replace(SMALL, **wrong)
+        assert next(iter(wrong)) in error.value.what
 
 
 def test_dropout_acts_only_with_a_key():

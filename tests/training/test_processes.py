@@ -111,13 +111,13 @@ def flags_of(**given) -> object:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [({"coordinator": "here:1"}, "belong together"), ({"process_id": 0}, "belong together"),
-     ({"coordinator": "here:1", "process_count": 2, "process_id": 2}, "process 2 of 2 cannot be")],
-)  # fmt: skip
-def test_flags_that_cannot_be(given, message):
-    with pytest.raises(UserError, match=message):
+    "given",
+    [{"coordinator": "here:1"}, {"process_id": 0}, {"coordinator": "here:1", "process_count": 2, "process_id": 2}],
+)
+def test_flags_that_do_not_go_together(given):
+    with pytest.raises(UserError) as error:
         distributed.start(flags_of(**given))
+    assert "--process_id" in error.value.what
 
 
 def test_a_job_of_several_is_recognised():
