@@ -93,6 +93,20 @@ def mesh_of(sizes: Mapping[str, int]) -> Mesh:
     return make_mesh(sizes)
 
 
+def parse_mesh(text: str) -> Mesh:
+    """The mesh that a flag describes: "tensor:4", or "fsdp:2,tensor:4".  It uses every device there is.
+
+    Raises UserError as `make_mesh`, and for a text of another form.
+    """
+    sizes = {}
+    for part in text.split(","):
+        axis, _, count = part.partition(":")
+        if axis not in MESH_AXES or not count.isdecimal() or int(count) < 1:
+            raise UserError(f"--mesh={text} is not understood.", f"Write AXIS:DEVICES; axes: {', '.join(MESH_AXES)}.")
+        sizes[axis] = int(count)
+    return make_mesh(sizes)
+
+
 def local_mesh() -> Mesh:
     """All devices of this process along "fsdp": for what a process computes alone, such as encoding images."""
     return make_mesh({"fsdp": -1}, jax.local_devices())

@@ -11,6 +11,7 @@ A checkpoint that was imported from released weights knows neither, so they are 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -37,13 +38,23 @@ MICRO = "micro"
 
 @dataclasses.dataclass
 class System:
-    """One model ready for use.  `params` is the backbone's pytree; `meta` its checkpoint's metadata."""
+    """One model ready for use.
+
+    Attributes:
+      params: the backbone's pytree; meta: its checkpoint's metadata.
+      mesh: where `params` are sharded; None: on one device.
+    """
 
     config: BackboneConfig
     params: Any
     tokenizer: TextTokenizer
     codec: ImageCodec
     meta: dict[str, Any]
+    mesh: jax.sharding.Mesh | None = None
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which programs on `params` run."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 def text_tokenizer(kind: str, visual_size: int) -> TextTokenizer:
@@ -108,7 +119,8 @@ def load(
       codec: an image tokenizer already loaded.
       text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
       mesh: where the parameters go, shard by shard; one device by default.
-      options: fields of BackboneConfig that may differ from the checkpoint's: those that change no shape.
+      options: fields of BackboneConfig that may differ from the checkpoint's: those that change no shape.  `dtype` is
+        what is computed in, `param_dtype` what the parameters are cast to as they are read, a shard at a time.
     """
     folder = packed.folder_of(path)
     meta = packed.read_record(folder)[BACKBONE] if folder else store.read_meta(path)
@@ -144,7 +156,7 @@ def load(
         params = packed.read_params(folder, BACKBONE, like)
     else:
         params, meta = store.read_params(path, BACKBONE, like)
-    return System(config, params, tokenizer, codec, meta)
+    return System(config, params, tokenizer, codec, meta, mesh)
 
 
 def backbone_meta(

@@ -6,7 +6,8 @@
 
 Writes every drawn image as PNG, answer.json and answer.html (one page).  Without --image the prompt is text-to-image;
 several --image flags give several references, in order.  --prompts answers a file, one folder a line; a run that was
-stopped goes on where it was.  An imported checkpoint needs --text_tokenizer and --image_tokenizer.
+stopped resumes where it was.  An imported checkpoint needs --text_tokenizer and --image_tokenizer.  A model that one
+device cannot hold is sharded with --mesh, and cast with --dtype as it is read.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from ivr_jax import cli
+from ivr_jax import cli, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
 from ivr_jax.generate import requests as requests_lib
 from ivr_jax.generate.answer_folder import PAGE, InterleavedAnswer, check_writable, read_about, write_answer
-from ivr_jax.generate.answering import MODES, Answering, make_answering
+from ivr_jax.generate.answering import IMAGE, MODES, Answering, make_answering
 from ivr_jax.generate.requests import Request
 from ivr_jax.protocol.grammar import INTERLEAVED
 from ivr_jax.sampling.batch import Usage
@@ -60,8 +61,9 @@ def add_flags(values: flags.FlagValues) -> None:
     text("text_tokenizer", "folder of the text tokenizer, if it was moved or the checkpoint imported")
     text("image_tokenizer", "workdir of the image tokenizer, if it was moved or the checkpoint imported")
     flags.DEFINE_multi_enum(
-        "mode", [], [*MODES, INTERLEAVED], "modes the answer may use; by default all of a model that was trained on "
-        "trajectories, else interleaved: texts and images in any order", flag_values=values,
+        "mode", [], [*MODES, INTERLEAVED, IMAGE], "modes the answer may use; by default all of a model that was "
+        "trained on trajectories, else interleaved: texts and images in any order; image: one image and nothing else",
+        flag_values=values,
     )  # fmt: skip
     real("temperature", 1.0, "0 takes the likeliest token")
     real("image_temperature", None, "--temperature of image tokens; the same when not given")
@@ -71,13 +73,23 @@ def add_flags(values: flags.FlagValues) -> None:
     real("text_top_p", 1.0, "keep the likeliest tokens that hold this much probability")
     number("image_top_k", 0, "--text_top_k of image tokens")
     real("image_top_p", 1.0, "--text_top_p of image tokens")
+    text("mesh", "devices by axis, such as tensor:4 or fsdp:2,tensor:4; one device by default")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "cast the weights to this as they are read, and compute "
+                      "in it; by default as the checkpoint says", flag_values=values)
     number("seed", 0, "of the draw; the same seed gives the same answer")
     number("answer_length", 0, "most answer tokens; 0: five images' worth, 384 at least, as far as the context goes")
     number("text_cap", 0, "most tokens of one free text; 0: 64 with the micro tokenizer, else 512")
 
 
 def load(wanted: flags.FlagValues) -> Answering:
-    system = systems.load(wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer)
+    mesh = sharding.parse_mesh(wanted.mesh) if wanted.mesh else None
+    dtype = {"dtype": wanted.dtype, "param_dtype": wanted.dtype} if wanted.dtype else {}
+    system = systems.load(
+        wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh, **dtype
+    )
+    about = {"checkpoint": wanted.checkpoint, **{flag: getattr(wanted, flag) for flag in SAMPLING}}
+    if wanted.dtype:
+        about["dtype"] = wanted.dtype
     return make_answering(
         system,
         SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()}),
@@ -85,7 +97,7 @@ def load(wanted: flags.FlagValues) -> Answering:
         image_area=wanted.image_area,
         answer_length=wanted.answer_length,
         text_cap=wanted.text_cap,
-        about={"checkpoint": wanted.checkpoint, **{flag: getattr(wanted, flag) for flag in SAMPLING}},
+        about=about,
     )
 
 
@@ -115,7 +127,9 @@ def main(call: cli.Call) -> None:
     seconds = time.perf_counter() - clock
     images = write_answer(out, answer, answering.about_request(request))
     report(answer, images)
-    kind = INTERLEAVED if isinstance(answer, InterleavedAnswer) else answer.trajectory.mode.value
+    kind = answering.about["modes"][0] if isinstance(answer, InterleavedAnswer) else answer.trajectory.mode.value
+    if isinstance(answer, InterleavedAnswer) and not answer.finished:
+        print(f"the answer was cut after {tokens:,} tokens, before its end: raise --answer_length")
     print(f"{kind}, {speed(tokens, seconds)}; {out / PAGE}")
 
 

@@ -22,6 +22,7 @@ from ivr_jax.images import Pixels, fit, fitted_size, image_name, load_image
 from ivr_jax.protocol import codec as codec_lib
 from ivr_jax.protocol import markers
 from ivr_jax.protocol.grammar import FREE
+from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.sampling.engine import pad_prompts
 from ivr_jax.trajectory import TASKS, Sample, checked_key
 
@@ -173,6 +174,20 @@ def _output_size(ratio: str, shapes: list[tuple[int, int]], area: int, factor: i
     return rows, columns
 
 
+def image_tokens(rows: int, columns: int) -> int:
+    """Most tokens of an image block: its cells, the ends of its rows, its size in digits, and the marks around it."""
+    return rows * (columns + 1) + 7
+
+
+def unfinished_size(tokenizer: TextTokenizer, tokens: np.ndarray) -> tuple[int, int] | None:
+    """Rows and columns of the image that an answer began and did not draw; None when it has none."""
+    begins = np.flatnonzero(tokens == tokenizer.vocab.boi)
+    if not len(begins) or tokenizer.vocab.eoi in tokens[begins[-1] :]:
+        return None
+    size = re.match(r"(\d+)\*(\d+)", tokenizer.decode(tokens[begins[-1] + 1 :]))
+    return None if size is None else (int(size[1]), int(size[2]))
+
+
 def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
     """Answer tokens: `wanted` (0: enough for five images, at least 384), or what the prompt leaves of the context.
 
@@ -181,7 +196,7 @@ def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
     config, context = system.codec.config, system.config.max_position_embeddings
     side = round((area or config.resolution**2) ** 0.5) // config.factor
     rows, columns = (side, side) if prepared.size == FREE else prepared.size
-    left, image = context - prepared.prompt_tokens, rows * (columns + 1) + 7
+    left, image = context - prepared.prompt_tokens, image_tokens(rows, columns)
     if left <= image:
         raise UserError(
             f"an image of {rows} x {columns} cells needs {image} tokens, and the prompt takes "

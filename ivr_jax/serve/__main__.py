@@ -21,7 +21,6 @@ import threading
 import webbrowser
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from ivr_jax import cli, sharding
@@ -118,19 +117,6 @@ def checkpoints_of(given: list[str]) -> dict[str, str]:
     return found
 
 
-def mesh_of(text: str | None) -> jax.sharding.Mesh | None:
-    """A mesh from "axis:devices,axis:devices"; None for none."""
-    if not text:
-        return None
-    sizes = {}
-    for part in text.split(","):
-        axis, _, count = part.partition(":")
-        if axis not in sharding.MESH_AXES or not count.isdecimal() or int(count) < 1:
-            raise UserError(f"--mesh={text} is not understood.", f"Write AXIS:DEVICES; axes: {sharding.MESH_AXES}.")
-        sizes[axis] = int(count)
-    return sharding.make_mesh({axis: sizes.get(axis, 1) for axis in sharding.MESH_AXES})
-
-
 def main(call: cli.Call) -> None:
     try:
         import uvicorn
@@ -144,7 +130,7 @@ def main(call: cli.Call) -> None:
     wanted = call.flags
     named, token = checkpoints_of(wanted.checkpoint), checked_token(wanted.host, wanted.token)
     out = cli.prepare_workdir(wanted.out, "out")
-    mesh = mesh_of(wanted.mesh)
+    mesh = sharding.parse_mesh(wanted.mesh) if wanted.mesh else None
     dtype = {} if wanted.dtype is None else {"dtype": wanted.dtype, "param_dtype": wanted.dtype}
     with listen(wanted.host, wanted.port) as listener:
         models = {}

@@ -1,0 +1,123 @@
+"""Answers of a model that is sharded over devices, or cast as it is read, and of one image alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import commands
+import jax
+import numpy as np
+import pytest
+from emu_tokenizer import write_folder
+
+from ivr_jax.checkpoints import store
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.errors import UserError
+from ivr_jax.generate.answering import make_answering
+from ivr_jax.generate.requests import Request
+from ivr_jax.models import backbone, image_tokenizer
+from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
+from ivr_jax.sampling.logits_processors import SamplingOptions
+
+CODES = 8
+IMAGES = ImageTokenizerConfig(
+    ch=4, out_ch=3, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(), in_channels=3, resolution=64,
+    z_channels=4, n_embed=CODES, embed_dim=4, norm_groups=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("emu")
+    text = write_folder(root / "text", CODES)
+    vocab = systems.text_tokenizer(str(text), CODES).vocab
+    config = BackboneConfig(
+        vocab_size=vocab.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, rope_theta=1e4, max_position_embeddings=640, vocab_multiple=8,
+    )  # fmt: skip
+    trees = {"backbone": (config, backbone.init_params(config, jax.random.key(1))),
+             "image_tokenizer": (IMAGES, image_tokenizer.init_params(IMAGES, jax.random.key(2)))}  # fmt: skip
+    for kind, (settings, params) in trees.items():
+        checkpointer = store.Checkpointer(root / kind)
+        checkpointer.save(0, {"params": params}, None, {"kind": kind, "model": vars(settings)})
+        checkpointer.close()
+    return {"root": root, "text": text, "backbone": root / "backbone", "images": root / "image_tokenizer"}
+
+
+def load(paths, **options) -> systems.System:
+    return systems.load(paths["backbone"], paths["images"], text_tokenizer_path=paths["text"], **options)
+
+
+def test_eight_devices_answer_as_one_does(paths, tmp_path):
+    """The same tokens and pixels; every device holds a part of the weights."""
+    flags = ["--checkpoint=" + str(paths["backbone"]), "--image_tokenizer=" + str(paths["images"]),
+             "--text_tokenizer=" + str(paths["text"]), "--prompt=A cat.", "--image_area=256", "--text_cap=4",
+             "--answer_length=300", "--mode=direct"]  # fmt: skip
+    answers = []
+    for devices, extra in ((1, []), (8, ["--mesh=fsdp:4,tensor:2"])):
+        command = [sys.executable, "-m", "ivr_jax.generate", *flags, *extra, f"--out={tmp_path / str(devices)}"]
+        done = subprocess.run(command, env=commands.environment(devices), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        answers.append(json.loads((tmp_path / str(devices) / "answer.json").read_text()))
+    assert answers[0] == answers[1] and len(answers[0]["rounds"]) == 1
+    names = sorted(path.name for path in (tmp_path / "1").glob("*.png"))
+    assert names and all((tmp_path / "1" / n).read_bytes() == (tmp_path / "8" / n).read_bytes() for n in names)
+
+
+def test_a_mesh_that_is_not_there_is_one_line():
+    done = commands.run("generate", "--checkpoint=x", "--prompt=a", "--out=y", "--mesh=tensor:3")
+    assert done.returncode == 2 and "3 devices" in done.complaint
+    done = commands.run("generate", "--checkpoint=x", "--prompt=a", "--out=y", "--mesh=depth:2")
+    assert done.returncode == 2 and "--mesh=depth:2" in done.complaint
+
+
+def test_weights_are_cast_as_they_are_read(paths):
+    system = load(paths, dtype="bfloat16", param_dtype="bfloat16")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(system.params)} == {"bfloat16"}
+    whole = load(paths)
+    jax.tree.map(
+        lambda narrow, wide: np.testing.assert_array_equal(
+            np.asarray(narrow, np.float32), np.asarray(wide.astype("bfloat16"), np.float32)
+        ),
+        system.params,
+        whole.params,
+    )
+
+
+def answering(paths, mode: str, **options):
+    return make_answering(load(paths), SamplingOptions(), [mode], text_cap=4, **options)
+
+
+def test_one_image_alone(paths):
+    answer, tokens = answering(paths, "image", image_area=256).answer(Request("r", "A cat.", aspect_ratio="2:1"))
+    assert [part.kind for part in answer.parts] == ["image"] and answer.finished and len(answer.drawn) == 1
+    rows, columns = answer.parts[0].codes.shape
+    assert answer.drawn[0].shape == (4 * rows, 4 * columns, 3) and columns > rows
+    assert tokens < rows * (columns + 1) + 8
+    with pytest.raises(UserError):
+        answering(paths, "image", image_area=256).answer(Request("r", "A cat.", aspect_ratio="free"))
+    with pytest.raises(UserError):
+        make_answering(load(paths), SamplingOptions(), ["image", "direct"])
+
+
+def test_an_answer_that_is_cut_before_its_first_image_is_said(paths):
+    with pytest.raises(UserError) as caught:  # a free text of 512 tokens at most comes first
+        make_answering(load(paths), SamplingOptions(), ["interleaved"], answer_length=3, image_area=64).answer(
+            Request("r", "A cat.", seed=1)
+        )
+    assert "3 tokens" in caught.value.what
+
+
+def test_an_image_of_free_size_that_does_not_fit_is_named_with_its_size(paths):
+    model = answering(paths, "direct", image_area=256, answer_length=60)
+    found = set()
+    for seed in range(3):
+        with pytest.raises(UserError) as caught:
+            model.answer(Request("r", "A cat.", aspect_ratio="free", seed=seed))
+        found.add(caught.value.what)
+        assert "cells" in caught.value.what and "are left" in caught.value.what
+    assert found
