@@ -177,7 +177,9 @@ def world_cases(
         )
         for segment in (segment for segment in answer.segments if segment.part == "G"):
             own = codec.decode_image(tokenizer, tokens[segment.start : segment.end])
-            variants = {OWN: own, EXACT: exact_codes, FAULT: fault_codes, MASKED: np.zeros_like(own)}
+            variants = {OWN: own, EXACT: exact_codes, FAULT: fault_codes}
+            if segment.round == 1:
+                variants[MASKED] = np.zeros_like(own)
             cases.append(
                 Case(
                     context=np.concatenate([prompt, tokens[: segment.start]]).astype(np.int32),

@@ -66,8 +66,9 @@ def test_writing_again_replaces_the_answers(recorded, tmp_path):
 def test_a_missing_image_is_named_and_leaves_the_old_answers(recorded, tmp_path):
     answers, images = recorded
     write_answers(tmp_path, answers[:1], images)
-    with pytest.raises(UserError, match="nowhere-0"):
+    with pytest.raises(UserError) as caught:
         write_answers(tmp_path, [plain_answer(key="nowhere")], images)
+    assert "nowhere-0" in caught.value.what
     assert read_answers(tmp_path) == tuple(answers[:1])
 
 
@@ -88,7 +89,7 @@ def test_an_image_name_with_slashes_is_one_file_inside_the_folder(tmp_path):
 
 def test_names_that_differ_in_case_only_are_refused(tmp_path):
     pixels = np.zeros((4, 4, 3), np.uint8)
-    with pytest.raises(UserError, match="upper and lower case"):
+    with pytest.raises(UserError):
         write_answers(tmp_path, [plain_answer(key="A"), plain_answer(key="a")], {"A-0": pixels, "a-0": pixels})
 
 
@@ -97,31 +98,34 @@ def test_an_image_that_was_not_stored_is_a_key_error_and_a_broken_one_a_clear_er
     images = read_images(tmp_path)
     assert "b-0" not in images
     (tmp_path / "images" / "a-0.png").write_bytes(b"\x89PNG\r\n\x1a\n cut off")
-    with pytest.raises(UserError, match=r"a-0\.png"):
+    with pytest.raises(UserError) as caught:
         images["a-0"]
+    assert "a-0.png" in caught.value.what
 
 
-@pytest.mark.parametrize("line, fault", [
-    ("{", "not JSON"),
-    ("[1, 2]", "answer record needs"),
-    ('{"sample": {}}', "answer record needs"),
-    ("MODE", "malformed"),
-    ("SEGMENT", "malformed"),
-    ("TRUTH", "`truth` holds 2"),
-])
-def test_a_bad_line_is_reported_with_file_and_number(line, fault, tmp_path):
+@pytest.mark.parametrize("line", ["{", "[1, 2]", '{"sample": {}}', "MODE", "SEGMENT", "TRUTH"])
+def test_a_bad_line_is_reported_with_file_and_number(line, tmp_path):
     good = answer_to_json(plain_answer())
     bad = {"MODE": {**good, "mode": "sideways"}, "SEGMENT": {**good, "segments": [{"kind": "G1", "colour": 3}]},
            "TRUTH": {**good, "truth": good["truth"] * 2}}
     text = json.dumps(bad[line]) if line in bad else line
     (tmp_path / "answers.jsonl").write_text(json.dumps(good) + "\n\n" + text + "\n")
-    with pytest.raises(UserError, match=rf"answers\.jsonl, line 3: .*{fault}"):
+    with pytest.raises(UserError) as caught:
         read_answers(tmp_path)
+    assert "answers.jsonl, line 3" in caught.value.what
 
 
-def test_a_missing_file_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="Run the evaluation first"):
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError) as caught:
         read_answers(tmp_path)
+    assert str(tmp_path / "answers.jsonl") in caught.value.what
+
+
+def test_a_record_without_garbled_texts_is_read_and_one_with_them_is_kept(tmp_path):
+    answer = dataclasses.replace(plain_answer(2), garbled=("S2",))
+    record = answer_to_json(answer)
+    assert answer_from_json(record) == answer
+    assert answer_from_json({name: value for name, value in record.items() if name != "garbled"}) == plain_answer(2)
 
 
 def test_an_answer_must_agree_with_itself():

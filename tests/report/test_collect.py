@@ -82,8 +82,9 @@ def test_curves_of_a_resumed_and_then_killed_run(tmp_path):
 def test_a_bad_metrics_line_is_reported_with_file_and_number(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(UserError) as caught:
         read_curves(path)
+    assert "metrics.jsonl, line 2" in caught.value.what
 
 
 @pytest.mark.parametrize("file, text", [
@@ -94,10 +95,12 @@ def test_a_broken_file_is_named(file, text, finished, tmp_path):
     root = tmp_path / "broken"
     shutil.copytree(finished, root)
     (root / file).write_text(text)
-    with pytest.raises(UserError, match=file.replace(".", r"\.")):
+    with pytest.raises(UserError) as caught:
         collect(root)
+    assert file in caught.value.what
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError) as caught:
         collect(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in caught.value.what

@@ -139,14 +139,14 @@ def test_the_result_is_json_and_the_same_for_the_same_answers(tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
-    with pytest.raises(UserError, match="no answer"):
+    with pytest.raises(UserError):
         evaluate([])
-    with pytest.raises(UserError, match="Cannot read"):
-        read_evaluation(tmp_path)
-    for text, fault in (("{", "Cannot read"), (json.dumps({"schema": "older"}), "schema")):
-        (tmp_path / "evaluation.json").write_text(text)
-        with pytest.raises(UserError, match=fault):
+    for text in (None, "{", json.dumps({"schema": "older"})):
+        if text is not None:
+            (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(UserError) as caught:
             read_evaluation(tmp_path)
+        assert str(tmp_path / "evaluation.json") in caught.value.what
 
 
 def test_a_verdict_that_reads_the_prompt_alone_is_what_the_blind_rule_reaches():

@@ -93,8 +93,9 @@ def test_a_command_names_the_interpreter_as_the_reader_would_type_it(tmp_path, m
 
 
 def test_a_failure_names_its_log_and_nothing_is_begun_after_it(tmp_path):
-    with pytest.raises(UserError, match="a: fail ended with status [0-9]+; .*a.log says why"):
+    with pytest.raises(UserError) as caught:
         run_branches([Branch("a", (BROKEN, FINE)), Branch("b", (FINE,))], 1, tmp_path, "test")
+    assert str(tmp_path / "a.log") in caught.value.what
     assert "timeit" not in (tmp_path / "a.log").read_text()
     assert not (tmp_path / "b.log").exists() or "timeit" not in (tmp_path / "b.log").read_text()
 
@@ -154,8 +155,9 @@ def test_what_was_not_run_is_not_judged(tmp_path):
     found = run_of(tmp_path, sft=evaluation(2.0, 0.6))
     assert all(claim.met is None and claim.measured == "" for claim in found.claims)
     assert "full_seed0_t1" in found.missing and "mix_direct_only_t1" in found.missing
-    with pytest.raises(UserError, match="holds no evaluation of the fine-tuned model"):
+    with pytest.raises(UserError) as caught:
         ablation.gather(tmp_path / "elsewhere", CONFIG)
+    assert str(tmp_path / "elsewhere") in caught.value.what
 
 
 def test_the_page_the_figures_and_the_plots(tmp_path, capsys):

@@ -22,6 +22,7 @@ from tiny_model import CONFIG, noisy_params, requests, system
 from ivr_jax.config import load_config
 from ivr_jax.data.pipeline import Indexed
 from ivr_jax.errors import UserError
+from ivr_jax.evaluate.sight import METRICS
 from ivr_jax.interfaces import ServiceFailed
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
@@ -301,16 +302,23 @@ def test_every_scalar_that_the_docs_list_is_written_and_no_other():
     judge = JudgeService(same(LocalJudge()), JudgeOptions(rewards, check=again), (JudgeRecords().totals,))
     placement = trainer().placement
     layout = RolloutLayout(CONFIG, placement.mesh, dtype="bfloat16")
-    learner = like(judge=judge, placement=placement._replace(layout=layout))
+    measured = []
+
+    def probe(policy):
+        measured.append((policy.config, {str(leaf.dtype) for leaf in jax.tree.leaves(policy.params)}))
+        return dict.fromkeys(METRICS, 0.5)
+
+    learner = like(judge=judge, placement=placement._replace(layout=layout), probe=probe)
     engine = EngineOptions(slots=2, window=3, speculate=True)
     learner.options = dataclasses.replace(
-        learner.options, num_iterations=2, check_every=1, reward=rewards, engine=engine
+        learner.options, num_iterations=2, check_every=1, probe_every=1, reward=rewards, engine=engine
     )
     _, written = learner.step(fresh_state(), tasks(0), 0)
     plain = like(judge=JudgeService(same(LocalJudge())))
     _, more = plain.step(fresh_state(), tasks(1), 0)
     names = {name for row in (written, more) for name in row if not name.startswith("work_")}
     assert names == documented_scalars()
+    assert measured == [(layout.config, {"bfloat16"})]  # once, with the weights that answers are sampled with
 
 
 # -- for people -------------------------------------------------------------------------------------------------------
