@@ -297,7 +297,7 @@ def _check_tuples(values: flags.FlagValues, original: ConfigDict, settings: Conf
 
     Whole numbers become floats in a tuple of floats, as they do outside of one.
     """
-    for name, given in values["config"].override_values.items():
+    for name, given in values["config"].override_values.items():  # type: ignore[attr-defined]
         before = config_path.get_value(name, original)
         kinds = {type(element) for element in before} if isinstance(before, tuple) else set()
         if len(kinds) != 1:
@@ -406,8 +406,8 @@ def enable_compilation_cache() -> Path | None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    if already := jax.config.read("jax_compilation_cache_dir"):
+        return Path(already)
     name = os.environ.get(CACHE_VARIABLE, "~/.cache/ivr_jax/xla")
     if not name:
         return None

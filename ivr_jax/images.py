@@ -191,7 +191,8 @@ def fitted_size(height: float, width: float, area: int, multiple: int) -> tuple[
     aspect = width / height
     rows = max(1, int((area / aspect) ** 0.5))
     columns = int(rows * aspect)
-    return tuple(max(1, (side + multiple // 2) // multiple) * multiple for side in (rows, columns))
+    fitted = [max(1, (side + multiple // 2) // multiple) * multiple for side in (rows, columns)]
+    return fitted[0], fitted[1]
 
 
 def fit(pixels: np.ndarray, area: int, multiple: int) -> np.ndarray:

@@ -101,8 +101,8 @@ class Evaluation:
 
     def without_scores(self) -> Evaluation:
         """The part that is spoken in tokens: observation, verdicts and reasons."""
-        axes = (dataclasses.replace(axis, score=None) for axis in self.axes)
-        return Evaluation(*axes, observation=self.observation)
+        axes = {name: dataclasses.replace(getattr(self, name), score=None) for name in AXES}
+        return dataclasses.replace(self, **axes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,7 +204,7 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _nearby(path: str | os.PathLike, recorded: str, which: str) -> pathlib.Path:
+def _nearby(path: str | os.PathLike, recorded: str | os.PathLike, which: str) -> pathlib.Path:
     """The recorded image or text tokenizer, or the folder of that name beside the run when both were moved together."""
     recorded_path = pathlib.Path(recorded)
     if recorded_path.exists():

@@ -203,7 +203,10 @@ class _Escalation:
         return self.record(critique, image, await self.judged(image, self.rules.thresholds))
 
     async def find_root_cause(self) -> Drop | None:
-        attempts = [Attempt(self.images[d.image], d.evaluation, d.cause) for d in self.drawn]
+        attempts = [
+            Attempt(self.images[d.image], d.evaluation, d.cause if isinstance(d.cause, Reflection) else None)
+            for d in self.drawn
+        ]
         self.root_cause = await self.analyzer.root_cause(self.sample, self.source_images, attempts)
         return _DROP_OF_CAUSE.get(self.root_cause)
 

@@ -438,8 +438,10 @@ def _result(
 
 
 def _reflection_json(drawing: Drawing, path: str) -> dict[str, Any]:
-    thinking = {"failure_analysis": drawing.cause.failure_analysis, "improvement_plan": drawing.cause.improvement_plan}
-    analysis, _, issues = drawing.cause.failure_analysis.partition(_ISSUES)
+    cause = drawing.cause
+    assert isinstance(cause, Reflection)
+    thinking = {"failure_analysis": cause.failure_analysis, "improvement_plan": cause.improvement_plan}
+    analysis, _, issues = cause.failure_analysis.partition(_ISSUES)
     if analysis.strip() and issues.strip():
         thinking |= {"failure_analysis": analysis, "specific_issues": issues}
     return {
@@ -451,6 +453,7 @@ def _reflection_json(drawing: Drawing, path: str) -> dict[str, Any]:
 
 def _step_json(drawing: Drawing, path: str) -> dict[str, Any]:
     thresholds = MULTI_STEP
+    assert isinstance(drawing.cause, Step)
     record = {
         "step_instruction": drawing.cause.instruction,
         "step_image_path": path,

@@ -236,8 +236,9 @@ async def in_order(
             started.discard(task)
             yield result
     finally:
-        for task in (reader, *started):
-            task.cancel()
+        unfinished: list[asyncio.Future] = [reader, *started]
+        for waiting in unfinished:
+            waiting.cancel()
         await asyncio.gather(reader, *started, return_exceptions=True)
 
 

@@ -96,7 +96,7 @@ def packed_batches(
     length: int,
     seed: int,
     streams: int = 1,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> PackedBatches:
     """Endless packed batches of token examples.
 

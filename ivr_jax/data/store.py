@@ -65,7 +65,9 @@ class TrajectoryWriter:
         self._pixels = array_record_module.ArrayRecordWriter(str(self._partial / _PIXELS), "group_size:1,uncompressed")
         self._names: dict[str, None] = {}
         self._keys: set[str] = set()
-        self._counts = {kind: collections.Counter() for kind in ("mode", "category", "image_size")}
+        self._counts: dict[str, collections.Counter[str]] = {
+            kind: collections.Counter() for kind in ("mode", "category", "image_size")
+        }
         self._card = card.CardCounts()
         self._content = hashlib.sha256()
         self._open = True
@@ -233,7 +235,7 @@ class TrajectorySource(abc.ABC):
         return {"path": self.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])
+        self.__init__(state["path"])  # type: ignore[misc]  # each kind of dataset is opened from its path alone
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -64,7 +64,7 @@ _FEATURES = {
 }
 
 
-class IvrTrajectories(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class IvrTrajectories(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Builds one of the two tables (`config="images"` or `"trajectories"`) from the dataset folder `source`."""
 
     name = NAME

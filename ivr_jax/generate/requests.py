@@ -126,9 +126,10 @@ def check(request: Request, where: str = "") -> None:
 def _ratio(text: str, where: str = "") -> tuple[float, float]:
     """Width and height of an aspect ratio."""
     match = _RATIO.fullmatch(text)
-    if not match or 0 in (sides := tuple(map(float, match.groups()))):
+    width, height = (float(match[1]), float(match[2])) if match else (0.0, 0.0)
+    if 0 in (width, height):
         raise UserError(f"{where}{text!r} is no aspect ratio.", "Write WIDTH:HEIGHT, such as 16:9, or auto, or free.")
-    return sides
+    return width, height
 
 
 def prepare(request: Request, system: System, area: int = 0) -> Prepared:

@@ -159,6 +159,9 @@ class _Stack(nnx.Module):
 class _Level(nnx.Module):
     """Residual blocks, each followed by attention if the level has it; whoever owns it may add a resampler."""
 
+    downsample: Downsample
+    upsample: Upsample
+
     def __init__(
         self, inputs: int, outputs: int, blocks: int, attends: bool, config: ImageTokenizerConfig, rngs: nnx.Rngs
     ):

@@ -99,7 +99,7 @@ def encode_image(tokenizer: TextTokenizer, codes: np.ndarray) -> list[int]:
     return [vocab.boi, *size, vocab.img, *grid, vocab.eoi]
 
 
-def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int], offset: int = 0) -> np.ndarray:
+def decode_image(tokenizer: TextTokenizer, tokens: Sequence[int] | np.ndarray, offset: int = 0) -> np.ndarray:
     """The inverse of `encode_image`: int32 [rows, columns].
 
     Raises UserError naming position and reason; `offset` is where the block begins in what positions count from.

@@ -39,7 +39,7 @@ class Part:
     end: int
 
 
-def parse_interleaved(tokenizer: TextTokenizer, tokens: Sequence[int]) -> tuple[tuple[Part, ...], bool]:
+def parse_interleaved(tokenizer: TextTokenizer, tokens: Sequence[int] | np.ndarray) -> tuple[tuple[Part, ...], bool]:
     """The parts of an answer, and whether it came to its end; an image that was cut off is left out.
 
     Args:

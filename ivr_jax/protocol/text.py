@@ -20,6 +20,10 @@ class TextTokenizer(Protocol):
 
     vocab: vocabulary.Vocabulary
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides what an id means."""
+
     def encode(self, text: str) -> list[int]:
         """Ordinary text -> ids in [0, text_size)."""
 

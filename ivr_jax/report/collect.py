@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ivr_jax.errors import UserError
-from ivr_jax.report.answers import ANSWERS_FILE, Answer, read_answers, read_images
+from ivr_jax.report.answers import ANSWERS_FILE, Answer, StoredImages, read_answers, read_images
 from ivr_jax.report.gallery import GalleryItem, GallerySection, choose
 from ivr_jax.report.gates import GATES_FILE, Gate, read_gates
 from ivr_jax.report.metrics import EVALUATION_FILE, mode_of, read_evaluation
@@ -153,7 +153,7 @@ def _read_config(path: Path, title: str, notes: list[str]) -> Mapping[str, Any]:
 
 def _arms(
     root: Path, notes: list[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[Answer, ...], Mapping[str, np.ndarray]]]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[Answer, ...], StoredImages]]]:
     """Evaluations and answers by arm title."""
     known = {folder.name for folder in root.glob("eval_*") if folder.is_dir()}
     names = sorted(known - set(ARMS))

@@ -223,8 +223,10 @@ def _lead(arm: Arm | None, reference: Arm, temperature: int) -> float | None:
 
 def main_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The headline table as text: columns and rows, one an arm, with the paper's ratio of images beside ours."""
-    columns = ("", "images, T 1", "× SFT", "paper", "by edits", "exact, T 1", "by edits", "images, T 0", "exact, T 0")
-    rows = []
+    columns: tuple[str, ...] = (
+        "", "images, T 1", "× SFT", "paper", "by edits", "exact, T 1", "by edits", "images, T 0", "exact, T 0"
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
     for name, arm in found.arms.items():
         paper = f"{PAPER_IMAGES[name] / PAPER_IMAGES['sft']:.2f}" if name in PAPER_IMAGES else ""
         rows.append((
@@ -258,8 +260,8 @@ def mode_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 def score_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Benchmarks beside the paper's: exact match on our splits, and what the paper reports for its own."""
-    columns = ("exact on ours", *SUITES, "images", "paper: GenEval", "KRIS", "OmniContext")
-    rows = []
+    columns: tuple[str, ...] = ("exact on ours", *SUITES, "images", "paper: GenEval", "KRIS", "OmniContext")
+    rows: list[tuple[str, ...]] = []
     for name, arm in {**found.arms, **found.mixes}.items():
         if name in PAPER_SCORES:
             ours = (_number(arm.mean("exact_by_suite", 1, suite), "{:.1%}") for suite in SUITES)
@@ -269,8 +271,8 @@ def score_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ..
 
 def mix_rows(found: Reproduction) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Fine-tuning on each mode mix."""
-    columns = ("", "exact", "by edits", "images", "by edits", "own first image exact")
-    rows = [
+    columns: tuple[str, ...] = ("", "exact", "by edits", "images", "by edits", "own first image exact")
+    rows: list[tuple[str, ...]] = [
         (arm.title, _with_interval(arm, "exact"), _by_group(arm, "exact_by_edits", "{:.0%}"),
          _number(arm.mean("images"), "{:.2f}"), _by_group(arm, "images_by_edits", "{:.1f}"),
          _number(arm.mean("first_exact"), "{:.1%}"))

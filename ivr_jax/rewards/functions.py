@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from ivr_jax.config import NotNegative, OneOf, Range, Section
 from ivr_jax.errors import UserError
@@ -134,12 +135,13 @@ class DraftTruth(NamedTuple):
     present: Any
 
 
-def rescale(scores: jax.Array, scale: str) -> jax.Array:
+def rescale(scores: ArrayLike, scale: str) -> jax.Array:
     """What scores in 1..5, float [...], count in [0, 1]; see `RewardOptions.score_map`."""
+    scores = jnp.asarray(scores)
     return scores / 5 if scale == "div5" else jnp.clip((scores - 1) / 4, 0, 1)
 
 
-def outcome(scores: jax.Array, options: RewardOptions = PAPER) -> jax.Array:
+def outcome(scores: ArrayLike, options: RewardOptions = PAPER) -> jax.Array:
     """R_o float [...] in [0, 1] from axis scores float [..., 4] in 1..5."""
     weights = jnp.asarray(options.axis_weights, jnp.result_type(float)) / sum(options.axis_weights)
     return jnp.einsum("...a,a->...", rescale(jnp.asarray(scores), options.score_map), weights)
@@ -165,13 +167,13 @@ def effective_weights(has_step: jax.Array, has_reflection: jax.Array, options: R
 
 
 def total(
-    outcome_reward: jax.Array,
-    format_reward: jax.Array,
-    step_reward: jax.Array,
-    has_step: jax.Array,
+    outcome_reward: ArrayLike,
+    format_reward: ArrayLike,
+    step_reward: ArrayLike,
+    has_step: ArrayLike,
     options: RewardOptions,
-    reflection_reward: jax.Array | None = None,
-    has_reflection: jax.Array | None = None,
+    reflection_reward: ArrayLike | None = None,
+    has_reflection: ArrayLike | None = None,
 ) -> jax.Array:
     """R float [...]; `has_step`, `has_reflection` bool [...] say where R_s and R_r are present (None: nowhere)."""
     has_step = jnp.asarray(has_step)

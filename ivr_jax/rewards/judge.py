@@ -117,15 +117,15 @@ def _intermediate_texts(analyzer: Analyzer, trajectory: Trajectory, images: Imag
     """Calls that rate each failure analysis, improvement plan and sub-instruction, shown the images before it."""
     calls, generated = [], [images[name] for name in trajectory.images]
     for n, round_ in enumerate(trajectory.rounds):
-        texts = ()
+        texts: list[tuple[str, str]] = []
         if isinstance(round_.cause, Reflection):
-            texts = (
+            texts = [
                 ("failure_analysis", round_.cause.failure_analysis),
                 ("improvement_plan", round_.cause.improvement_plan),
-            )
+            ]
         elif isinstance(round_.cause, Step):
-            texts = (("step", round_.cause.instruction),)
-        calls += [analyzer.judge_reasoning(trajectory.sample, images, *text, generated[:n]) for text in texts]
+            texts = [("step", round_.cause.instruction)]
+        calls += [analyzer.judge_reasoning(trajectory.sample, images, kind, text, generated[:n]) for kind, text in texts]
     return calls, ()
 
 

@@ -35,8 +35,8 @@ def speculate(
     scored = active[:, None] & (steps <= slots.drafts.count[:, None])
     place = slots.answered[:, None] + steps
     keys = jnp.broadcast_to(slots.keys[:, None], scored.shape).reshape(-1)
-    flat = jax.tree.map(jnp.ravel, (states, place, scored))
-    choice = choose(rules, ranges, hidden, flat[0], keys, *flat[1:], options)
+    flat_states = jax.tree.map(jnp.ravel, states)
+    choice = choose(rules, ranges, hidden, flat_states, keys, place.ravel(), scored.ravel(), options)
     choice = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), choice)
 
     offered = active[:, None] & (steps < slots.drafts.count[:, None])

@@ -26,8 +26,11 @@ def vocab_ranges(
 ) -> tuple[VocabRange, VocabRange]:
     """Visual ids, and all ids before them: those legal at one position always belong to one of the two."""
     kernel = backbone.lm_head(config, params)
-    bounds = (visual_start, config.vocab_size), (0, visual_start)
-    return tuple(VocabRange(a, kernel[:, a:b], tables._replace(class_of=tables.class_of[a:b])) for a, b in bounds)
+
+    def between(first: int, end: int) -> VocabRange:
+        return VocabRange(first, kernel[:, first:end], tables._replace(class_of=tables.class_of[first:end]))
+
+    return between(visual_start, config.vocab_size), between(0, visual_start)
 
 
 class Choice(NamedTuple):

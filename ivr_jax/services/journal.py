@@ -59,7 +59,8 @@ class Journal:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "lock").touch()
         self._lock = files.Lock(self.path / "lock")
-        self._file, self._database = self.path / "journal.sqlite", None
+        self._file = self.path / "journal.sqlite"
+        self._database: sqlite3.Connection | None = None
         try:
             with self._guarded():
                 self._open()

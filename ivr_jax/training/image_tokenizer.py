@@ -89,8 +89,11 @@ def make_steps(
         return TrainState(model_lib.with_codebook(state.params, codebook), state.opt_state)
 
     jit = functools.partial(jax.jit, donate_argnums=0)
-    phases = [jit(functools.partial(step, quantised), out_shardings=out_shardings) for quantised in (False, True)]
-    return Steps(*phases, jit(place_codebook, out_shardings=out_shardings[0]))
+    return Steps(
+        jit(functools.partial(step, False), out_shardings=out_shardings),
+        jit(functools.partial(step, True), out_shardings=out_shardings),
+        jit(place_codebook, out_shardings=out_shardings[0]),
+    )
 
 
 def shuffle_cells(latents: jax.Array, target: jax.Array, images: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:

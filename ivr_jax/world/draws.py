@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ def draw_request(rng: np.random.Generator, level: Level, request: Request) -> Fa
     return None if facts.target == facts.canvas else facts
 
 
-def _choice(rng: np.random.Generator, values: Sequence) -> object:
+def _choice(rng: np.random.Generator, values: Sequence) -> Any:
     return values[rng.integers(len(values))]
 
 

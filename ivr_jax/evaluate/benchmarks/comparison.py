@@ -45,7 +45,8 @@ def compare_runs(call: cli.Call) -> dict[str, Any]:
     found |= {"schema": run_folder.SCHEMA, "benchmark": benchmark.name, "first": names[0], "second": names[1],
               "folders": list(map(str, folders)), "not_comparable": overridden}  # fmt: skip
     files.write_json(call.workdir / FILE, found)
-    _write_page(call.workdir / PAGE, benchmark, found, gallery.side_by_side(*sides, items, found["items"][FIXED]))
+    shown = gallery.side_by_side(sides[0], sides[1], items, found["items"][FIXED])
+    _write_page(call.workdir / PAGE, benchmark, found, shown)
     _show(benchmark, found, call.workdir)
     return found
 

@@ -50,9 +50,14 @@ class Judge(Protocol):
       in_flight: calls at a time.
     """
 
-    form: str
-    identity: Mapping[str, Any]
-    in_flight: int
+    @property
+    def form(self) -> str: ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]: ...
+
+    @property
+    def in_flight(self) -> int: ...
 
     async def ask(self, item: Item, question: Question, pictures: Sequence[Picture]) -> Outcome:
         """Raises UserError when no other question would fare better."""
