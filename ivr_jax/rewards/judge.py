@@ -125,7 +125,8 @@ def _intermediate_texts(analyzer: Analyzer, trajectory: Trajectory, images: Imag
             ]
         elif isinstance(round_.cause, Step):
             texts = [("step", round_.cause.instruction)]
-        calls += [analyzer.judge_reasoning(trajectory.sample, images, kind, text, generated[:n]) for kind, text in texts]
+        before = generated[:n]
+        calls += [analyzer.judge_reasoning(trajectory.sample, images, kind, text, before) for kind, text in texts]
     return calls, ()
 
 

@@ -155,7 +155,7 @@ class JudgeService:
         if unique:
             _in_background(close_all()).result()
 
-    def _analyzer(self, analyzers: Mapping[str, Analyzer], usage: Usage | None = None) -> Analyzer:
+    def _analyzer(self, analyzers: Mapping[str, Analyzer], usage: Usage | None = None) -> _LimitedAnalyzer:
         """`analyzers` as one, under the service's limits."""
         return _LimitedAnalyzer(analyzers, self._calls, self._options.deadline, usage or Usage())
 

@@ -5,7 +5,7 @@ Letters: B answers of a micro_batch, T tokens of prompt and answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +127,7 @@ class PolicyGradient(NamedTuple):
 
 def policy_gradient(
     config: BackboneConfig, grammar: Grammar, options: RLOptions, out_shardings: Any = None
-) -> Callable[[Any, Any, Mapping[str, jax.Array]], PolicyGradient]:
+) -> jax.stages.Wrapped:
     """The jitted gradient of the GRPO objective: (trained, frozen, batch) -> PolicyGradient.
 
     (trained, frozen) are `lora.split` of the parameters; `batch` is that of `answer_batch` with "reference" float32
