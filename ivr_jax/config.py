@@ -137,6 +137,8 @@ class Section:
       UserError: a value is not of its annotation's type (an int is a float too), not finite, or out of its range.
     """
 
+    _prefix: typing.ClassVar[str] = ""
+
     def __init_subclass__(cls, name: str = "", **options: Any):
         super().__init_subclass__(**options)
         cls._prefix = f"{name}." if name else ""

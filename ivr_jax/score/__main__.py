@@ -128,7 +128,8 @@ def main(call: cli.Call) -> int | None:
         raise UserError("no rollouts were named.", "Add --config.rollouts=FILE.jsonl, or --serve.")
     with Journal(call.workdir / "journal") as journal:
         if call.flags.serve:
-            return serve(config, journal)
+            serve(config, journal)
+            return None
         return asyncio.run(score_file(config, call.workdir, journal))
 
 
