@@ -129,6 +129,8 @@ class Player:
             return 2 * sum(array.size for arrays in updates for array in arrays if not array.near)
         arrays = [*instruction.arrays, *(array for name in instruction.operands for array in types.get(name, ()))]
         stacked = trips if trips > 1 else 0
+        if "decode_attention" in instruction.name:  # gets the cache of all layers and reads one
+            return sum(array.size / (array.shape[0] if len(array.shape) == 5 else 1) for array in arrays)
         return sum(array.size / (trips if array.shape[:1] == (stacked,) else 1) for array in arrays if not array.near)
 
     def _collective(self, instruction: Instruction) -> tuple[str, float, int] | None:

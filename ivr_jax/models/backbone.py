@@ -36,7 +36,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
-from ivr_jax.models import accumulate_scan, fused_attention, layers, lora
+from ivr_jax.models import accumulate_scan, decode_attention, fused_attention, layers, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 
 Params = dict[str, Any]
@@ -56,6 +56,7 @@ class LayerInputs(NamedTuple):
     """What all layers share; `layer_inputs` makes it.
 
     Attributes:
+      positions: int32 [B, T].
       rotary: cosines and sines, float32 [B, T, h/2] each.
       mask: bool [B or 1, T, S], which key each query sees; None where a fused kernel makes its own.
       segment_ids: int32 [B, T] of packed rows, or None.
@@ -63,6 +64,7 @@ class LayerInputs(NamedTuple):
       dropout_key: None turns dropout off.
     """
 
+    positions: jax.Array
     rotary: tuple[jax.Array, jax.Array]
     mask: jax.Array | None
     segment_ids: jax.Array | None
@@ -90,7 +92,7 @@ def layer_inputs(
         slots = jnp.where(positions < 0, count, positions)  # padding is written past the end, which drops it
     elif _kernel(config, positions.shape[1], dropout_key) == "plain":
         mask = layers.causal_mask(positions.shape[1], segment_ids)
-    return LayerInputs(rotary, mask, segment_ids, slots, dropout_key)
+    return LayerInputs(positions, rotary, mask, segment_ids, slots, dropout_key)
 
 
 def _kernel(config: BackboneConfig, length: int, dropout_key: jax.Array | None) -> str:
@@ -130,9 +132,12 @@ class Attention(nnx.Module):
             # The whole cache is carried, so that XLA updates it in place.
             cache = KVCache(*(_written(stored, new, layer, inputs.slots)
                               for stored, new in zip(cache, (k, v), strict=True)))  # fmt: skip
-            k, v = (stored[layer].astype(q.dtype).swapaxes(1, 2) for stored in cache)
-            rate = self.config.attention_dropout
-            mixed = layers.attention(q, k, v, inputs.mask, dropout_rate=rate, key=dropout_key)
+            if self.config.decode_kernel == "pallas" and decode_attention.fits(cache.k.shape[3], q.shape[1]):
+                mixed = decode_attention.decode_attention(q, *cache, inputs.positions, layer)
+            else:
+                k, v = (stored[layer].astype(q.dtype).swapaxes(1, 2) for stored in cache)
+                rate = self.config.attention_dropout
+                mixed = layers.attention(q, k, v, inputs.mask, dropout_rate=rate, key=dropout_key)
         fsdp_over_tensor = self.config.fsdp_over_tensor
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         mixed = sharding.constrain(mixed, ("batch", "length", "q_heads"), fsdp_over_tensor)

@@ -12,6 +12,7 @@ MODEL_TYPES = {"emu3": ("Emu3", "Emu3ForCausalLM"), "qwen3": ("qwen3", "Qwen3For
 REMAT = ("none", "full", "dots")
 KEPT = ("attention", "output", "qkv", "gate", "up")  # what "full" may keep all the same, by its checkpoint name
 ATTENTION = ("auto", "plain", "splash", "cudnn")
+DECODE_KERNELS = ("plain", "pallas")
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -35,6 +36,8 @@ class BackboneConfig:
         results of fused attention), or all but the named ones of `KEPT`, joined by "+", as "attention+output".
       attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
         not fit), "plain", "splash" or "cudnn".
+      decode_kernel: attention of a few tokens over a cache: "plain" reads all slots of a row; "pallas" (TPU) those that
+        are filled, for caches of a multiple of 128 slots.
       unroll: layers that the scan writes out at a time.
       fsdp_over_tensor: in training the tensor shards take rows of the batch of their own and gather the kernels of the
         layers, instead of splitting heads and MLP (`sharding.partition`): less waiting when there is a row for each
@@ -61,6 +64,7 @@ class BackboneConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    decode_kernel: str = "plain"
     unroll: int = 1
     fsdp_over_tensor: bool = False
     vocab_multiple: int = 1
@@ -89,6 +93,8 @@ class BackboneConfig:
             raise _bad("remat", self.remat, f"one of {', '.join(REMAT)}, or some of {', '.join(KEPT)} joined by +")
         if self.attention not in ATTENTION:
             raise _bad("attention", self.attention, f"one of {', '.join(ATTENTION)}")
+        if self.decode_kernel not in DECODE_KERNELS:
+            raise _bad("decode_kernel", self.decode_kernel, f"one of {', '.join(DECODE_KERNELS)}")
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling, self.head_dim))
 
     @property
