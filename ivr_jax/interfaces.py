@@ -1,4 +1,4 @@
-"""The two services of data construction: ANALYZER judges, GENERATOR draws.
+"""The two services of data construction: the analyzer judges, the generator draws.
 
 The exact micro-world (`ivr_jax.world`), a vision-language model behind an HTTP service, and a checkpoint of our own
 implement the same two protocols, so they are interchangeable in construction, rewards and evaluation.  Calls are
@@ -95,7 +95,7 @@ class Generator(Protocol):
         reflection: Reflection | None = None,
         attempt: int = 0,
     ) -> Pixels:
-        """Applies `instruction` (the whole prompt, or one step) to `sources`; `reflection` says what to mend.
+        """Applies `instruction` (the whole prompt, or one step) to `sources`; `reflection` says what to fix.
 
         `attempt` distinguishes repeated calls, so that a deterministic generator can answer differently.
         """

@@ -3,25 +3,27 @@ r"""Construct a dataset of trajectories: direct answers, reflections and multi-s
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/demo/construct \
         --config.baseline=runs/demo/base
     python -m ivr_jax.construct --config=configs/photographs_construct.py --workdir=runs/mine/construct \
-        --config.samples=samples.json        your own images and prompts, judged and drawn by services
+        --config.samples=samples.json        your own images and prompts, judged and drawn by services; a .jsonl file
+                                             holds visual_reflection_v1 records, whose images are judged anew
     python -m ivr_jax.construct --config=configs/micro_construct.py --workdir=runs/mine/construct \
         --config.released=FOLDER             imports a folder in the released layout instead
 
-On several machines, each its part in a workdir of its own, then everything together:
+On several machines: a part each, in a workdir of its own, then merged:
 
     python -m ivr_jax.construct --config=... --workdir=runs/mine/part0 --shard=0/2
     python -m ivr_jax.construct --config=... --workdir=runs/mine/part1 --shard=1/2
     python -m ivr_jax.construct --config=... --workdir=runs/mine/all --merge=runs/mine/part0,runs/mine/part1
 
-Every answer of a service and every finished sample is recorded in WORKDIR/journal at once: stop or kill the command
-at any time and give it again.  The dataset stands in WORKDIR/dataset when no sample is pending; WORKDIR/summary.json
-tells what became of each, and what the services were asked and cost.
+Every answer of a service and every finished sample is recorded in WORKDIR/journal at once: the command may be stopped
+or killed at any time, and resumes when it is given again.  WORKDIR/dataset is written when no sample is pending;
+WORKDIR/summary.json lists what became of each sample, and the calls and cost of each service.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -236,16 +238,23 @@ def _report_pending(workdir: Path, found: Pass) -> int:
 def import_released(config: Any, target: Any) -> dict[str, Any]:
     """A folder in the released layout as a dataset, its images resized to about `config.image_area` pixels each."""
     imported = left_out = 0
+    largest = (0, 0)  # height and width of the largest image that was resized
     with TrajectoryWriter(target, {"released": str(config.released)}) as writer:
         for found in iter_released(config.released, image_root=config.image_root or None):
             if isinstance(found, Problem):
                 print(f"left out: {found}")
                 left_out += 1
             else:
-                writer.add(*resized(*found, config.image_area, config.image_multiple))
+                trajectory, images = resized(*found, config.image_area, config.image_multiple)
+                changed = [pixels.shape[:2] for name, pixels in found.images.items() if name not in images]
+                largest = max(largest, *changed, key=math.prod) if changed else largest
+                writer.add(trajectory, images)
                 imported += 1
         if not imported:
             raise UserError(f"{config.released!r} holds no usable sample.", "See the reasons above.")
+    if any(largest):
+        print(f"construct: images are resized to about {config.image_area} pixels, the largest from {largest[1]} x "
+              f"{largest[0]}; --config.image_area={math.prod(largest)} keeps their size")
     return {"imported": imported, "left_out": left_out}
 
 

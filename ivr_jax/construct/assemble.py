@@ -1,4 +1,4 @@
-"""From the journal to what users take away: the dataset, the released folders, a gallery, a summary."""
+"""From the journal to the dataset, the released folders, a gallery and a summary."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _IN_GALLERY = 8  # trajectories of each mode
 def write_dataset(
     target: Path, journal: Journal, found: Pass, provenance: Mapping[str, Any], area: int = 0, multiple: int = 1
 ) -> None:
-    """Writes what `found` chose as the dataset `target`, whole or not at all.
+    """Writes what `found` chose as the dataset `target`, atomically.
 
     Args:
       area, multiple: images are fitted to about so many pixels, sides in these multiples; an area of 0 leaves them.
@@ -101,12 +101,12 @@ def write_summary(path: Path, found: Pass, journal: Journal, services: Sequence[
 
 def _this_run(services: Sequence[Service]) -> dict[str, dict[str, Any]]:
     """What this process asked, by service; services of one name (a fallback that is the same model, say) together."""
-    told: dict[str, dict[str, Any]] = {}
+    counted: dict[str, dict[str, Any]] = {}
     for service in services:
         counts = service.caller.counts
-        row = told.setdefault(service.name, {"calls": 0, "answered": 0, "from_record": 0, "faults": {}})
+        row = counted.setdefault(service.name, {"calls": 0, "answered": 0, "from_record": 0, "faults": {}})
         row["calls"] += counts.calls
         row["answered"] += counts.answered
         row["from_record"] += counts.recorded
         row["faults"] = dict(sorted((collections.Counter(row["faults"]) + counts.faults).items()))
-    return told
+    return counted

@@ -49,7 +49,7 @@ class Baseline:
         Args:
           entries: the input, read a batch at a time.
           known: whether an entry is recorded already; a batch of such entries is not drawn again.
-          progress: told how many images of the batch are drawn.
+          progress: called with how many images of the batch are drawn.
         """
         key, remaining = jax.random.key(self.seed), iter(entries)
         for number in itertools.count():

@@ -8,12 +8,12 @@
 
 Each step is drawn on the image before it, the first one on the *sources* (not on the failed G1), judged by itself and
 tried up to 3 times.  What is stored is pruned: the failed reflections and the failed tries of a step go, `G1 E1` stays.
-Every stored evaluation judges against the whole request, so while steps remain it fails honestly, and the last one
+Every stored evaluation judges against the whole request, so while steps remain it fails, and the last one
 passes; what the analyzer thought of the step alone is kept beside it as `Round.step_evaluation`.
 
 Choices that the paper leaves open: a step whose image already meets the whole request ends the trajectory, even if the
-plan went on; the multi-step thresholds judge the whole request too, once there are steps; later steps are shown the
-last image in the place of the first source, with the other references behind it, where the prompt counts them.
+plan has more steps; once there are steps, the multi-step thresholds judge the whole request too; a later step gets the
+last image in the place of the first source, followed by the other sources.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def source(config: Any, journal: Journal, progress: Callable[[str], None] = lamb
 
     Args:
       journal: what is recorded needs no first image.
-      progress: told what is going on while the baseline draws.
+      progress: called with what is being drawn while the baseline draws.
 
     Raises:
       UserError: the list holds no usable sample, or the baseline cannot be loaded.

@@ -93,8 +93,8 @@ def iter_released(
       image_root: where images may lie besides the sample's own folder; the files' relative paths start here, absolute
         ones must lead inside.
       rules: their thresholds turn scores into verdicts.
-      strict: quarantine what a model should not learn from: a final image that fails, a sample that goes on after an
-        image that passes, a step that fails, a recorded failure.
+      strict: quarantine what a model should not learn from: a final image that fails, a sample with images after one
+        that passes, a step that fails, a recorded failure.
 
     Yields:
       A trajectory with its images, or the problem that kept a folder from becoming one.
@@ -296,7 +296,7 @@ def _check_worth(trajectory: Trajectory, result: Mapping[str, Any], where: str) 
             raise UserError(f"{where}: the final image fails ({_low(r.evaluation)}).", "Leave the sample out.")
         if not last and r.evaluation.passed:
             raise UserError(
-                f"{where}: image {number} passes, yet the sample goes on.", "Cut it there, or leave it out."
+                f"{where}: image {number} passes, but further images follow.", "Cut it there, or leave it out."
             )
 
 
@@ -367,18 +367,18 @@ def result_from_trajectory(
 
 
 def write_trajectory(
-    root: str | os.PathLike, trajectory: Trajectory, images: Images, told_root: str | os.PathLike | None = None
+    root: str | os.PathLike, trajectory: Trajectory, images: Images, recorded_root: str | os.PathLike | None = None
 ) -> Path:
     """Writes `root/<key>/` (all of it or nothing) and returns its path; `images` as in `construct`.
 
-    The paths in `result.json` start with `told_root` where that is given (`root` is about to be moved there).
+    The paths in `result.json` start with `recorded_root` where that is given (`root` is about to be moved there).
 
     Raises:
       UserError: the key cannot name a folder, the folder exists, or an image is missing.
     """
     folder = Path(root) / checked_key(trajectory.sample.key, "a trajectory")
-    told = folder if told_root is None else Path(told_root) / folder.name
-    result, names = result_from_trajectory(trajectory, str(told))
+    recorded = folder if recorded_root is None else Path(recorded_root) / folder.name
+    result, names = result_from_trajectory(trajectory, str(recorded))
     return _write_folder(folder, result, names, images)
 
 
@@ -397,7 +397,7 @@ def write_outcome(success_dir: str | os.PathLike, fail_dir: str | os.PathLike, o
 def _result(
     sample: Sample, history: Sequence[Drawing], failure: str | None, folder: str, by_name: bool = False
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    def told(file: str, name: str) -> str:
+    def path_of(file: str, name: str) -> str:
         return f"{folder}/{name}.png" if by_name else f"{folder}/{file}"
 
     sources = {
@@ -412,19 +412,19 @@ def _result(
             file = f"step2_reflect_edit_result_{len(reflections)}.png"
         else:
             file = f"step4_multi_step_edit_result_{len(steps)}.png"
-        names[file], final = drawing.image, told(file, drawing.image)
+        names[file], final = drawing.image, path_of(file, drawing.image)
         if isinstance(drawing.cause, Reflection):
             reflections.append(_reflection_json(drawing, final))
         elif drawing.cause is not None:
             steps.append(_step_json(drawing, final))
-    paths = [told(file, name) for file, name in sources.items()]
+    paths = [path_of(file, name) for file, name in sources.items()]
     passed = failure is None
     result = {
         "task_id": sample.key,
         "edit_key": sample.facts.get("edit_key", {"category": sample.category} if sample.category else None),
         "original_image_path": paths if len(paths) > 1 else paths[0] if paths else None,
         "edit_prompt": sample.prompt,
-        "direct_edit_image_path": told("step1_direct_edit_result.png", history[0].image),
+        "direct_edit_image_path": path_of("step1_direct_edit_result.png", history[0].image),
         "evaluation": _evaluation_json(history[0].evaluation, WHOLE_REQUEST),
         "reflect": reflections,
         "multi_step": steps,

@@ -1,13 +1,13 @@
-"""Construction that can be left alone, killed at any moment, and taken up again.
+"""Construction of many samples, unattended and resumable: it may be killed at any moment.
 
 What became of a sample is one of
 
     kept or surplus   a trajectory, recorded
     dropped           a verdict: the analyzer found why there is none, recorded
-    pending           a service gave no answer; nothing is concluded, and the next run takes it up again
+    pending           a service gave no answer; nothing is concluded, and the next run retries it
     quarantined       the sample itself cannot be used (an image that is missing, damaged or a bomb), with the reason
 
-Whatever is recorded (samples, and every single answer of a service) is in the journal and is not done again.  The
+Recorded samples and answers of services are in the journal and are not repeated.  The
 dataset is written at the end, from the journal alone and in the order of the input, so it does not depend on how
 often, or where, the run was interrupted.
 """

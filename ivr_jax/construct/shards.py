@@ -1,7 +1,7 @@
 """Parts of one construction, for several machines.
 
 Each machine constructs the samples whose key falls into its part, in a workdir of its own; merging copies what their
-journals know into one journal, and construction goes on from there with all of the samples.  So the merged dataset
+journals hold into one journal, and construction continues from there with all samples.  So the merged dataset
 does not depend on the number of parts, and samples that a part left pending are simply constructed then.
 """
 
@@ -33,7 +33,7 @@ class Shard:
             return cls()
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if match is None or not int(match.group(1)) < int(match.group(2)):
-            raise UserError(f"the shard {text!r} cannot be.", "Write i/n with i from 0 to n - 1, as in --shard=0/8.")
+            raise UserError(f"the shard {text!r} is not i/n with i in [0, n).", "Write it as in --shard=0/8.")
         return cls(int(match.group(1)), int(match.group(2)))
 
     def holds(self, key: str) -> bool:
@@ -65,6 +65,6 @@ def merge(journal: Journal, workdirs: Iterable[str], config: Any, ignore: Iterab
         except UserError as error:
             raise UserError(f"{workdir}: {error.what}", "Merge parts of one construction only.") from error
         if (workdir / "journal").resolve() == journal.path.resolve():
-            raise UserError(f"{workdir} is to be merged into itself.", "Use another --workdir for the whole.")
+            raise UserError(f"{workdir} is to be merged into itself.", "Use another --workdir.")
         with Journal(workdir / "journal") as part:
             journal.take(part)

@@ -43,7 +43,7 @@ def write_released(dataset: TrajectoryDataset, out: Path) -> tuple[int, list[Pro
             except UserError as error:
                 problems.append(Problem(dataset.path / key, str(error)))
                 continue
-            write_trajectory(partial, trajectory, dataset.images(trajectory), told_root=out)
+            write_trajectory(partial, trajectory, dataset.images(trajectory), recorded_root=out)
             written += 1
     return written, problems
 

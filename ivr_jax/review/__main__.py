@@ -6,7 +6,7 @@
 
 The command prints one address a reviewer; each holds a secret of its own, made anew at every start, and works on this
 machine alone (over SSH: `ssh -L 8321:127.0.0.1:8321 HOST`).  Decisions are kept in DATASET.review.sqlite3 beside the
-dataset; with them the review goes on where it was left.
+dataset; the review resumes from them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(call: cli.Call) -> None:
     place = dataset.path.resolve()
     file = Path(call.flags.decisions or place.with_name(f"{place.name}.review.sqlite3")).expanduser()
     if (call.flags.report or call.flags.write) and not file.exists():
-        raise UserError(f"there are no decisions at {file}.", "Serve the page first, or mend --decisions.")
+        raise UserError(f"there are no decisions at {file}.", "Serve the page first, or correct --decisions.")
     decisions = Decisions(file, dataset.fingerprint, call.flags.reviewers)
     try:
         if call.flags.write:

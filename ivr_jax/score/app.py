@@ -25,12 +25,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from ivr_jax.config import Positive, Section
 from ivr_jax.errors import UserError
 from ivr_jax.score.scoring import Scorer
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(Section, name="limits"):
     """What one caller may ask for.
 
     Attributes:
@@ -39,14 +40,9 @@ class Limits:
       pending: rollouts in progress, of all requests together.
     """
 
-    batch: int
-    body_mb: int
-    pending: int
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if value < 1:
-                raise UserError(f"`limits.{name}` is {value}.", "Give a whole number of at least 1.")
+    batch: Positive
+    body_mb: Positive
+    pending: Positive
 
 
 class ScoreApp:

@@ -93,10 +93,10 @@ class ServiceAnalyzer:
     async def root_cause(self, sample: Sample, images: Images, attempts: Sequence[Attempt]) -> RootCause:
         """See `Analyzer.root_cause`."""
         pictures = (*_sources(sample, images), *_numbered("Attempt", [attempt.image for attempt in attempts]))
-        told = [
+        seen = [
             {"reflection": a.reflection, "verdicts": list(zip(AXES, a.evaluation.axes, strict=True))} for a in attempts
         ]
-        return await self._ask("root_cause", pictures, _CAUSE, _read_cause, **_about(sample, False), attempts=told)
+        return await self._ask("root_cause", pictures, _CAUSE, _read_cause, **_about(sample, False), attempts=seen)
 
     async def decompose(self, sample: Sample, images: Images) -> tuple[str, ...]:
         """See `Analyzer.decompose`; how many steps are too many is for the escalation to say."""
@@ -107,7 +107,7 @@ class ServiceAnalyzer:
     ) -> float:
         """See `Analyzer.judge_reasoning`: a score s from 1 to 5 becomes (s - 1) / 4."""
         if kind not in KINDS:
-            raise UserError(f"there is no kind of reasoning {kind!r}.", f"Use one of: {', '.join(KINDS)}.")
+            raise UserError(f"unknown kind of reasoning {kind!r}.", f"Use one of: {', '.join(KINDS)}.")
         pictures = (*_sources(sample, images), *_numbered("Drawing", previous))
         score, _ = await self._ask(
             "judge_reasoning",
@@ -139,7 +139,7 @@ class ServiceAnalyzer:
 
 
 def _about(sample: Sample, explained: bool = True) -> dict[str, Any]:
-    """What a prompt is told of the request."""
+    """The values of the request in a prompt."""
     known = {"prompt": sample.prompt, "sources": len(sample.sources)}
     return known | {"explanation": sample.explanation} if explained else known
 

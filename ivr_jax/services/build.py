@@ -32,7 +32,7 @@ def service_from_config(
     Args:
       section: a config section with the fields of `ServiceConfig`.
       records: where answers are kept; None keeps nothing.
-      has_fallback: whether another service is asked when this one is sick.
+      has_fallback: whether another service is asked when this one fails.
       environment: where keys are looked up; the process's own variables when None.
 
     Raises:
@@ -47,7 +47,7 @@ def service_from_config(
     elif config.kind == "gateway":
         transport = GatewayTransport(config, secret(config.app_variable, environment), key)
     else:
-        raise UserError(f"a service of the kind {config.kind!r} is not spoken with.", f"Use one of {REMOTE}.")
+        raise UserError(f"unknown kind of service {config.kind!r}.", f"Use one of {REMOTE}.")
     return Service(config, transport, records, has_fallback)
 
 

@@ -1,11 +1,11 @@
-"""One careful call after another: limits, time-outs, retries with jittered back-off, and a circuit breaker.
+"""Calls of one service: limits, time-outs, retries with jittered back-off, and a circuit breaker.
 
 A question is asked up to `tries` times.  What went wrong decides what follows:
 
     Fault     time-out, lost connection, 429, 5xx, an unusable answer     asked again, not before `Retry-After`
     Rejected  400, 413, 422, a refusal of this very question              not asked again: ServiceFailed
     CutOff    the answer reached max_tokens                               not asked again at the same max_tokens
-    UserError wrong key, no such model, no such address                   ends the run: no other question fares better
+    UserError wrong key, no such model, no such address                   ends the run: it would fail for every question
 
 After `breaker_failures` faults in a row the breaker opens: nobody calls, except for one probe every `breaker_rest`
 seconds.  Without a fallback everyone waits for a probe that succeeds, up to `patience` seconds; then the service is
@@ -51,7 +51,7 @@ class Fault(Exception):
     Attributes:
       kind: a word or two for the summary ("time-out", "429", "unusable answer").
       retry_after: seconds that the server asks to wait, or None.
-      sick: whether it says something about the service's health (an unusable answer does not).
+      sick: whether the breaker counts it as a failure of the service (an unusable answer is none).
     """
 
     def __init__(self, kind: str, detail: str = "", retry_after: float | None = None, sick: bool = True):
@@ -153,11 +153,11 @@ class Breaker:
 
 
 class Caller:
-    """Asks one service, as carefully as `config` says.
+    """Calls one service within the limits of its config.
 
     Args:
       config: limits and prices.
-      has_fallback: whether someone else can be asked when this service is sick.
+      has_fallback: whether another service is asked when this one fails.
       seed: of the jitter.
     """
 

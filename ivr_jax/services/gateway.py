@@ -1,4 +1,4 @@
-"""The gateway that the released scripts speak with, for those who have access to one.
+"""The gateway that the released scripts call, for those who have access to one.
 
     POST BASE/chat_completions          {"model", "messages", "temperature", "max_tokens"}
                                         -> {"code": 0, "response": text}  or  {"code": 0, "detail": chat completion}

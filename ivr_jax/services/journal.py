@@ -1,12 +1,12 @@
-"""What construction knows so far, on disk: every answer of a service, every finished sample, every image.
+"""Records on disk: every answer of a service, every finished sample, every image.
 
     JOURNAL/journal.sqlite    calls     hash of the question -> the answer (text, or an image's name), tokens, cost
                               outcomes  sample key -> what became of it, as JSON
                               images    name -> PNG, for small images
     JOURNAL/images/ab/ab….png           larger images
 
-Each entry is written at once and whole (SQLite's write-ahead log; images under a temporary name, then renamed), so a
-process that is killed at any moment loses only what was on its way.  One process writes; it holds a lock.
+Each entry is written atomically and at once (SQLite's write-ahead log; images under a temporary name, then renamed),
+so a process that is killed loses only the calls in flight.  One process writes; it holds a lock.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Journal:
 
     @staticmethod
     def begun(path: Path) -> bool:
-        """Whether something is on record in the journal `path`, or a process is at it, or nobody can tell."""
+        """Whether the journal `path` has records; True when that cannot be read (another process uses it, say)."""
         if not (path / "journal.sqlite").exists():
             return False
         try:

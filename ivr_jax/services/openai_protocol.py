@@ -1,4 +1,4 @@
-"""The OpenAI protocol, spoken by GPT, by Qwen3-VL behind vLLM or SGLang, and by Gemini's compatible endpoint.
+"""The OpenAI protocol, served by GPT, by Qwen3-VL behind vLLM or SGLang, and by Gemini's compatible endpoint.
 
 Requests go through the `openai` client, over aiohttp; replies are read as they came: the client's typed models would
 cost more than everything else in a call, and would not make a faulty reply any more usable.
@@ -141,7 +141,7 @@ class OpenAITransport:
         files = [
             (f"image_{i}.png", await self._pictures.png(picture), "image/png") for i, picture in enumerate(sources)
         ]
-        with self._speaking():
+        with self._translated_errors():
             edit = self._client.images.with_raw_response.edit
             reply = await edit(image=files if len(files) > 1 else files[0], **request)
         return self._parsed(reply)
@@ -150,7 +150,7 @@ class OpenAITransport:
         await self._client.close()
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        with self._speaking():
+        with self._translated_errors():
             reply = await self._client.post(path, body=body, cast_to=httpx2.Response)
         return self._parsed(reply)
 
@@ -160,7 +160,7 @@ class OpenAITransport:
         return value
 
     @contextlib.contextmanager
-    def _speaking(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         """Translates the client's exceptions; their own texts may quote the request, so they are not chained."""
         who = self._config.name
         try:

@@ -58,4 +58,4 @@ class Prompts:
         except (OSError, ValueError) as error:
             raise UserError(f"the prompt {file} cannot be read: {error}.", f"Start from a copy of {FOLDER}.") from error
         except jinja2.TemplateError as error:
-            raise UserError(f"the prompt {file} is no template: {error}.", "Mend it.") from error
+            raise UserError(f"the prompt {file} is no template: {error}.", "Correct it.") from error

@@ -53,7 +53,7 @@ class Records(Protocol):
         """The recorded answer, if there is one."""
 
     def record_call(self, digest: str, service: str, answer: Recorded) -> None:
-        """Keeps an answer, at once and whole."""
+        """Keeps an answer; it is on disk when this returns."""
 
     def image(self, name: str) -> Pixels | None:
         """The pixels of a recorded image; None when they are gone or damaged."""
@@ -99,7 +99,7 @@ class Service:
 
     Args:
       config: the service's settings.
-      transport: how to speak with it.
+      transport: the protocol.
       records: where its answers are kept; None keeps nothing.
       has_fallback: see `Caller`.
     """

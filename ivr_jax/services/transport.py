@@ -1,7 +1,7 @@
-"""What a transport is, and how images travel.
+"""What every protocol shares: images on the wire, errors, the shape of replies.
 
-A transport makes one call and tells what happened in the caller's terms (`Reply`, `Fault`, `Rejected`, `UserError`); it
-neither waits nor repeats.
+A transport makes one call and returns a `Reply`, or raises what the caller understands (`Fault`, `Rejected`,
+`UserError`).  It neither waits nor retries.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class PictureEncoder:
 
 
 class Transport(Protocol):
-    """One way to speak with a service."""
+    """One protocol."""
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         """Asks for a text that fits the JSON schema."""
