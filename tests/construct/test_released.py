@@ -139,7 +139,7 @@ def test_a_step_needs_quality_4(success):
             lambda r: r.update(evaluation=scores(instruction=2)),
             "the final image fails (instruction 2)",
         ),
-        ("coffee_mirrored", lambda r: r.update(evaluation=scores()), "image 1 passes, yet the sample goes on"),
+        ("coffee_mirrored", lambda r: r.update(evaluation=scores()), "image 1 passes"),
         (
             "portrait_grey",
             lambda r: r.update(failure_reason="Direct edit failed"),
@@ -263,8 +263,9 @@ def test_an_import_takes_the_image_root_and_names_each_folder_once(success, tmp_
     shutil.move(success / "portrait_grey" / "original_image.png", tmp_path / "photographs" / "portrait_grey.png")
     config = config_from_argv(["--config=micro_construct", f"--config.released={success}"])
     assert import_released(config, tmp_path / "without")["left_out"] == 1
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "is not in the folder. Copy it there" in line and line.count(str(success)) == 1
+    line, resized = capsys.readouterr().out.splitlines()
+    assert "original_image.png" in line and line.count(str(success)) == 1
+    assert "--config.image_area=" in resized
     config.image_root = str(tmp_path)
     assert import_released(config, tmp_path / "with")["left_out"] == 0
 
