@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.services = _services.world()
     config.prompts = ""  # a folder of prompts for the services; ivr_jax/services/prompts when empty
     config.tasks = ConfigDict({"level": 0, "seed": 2, "edits": (1, 1, 3, 6), "limit": 100_000})
-    config.quotas = ConfigDict({"direct": 1800, "reflection": 900, "multi_step": 1800, "evaluation": 0})
+    config.quotas = ConfigDict({"direct": 1200, "reflection": 800, "multi_step": 1200, "evaluation": 0})
     config.rules = ConfigDict(
         {
             "thresholds": None,
