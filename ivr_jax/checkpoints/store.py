@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -139,8 +140,13 @@ def _current(meta: dict[str, Any]) -> dict[str, Any]:
     return meta
 
 
-def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Parameters alone, placed like `like`, and the metadata.
+def read_params(
+    path: str | os.PathLike, kind: str, like: Any, padded: Sequence[str] = ()
+) -> tuple[Any, dict[str, Any]]:
+    """Parameters alone, with the shardings and dtypes of `like`, and the metadata.
+
+    Arrays named in `padded` may be larger or smaller than stored: zeros are added at the end of their axes, or what is
+    there left out.
 
     Optimiser state is never read; adapters (LoRA) are merged into the kernels that they adapt, and the metadata then
     does not speak of them.
@@ -160,6 +166,8 @@ def read_params(path: str | os.PathLike, kind: str, like: Any) -> tuple[Any, dic
     tree = {"params": wanted}
     try:
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        for name in set(padded) & restore_args["params"].keys():
+            restore_args["params"][name] = dataclasses.replace(restore_args["params"][name], strict=False)
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(
                 folder / "state",

@@ -34,6 +34,11 @@ from ivr_jax.world.language import PHRASES
 
 BACKBONE, IMAGE_TOKENIZER = "backbone", "image_tokenizer"
 MICRO = "micro"
+VOCABULARY = ("embed", "lm_head")  # arrays that `vocab_multiple` pads
+MAY_DIFFER = (  # fields of BackboneConfig that say how a model computes, not which one it is
+    "dtype", "param_dtype", "remat", "unroll", "attention", "fsdp_over_tensor", "dropout", "attention_dropout",
+    "vocab_multiple",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -119,8 +124,9 @@ def load(
       codec: an image tokenizer already loaded.
       text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
       mesh: where the parameters go, shard by shard; one device by default.
-      options: fields of BackboneConfig that may differ from the checkpoint's: those that change no shape.  `dtype` is
-        what is computed in, `param_dtype` what the parameters are cast to as they are read, a shard at a time.
+      options: fields of BackboneConfig.  Those of `MAY_DIFFER` replace the checkpoint's: it computes in `dtype`, its
+        parameters are cast to `param_dtype` as they are read, a shard at a time, and `vocab_multiple` pads the
+        vocabulary.  All others must be the checkpoint's.
     """
     folder = packed.folder_of(path)
     meta = packed.read_record(folder)[BACKBONE] if folder else store.read_meta(path)
@@ -147,7 +153,7 @@ def load(
     if not text_tokenizer_path and text_kind != MICRO:
         text_kind = _nearby(path, text_kind, "text")
     tokenizer = text_tokenizer(str(text_kind), codec.config.n_embed)
-    config = BackboneConfig(**_tuples({**meta["model"], **options}))
+    config = _config(meta["model"], options, path)
     check_vocabulary(tokenizer, config, meta, path)
     like = backbone.param_shapes(config)
     if mesh is not None:
@@ -155,8 +161,21 @@ def load(
     if folder:
         params = packed.read_params(folder, BACKBONE, like)
     else:
-        params, meta = store.read_params(path, BACKBONE, like)
+        params, meta = store.read_params(path, BACKBONE, like, VOCABULARY)
     return System(config, params, tokenizer, codec, meta, mesh)
+
+
+def _config(model: Mapping[str, Any], options: Mapping[str, Any], path: str | os.PathLike) -> BackboneConfig:
+    """The checkpoint's config with `options`.  Raises UserError for an option that its weights do not allow."""
+    stored, config = BackboneConfig(**_tuples(model)), BackboneConfig(**_tuples({**model, **options}))
+    for name in options:
+        if name not in MAY_DIFFER and getattr(stored, name) != getattr(config, name):
+            raise UserError(
+                f"model.{name} is {options[name]!r}, and the checkpoint {str(path)!r} was made with "
+                f"{getattr(stored, name)!r}.",
+                "Give the checkpoint's value, or start from another checkpoint.",
+            )
+    return config
 
 
 def backbone_meta(

@@ -104,17 +104,23 @@ def read_orbax(path: Path) -> Model:
     return Model(meta["kind"], config, params, extra, companions if meta["kind"] == BACKBONE else ())
 
 
-def read_hf(path: Path, param_dtype: str, vocab_multiple: int = 1) -> Model:
+def read_hf(path: Path, param_dtype: str | None = None, vocab_multiple: int = 1) -> Model:
     """A folder of weights, to be read a part at a time: an image tokenizer if a config says so, else a decoder.
 
-    `vocab_multiple` is the decoder's (see `BackboneConfig`).
+    Args:
+      param_dtype: of the parameters, in which a decoder also computes; None: bfloat16 when all files are, else float32.
+      vocab_multiple: of a decoder (see `BackboneConfig`).
     """
+    if param_dtype is None:
+        found = {tensor.dtype.name for tensor in hf.open_weights(path).values()}
+        param_dtype = "bfloat16" if found == {"bfloat16"} else "float32"
     fields = hf.read_mapping(path, ("config.yaml", "config.json"))
     decodes = str(fields.get("model_type")).lower() in MODEL_TYPES
     if (path / "config.yaml").is_file() or not decodes and ImageTokenizerConfig.describes(fields):
         image_config, params = hf.open_image_tokenizer(path, param_dtype=param_dtype)
         return Model(IMAGE_TOKENIZER, image_config, params, _extra(path))
-    config, params = hf.open_backbone(path, param_dtype=param_dtype, vocab_multiple=vocab_multiple)
+    dtypes = {"param_dtype": param_dtype, "dtype": param_dtype}
+    config, params = hf.open_backbone(path, vocab_multiple=vocab_multiple, **dtypes)
     companions = _companions(path, code=bool(fields.get("auto_map")))  # modules that config.json names
     return Model(BACKBONE, config, params, {"hf_config": dict(fields), **_extra(path)}, companions)
 
@@ -264,8 +270,9 @@ def add_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("vocab_multiple", 1, "pad an imported decoder's vocabulary inside to a multiple of this, so "
                          "that a mesh can divide it", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("overwrite", False, "replace the new folder if it is there already", flag_values=values)
-    flags.DEFINE_enum("param_dtype", "float32", ["float32", "bfloat16"],
-                      "of imported parameters; float32 is what training should start from", flag_values=values)
+    flags.DEFINE_enum("param_dtype", None, ["float32", "bfloat16"],
+                      "of imported parameters; by default that of the files; float32 makes a master copy for training",
+                      flag_values=values)
 
 
 def main(call: cli.Call) -> None:
@@ -289,7 +296,7 @@ def convert_checkpoint(
     model_type: str | None = None,
     dtype: str | None = None,
     vocab_multiple: int = 1,
-    param_dtype: str = "float32",
+    param_dtype: str | None = None,
 ) -> None:
     """Converts a backbone or an image tokenizer, a part of a tensor at a time, and prints the certificate.
 

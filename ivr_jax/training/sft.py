@@ -41,8 +41,6 @@ from ivr_jax.world.practice import PracticeOptions
 
 HELD_OUT_BATCHES = 4
 DROPOUT = 1  # folded into a step's key for its dropout
-# of config.model, these hold for a model from `init` as well
-COMPUTED = ("dtype", "param_dtype", "remat", "unroll", "fsdp_over_tensor", "dropout", "attention_dropout")
 
 
 def selective_loss(
@@ -156,9 +154,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
     options = as_dataclass(lora.LoraOptions, config.lora)
     if config.init:
-        computed = {name: config.model[name] for name in COMPUTED if name in config.model}
         text = config.text_tokenizer
-        initial = systems.load(config.init, codec=codec, text_tokenizer_path=text, mesh=mesh, **computed)
+        initial = systems.load(config.init, codec=codec, text_tokenizer_path=text, mesh=mesh, **config.model)
         model, params = initial.config, initial.params
     elif options.rank:
         raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")

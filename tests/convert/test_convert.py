@@ -91,9 +91,21 @@ def test_an_emu_tokenizer_beside_the_weights_is_recorded_and_follows_training(ex
     assert (tmp_path / "hf" / "emu3.tiktoken").read_text() == "emu3.tiktoken"
 
 
-def test_bfloat16_files_make_float32_masters_and_come_back_bit_equal(tmp_path, params, capsys):
+def test_an_import_keeps_the_dtype_of_its_files_and_computes_in_it(tmp_path, params, capsys):
     hf.export_backbone(CONFIG, params, tmp_path / "hf", dtype="bfloat16")
     convert_command("--from=hf", tmp_path / "hf", "--to=orbax", tmp_path / "run")
+    assert "bfloat16 in the files and here" in capsys.readouterr().out
+    model = convert.read_orbax(tmp_path / "run")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+    assert (model.config.dtype, model.config.param_dtype) == ("bfloat16", "bfloat16")
+    assert convert.read_hf(tmp_path / "hf", "float32").config.dtype == "float32"
+    hf.export_backbone(CONFIG, params, tmp_path / "wide", dtype="float32")
+    assert convert.read_hf(tmp_path / "wide").config.param_dtype == "float32"
+
+
+def test_bfloat16_files_make_float32_masters_and_come_back_bit_equal(tmp_path, params, capsys):
+    hf.export_backbone(CONFIG, params, tmp_path / "hf", dtype="bfloat16")
+    convert_command("--from=hf", tmp_path / "hf", "--to=orbax", tmp_path / "run", "--param_dtype=float32")
     assert "float32 master parameters from bfloat16 files: each value exactly the file's" in capsys.readouterr().out
     convert_command("--from=orbax", tmp_path / "run", "--to=hf", tmp_path / "back", "--dtype=bfloat16")
     assert "bfloat16 files of float32 parameters: each value rounded from the parameter's" in capsys.readouterr().out
@@ -300,7 +312,7 @@ def test_image_tokenizer_as_a_bfloat16_pickle(tmp_path, config, capsys):
     if config == "config.json":
         (folder / config).write_text(json.dumps(yaml.safe_load((folder / "config.yaml").read_text())))
         (folder / "config.yaml").unlink()
-    convert_command("--from=hf", folder, "--to=orbax", tmp_path / "run")
+    convert_command("--from=hf", folder, "--to=orbax", tmp_path / "run", "--param_dtype=float32")
     said = capsys.readouterr().out
     assert f"{len(state)} of {len(state)}" in said and "float32 master parameters from bfloat16 files" in said
     params, _ = store.read_params(tmp_path / "run", "image_tokenizer", image_tokenizer.param_shapes(IMAGES))

@@ -1,0 +1,62 @@
+"""What a checkpoint may be loaded as: how it computes may change, which model it is may not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ivr_jax import sharding
+from ivr_jax.checkpoints import store
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.errors import UserError
+from ivr_jax.models import backbone
+from ivr_jax.models.backbone_config import BackboneConfig
+
+CONFIG = BackboneConfig(
+    vocab_size=21, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    params = backbone.init_params(CONFIG, jax.random.key(0))
+    checkpointer = store.Checkpointer(folder)
+    checkpointer.save(0, {"params": params}, None, {"kind": systems.BACKBONE, "model": dataclasses.asdict(CONFIG)})
+    checkpointer.close()
+    return folder, params
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 8])
+def test_the_vocabulary_is_padded_and_cast_as_it_is_read(saved, multiple):
+    folder, params = saved
+    config = dataclasses.replace(CONFIG, vocab_multiple=multiple, param_dtype="bfloat16")
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    like = sharding.abstract_sharded(mesh, backbone.param_axes(config), backbone.param_shapes(config))
+    read, _ = store.read_params(folder, systems.BACKBONE, like, systems.VOCABULARY)
+    rows = config.padded_vocab_size
+    assert read["embed"].shape == (rows, 8) and read["lm_head"].shape == (8, rows)
+    for ours, theirs in ((read["embed"], params["embed"]), (read["lm_head"].T, params["lm_head"].T)):
+        assert ours.dtype == "bfloat16" and not np.asarray(ours[21:], np.float32).any()
+        np.testing.assert_array_equal(np.asarray(ours[:21]), np.asarray(theirs.astype("bfloat16")))
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("hidden_size", 16), ("num_hidden_layers", 3), ("rope_theta", 1e4), ("max_position_embeddings", 7),
+    ("rms_norm_eps", 1e-5), ("tie_word_embeddings", True),
+])  # fmt: skip
+def test_an_option_that_makes_it_another_model_is_named(name, value):
+    with pytest.raises(UserError) as caught:
+        systems._config(dataclasses.asdict(CONFIG), {name: value}, "run")
+    assert f"model.{name}" in caught.value.what and repr(value) in caught.value.what
+
+
+def test_options_of_how_it_computes_are_taken():
+    wanted = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full", "vocab_multiple": 4, "dropout": 0.1,
+              "hidden_size": 8}  # fmt: skip
+    config = systems._config(dataclasses.asdict(CONFIG), wanted, "run")
+    assert all(getattr(config, name) == value for name, value in wanted.items())
