@@ -37,6 +37,7 @@ from ivr_jax.report.tables import (
     compare,
     format_interval,
     format_value,
+    overall,
 )
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,7 +46,7 @@ _FIRST_CURVES = 6
 _MAIN_METRICS = re.compile(
     r"(^|[/_.])(loss|reward|total|exact|images|psnr|kl|accuracy|entropy|usage|codes?|sight)($|[/_.])", re.I
 )
-_TILES = ("exact", "outcome", "images", "pass_given_wrong")
+_TILES = ("exact", "outcome", "images", "sight", "pass_given_wrong")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def render(
         notes=list(notes),
         arms=list(evaluations),
         about=[(arm, _flat(result["about"])) for arm, result in evaluations.items() if result["about"]],
-        tiles=[_tile(BY_NAME[name], evaluations) for name in _TILES] if evaluations else [],
+        tiles=_tiles(evaluations),
         answers=[result["overall"]["answers"] for result in evaluations.values()],
         rows=_rows(evaluations),
         groupings=_groupings(evaluations),
@@ -179,9 +180,16 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "stage"
 
 
+def _tiles(evaluations: Evaluations) -> list[dict[str, Any]]:
+    """The headline figures that were measured."""
+    measures = [BY_NAME[name] for name in _TILES]
+    measured = [m for m in measures if any(m.of(overall(result))["n"] for result in evaluations.values())]
+    return [_tile(measure, evaluations) for measure in measured]
+
+
 def _tile(measure: Measure, evaluations: Evaluations) -> dict[str, Any]:
     """One headline figure: the value of the last main arm, and every other arm's below it."""
-    values = {arm: format_value(measure, measure.of(result["overall"])) for arm, result in evaluations.items()}
+    values = {arm: format_value(measure, measure.of(overall(result))) for arm, result in evaluations.items()}
     headline = ([arm for arm in values if arm in MAIN_ARMS] or list(values))[-1]
     return {
         "title": measure.title,
@@ -193,7 +201,7 @@ def _tile(measure: Measure, evaluations: Evaluations) -> dict[str, Any]:
 
 def _rows(evaluations: Evaluations) -> list[dict[str, Any]]:
     """The before/after table: each arm's estimate, and a main arm's change against the arm to its left."""
-    summaries = [result["overall"] for result in evaluations.values()]
+    summaries = [overall(result) for result in evaluations.values()]
     rows = []
     for measure in MEASURES:
         estimates = [measure.of(summary) for summary in summaries]

@@ -26,13 +26,13 @@ from ivr_jax import cli, files
 from ivr_jax.errors import UserError
 from ivr_jax.report.gates import read_gates
 from ivr_jax.report.metrics import EVALUATION_FILE, read_evaluation
-from ivr_jax.report.tables import BY_NAME
+from ivr_jax.report.tables import BY_NAME, overall
 
 RANGES_FILE = "ranges.json"
 FIGURES = (
-    "exact", "first_exact", "gain", "images", "direct", "reflection", "multi_step", "pass_given_wrong", "garbled",
+    "exact", "first_exact", "gain", "images", "direct", "reflection", "multi_step", "sight", "sight_fault",
+    "pass_given_wrong", "garbled",
 )  # fmt: skip
-PAIRED = ("sight", "sight_fault")
 
 
 def ranges(runs: Sequence[Path]) -> dict[str, Any]:
@@ -52,11 +52,7 @@ def ranges(runs: Sequence[Path]) -> dict[str, Any]:
     for folder in sorted({path.parent.name for run in runs for path in run.glob(f"eval_*/{EVALUATION_FILE}")}):
         results = [_evaluation(run / folder) for run in runs]
         for name in FIGURES:
-            values = [BY_NAME[name].of(result and result["overall"])["value"] for result in results]
-            figures.append(_row(name, values) | {"arm": folder.removeprefix("eval_")})
-        for name in PAIRED:
-            paired = [((result or {}).get("paired") or {}).get("overall") or {} for result in results]
-            values = [(summary.get(name) or {}).get("value") for summary in paired]
+            values = [BY_NAME[name].of(result and overall(result))["value"] for result in results]
             figures.append(_row(name, values) | {"arm": folder.removeprefix("eval_")})
     measured = [row for row in figures if row["mean"] is not None]
     return {"runs": [str(run) for run in runs], "gates": gates, "figures": measured}
@@ -89,7 +85,7 @@ def print_ranges(found: Mapping[str, Any], console: Console | None = None) -> No
     table = Table("Figure", "Mean", "Range", "Each run", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in found["figures"]:
         name = Text(f"{row['arm']}: {row['name'].replace('_', ' ')}")
-        table.add_row(name, *_cells(row, row["name"] in PAIRED or BY_NAME[row["name"]].is_share))
+        table.add_row(name, *_cells(row, BY_NAME[row["name"]].is_share))
     output.print(table)
 
 

@@ -52,6 +52,7 @@ class Measure:
         return dict(value) if isinstance(value, Mapping) else dict(NOTHING)
 
 
+_VERDICTS = ("calibration", "images")  # of every image that was drawn and judged
 MEASURES: tuple[Measure, ...] = (
     Measure("exact", "Exact match", ("exact",), True, 1),
     Measure("first_exact", "Own first image exact", ("first_exact",), True),
@@ -61,13 +62,26 @@ MEASURES: tuple[Measure, ...] = (
     Measure("images", "Images per answer", ("images",), False, -1),
     *(Measure(mode.value, f"Answered {mode.value.replace('_', '-')}", ("modes", mode.value), True) for mode in Mode),
     Measure(INVALID, "Invalid answers", ("modes", INVALID), True, -1),
-    Measure("pass_given_right", "P(passes | right)", ("calibration", "images", "pass_given_right"), True, 1),
-    Measure("pass_given_wrong", "P(passes | wrong)", ("calibration", "images", "pass_given_wrong"), True, -1),
-    Measure("accuracy", "Own verdict agrees", ("calibration", "images", "accuracy"), True, 1),
-    Measure("repaired", "Wrong first image repaired by a reflection", ("repaired",), True, 1),
-    Measure("garbled", "Garbled steps, critiques, observations", ("garbled",), True, -1),
+    Measure("sight", "Sight, own wrong image", ("paired", "sight"), True, 1),
+    Measure("sight_fault", "Sight, one wrong cell", ("paired", "sight_fault"), True, 1),
+    *(
+        Measure(f"{blind}{name}", "\u2013 of a blind rule" if blind else title, (*_VERDICTS, *path, name), True, better)
+        for name, title, sign in (
+            ("pass_given_right", "P(passes | right)", 1),
+            ("pass_given_wrong", "P(passes | wrong)", -1),
+            ("accuracy", "Own verdict agrees", 1),
+        )
+        for blind, path, better in (("", (), sign), ("blind_", ("blind",), 0))
+    ),
+    Measure("repaired", "Repaired by a reflection", ("repaired",), True, 1),
+    Measure("garbled", "Garbled texts", ("garbled",), True, -1),
 )
 BY_NAME: dict[str, Measure] = {measure.name: measure for measure in MEASURES}
+
+
+def overall(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary over all answers of an evaluation, with that of its paired test under "paired"."""
+    return {**result["overall"], "paired": (result.get("paired") or {}).get("overall") or {}}
 
 
 def compare(measure: Measure, after: Estimate, before: Estimate) -> dict[str, Any]:
@@ -114,16 +128,12 @@ def table(evaluations: Evaluations) -> Table:
     for arm in evaluations:
         output.add_column(Text(arm), justify="right", no_wrap=True)
     results = list(evaluations.values())
-    summaries = [result["overall"] for result in results]
+    summaries = [overall(result) for result in results]
     output.add_row("Answers", *(str(summary["answers"]) for summary in summaries))
     for measure in MEASURES:
         estimates = [measure.of(summary) for summary in summaries]
         if measure.name not in AXES and any(estimate["n"] for estimate in estimates):
             output.add_row(measure.title, *(_cell(measure, estimate) for estimate in estimates))
-    for name, title in (("sight", "Sight, own wrong image"), ("sight_fault", "Sight, one wrong cell")):
-        estimates = [((result.get("paired") or {}).get("overall") or {}).get(name, dict(NOTHING)) for result in results]
-        if any(estimate["n"] for estimate in estimates):
-            output.add_row(title, *(_cell(BY_NAME["accuracy"], estimate) for estimate in estimates))
     scores = [[BY_NAME[axis].of(summary) for axis in AXES] for summary in summaries]
     initials = " ".join(axis[0] for axis in AXES)
     output.add_row(f"Axis scores {initials}", *(_run_of(BY_NAME[AXES[0]], row) for row in scores))

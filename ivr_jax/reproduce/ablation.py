@@ -32,7 +32,7 @@ from ivr_jax.report.gates import REPRODUCE, Gate, entry_gates, print_gates
 from ivr_jax.report.metrics import EVALUATION_FILE, read_evaluation
 from ivr_jax.report.pages import render_page
 from ivr_jax.report.plots import Curve
-from ivr_jax.report.tables import BY_NAME
+from ivr_jax.report.tables import BY_NAME, overall
 from ivr_jax.reproduce import ablation_plots
 from ivr_jax.reproduce.arm import Arm
 
@@ -68,8 +68,10 @@ PAPER_SCORES = {
     "all_three": ("0.88", "78.24", "9.15"),
 }
 SUITES = ("geneval", "kris", "omnicontext")
-_FIGURES = ("images", "exact", "first_exact", "outcome", "pass_given_right", "pass_given_wrong", "direct",
-            "reflection", "multi_step")  # fmt: skip
+_FIGURES = (
+    "images", "exact", "first_exact", "outcome", "pass_given_right", "blind_pass_given_right", "pass_given_wrong",
+    "blind_pass_given_wrong", "sight", "sight_fault", "direct", "reflection", "multi_step",
+)  # fmt: skip
 PNG_URI = "data:image/png;base64,"
 _CURVES = {"images": "Images per answer", "outcome": "Outcome reward"}
 
@@ -135,14 +137,11 @@ def gather(root: Path, config: Any) -> Reproduction:
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
-    overall = result["overall"]
-    found: dict[str, Any] = {name: BY_NAME[name].of(overall) for name in _FIGURES}
+    summary = overall(result)
+    found: dict[str, Any] = {name: BY_NAME[name].of(summary) for name in _FIGURES}
     for name in ("images", "exact", "direct"):
         found[f"{name}_by_edits"] = {k: BY_NAME[name].of(v) for k, v in result["by_edits"].items()}
-    paired = (result.get("paired") or {}).get("overall") or {}
-    found |= {name: paired.get(name, {}) for name in ("sight", "sight_fault", "pass_own_wrong")}
-    blind = ((overall.get("calibration") or {}).get("images") or {}).get("blind") or {}
-    found |= {f"blind_{name}": blind.get(name, {}) for name in ("pass_given_right", "pass_given_wrong")}
+    found["pass_own_wrong"] = summary["paired"].get("pass_own_wrong", {})
     found["exact_by_suite"] = {k: BY_NAME["exact"].of(v) for k, v in result["by_suite"].items()}
     return found
 
