@@ -90,6 +90,7 @@ COMMANDS = {
     "ivr-review": "ivr_jax.review.__main__",
     "ivr-score": "ivr_jax.score.__main__",
     "ivr-serve": "ivr_jax.serve.__main__",
+    "ivr-inspect": "ivr_jax.inspect.__main__",
     "ivr-tokenise": "ivr_jax.tokenise.__main__",
     "ivr-compile": "ivr_jax.compile.__main__",
 }

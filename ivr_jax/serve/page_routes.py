@@ -306,6 +306,9 @@ def _edited(service: Service, model: ServedModel, part: Part, edits: Mapping[str
         raise UserError("this part was not finished.", "Edit an earlier one, or continue without an edit.")
     for text in texts.values():
         check_prompt(str(text), service.limits)
+        longest, count = int(model.grammar.tables.text_cap), len(model.system.tokenizer.encode(str(text).strip()))
+        if count > longest:
+            raise UserError(f"a text has {count} tokens; the model writes at most {longest}.", "Shorten it.")
     verdicts = {axis: bool(passed) for axis, passed in verdicts.items()}
     return dataclasses.replace(
         part, texts={**part.texts, **{k: str(v).strip() for k, v in texts.items()}},

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -17,7 +18,6 @@ from PIL import Image
 from serving import PROMPT, encoded, png
 
 from ivr_jax.sampling.engine import Engine
-from ivr_jax.serve import scheduler
 from ivr_jax.serve.limits import Limits
 
 ARTEFACTS = Path(__file__).resolve().parents[2] / ".cache" / "screenshots"
@@ -35,17 +35,31 @@ def server(tmp_path_factory):
         yield running
 
 
+class Calls:
+    """The engine's model calls, one a segment: it waits where it is until the test lets it go on."""
+
+    def __init__(self):
+        self.permits, self.done = threading.Semaphore(0), threading.Semaphore(0)
+
+    def one(self) -> None:
+        """Lets one call happen, and waits for it."""
+        self.permits.release()
+        assert self.done.acquire(timeout=90)
+
+
 @pytest.fixture
-def slow(monkeypatch):
-    """One model call a segment, and some time between them: what is drawn can be seen, and stopped."""
-    step = Engine.step
+def calls(monkeypatch):
+    step, made = Engine.step, Calls()
 
     def one_call(engine, calls=None, until=0):
-        time.sleep(0.05)
-        return step(engine, 1, until)
+        made.permits.acquire(timeout=90)
+        work = step(engine, 1, until)
+        made.done.release()
+        return work
 
     monkeypatch.setattr(Engine, "step", one_call)
-    monkeypatch.setattr(scheduler, "SEGMENT", 1)
+    yield made
+    made.permits.release(10_000)
 
 
 @pytest.fixture(scope="module")
@@ -164,21 +178,30 @@ def test_an_edit_with_one_and_with_two_references(server, open_page):
     assert page.locator("#references li").count() == 1
 
 
-def test_rows_appear_and_an_answer_is_stopped_inside_an_image_and_goes_on(server, open_page, slow):
+def test_rows_appear_and_an_answer_is_stopped_inside_an_image_and_goes_on(server, open_page, calls):
     page = open_page()
     ask(page, mode="reflection")
-    until(page, "/of 2 rows/.test(document.querySelector('.part.image figcaption')?.textContent ?? '')")
+    until(page, "document.querySelector('.answer') !== null")
+    rows = "[...document.querySelectorAll('.part.image figcaption')].pop()?.textContent"
+    seen = []
+    while not (page.locator(".part.reflection").count() and seen[-1:] == ["1 of 2 rows"]):
+        calls.one()
+        page.wait_for_timeout(250)
+        seen.append(page.evaluate(rows))
+        assert len(seen) < 120
+    assert {"0 of 2 rows", "1 of 2 rows", "32 × 32 pixels"} <= set(seen)
     keep(page, "unfolding")
-    page.wait_for_selector(".part.reflection")
-    last = "[...document.querySelectorAll('.part.image figcaption')].pop()"
-    until(page, f"/1 of 2 rows/.test({last}.textContent)")
-    page.keyboard.press("Escape")
+    with page.expect_response("**/stop"):
+        page.keyboard.press("Escape")
+    calls.permits.release(1000)
     finished(page)
     assert page.text_content(".status") == "stopped" and "not finished" in page.text_content(".cost")
     stopped = kinds(page)
     assert stopped[-1] == "image"
     keep(page, "stopped")
-    page.click("text=Continue")
+    before = page.url
+    page.get_by_role("button", name="Continue", exact=True).click()
+    until(page, f"location.href !== {json.dumps(before)}")
     finished(page)
     assert page.text_content(".status") == "done" and kinds(page)[: len(stopped)] == stopped
     assert kinds(page)[-1] == "evaluation"
@@ -192,18 +215,21 @@ def test_a_critique_is_edited_and_the_model_goes_on_from_there(server, open_page
     first = page.url
     page.locator(".part.reflection").first.get_by_role("button", name="Edit").click()
     box = page.locator(".part.reflection textarea")
-    box.nth(0).fill("the circle is missing")
-    box.nth(1).fill("draw the circle")
+    box.nth(0).fill("much longer than the model itself may write")
+    page.click("text=Continue from here")
+    page.wait_for_selector("#alert:not([hidden])")
+    box.nth(0).fill("no")
+    box.nth(1).fill("ok")
     page.click("text=Continue from here")
     until(page, f"location.href !== {json.dumps(first)}")
     finished(page)
     texts = page.locator(".part.reflection").first.locator(".said").all_text_contents()
-    assert texts == ["the circle is missing", "draw the circle"]
+    assert texts == ["no", "ok"]
     assert kinds(page)[:4] == ["image", "evaluation", "reflection", "image"]
     page.go_back()
     until(page, f"location.href === {json.dumps(first)}")
     finished(page)
-    assert page.locator(".part.reflection").first.locator(".said").first.text_content() != "the circle is missing"
+    assert page.locator(".part.reflection").first.locator(".said").first.text_content() != "no"
 
 
 def test_a_verdict_is_turned_and_an_image_replaced(server, open_page):

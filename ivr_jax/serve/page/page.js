@@ -104,7 +104,7 @@ const act = {
   },
   async useAsReference(uri) {
     try {
-      await addReference(await (await fetch(uri)).blob());
+      await addReference(await blobOf(uri));
       $("prompt").focus();
     } catch (error) { complain(error); }
   },
@@ -125,6 +125,12 @@ const act = {
 };
 
 // -- references --
+
+async function blobOf(uri) {
+  if (!uri.startsWith("data:")) return (await fetch(uri)).blob();
+  const bytes = Uint8Array.from(atob(uri.split(",")[1]), (letter) => letter.charCodeAt(0)); // the policy forbids to fetch it
+  return new Blob([bytes], { type: "image/png" });
+}
 
 async function upload(file) {
   const limit = server.limits.upload_bytes;

@@ -1,0 +1,77 @@
+"""A group of answers to one request of the micro-world, sampled, judged and compared as an RL step does it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import jax
+import numpy as np
+
+from ivr_jax.checkpoints.system import System
+from ivr_jax.config import as_dataclass, load_config
+from ivr_jax.errors import UserError
+from ivr_jax.inspect.tokens import Figures, Inspected, inspected, model_figures
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.rewards.functions import RewardOptions
+from ivr_jax.rewards.judge import judge_answers
+from ivr_jax.sampling.rollout import RolloutOptions, roll_out
+from ivr_jax.training.scoring import Scored, score_rollout
+from ivr_jax.world.analyzer import WorldAnalyzer
+from ivr_jax.world.sampler import sample_task
+
+CONFIG = "micro_rl"  # whose grammar and reward apply
+_SHOWN = ("outcome", "format", "step", "reflection", "total")
+
+
+def inspect_group(system: System, task: int, group: int, seed: int) -> list[Inspected]:
+    """`group` answers to task number `task` of the world, each with its tokens' figures and its reward.
+
+    Log-probabilities are the sampler's, entropies those of the model under the grammar; an answer's advantage is that
+    of all its tokens.  Raises UserError for a model that does not speak the micro-world's language.
+    """
+    if system.meta.get("text_tokenizer") != "micro":
+        raise UserError("rollouts are drawn in the micro-world, whose language this model does not speak.",
+                        "Name a model trained there, or --checkpoint=micro.")  # fmt: skip
+    config = load_config(CONFIG)
+    made = sample_task(config.prompts.level, seed, task)
+    grammar = Grammar(system.tokenizer, as_dataclass(GrammarOptions, config.grammar))
+    options = RolloutOptions(_room(system, config.answer_length), group=group)
+    rollout = roll_out(system, grammar, [made.sample], [made.images], jax.random.key(seed), options)
+    reward = as_dataclass(RewardOptions, config.reward)
+    judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), True, reward))
+    scored = score_rollout(rollout, judged, reward)
+    return [_member(system, grammar, made.sample.prompt, rollout, scored, number) for number in range(group)]
+
+
+def _room(system: System, wanted: int) -> int:
+    return min(wanted, system.config.max_position_embeddings - 192)  # the longest prompt of the world, rounded up
+
+
+def _member(system: System, grammar: Grammar, prompt: str, rollout, scored: Scored, number: int) -> Inspected:
+    answer, tokens = rollout.answers[number], rollout.answer_tokens(number)
+    whole = np.concatenate([rollout.prompt(number), tokens])
+    start = len(whole) - len(tokens)
+    size = (0, 0)
+    advantage = float(scored.advantages[0, number])
+    figures = model_figures(system, grammar, whole, start, size)
+    figures.log_prob = rollout.samples.log_probs[number, : len(tokens)]
+    figures.advantage = np.full(len(tokens), advantage)
+    facts = {"prompt": prompt, "tokens": str(len(whole)), "images": str(int(scored.images[0, number]))}
+    facts |= {name: f"{float(scored.components[name][0, number]):.3f}" for name in _SHOWN}
+    facts |= {"bonus": f"{float(scored.bonus[0, number]):.3f}", "advantage": f"{advantage:+.3f}"}
+    if answer is None:
+        facts["error"] = rollout.errors[number]
+    else:
+        facts["mode"] = answer.trajectory.mode.value
+        truth = scored.judged[number].truth
+        facts["last image"] = "right" if truth and truth[-1] is not None and truth[-1].passed else "wrong"
+    segments = () if answer is None else answer.segments
+    loss = np.arange(len(whole)) >= start
+    return inspected(system, f"member {number + 1} of {rollout.group}", facts, whole, start, segments, loss, figures)
+
+
+def with_model_figures(system: System, item) -> Figures:
+    """Log-probability and entropy of a stored answer under the model."""
+    grammar = Grammar(system.tokenizer, dataclasses.replace(GrammarOptions(), follow_verdict=False))
+    return model_figures(system, grammar, item.tokens, item.answer_start, (0, 0))
