@@ -55,9 +55,11 @@ class DraftBuffer:
         return Drafts(joined["tokens"], joined["log_probs"], joined.get("kept"))
 
     def write(self, keys: Sequence[str], drafts: Drafts) -> None:
-        """Stores the drafts of prompts, len(drafts) / len(keys) of each."""
+        """Stores the drafts of prompts, len(drafts) / len(keys) of each; those that are there already stay."""
         each = len(drafts) // len(keys)
         for number, key in enumerate(keys):
+            if self._file(key).is_file():
+                continue
             part = slice(number * each, (number + 1) * each)
             arrays = {"tokens": drafts.tokens[part], "log_probs": drafts.log_probs[part]}
             if drafts.kept is not None:

@@ -284,17 +284,16 @@ class Trainer:
         """A draft for each of `prompts`, by the policy, or by the checkpoint that the run starts from and stored."""
         samples, images = [p.sample for p in prompts], [p.images for p in prompts]
         keys = [prompt.sample.key for prompt in prompts[:: self.options.group_count]]
-        if self.drafts is not None:
-            stored = self.drafts.read(keys)
-            if stored is not None:
-                return stored
+        sampled = functools.partial(
+            sample_drafts, grammar=self.grammar, samples=samples, images=images, key=key, options=self.options.rollout,
+            layout=self.placement.layout, first=first,
+        )  # fmt: skip
+        if self.drafts is None:
+            return sampled(system)
+        if self.drafts.read(keys) is None:
             reference = lora.base(system.params) if self.reference is None else self.reference
-            system = dataclasses.replace(system, params=reference)
-        how, layout = self.options.rollout, self.placement.layout
-        drafts = sample_drafts(system, self.grammar, samples, images, key, how, layout=layout, first=first)
-        if self.drafts is not None:
-            self.drafts.write(keys, drafts)
-        return drafts
+            self.drafts.write(keys, sampled(dataclasses.replace(system, params=reference)))
+        return self.drafts.read(keys)
 
     def submit(self, rollout: Rollout, step: int) -> PendingRollout:
         """Sends this process's answers to the judge."""

@@ -142,6 +142,20 @@ def test_a_buffer_keeps_what_truncation_kept_and_tells_what_it_lacks(tmp_path):
     np.testing.assert_array_equal(found.tokens, drafts.tokens[[2, 3, 0, 1]])
     np.testing.assert_array_equal(found.kept, drafts.kept[[2, 3, 0, 1]])
     assert buffer.read(["one", "three"]) is None
+    later = dataclasses.replace(drafts, tokens=drafts.tokens + 1)
+    buffer.write(["one", "three"], later)  # a prompt that comes again beside a new one keeps its drafts
+    found = buffer.read(["one", "three"])
+    np.testing.assert_array_equal(found.tokens, np.concatenate([drafts.tokens[:2], later.tokens[2:]]))
+
+
+def test_judgements_of_answers_and_drafts_of_two_processes_are_told_apart(monkeypatch):
+    """Each process submits its answers, then its drafts: four and two of them here."""
+    monkeypatch.setattr(grpo.jax, "process_count", lambda: 2)
+    judged = ["a0", "a1", "a2", "a3", "d0", "d1", "a4", "a5", "a6", "a7", "d2", "d3"]
+    answers, drafts = trainer()._separate(judged, rollout())
+    assert answers == [f"a{i}" for i in range(8)] and drafts == [f"d{i}" for i in range(4)]
+    trajectories = dataclasses.replace(rollout(), draft_length=0)
+    assert trainer()._separate(judged, trajectories) == (judged, None)
 
 
 @pytest.mark.parametrize("grammar", [{"modes": ("direct",)}, {"max_reflections": 0}])
