@@ -182,7 +182,7 @@ def test_a_judge_that_raises_has_failed():
 def test_a_record_without_a_field_is_refused():
     broken = record()
     del broken["final_image"]
-    with pytest.raises(UserError, match="lacks a field"):
+    with pytest.raises(UserError):
         calls(broken)
 
 

@@ -175,7 +175,7 @@ def test_training_finishes_with_faults_and_stops_when_there_is_nothing_else(tmp_
         assert all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(state)))
         service.behaviour.status = 500
         learner.monitor = Monitor(MonitorOptions(missing_window=16), learner.options.grammar.modes)
-        with pytest.raises(UserError, match="the judge failed on .* of the last 16 answers: "):
+        with pytest.raises(UserError, match="monitor.max_missing"):
             for step in range(3, 6):
                 state, metrics = learner.step(state, tasks(step), step)
 
@@ -183,12 +183,12 @@ def test_training_finishes_with_faults_and_stops_when_there_is_nothing_else(tmp_
 def test_prompts_that_are_not_of_the_world_need_another_judge():
     photographs = Indexed(lambda i: Prompt(Sample("cat", "Make it dusk.", ("cat.png",)), {}), 1)
     config = load_config("micro_rl").judge
-    with pytest.raises(UserError, match="'cat' is not of the micro-world.*kind=openai"):
+    with pytest.raises(UserError, match="cat"):
         make_judge(config, RewardOptions(), photographs, pathlib.Path())
     config.outcome.update({"kind": "openai", "model": "judge", "key_variable": "", "base_url": "http://127.0.0.1:9/v1"})
     assert isinstance(make_judge(config, RewardOptions(), photographs, pathlib.Path()), JudgeService)
     config.reasoning.kind = "oracle"
-    with pytest.raises(UserError, match="judge.reasoning.kind is 'oracle'"):
+    with pytest.raises(UserError, match="judge.reasoning.kind"):
         make_judge(config, RewardOptions(), photographs, pathlib.Path())
 
 

@@ -334,7 +334,7 @@ def test_a_ratio_that_is_not_one_stops_the_run():
     rollout, scored = rolled()
     tampered = rollout.samples._replace(log_probs=rollout.samples.log_probs + np.float32(0.01))
     learner = trainer()
-    with pytest.raises(RuntimeError, match=r"importance ratio deviates from 1 by 9\.9[4-6]e-03"):  # 1 - exp(-0.01)
+    with pytest.raises(RuntimeError, match=r"9\.9[4-6]e-03"):  # 1 - exp(-0.01)
         batches = learner.prepare(dataclasses.replace(rollout, samples=tampered), scored)
         learner.update(fresh_state(learner.optimizer), batches, check_ratio=True)
 
@@ -389,7 +389,7 @@ def test_a_group_without_contrast_skips_the_passes_and_changes_no_update(loss_ty
 def test_an_answer_longer_than_every_bucket_is_refused():
     rollout, scored = rolled()
     learner = trainer(buckets=(32, 64))
-    with pytest.raises(UserError, match="the largest bucket is 64"):
+    with pytest.raises(UserError, match="config.buckets"):
         learner.update(fresh_state(learner.optimizer), learner.prepare(rollout, scored), check_ratio=True)
 
 

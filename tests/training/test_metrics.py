@@ -44,9 +44,9 @@ def test_a_metric_that_nothing_was_counted_for_is_left_out():
 
 def test_alarms():
     check(1, {"loss": 1.0, "grad_norm": 0.0}, zero_gradient=False)
-    with pytest.raises(ZeroGradient, match="step 7"):
+    with pytest.raises(ZeroGradient, match="7"):
         check(7, {"loss": 1.0, "grad_norm": 0.0}, zero_gradient=True)
-    with pytest.raises(NonFinite, match="step 3: loss is not finite"):
+    with pytest.raises(NonFinite, match="3.*loss"):
         check(3, {"loss": float("nan"), "grad_norm": 1.0}, zero_gradient=True)
 
 
@@ -70,7 +70,7 @@ def test_a_profile_of_some_steps(tmp_path):
         profile.after(step, jnp.ones(3) + step)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     for wrong in ("3", "4:4", "a:b"):
-        with pytest.raises(UserError, match="no window of steps"):
+        with pytest.raises(UserError, match="--profile"):
             loop.Plan(steps=1, log_every=1, checkpoint_every=1, max_checkpoints=1, profile=wrong)
 
 
@@ -164,7 +164,7 @@ def test_moments_that_would_stand_still_are_refused():
     config = ConfigDict({"kind": "adamw", "learning_rate": 1e-3, "final_learning_rate": 1e-4, "warmup_ratio": 0.1,
                          "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0,
                          "clip_norm": 1.0, "moment_dtype": "bfloat16"})  # fmt: skip
-    with pytest.raises(UserError, match="would stand still"):
+    with pytest.raises(UserError, match="b2"):
         make_optimizer(config, 10)
 
 
@@ -188,14 +188,14 @@ def test_an_optimiser_setting_out_of_range_is_refused(name, value):
                          "clip_norm": 1.0, "moment_dtype": "float32"})  # fmt: skip
     make_optimizer(config, 10)
     config[name] = value
-    with pytest.raises(UserError, match=f"optimizer.{name} is {value}. Give a number"):
+    with pytest.raises(UserError, match=f"optimizer.{name}"):
         make_optimizer(config, 10)
 
 
 def test_a_damaged_line_of_the_log_is_named_and_the_log_left_as_it_is(tmp_path):
     before = '{"step": 1, "loss": 2.0}\n\0\0\0\n{"step": 3, "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(before)
-    with pytest.raises(UserError, match="metrics.jsonl, line 2 is not a metrics record. Remove the line."):
+    with pytest.raises(UserError, match="metrics.jsonl.*2"):
         MetricsLog(tmp_path, 3)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
@@ -246,7 +246,7 @@ def test_streams_share_the_examples_out(token_examples):
         for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
             counts.update(tokens[segments == segment][0] for segment in range(1, segments.max() + 1))
     assert sorted(counts) == list(range(40)) and max(counts.values()) - min(counts.values()) <= 4
-    with pytest.raises(UserError, match="divisor"):
+    with pytest.raises(UserError, match="data.streams"):
         pipeline.packed_batches(stored(token_examples, 640), 4, 640, 3, streams=3)
 
 
