@@ -10,6 +10,7 @@ Of several processes all take every step, and process 0 alone prints and logs.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import pathlib
@@ -143,7 +144,8 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
             stop = preempted(done)
             if done % plan.checkpoint_every == 0 or done == plan.steps or stop:
                 check(done, pending.means(), stage.zero_gradient)  # only a sound state is saved
-                position = {"iterator": stage.data.get_state(), "pending": pending.pack()}
+                iterator = copy.deepcopy(stage.data.get_state())  # saved in the background, while the run continues
+                position = {"iterator": iterator, "pending": pending.pack()}
                 checkpointer.save(done, state, position, dict(stage.meta))
             if stop and done < plan.steps:
                 checkpointer.wait()
