@@ -90,6 +90,7 @@ def test_a_step_learns_and_its_ratio_starts_at_one():
     state, metrics = trainer().step(fresh_state(), Tasks(tuple(PROMPTS)), 0)
     assert float(metrics["max_ratio_deviation"]) < 1e-4 and metrics["reward"][1] == 8
     assert metrics["judge_calls"] >= 8 + 4  # every answer, and every draft once
+    assert metrics["work_flops"] > metrics["work_tokens"] > 0  # from which the loop logs MFU and tokens a second
     again, _ = trainer().step(fresh_state(), Tasks(tuple(PROMPTS)), 0)
     moved = 0.0
     for a, b, old in zip(*map(jax.tree.leaves, (state.params, again.params, PARAMS)), strict=True):

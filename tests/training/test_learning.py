@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging as std_logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import logging
 from answer_tokens import trajectory
 from ml_collections import ConfigDict
 from tiny_model import CONFIG, TOKENIZER, noisy_params, requests, system
 from tiny_runs import IMAGES, ROOT
 
 from ivr_jax import sharding
+from ivr_jax.checkpoints.store import Checkpointer
 from ivr_jax.config import load_config
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
@@ -205,6 +208,16 @@ class Numbers:
 
     def set_state(self, state):
         self.at = state
+
+
+def test_a_checkpointer_leaves_the_verbosity_of_the_log_alone(tmp_path):
+    absl_logger, before = std_logging.getLogger("absl"), logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    try:
+        Checkpointer(tmp_path).close()
+        assert logging.get_verbosity() == logging.INFO and absl_logger.isEnabledFor(20)
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_an_alarm_closes_log_checkpointer_and_stage(tmp_path):

@@ -282,6 +282,11 @@ def test_splits_deal_whole_groups_and_every_one_once():
     parts = learner._minibatches(scored, step=3)
     assert sorted(np.concatenate(parts).tolist()) == np.flatnonzero(scored.used.reshape(-1)).tolist()
     assert all(len(set(part // rollout.group)) == 1 for part in parts)
+    orders = set()
+    for seed in range(8):  # the order of groups depends on the seed of the run
+        learner.options = dataclasses.replace(learner.options, seed=seed)
+        orders.add(tuple(part[0] for part in learner._minibatches(scored, step=3)))
+    assert len(orders) == 2
     _, metrics = learner.learn(state_of(PARAMS), rollout, scored, 3, on_policy=True)
     assert float(metrics["loss"][1]) == scored.used.sum() and float(metrics["grad_norm"][1]) == 2
     assert float(metrics["ratio_largest"]) > float(metrics["max_ratio_deviation"])
