@@ -25,6 +25,7 @@ from tiny_runs import (
 from ivr_jax import cli, train
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import save_config
+from ivr_jax.training import grpo
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,29 @@ def complaint(capsys, argv: list[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     return lines[0]
+
+
+def test_rl_of_draft_groups_resumes_exactly_with_its_buffer(runs, sft, capsys, monkeypatch):
+    """Stopped by an error in step 3 of 4; a folder with drafts of another checkpoint is refused."""
+    settings = rl_settings(sft[0]) | {"steps": 4, "grpo.group": "draft", "grpo.draft_source": "buffer"}
+    trained(runs / "drafts straight", "micro_rl", settings)
+    step = grpo.Trainer.step
+
+    def failing(self, state, prompts, number):
+        if number == 3:
+            raise KeyError("stopped")
+        return step(self, state, prompts, number)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyError):
+        patched.setattr(grpo.Trainer, "step", failing)
+        trained(runs / "drafts", "micro_rl", settings)
+    capsys.readouterr()
+    argv = trained(runs / "drafts", "micro_rl", settings)
+    assert "resumed at step 2 of 4" in capsys.readouterr().out
+    assert_same_run(runs / "drafts", runs / "drafts straight")
+    assert len(list((runs / "drafts" / "drafts-0").glob("*.npz"))) > 4
+    (runs / "drafts" / "drafts-0" / "about.json").write_text('{"fingerprint": "another"}')
+    assert "config.init" in complaint(capsys, argv)
 
 
 def test_a_workdir_keeps_its_configuration(sft, capsys):
