@@ -331,10 +331,10 @@ class Engine:
 
 
 def last_image(prompt: Sequence[int], cells: int, visual_start: int) -> np.ndarray:
-    """The last image of a prompt, int32 [cells] visual ids; the first code where there is none."""
+    """The last image of a prompt, int32 [cells] visual ids; -1 where there is none."""
     visual = np.asarray(prompt, np.int32)
     visual = visual[visual >= visual_start]
-    return visual[-cells:] if cells <= len(visual) else np.full(cells, visual_start, np.int32)
+    return visual[-cells:] if cells <= len(visual) else np.full(cells, -1, np.int32)
 
 
 def _one(state: GrammarState) -> GrammarState:

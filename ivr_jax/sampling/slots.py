@@ -35,7 +35,7 @@ class Drafts(NamedTuple):
     """Guesses at coming tokens, for speculation.
 
     count int32 [B]: window tokens after the known ones that are guesses.  reference int32 [B, cells]: visual ids of the
-    image that is being sampled, and where it has none yet, of the one before it.
+    image that is being sampled, and where it has none yet, of the one before it; -1 where there is neither.
     """
 
     count: Any
@@ -150,7 +150,7 @@ def empty(
         jnp.full((batch, length + window), pad, jnp.int32),
         jnp.zeros((batch, length + window), jnp.float32),
         jnp.zeros((batch, length + window, -(-config.vocab_size // 8)), jnp.uint8) if truncates else None,
-        None if cells is None else Drafts(count(0), jnp.zeros((batch, cells), jnp.int32)),
+        None if cells is None else Drafts(count(0), jnp.full((batch, cells), -1, jnp.int32)),
     )
 
 

@@ -5,7 +5,7 @@ place), so an answer is the fixed point of sampling all places at once, and deco
 it.  Jacobi iteration is another (Teng et al. 2024, arXiv 2410.01699, who accept guesses at random instead): the model
 reads guesses, every place is sampled again, and as far as the samples repeat the guesses they are final, with the first
 one that differs.  The samples after it are the next guesses; further on, the cells of the image before this one, since
-most of an image stays as it was.
+most of an image stays as it was, or where there is none, the cells of the row above.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def speculate(
         1, active.sum(), (after.answered - slots.answered).sum(), committed.any(1).sum(), committed.sum(),
         (offered & in_grid & (steps <= accepted[:, None])).sum(), ((right > 0) & in_grid).sum(),
     )  # fmt: skip
-    return _fill_window(rules, after, slots.answered, known_guesses), work
+    return _fill_window(rules, after, slots.answered, known_guesses, ranges[0].first), work
 
 
 def _cell(state: GrammarState) -> jax.Array:
@@ -78,7 +78,9 @@ def _record(slots: Slots, choice: Choice, accepted: jax.Array) -> Slots:
     )
 
 
-def _fill_window(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array) -> Slots:
+def _fill_window(
+    rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array, visual_start: int
+) -> Slots:
     """Fills the window after the known tokens while an image is incomplete.
 
     Args:
@@ -92,7 +94,7 @@ def _fill_window(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Arra
         forced = rules.forced[legal_row(rules.tables, state, jnp)]
         guess = guesses[rows, jnp.minimum(answered - first, width - 1)]
         unknown = (guess < 0) | (answered - first >= width)
-        guess = jnp.where(unknown, _reference_token(slots.drafts.reference, state), guess)
+        guess = jnp.where(unknown, _reference_token(slots.drafts.reference, state, visual_start), guess)
         in_grid = rules.tables.kind[state.node] == GRID
         going &= before | (((forced >= 0) | in_grid) & (state.node != ACCEPT))
         adds = going & ~before
@@ -104,5 +106,16 @@ def _fill_window(rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Arra
     return slots._replace(window=window, drafts=slots.drafts._replace(count=count))
 
 
-def _reference_token(reference: jax.Array, state: GrammarState) -> jax.Array:
-    return reference[jnp.arange(reference.shape[0]), jnp.clip(_cell(state), 0, reference.shape[1] - 1)]
+def _reference_token(reference: jax.Array, state: GrammarState, visual_start: int) -> jax.Array:
+    """int32 [B]: a guess at the next cell of an image.
+
+    That cell of the image so far or before; without one the cell above, then the one to the left, then the first code.
+    """
+    rows, cell = jnp.arange(reference.shape[0]), _cell(state)
+
+    def token(index: jax.Array) -> jax.Array:
+        return jnp.where(index >= 0, reference[rows, jnp.clip(index, 0, reference.shape[1] - 1)], -1)
+
+    here, above, left = token(cell), token(cell - state.width), token(cell - 1)
+    guess = jnp.where(here >= 0, here, jnp.where(above >= 0, above, left))
+    return jnp.maximum(guess, visual_start)

@@ -14,8 +14,8 @@ from tiny_model import CONFIG, TOKENIZER, noisy_params, prompts_of, requests
 
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
-from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, advance, legal_row
-from ivr_jax.sampling import decode_loop, slots
+from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, GrammarState, advance, legal_row
+from ivr_jax.sampling import decode_loop, slots, speculation
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Samples, Usage, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
@@ -88,6 +88,20 @@ def test_speculation_draws_the_same_tokens_in_fewer_calls():
     assert 0 < usage.accepted < usage.drafted
     assert usage.metrics()["draft_acceptance"] == (usage.accepted, usage.drafted)
     assert "draft_acceptance" not in drawn(*AHEAD.items())[1].metrics()
+
+
+def test_guesses_come_from_the_image_before_else_from_the_row_above():
+    """A 2 x 3 image: known cells, then above, then left, then the first code (10)."""
+    visual = [14, 12, -1, -1, -1, -1]
+    reference = np.array([visual] * 6 + [list(range(20, 26))], np.int32)
+    cells = np.array([0, 1, 2, 3, 4, 5, 4])
+    rows_left, cells_left = 2 - cells // 3, 3 - cells % 3
+    blank = np.zeros(7, np.int32)
+    state = GrammarState(*(blank for _ in GrammarState._fields))._replace(
+        height=np.full(7, 2), width=np.full(7, 3), rows_left=rows_left, cells_left=cells_left
+    )
+    guesses = speculation._reference_token(jax.numpy.asarray(reference), state, 10)
+    np.testing.assert_array_equal(guesses, [14, 12, 12, 14, 12, 10, 24])
 
 
 def test_slots_are_kept_busy_and_forced_tokens_cost_no_call():
