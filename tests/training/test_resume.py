@@ -228,7 +228,8 @@ def test_answers_that_fit_no_context_or_no_bucket_end_in_one_line(sft, tmp_path,
     """The tiny model's context is 512 tokens."""
     argv = ["train", f"--config={ROOT}/configs/micro_rl.py"]
     settings = rl_settings(sft[0])
-    context = complaint(capsys, [*argv, f"--workdir={tmp_path / 'a'}", *flags_of(settings | {"answer_length": 480})])
+    longer = settings | {"answer_length": 480, "buckets": (1024,)}
+    context = complaint(capsys, [*argv, f"--workdir={tmp_path / 'a'}", *flags_of(longer)])
     assert "512" in context and "config.answer_length" in context
     bucket = complaint(capsys, [*argv, f"--workdir={tmp_path / 'b'}", *flags_of(settings | {"buckets": (128,)})])
     assert "128" in bucket and "config.buckets" in bucket
