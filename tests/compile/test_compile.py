@@ -173,6 +173,7 @@ FEW = ("--config.optimizer.moment_dtype=bfloat16", "--config.gradient_dtype=bflo
                                     "--config.loss_chunk_tokens=2048", *FEW), 87.6),
         ("emu35_sft", "v6e:4x8", (), 49.5),
         ("emu35_sft", "v6e:4x8", ("--config.mesh.tensor=8",), 52.2),
+        ("emu35_sft", "v6e:4x8", ("--config.grad_accum_steps=4",), 26.8),
     ],
 )  # fmt: skip
 def test_predicted_memory_is_near_the_compilers(config, topology, flags, total):
