@@ -406,7 +406,7 @@ def enable_compilation_cache() -> Path | None:
     """
     import jax
 
-    if already := jax.config.read("jax_compilation_cache_dir"):
+    if already := jax.config.values["jax_compilation_cache_dir"]:
         return Path(already)
     name = os.environ.get(CACHE_VARIABLE, "~/.cache/ivr_jax/xla")
     if not name:
