@@ -230,7 +230,7 @@ def _report_pending(workdir: Path, found: Pass) -> int:
     key, reason = next(iter(found.pending.items()))
     print(f"construct: {len(found.finished)} samples are finished, {len(found.quarantined)} quarantined, "
           f"{len(found.pending)} pending ({key}: {reason} ...)")
-    print(f"construct: {workdir / 'summary.json'} lists them.  Give the same command again to take them up, or add "
+    print(f"construct: {workdir / 'summary.json'} lists them.  Give the same command again to retry them, or add "
           "--config.leave_pending=True to write the dataset without them.")
     return PENDING
 

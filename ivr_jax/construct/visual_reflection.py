@@ -71,10 +71,11 @@ def record_of(
         raise UserError(f"{where} has source images, for which {SCHEMA} has no place.", _LEFT_OUT)
     if trajectory.mode is Mode.MULTI_STEP:
         raise UserError(f"{where} is carried out in atomic steps, for which {SCHEMA} has no place.", _LEFT_OUT)
-    steps = []
-    for round_ in trajectory.rounds[1:]:
-        steps.append({"reflection": round_.cause.failure_analysis, "action": "continue",
-                      "edit": round_.cause.improvement_plan})
+    steps = [
+        {"reflection": round_.cause.failure_analysis, "action": "continue", "edit": round_.cause.improvement_plan}
+        for round_ in trajectory.rounds
+        if isinstance(round_.cause, Reflection)
+    ]
     steps.append({"reflection": _reasons(trajectory.rounds[-1].evaluation), "action": "stop", "edit": ""})
     steps = [{name: _plain(text) for name, text in step.items()} for step in steps]
     if not all(step["reflection"] and (step["edit"] or step["action"] == "stop") for step in steps):
@@ -190,8 +191,8 @@ def _sample(line: str, where: str, root: Path) -> InputSample:
     check(len(images) == len(steps) > 0, f"there are {len(images)} images for {len(steps)} steps")
     check(len(images) <= MAX_REFLECTIONS + 1, f"there are {len(images) - 1} reflections; at most {MAX_REFLECTIONS} are")
     for i, step in enumerate(steps):
-        texts = isinstance(step, dict) and set(step) == {"reflection", "action", "edit"}
-        check(texts and all(isinstance(text, str) for text in step.values()), f"steps[{i}] is no step")
+        named = isinstance(step, dict) and set(step) == {"reflection", "action", "edit"}
+        check(named and all(isinstance(text, str) for text in step.values()), f"steps[{i}] is no step")
         check(bool(step["reflection"].strip()), f"steps[{i}].reflection is empty")
         last = i + 1 == len(steps)
         check(step["action"] == ("stop" if last else "continue"), f"steps[{i}].action is {step['action']!r}")

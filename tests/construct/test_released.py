@@ -264,7 +264,7 @@ def test_an_import_takes_the_image_root_and_names_each_folder_once(success, tmp_
     config = config_from_argv(["--config=micro_construct", f"--config.released={success}"])
     assert import_released(config, tmp_path / "without")["left_out"] == 1
     line, resized = capsys.readouterr().out.splitlines()
-    assert "original_image.png" in line and line.count(str(success)) == 1
+    assert "photographs/portrait_grey.png" in line and line.count(str(success)) == 1
     assert "--config.image_area=" in resized
     config.image_root = str(tmp_path)
     assert import_released(config, tmp_path / "with")["left_out"] == 0
