@@ -7,6 +7,7 @@ leaves the component *missing* (None), never a bad score.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import math
 import numbers
@@ -186,7 +187,9 @@ def score_answer(
       `outcome`, `format`, `step`, `reflection` and `total`, in [0, 1]; a component that does not apply, or whose
       judgement failed, is None, and so is the total of an answer with a missing judgement.
     """
-    judged = asyncio.run(judge_answer(analyzer, trajectory, images, options=options, format_reward=format_reward))
+    calls = judge_answer(analyzer, trajectory, images, options=options, format_reward=format_reward)
+    with concurrent.futures.ThreadPoolExecutor(1) as own_thread:  # a notebook's thread runs an event loop already
+        judged = own_thread.submit(asyncio.run, calls).result()
     return components(judged, options)
 
 
