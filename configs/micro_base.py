@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
             "path": "",
             "held_out": "",  # a dataset whose loss is logged as held_out_loss; "": none
             "length": 256,
+            "too_long": "error",  # for trajectories of more than `length` tokens: "error", or "drop" leaves them out
             "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share
             "practice_share": 1.0,  # of the examples: made up when they are read, not read from `path`

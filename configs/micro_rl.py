@@ -30,7 +30,8 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.init = ""
     config.image_tokenizer = ""  # where the image tokenizer is, if it was moved since init was trained
-    config.prompts = ConfigDict({"source": "world", "level": 0, "seed": 3, "size": 1_000_000})
+    # image_area: pixels of the images that answer a prompt without a source; 0: as the image tokenizer was trained
+    config.prompts = ConfigDict({"source": "world", "level": 0, "seed": 3, "size": 1_000_000, "image_area": 0})
     config.sampling = ConfigDict(
         {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}
     )

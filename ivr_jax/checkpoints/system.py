@@ -25,6 +25,7 @@ import numpy as np
 from ivr_jax import sharding
 from ivr_jax.checkpoints import packed, store
 from ivr_jax.errors import UserError
+from ivr_jax.images import fitted_size
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_codec import ImageCodec
@@ -48,6 +49,7 @@ class System:
     Attributes:
       params: the backbone's pytree; meta: its checkpoint's metadata.
       mesh: where `params` are sharded; None: on one device.
+      area: pixels of an image that no source gives a size; 0: the image tokenizer's training resolution, squared.
     """
 
     config: BackboneConfig
@@ -56,6 +58,14 @@ class System:
     codec: ImageCodec
     meta: dict[str, Any]
     mesh: jax.sharding.Mesh | None = None
+    area: int = 0
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Latent rows and columns of an image that no source gives a size: a square."""
+        config = self.codec.config
+        rows, columns = fitted_size(1, 1, self.area or config.resolution**2, config.factor)
+        return rows // config.factor, columns // config.factor
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which programs on `params` run."""

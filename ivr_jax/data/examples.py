@@ -7,14 +7,16 @@ fingerprint, so examples are never read with another vocabulary.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 from array_record.python import array_record_module
+from PIL import Image
 from tqdm import tqdm
 
 from ivr_jax import files
@@ -58,14 +60,49 @@ def make_examples(
     longest: int,
     fingerprint: str,
     chunk: int = CHUNK,
+    left_out: Container[int] = (),
 ) -> dict:
     """Writes the examples of `dataset` into `folder` (renamed into place when complete) and returns the manifest.
 
-    Raises UserError for a trajectory of more than `longest` tokens, naming it.
+    Raises UserError for a trajectory of more than `longest` tokens that is not `left_out` (see `too_long`), naming it.
     """
     with files.NewFolder(folder, overwrite=True) as partial:
-        write_part(dataset, tokenizer, encode_images, partial, longest, chunk=chunk)
-        return join_parts(partial, fingerprint)
+        write_part(dataset, tokenizer, encode_images, partial, longest, chunk=chunk, left_out=left_out)
+        return join_parts(partial, fingerprint, longest)
+
+
+def too_long(
+    dataset: TrajectorySource, tokenizer: TextTokenizer, factor: int, longest: int, drop: bool
+) -> frozenset[int]:
+    """Indices of the trajectories of more than `longest` tokens, known before any image is encoded.
+
+    Args:
+      factor: pixels a side of a latent cell; sizes are read from the images' headers.
+      drop: whether they may be left out.
+
+    Raises:
+      UserError: there are some, and not `drop`; or there is nothing else.
+    """
+    found: dict[int, int] = {}
+    shapes: dict[str, np.ndarray] = {}
+    for index in tqdm(range(len(dataset)), desc="lengths", unit="trajectory", leave=False):
+        trajectory = dataset[index]
+        for name in (*trajectory.sample.sources, *trajectory.images):
+            if name not in shapes:
+                width, height = Image.open(io.BytesIO(dataset.png(name))).size
+                shapes[name] = np.zeros((height // factor, width // factor), np.int32)
+        size = len(codec.encode_trajectory(tokenizer, trajectory, shapes).tokens)
+        if size > longest:
+            found[index] = size
+    if not found:
+        return frozenset()
+    worst = max(found, key=lambda index: found[index])
+    what = (f"{len(found)} of {len(dataset)} trajectories have more than {longest} tokens, the most "
+            f"{dataset[worst].sample.key!r} with {found[worst]}.")
+    if not drop or len(found) == len(dataset):
+        raise UserError(what, "Raise data.length (and the model's context), or leave them out: data.too_long=drop.")
+    print(f"examples: {what} They are left out.")
+    return frozenset(found)
 
 
 def write_part(
@@ -77,20 +114,24 @@ def write_part(
     part: int = 0,
     parts: int = 1,
     chunk: int = CHUNK,
+    left_out: Container[int] = (),
 ) -> None:
     """Writes part `part` of `parts` into `partial`: the chunks part, part + parts, ... of `chunk` trajectories each.
 
-    Raises UserError for a trajectory of more than `longest` tokens, naming it.
+    Raises UserError for a trajectory of more than `longest` tokens that is not `left_out`, naming it.
     """
     writers = {
         mode: array_record_module.ArrayRecordWriter(str(partial / f"{mode.value}.{part}"), "group_size:1")
         for mode in Mode
     }
-    chunks, tokens, most = [], 0, 0
+    chunks: list[Counter[str]] = []
+    tokens, most, dropped = 0, 0, 0
     try:
         starts = range(part * chunk, len(dataset), parts * chunk)
         for start in tqdm(starts, desc="tokenise", unit=f"x{chunk}", leave=False, disable=part > 0):
-            trajectories = [dataset[i] for i in range(start, min(start + chunk, len(dataset)))]
+            indices = range(start, min(start + chunk, len(dataset)))
+            trajectories = [dataset[i] for i in indices if i not in left_out]
+            dropped += len(indices) - len(trajectories)
             codes = _codes(dataset, trajectories, encode_images)
             for trajectory in trajectories:
                 encoded = codec.encode_trajectory(tokenizer, trajectory, codes)
@@ -106,12 +147,15 @@ def write_part(
     finally:
         for writer in writers.values():
             writer.close()
-    told = {"chunks": chunks, "tokens": tokens, "longest": most}
-    (partial / f"part.{part}").write_text(json.dumps(told))
+    counts = {"chunks": chunks, "tokens": tokens, "longest": most, "dropped": dropped}
+    (partial / f"part.{part}").write_text(json.dumps(counts))
 
 
-def join_parts(partial: pathlib.Path, fingerprint: str, parts: int = 1) -> dict:
-    """Joins all parts in the folder `partial` and returns the manifest; the bytes do not depend on `parts`."""
+def join_parts(partial: pathlib.Path, fingerprint: str, limit: int, parts: int = 1) -> dict:
+    """Joins all parts in the folder `partial` and returns the manifest; the bytes do not depend on `parts`.
+
+    `limit`: most tokens of a trajectory that was not left out.
+    """
     told = [json.loads((partial / f"part.{part}").read_text()) for part in range(parts)]
     order = [told[i % parts]["chunks"][i // parts] for i in range(sum(len(part["chunks"]) for part in told))]
     for mode in Mode:
@@ -128,6 +172,8 @@ def join_parts(partial: pathlib.Path, fingerprint: str, parts: int = 1) -> dict:
         "counts": dict(sum(map(Counter, order), Counter())),
         "tokens": sum(part["tokens"] for part in told),
         "longest": max(part["longest"] for part in told),
+        "dropped": sum(part["dropped"] for part in told),
+        "limit": limit,
     }
     files.write_json(partial / MANIFEST, manifest)
     return manifest
@@ -155,6 +201,13 @@ def _codes(
 ) -> dict[str, np.ndarray]:
     names = list(dict.fromkeys(name for t in trajectories for name in (*t.sample.sources, *t.images)))
     return dict(zip(names, encode_images([dataset.image(name) for name in names]), strict=True))
+
+
+def are_current(manifest: dict | None, fingerprint: str, longest: int, drop: bool) -> bool:
+    """Whether the examples that a manifest describes are those of this dataset, these tokenizers and this limit."""
+    if manifest is None or manifest["fingerprint"] != fingerprint:
+        return False
+    return not manifest.get("dropped") or (drop and manifest["limit"] == longest)
 
 
 def read_manifest(folder: str | os.PathLike) -> dict | None:

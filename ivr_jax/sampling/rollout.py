@@ -242,8 +242,7 @@ def _source_codes(
 
 
 def _size(system: System, samples: Sequence[Sample], codes: Sequence[Mapping[str, np.ndarray]]) -> tuple[int, int]:
-    default = system.codec.config.resolution // system.codec.config.factor
-    sizes = {c[s.sources[0]].shape if s.sources else (default, default) for s, c in zip(samples, codes, strict=True)}
+    sizes = {c[s.sources[0]].shape if s.sources else system.cells for s, c in zip(samples, codes, strict=True)}
     if len(sizes) != 1:
         raise UserError(
             f"one batch asks for images of different sizes {sorted(sizes)}.", "Answer them in separate batches."

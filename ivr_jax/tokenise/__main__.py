@@ -32,8 +32,9 @@ def add_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("text_tokenizer", systems.MICRO, "micro, or the folder of an Emu3.5 tokenizer",
                         flag_values=values)
     flags.DEFINE_string("out", None, "the new folder: WORKDIR/examples of an sft run", flag_values=values)
-    flags.DEFINE_integer("length", 0, "most tokens of a trajectory, a longer one is an error; 0: any number",
-                         lower_bound=0, flag_values=values)
+    flags.DEFINE_integer("length", 0, "most tokens of a trajectory; 0: any number", lower_bound=0, flag_values=values)
+    flags.DEFINE_enum("too_long", "error", ["error", "drop"], "what a longer trajectory is: an error, or left out",
+                      flag_values=values)
     distributed.add_flags(values)
 
 
@@ -50,14 +51,17 @@ def main(call: cli.Call) -> None:
     codec = systems.load_image_codec(Path(given.image_tokenizer).expanduser())
     tokenizer = systems.text_tokenizer(given.text_tokenizer, codec.config.n_embed)
     part, parts = jax.process_index(), jax.process_count()
+    longest, left_out = given.length or _ANY_LENGTH, frozenset()
+    if given.length:  # every process reads the headers of all images: they are a small part of the work
+        left_out = examples.too_long(dataset, tokenizer, codec.config.factor, longest, given.too_long == "drop")
     folder = files.NewFolder(out, overwrite=True) if distributed.is_primary() else None
     distributed.barrier("begin")
     partial = files.partial_folder(out)
-    examples.write_part(dataset, tokenizer, codec.encode, partial, given.length or _ANY_LENGTH, part, parts)
+    examples.write_part(dataset, tokenizer, codec.encode, partial, longest, part, parts, left_out=left_out)
     distributed.barrier("parts")
     if folder is not None:
         fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
-        manifest = examples.join_parts(partial, fingerprint, parts)
+        manifest = examples.join_parts(partial, fingerprint, longest, parts)
         folder.publish()
         print(f"tokenise: {out}: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
     distributed.barrier("joined")

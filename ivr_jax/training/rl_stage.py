@@ -52,6 +52,7 @@ def build(
     source = prompt_source(config.prompts, config.prompts.seed)
     judge = make_judge(config.judge, options.reward, source, workdir)
     system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
+    system = dataclasses.replace(system, area=config.prompts.image_area)
     longest = min(max(options.buckets), system.config.max_position_embeddings)
     factor = system.codec.config.factor
     sizes = image_sizes(config.prompts, config.prompts.seed)
@@ -73,7 +74,7 @@ def build(
     placement = grpo.Placement(mesh, shards, layout)
     trainer = grpo.Trainer(system, judge, options, optimizer, placement, monitor, workdir / "gallery", drafts, probes)
     batches = SameSize(
-        source, config.prompts_per_step, config.seed, functools.partial(_latent_size, system.codec.config)
+        source, config.prompts_per_step, config.seed, functools.partial(_latent_size, system)
     )
     return Stage(
         grpo.OverlapState(*state, jax.tree.map(jnp.copy, lora.split(state.params)[0])) if options.overlap else state,
@@ -89,10 +90,9 @@ def build(
 def room_note(options: RLOptions, system: systems.System) -> str:
     """What to say where the longest answers that the grammar allows may be cut; "" where they fit.
 
-    Their images, at the image tokenizer's training resolution, and one text of full length a round are counted.
+    Their images, as large as those of prompts without a source, and one text of full length a round are counted.
     """
-    side = system.codec.config.resolution // system.codec.config.factor
-    image = len(codec.encode_image(system.tokenizer, np.zeros((side, side), np.int32)))
+    image = len(codec.encode_image(system.tokenizer, np.zeros(system.cells, np.int32)))
     grammar = options.grammar
     rounds = {"reflection": grammar.max_reflections, "multi_step": grammar.max_steps}
     most = 1 + max((rounds.get(mode, 0) for mode in grammar.modes), default=0)
@@ -105,9 +105,9 @@ def room_note(options: RLOptions, system: systems.System) -> str:
     )
 
 
-def _latent_size(codec_config: Any, prompt: Prompt) -> tuple[int, int]:
+def _latent_size(system: systems.System, prompt: Prompt) -> tuple[int, int]:
     """Latent rows and columns of the images that answer a prompt: those of its first source."""
     if not prompt.sample.sources:
-        return (codec_config.resolution // codec_config.factor,) * 2
+        return system.cells
     height, width, _ = prompt.images[prompt.sample.sources[0]].shape
-    return height // codec_config.factor, width // codec_config.factor
+    return height // system.codec.config.factor, width // system.codec.config.factor

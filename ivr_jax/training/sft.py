@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import grain
 import jax
@@ -20,7 +20,7 @@ from clu import parameter_overview
 
 from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.config import as_dataclass
+from ivr_jax.config import OneOf, as_dataclass, check_value
 from ivr_jax.data import examples, online, pipeline
 from ivr_jax.data.sources import open_dataset
 from ivr_jax.data.store import TrajectorySource
@@ -229,7 +229,7 @@ def _held_out_batches(
     in it."""
     folder, length = workdir / "held_out_examples", min(config.data.length, longest)
     if distributed.is_primary():
-        _make_examples(open_dataset(config.data.held_out), folder, tokenizer, codec, length)
+        _make_examples(open_dataset(config.data.held_out), folder, tokenizer, codec, length, config.data.too_long)
     distributed.barrier("held-out examples")
     mix = {mode: float(count) for mode, count in examples.read_manifest(folder)["counts"].items()}
     stored = pipeline.stored_examples(folder, mix, config.data.length, config.seed)
@@ -271,16 +271,23 @@ def _prepare(
 ) -> None:
     """Token examples and the report's training samples, made once."""
     dataset = open_dataset(config.data.path)
-    _make_examples(dataset, workdir / "examples", tokenizer, codec, longest)
+    _make_examples(dataset, workdir / "examples", tokenizer, codec, longest, config.data.too_long)
     if not (workdir / "training_samples").exists():
         write_training_samples(workdir / "training_samples", dataset, tokenizer, codec.encode)
 
 
 def _make_examples(
-    dataset: TrajectorySource, folder: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
-) -> None:
-    """Token examples of a dataset, unless the folder holds those of the same content already."""
+    dataset: TrajectorySource, folder: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int,
+    too_long: str,
+) -> None:  # fmt: skip
+    """Token examples of a dataset, unless the folder holds those of the same content already.
+
+    `too_long`: "error", or "drop" to leave out trajectories of more than `longest` tokens.
+    """
+    check_value("data.too_long", too_long, Annotated[str, OneOf("error", "drop")])
+    drop = too_long == "drop"
     fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
     manifest = examples.read_manifest(folder)
-    if manifest is None or manifest["fingerprint"] != fingerprint:
-        examples.make_examples(dataset, tokenizer, codec.encode, folder, longest, fingerprint)
+    if not examples.are_current(manifest, fingerprint, longest, drop):
+        left_out = examples.too_long(dataset, tokenizer, codec.config.factor, longest, drop)
+        examples.make_examples(dataset, tokenizer, codec.encode, folder, longest, fingerprint, left_out=left_out)

@@ -31,7 +31,7 @@ def test_the_number_of_parts_does_not_matter(tmp_path, parts):
     (tmp_path / "many").mkdir()
     for part in range(parts):
         examples.write_part(dataset, tokenizer, encode, tmp_path / "many", 10_000, part, parts, chunk=2)
-    assert examples.join_parts(tmp_path / "many", "f", parts) == expected
+    assert examples.join_parts(tmp_path / "many", "f", 10_000, parts) == expected
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     assert sum(expected["counts"].values()) == 11 and len(list((tmp_path / "many").iterdir())) == 4
     assert not list(tmp_path.glob(".*"))
