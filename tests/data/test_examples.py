@@ -1,4 +1,4 @@
-"""Trajectories that are longer than the context: known before anything is encoded, an error, or left out and counted."""
+"""Trajectories longer than the context: known before anything is encoded, an error, or left out and counted."""
 
 from __future__ import annotations
 
