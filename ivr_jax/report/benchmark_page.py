@@ -10,7 +10,7 @@ from pathlib import Path
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import replace_file
 from ivr_jax.report.gallery import GallerySection, section_view
-from ivr_jax.report.pages import TEMPLATES, render_page
+from ivr_jax.report.pages import render_page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,6 @@ def write_page(
         "benchmark.html",
         title,
         written,
-        script=(TEMPLATES / "report.js").read_text(),
         subtitle=subtitle,
         notes=list(notes),
         tables=list(tables),

@@ -67,6 +67,39 @@ def test_boxes_and_colors_come_from_models_in_local_folders(detr, clip):
         detector.detect(pixels, ["unicorn"])
 
 
+@pytest.fixture(scope="module")
+def mask2former(tmp_path_factory):
+    """An instance segmenter of the official family, with a very small Swin backbone."""
+    folder = tmp_path_factory.mktemp("mask2former")
+    torch.manual_seed(0)
+    backbone = transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
+        encoder_feedforward_dim=16, dim_feedforward=16, decoder_layers=2, num_attention_heads=2, num_queries=6,
+        id2label={0: "dog", 1: "cup"}, label2id={"dog": 0, "cup": 1},
+    )  # fmt: skip
+    model = transformers.Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.class_predictor.bias[0] = 6  # every query is a dog
+    model.save_pretrained(folder)
+    transformers.Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder
+
+
+def test_a_segmenter_gives_masks_of_its_boxes(mask2former, clip):
+    detector = TransformersDetector(mask2former, clip)
+    assert detector.name.startswith("mask2former")  # not the official one: its backbone is smaller
+    pixels = np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8)
+    found = detector.detect(pixels, ["dog", "cup"])
+    assert set(found) == {"dog"}
+    for name, boxes in found.items():
+        assert all(0 <= box[0] < box[2] <= 64 and 0 <= box[1] < box[3] <= 48 and box[4] >= 0.3 for box in boxes)
+        assert set(detector.colors(pixels, name, boxes)) <= set(COLORS)
+
+
 def test_masks_give_boxes_and_grey_what_is_outside():
     mask = np.zeros((10, 12), bool)
     mask[2:5, 3:9] = True
