@@ -84,7 +84,8 @@ def build_services(config: Any, journal: Journal) -> Services:
     elif kind == "checkpoint":
         options = as_dataclass(SamplingOptions, config.sampling)
         path = sections["generator"].checkpoint
-        generator = CheckpointGenerator(load_system(config, path), path, options, config.seed, journal)
+        area = config.image_area if config.samples else None
+        generator = CheckpointGenerator(load_system(config, path), path, options, config.seed, journal, area)
     elif kind in REMOTE:
         generator = generator_from_config(sections["generator"], journal, prompts=prompts)
         remote.append(generator.service)

@@ -29,12 +29,24 @@ class CheckpointGenerator:
       options: how to sample.
       seed: with the question it decides the drawing.
       records: where drawings are kept; None keeps none.
+      area: sources are fitted to about so many pixels, and edited at that size; the image tokenizer's own when None.
     """
 
-    def __init__(self, system: System, name: str, options: SamplingOptions, seed: int, records: Records | None):
+    def __init__(
+        self,
+        system: System,
+        name: str,
+        options: SamplingOptions,
+        seed: int,
+        records: Records | None,
+        area: int | None = None,
+    ):
         self._system, self._name, self._options, self._seed, self._records = system, name, options, seed, records
         self._drawing = asyncio.Lock()
+        self._area = area
         self._identity = {"kind": "checkpoint", "model": name, "seed": seed, "options": dataclasses.asdict(options)}
+        if area is not None:
+            self._identity["area"] = area
 
     async def generate(
         self,
@@ -44,7 +56,7 @@ class CheckpointGenerator:
         reflection: Reflection | None = None,
         attempt: int = 0,
     ) -> Pixels:
-        """See `Generator.generate`; sources are fitted to the model's resolution, a plan follows the instruction."""
+        """See `Generator.generate`; a plan follows the instruction."""
         text = f"{instruction} {reflection.improvement_plan}" if reflection else instruction
         pictures = tuple(Picture(f"Source {i}", pixels) for i, pixels in enumerate(sources, 1))
         digest = Question(text, pictures, attempt=attempt).digest(self._identity)
@@ -63,7 +75,7 @@ class CheckpointGenerator:
 
     def _draw(self, sample: Sample, text: str, sources: Sequence[Pixels], digest: str) -> Pixels:
         codec = self._system.codec.config
-        fitted = [fit(pixels, codec.resolution**2, codec.factor) for pixels in sources]
+        fitted = [fit(pixels, self._area or codec.resolution**2, codec.factor) for pixels in sources]
         names = tuple(image_name(pixels) for pixels in fitted)
         asked = dataclasses.replace(sample, prompt=text, sources=names)
         key = jax.random.fold_in(jax.random.key(self._seed), int(digest[:8], 16))

@@ -129,3 +129,22 @@ def test_calls_of_a_healthy_service_do_not_time_out_while_a_model_draws(drawings
     entries, first, second = asyncio.run(both())
     assert len(entries) == 3 and first == second == ["fine"] * 4
     assert caller.counts.calls == 8 and not caller.counts.faults
+
+
+def test_a_model_edits_photographs_at_the_area_of_the_dataset(drawings, monkeypatch):
+    """Baseline and generator fit the sources to it, not to the image tokenizer's own resolution."""
+    shapes = []
+
+    def draw(system, samples, images, key, options):
+        shapes.extend(pixels.shape[:2] for given in images for pixels in given.values())
+        return [np.zeros((8, 8, 3), np.uint8)] * len(samples)
+
+    monkeypatch.setattr(baseline, "draw_first_images", draw)
+    monkeypatch.setattr("ivr_jax.services.checkpoint.draw_first_images", draw)
+    photograph = np.zeros((48, 96, 3), np.uint8)
+    (sample,), _ = tiny_model.requests(1, sources=1)
+    request = Request(sample, {sample.sources[0]: photograph})
+    collected(Baseline(SYSTEM, SamplingOptions(), 3, 4, area=64 * 128), [Entry("0", "", lambda: request)])
+    generator = CheckpointGenerator(SYSTEM, "tiny", SamplingOptions(), 5, None, area=64 * 128)
+    asyncio.run(generator.generate(sample, sample.prompt, [photograph]))
+    assert shapes == [(64, 128)] * 2
