@@ -30,6 +30,7 @@ from ivr_jax.demo import steps
 from ivr_jax.images import load_image
 from ivr_jax.models import backbone
 from ivr_jax.world.benchmarks import SPLITS
+from ivr_jax.world.levels import level_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,8 +56,8 @@ OVERRIDES = {
     "image_tokenizer": IMAGES,
     "base": (*TRAIN, *MODEL),
     "eval_base": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
-    # An untrained model never draws a right first image, so nothing can fill a quota of direct answers.
     "eval_kinds": (*ANSWERS, *settings(prompts=1, each_kind=1, batch=16)),
+    # An untrained model never draws a right first image, so nothing can fill a quota of direct answers.
     "construct": settings(
         batch=8, concurrency=4, quotas__direct=0, quotas__reflection=4, quotas__multi_step=4, quotas__evaluation=4
     ),
@@ -69,7 +70,8 @@ OVERRIDES = {
     "eval_rl": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
 }
 TRAINED = ("image_tokenizer", "base", "sft", "rl")
-EVALUATED = ("eval_base", "eval_kinds", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl", "eval_typed")
+EVALUATED = ("eval_base", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl")
+ASKED = ("eval_kinds", "eval_typed")  # requests of their own
 
 
 def run_demo(root: Path) -> str:
@@ -174,6 +176,21 @@ def test_evaluations_hold_every_figure(miniature):
         assert judged == overall["images"]["value"] * overall["answers"]
 
 
+def test_single_edits_and_typed_requests_are_evaluated_too(miniature):
+    kinds, typed = (numbers_of(miniature.root, name) for name in ASKED)
+    assert kinds["overall"]["answers"] == 10 and set(kinds["by_edits"]) == {"1"}
+    assert {split for split in kinds["by_split"] if split != "mixture"} == {f"kind/{k}" for k in level_of(0).all_kinds}
+    assert typed["overall"]["answers"] == 20 and set(typed["by_split"]) == {"typed"}
+    assert "of 20 typed requests" in miniature.first
+
+
+def test_the_paired_test_is_part_of_the_evaluations_of_free_answers(miniature):
+    for name in ("eval_sft", "eval_rl"):
+        overall = numbers_of(miniature.root, name)["paired"]["overall"]
+        assert overall["cases"] == 4 and overall["sight_fault"]["n"] == 4
+        assert -1 <= overall["sight_fault"]["value"] <= 1 and 0 <= overall["pass_exact"]["value"] <= 1
+
+
 def test_answers_held_to_a_mode_keep_to_it(miniature):
     for name, mode, images in (("eval_base", "direct", 1), ("eval_direct", "direct", 1), ("eval_multi_step", "", 2)):
         overall = numbers_of(miniature.root, name)["overall"]
@@ -205,7 +222,7 @@ def test_running_the_demo_again_resumes_and_redoes_nothing(miniature):
     assert miniature.touched == []
     for name in TRAINED:
         assert f"{name}: already trained 2 steps" in miniature.second
-    for name in (*EVALUATED, "construct/dataset"):
+    for name in (*EVALUATED, *ASKED, "construct/dataset"):
         assert f"{miniature.root / name} is complete" in miniature.second
 
 
