@@ -77,7 +77,7 @@ ASKED = ("eval_kinds", "eval_typed")  # requests of their own
 def run_demo(root: Path) -> str:
     """`python -m ivr_jax.demo --workdir=ROOT` in miniature, its steps in this process; what all of them printed."""
 
-    def in_this_process(command: list[str], check: bool) -> types.SimpleNamespace:
+    def in_this_process(command: list[str], check: bool, env: dict[str, str]) -> types.SimpleNamespace:
         assert command[:2] == [sys.executable, "-m"] and not check
         done = commands.run(command[2].removeprefix("ivr_jax."), *command[3:])
         print(done.stdout, done.stderr if done.returncode else "")

@@ -24,6 +24,9 @@ from tqdm import tqdm
 from ivr_jax.errors import UserError
 
 CORES_VARIABLE = "NPROC"  # XLA makes its CPU thread pools this large
+# glibc's malloc asks for huge pages: XLA:CPU allocates a step's buffers anew each time, and a third of a small model's
+# training step were page faults (docs/results/seeing.md).  Other C libraries ignore the variable.
+MALLOC_VARIABLE, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +67,18 @@ def configured(title: str, module: str, config: str, workdir: pathlib.Path, *set
     return Step(title, f"ivr_jax.{module}", (f"--config={config}", f"--workdir={workdir}", *keys))
 
 
+def environment(**more: str) -> dict[str, str]:
+    """The variables that a step runs with: those of this process and `more`, and huge pages unless tunables are set."""
+    return {MALLOC_VARIABLE: HUGE_PAGES, **os.environ, **more}
+
+
 def run_step(step: Step, number: int, count: int, console: Console) -> float:
     """Runs one command with its output shown; returns its seconds.  Raises UserError when it fails."""
     console.rule(f"[bold]{number}/{count}  {step.title}")
     console.print(f"$ {step.command}", style="dim", highlight=False, soft_wrap=True)
     clock = time.perf_counter()
-    status = subprocess.run([sys.executable, "-m", step.module, *step.arguments], check=False).returncode
+    command = [sys.executable, "-m", step.module, *step.arguments]
+    status = subprocess.run(command, check=False, env=environment()).returncode
     if status:
         raise UserError(
             f"step {number} ({step.title}) ended with status {status}.",
@@ -92,7 +101,7 @@ def run_branches(branches: Sequence[Branch], jobs: int, logs: pathlib.Path, titl
     """
     logs.mkdir(parents=True, exist_ok=True)
     cores = max(1, len(os.sched_getaffinity(0)) // jobs if hasattr(os, "sched_getaffinity") else os.cpu_count() // jobs)
-    environment = os.environ | {CORES_VARIABLE: str(cores)}
+    variables = environment(**{CORES_VARIABLE: str(cores)})
     failed = threading.Event()
 
     def run(branch: Branch) -> None:
@@ -104,7 +113,7 @@ def run_branches(branches: Sequence[Branch], jobs: int, logs: pathlib.Path, titl
                 print(f"$ {step.command}", file=log, flush=True)
                 command = [sys.executable, "-m", step.module, *step.arguments]
                 clock = time.perf_counter()
-                status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
+                status = subprocess.run(command, check=False, stdout=log, stderr=log, env=variables).returncode
                 print(f"[{step.title}: {time.perf_counter() - clock:.0f} s, status {status}]", file=log, flush=True)
                 if status:
                     failed.set()
