@@ -46,6 +46,7 @@ EXTRAS = {
     ],
     "report": ["matplotlib>=3.11.2"],  # plots of `report`, `evaluate` and `reproduce`
     "detector": ["torch>=2.13.0", "transformers>=5.23.0"],  # objects and colours of GenEval
+    "benchmarks": ["pyarrow>=22.0.0"],  # prompt files that are published as Parquet
     "convert": ["transformers>=5.23.0"],  # logits of an export compared with transformers (with torch)
     "tfds": [  # tables are written and read without TensorFlow; only `tfds.load` needs it
         "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not declare it
@@ -54,7 +55,8 @@ EXTRAS = {
     "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],  # the local page of `python -m ivr_jax.review`
     "serve": ["prometheus_client>=0.26.0", "python-multipart>=0.0.20", "starlette>=1.10.0", "uvicorn>=0.54.0"],
 }
-ALL = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# Everything but PyTorch, which a user brings in the build that fits the machine.
+ALL = sorted({line for name, lines in EXTRAS.items() if name != "detector" for line in lines})
 DOCS = ["mkdocs-material>=9.8.2,<10", "mkdocstrings[python]>=1.0.8"]
 TEST = [
     *ALL,

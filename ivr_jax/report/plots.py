@@ -12,17 +12,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ivr_jax.errors import UserError
 from ivr_jax.report.intervals import Estimate
+
+if TYPE_CHECKING:  # an extra: training and generation write pages without plots
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ARM_COLOURS = ("#8b8f98", "#c08a2b", "#2f6f8f", "#7a5aa6", "#4f8a5b", "#b3543f")
 _INK, _FAINT, _MEAN = "#22262b", "#d9d9d4", "#2f6f90"
@@ -110,8 +110,8 @@ def draw_curve(axes: Axes, curve: Curve) -> None:
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=_MEAN, alpha=0.35, linewidth=1, marker=marker)
     axes.plot(steps, smooth(values), color=_MEAN, linewidth=1.6)
-    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.locator_params(axis="x", nbins=3, integer=True)
+    axes.locator_params(axis="y", nbins=4)
     dress(axes)
 
 
@@ -133,7 +133,7 @@ def draw_intervals(axes: Axes, plot: IntervalPlot) -> None:
     axes.set_xticks(range(len(plot.groups)), [_plain(group) for group in plot.groups])
     axes.set_ylim(*_y_range(plot))
     if plot.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     dress(axes)
 
 
@@ -155,7 +155,7 @@ def curves_png(path: Path, title: str, curves: Sequence[Curve]) -> None:
     """All `curves` of a stage as small multiples in one PNG file."""
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.4 * rows + 0.4), dpi=130, layout="constrained", facecolor="white")
+    figure = _empty_figure(4.2 * columns, 2.4 * rows + 0.4)
     figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=12, color=_INK)
     for index, curve in enumerate(curves):
         axes = figure.add_subplot(rows, columns, index + 1)
@@ -175,17 +175,30 @@ def interval_png(path: Path, plot: IntervalPlot) -> None:
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A white figure of `width` x `height` inches with one pair of axes."""
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+    figure = _empty_figure(width, height)
     return figure, figure.add_subplot()
+
+
+def _empty_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UserError("matplotlib is not installed, and plots need it.", "pip install 'ivr_jax[report]'") from error
+    return Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Writes the figure as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure).print_png(str(path))
 
 
 def _svg(figure: Figure, label: str) -> Markup:
     """The figure as an SVG element in the page's colours, which follow its light or dark style sheet."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)

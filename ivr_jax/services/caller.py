@@ -23,8 +23,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
-import tenacity
-from aiolimiter import AsyncLimiter
+try:
+    import tenacity
+    from aiolimiter import AsyncLimiter
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; remote services need it: pip install 'ivr_jax[services]'") from error
 
 from ivr_jax.interfaces import ServiceDown, ServiceFailed
 from ivr_jax.services.config import ServiceConfig
