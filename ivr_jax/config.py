@@ -2,7 +2,7 @@
 
 A config file has a docstring (paper, cost, command) and one function, `get_config()` or `get_config(word)`, which
 returns an `ml_collections.ConfigDict` of plain values: numbers, texts, true/false, and tuples of them.  It is a module
-of its folder, so one config can start from a neighbour: `from . import micro_base`.  Every default stands there.
+of its folder, so one config can start from a neighbour: `from . import micro_base`.  Every default is there.
 
 A section of a config becomes a dataclass (`as_dataclass`) that derives from `Section`.  Its annotations say what each
 value may be, and are checked whenever one is made:
@@ -272,7 +272,7 @@ def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[st
 
 
 def _config_module(path: Path) -> types.ModuleType:
-    """Runs the file as a module of a package that stands for its folder, so that relative imports find neighbours."""
+    """Runs the file as a module of a package made for its folder, so that relative imports find neighbours."""
     folder = path.resolve().parent
     package_name = "ivr_jax_configs_" + re.sub(r"\W", "_", str(folder))
     package = sys.modules.setdefault(package_name, types.ModuleType(package_name))

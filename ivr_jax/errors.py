@@ -1,6 +1,6 @@
 """The one exception that users are meant to see.
 
-A `UserError` says in one line what is wrong, where, and how to mend it. Entry points print it without a
+A `UserError` says in one line what is wrong, where, and how to fix it. Entry points print it without a
 traceback and exit with status 2 (`ivr_jax.cli.run`); everything else is a bug and keeps its traceback.
 """
 

@@ -40,7 +40,7 @@ class Mode(enum.StrEnum):
 
 def _require(condition: bool, what: str) -> None:
     if not condition:
-        raise UserError(what, "Mend the record, or leave it out of the dataset.")
+        raise UserError(what, "Correct the record, or leave it out of the dataset.")
 
 
 def _text(value: Any, where: str) -> str:

@@ -361,8 +361,11 @@ def report(found: Mapping[str, Any], model: Model, target: Path, exported: bool)
         shown = (f"{found['logits']:.2e} at most, logits up to {found['scale']:.3g}" if compared
                  else "not compared, PyTorch is not installed")
         print(f"  logits       difference to transformers: {shown}")
-        names = ", ".join(file.name for file in model.companions) or "no files"
+        code = [file.name for file in model.companions if file.suffix == ".py"]
+        names = ", ".join(file.name for file in model.companions if file.suffix != ".py") or "no files"
         print(f"  tokenizer    {names}")
+        if code:
+            print(f"  code         {', '.join(code)}: copied, never run")
         unknown = [name for name in ("text_tokenizer", "image_tokenizer") if name not in model.extra]
         if unknown and not exported:
             print("  vocabulary   the weights do not say what their token ids mean: generating and training need "

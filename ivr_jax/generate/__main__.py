@@ -122,8 +122,13 @@ def main(call: cli.Call) -> None:
     check_writable(out)
     answering = load(wanted)
     clock = time.perf_counter()
-    with tqdm(desc="draw", unit=" tokens", leave=False) as bar:  # how many it will be, nobody knows
-        answer, tokens = answering.answer(request, lambda usage: bar.update(usage.tokens - bar.n))
+    with tqdm(desc="compile", unit=" tokens", leave=False) as bar:  # how many it will be, nobody knows
+
+        def show(usage: Usage) -> None:
+            bar.set_description("draw", refresh=False)
+            bar.update(usage.tokens - bar.n)
+
+        answer, tokens = answering.answer(request, show)
     seconds = time.perf_counter() - clock
     images = write_answer(out, answer, answering.about_request(request))
     report(answer, images)

@@ -89,10 +89,10 @@ def _request(line: str, where: str, folder: Path, default: Request) -> Request:
     fields = files.parse_json(line, where, 'Write lines such as {"prompt": "A red cup."}.')
     if not isinstance(fields, Mapping) or not set(fields) <= set(_KINDS) or "prompt" not in fields:
         raise UserError(f"{where} must be an object with a prompt and only the fields {', '.join(_KINDS)}.",
-                        "Mend the line.")
+                        "Correct the line.")
     for name, value in fields.items():
         if not isinstance(value, _KINDS[name]) or isinstance(value, bool):
-            raise UserError(f"{where}: `{name}` is {value!r}.", "Mend the line.")
+            raise UserError(f"{where}: `{name}` is {value!r}.", "Correct the line.")
     given = fields.get("image", [])
     paths = [given] if isinstance(given, str) else given
     if not all(isinstance(path, str) for path in paths):

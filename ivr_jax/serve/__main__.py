@@ -1,4 +1,4 @@
-"""Serve a model: a page on which answers unfold, and OpenAI's protocol.
+r"""Serve a model: a page on which answers unfold, and OpenAI's protocol.
 
     python -m ivr_jax.serve --checkpoint=runs/demo/rl
     python -m ivr_jax.serve --checkpoint=micro                        the small model that comes with the package

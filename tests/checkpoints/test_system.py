@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -60,3 +61,9 @@ def test_options_of_how_it_computes_are_taken():
               "hidden_size": 8}  # fmt: skip
     config = systems._config(dataclasses.asdict(CONFIG), wanted, "run")
     assert all(getattr(config, name) == value for name, value in wanted.items())
+
+
+@pytest.mark.parametrize(("area", "cells"), [(0, (4, 4)), (512 * 512, (32, 32)), (100 * 100, (6, 6))])
+def test_images_without_a_source_have_the_area_that_is_asked_for(area, cells):
+    codec = types.SimpleNamespace(config=types.SimpleNamespace(resolution=64, factor=16))
+    assert systems.System(CONFIG, None, None, codec, {}, area=area).cells == cells
