@@ -24,7 +24,7 @@ from tiny_runs import (
 
 from ivr_jax import cli, train
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.config import save_config
+from ivr_jax.config import load_config, save_config
 from ivr_jax.training import grpo
 
 
@@ -225,12 +225,12 @@ def test_a_mistake_in_an_rl_config_ends_in_one_line(sft, tmp_path, capsys, chang
 
 
 def test_answers_that_fit_no_context_or_no_bucket_end_in_one_line(sft, tmp_path, capsys):
-    """The tiny model's context is 512 tokens."""
     argv = ["train", f"--config={ROOT}/configs/micro_rl.py"]
     settings = rl_settings(sft[0])
-    longer = settings | {"answer_length": 480, "buckets": (1024,)}
+    limit = load_config("micro_base").model.max_position_embeddings
+    longer = settings | {"answer_length": limit - 32, "buckets": (2 * limit,)}
     context = complaint(capsys, [*argv, f"--workdir={tmp_path / 'a'}", *flags_of(longer)])
-    assert "512" in context and "config.answer_length" in context
+    assert str(limit) in context and "config.answer_length" in context
     bucket = complaint(capsys, [*argv, f"--workdir={tmp_path / 'b'}", *flags_of(settings | {"buckets": (128,)})])
     assert "128" in bucket and "config.buckets" in bucket
     assert not (tmp_path / "b" / "metrics.jsonl").exists()  # before the first step
