@@ -89,7 +89,7 @@ class RolloutLayout:
         They are when everything is float32, products included.  With less, as accelerators do by default, one token at
         a time and all tokens together round otherwise.
         """
-        precise = jax.config.read("jax_default_matmul_precision") in ("highest", "float32")
+        precise = jax.config.values["jax_default_matmul_precision"] in ("highest", "float32")
         products = jax.default_backend() == "cpu" or precise
         return products and self.config == self._trained and self.config.dtype == self.config.param_dtype == "float32"
 
