@@ -121,7 +121,7 @@ setup(
         "ivr_jax.services": ["prompts/*.txt"],
         "ivr_jax.review": ["page/*"],
         "ivr_jax.serve": ["page/*"],
-        "ivr_jax.report": ["templates/*"],
+        "ivr_jax.report": ["live_page/*", "templates/*"],
         "ivr_jax.demo": ["prompts.jsonl"],
         "ivr_jax.evaluate.benchmarks": ["prompts/*.txt"],
     },
