@@ -112,8 +112,7 @@ class ServedModel:
 
     def _room(self, request: AnswerRequest, size: tuple[int, int], prompt: int) -> int:
         """Most answer tokens.  Raises UserError when the context does not hold prompt, given tokens and one image."""
-        side = round(self.area**0.5) // self.system.codec.config.factor
-        rows, columns = size if min(size) > 0 else (side, side)
+        rows, columns = self._cells(size)
         context, given = self.system.config.max_position_embeddings, len(request.prefix)
         wanted = min(request.max_tokens or self.answer_length, self.answer_length)
         limit = min(given + wanted, self.answer_length, context - prompt)
@@ -133,6 +132,20 @@ class ServedModel:
         with self._lock:
             decoded = self.system.codec.decode([filled(part.codes) for part in parts])
         return [masked(pixels, part.codes) for pixels, part in zip(decoded, parts, strict=True)]
+
+    def warm_up_pictures(self, size: tuple[int, int], most: int) -> None:
+        """Compiles the decoding of 1, 4 and 16 images of `size` at a time, as far as `most` goes."""
+        rows, columns = self._cells(size)
+        for count in (1, 4, 16):
+            if count <= most:
+                grids = [np.full((rows, columns), n, np.int32) for n in range(1, count + 1)]
+                with self._lock:
+                    self.system.codec.decode(grids)
+
+    def _cells(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of an image: `size`, or those of the model's own area where it is free."""
+        side = round(self.area**0.5) // self.system.codec.config.factor
+        return size if min(size) > 0 else (side, side)
 
     def codes_of(self, pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
         """Codes int32 [rows, columns] of an image that takes the place of a drawn one: resized to its size."""

@@ -184,6 +184,7 @@ class Scheduler:
             engine.add("warm-up", prepared.prompts, initial, jax.random.key(0), prepared.limit)
             engine.step(1)
             engine.cancel(["warm-up"])
+            model.warm_up_pictures(prepared.size, self._options.slots)
         except Exception:
             _LOG.exception("the model could not be warmed up; requests may still be answered")
 
