@@ -61,7 +61,7 @@ OVERRIDES = {
     "construct": settings(
         batch=8, concurrency=4, quotas__direct=0, quotas__reflection=4, quotas__multi_step=4, quotas__evaluation=4
     ),
-    "sft": TRAIN,
+    "sft": (*TRAIN, *MODEL),
     "eval_sft": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
     "eval_direct": (*ANSWERS, *PROMPTS),
     "eval_multi_step": (*ANSWERS, *PROMPTS),

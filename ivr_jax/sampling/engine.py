@@ -317,12 +317,12 @@ class Engine:
     def _take(self, chosen: Sequence[int]) -> dict[Hashable, Drawn]:
         if not chosen:
             return {}
-        names = ("tokens", "log_probs", "answered")
-        tokens, log_probs, answered = (np.asarray(getattr(self._slots, name)) for name in names)
+        names = ("tokens", "log_probs", "answered", "limit")
+        tokens, log_probs, answered, limit = (np.asarray(getattr(self._slots, name)) for name in names)
         kept = None if self._slots.kept is None else np.asarray(self._slots.kept)
         found = {}
         for slot in chosen:
-            count = int(answered[slot])
+            count = int(min(answered[slot], limit[slot]))  # accepted guesses may reach beyond the limit
             found[self.held[slot]] = Drawn(
                 tokens[slot, :count], log_probs[slot, :count], None if kept is None else kept[slot, :count]
             )

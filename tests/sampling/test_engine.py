@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 from unittest import mock
 
 import jax
@@ -104,10 +105,19 @@ def test_guesses_come_from_the_image_before_else_from_the_row_above():
     np.testing.assert_array_equal(guesses, [14, 12, 12, 14, 12, 10, 24])
 
 
+def calls_of_greedy_refilling(lengths: np.ndarray, slots: int) -> int:
+    """Model calls when every slot that falls free takes the next answer at once, one token a call."""
+    free_at = [0] * slots
+    for length in lengths:
+        heapq.heapreplace(free_at, free_at[0] + int(length))
+    return max(free_at)
+
+
 def test_slots_are_kept_busy_and_forced_tokens_cost_no_call():
     (_, one), (_, ahead) = drawn(*ONE_BY_ONE.items()), drawn(*AHEAD.items())
     lock_step = plain().lengths.sum() / (len(KEYS) * plain().lengths.max())
-    assert one.utilisation > max(0.88, lock_step + 0.1)  # 4 answers a slot: the last ones leave some empty
+    assert one.utilisation > lock_step + 0.1
+    assert one.calls == calls_of_greedy_refilling(plain().lengths - 5, slots=6)  # 5 are forced
     assert one.queued_in_use == one.queued_slot_calls > 0  # while answers wait no slot is empty
     assert one.metrics()["slot_utilisation_queued"] == (one.queued_in_use, one.queued_slot_calls)
     assert one.in_use == one.tokens  # one call a token

@@ -147,8 +147,9 @@ def test_guidance_reads_the_unconditional_prompts_too():
     sampling = SamplingOptions(guidance=2.0)
     others = prompts_of(*requests(8), unconditional=True)
     rows = pad_prompts([PROMPTS[0]], TOKENIZER.vocab.pad), pad_prompts([others[0]], TOKENIZER.vocab.pad)
-    drawn, _ = sample(CONFIG, PARAMS, JOINED.grammars["direct"], *rows[0], (2, 2), KEYS[:1], LENGTH, sampling,
-                      unconditional=rows[1:])  # fmt: skip
+    batch = PromptBatch(*rows[0], rows[1:])
+    options = RolloutOptions(LENGTH, sampling, size=(2, 2))
+    drawn, _ = sample(CONFIG, PARAMS, JOINED.grammars["direct"], batch, KEYS[:1], options)
     slots = engine(sampling)
     initial = JOINED.initial("direct", np.full(1, 2), np.full(1, 2))
     with pytest.raises(ValueError):

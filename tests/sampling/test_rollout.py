@@ -233,8 +233,8 @@ def test_frequencies_follow_the_exact_probabilities(options, how):
     forced = codec.encode_image(TOKENIZER, np.zeros(SIZE, np.int32))[:5]
     padded, *others = (pad_prompts(passes[:1], TOKENIZER.vocab.pad, 32) for passes in PASSES[: 1 + chosen.passes])
     wide = dataclasses.replace(FLAT, slots=4096, **how)
-    how = RolloutOptions(11, chosen, wide, count, SIZE)
-    drawn, usage = sample(CONFIG, PARAMS, GRAMMAR, PromptBatch(*padded, tuple(others)), keys(count), how)
+    rollout = RolloutOptions(11, chosen, wide, count, SIZE)
+    drawn, usage = sample(CONFIG, PARAMS, GRAMMAR, PromptBatch(*padded, tuple(others)), keys(count), rollout)
     tokens = drawn.tokens
     assert not how or 0 < usage.accepted < usage.drafted
     assert (tokens[:, :5] == forced).all()
