@@ -304,14 +304,15 @@ def test_every_scalar_that_the_docs_list_is_written_and_no_other():
     layout = RolloutLayout(CONFIG, placement.mesh, dtype="bfloat16")
     measured = []
 
-    def probe(policy):
+    def probe(policy, step):
         measured.append((policy.config, {str(leaf.dtype) for leaf in jax.tree.leaves(policy.params)}))
         return dict.fromkeys(METRICS, 0.5)
 
-    learner = like(judge=judge, placement=placement._replace(layout=layout), probe=probe)
+    learner = like(judge=judge, placement=placement._replace(layout=layout))
+    learner.probes = (grpo.Probe(1, probe),)
     engine = EngineOptions(slots=2, window=3, speculate=True)
     learner.options = dataclasses.replace(
-        learner.options, num_iterations=2, check_every=1, probe_every=1, reward=rewards, engine=engine
+        learner.options, num_iterations=2, check_every=1, reward=rewards, engine=engine
     )
     _, written = learner.step(fresh_state(), tasks(0), 0)
     plain = like(judge=JudgeService(same(LocalJudge())))
