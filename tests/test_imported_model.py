@@ -134,6 +134,7 @@ def test_what_was_trained_goes_back_to_transformers_with_equal_logits(walk, adap
     names = {path.name for path in (walk / "exported").iterdir()}
     assert "trainer_state.json" not in names and "config.json" in names
     system = systems.load(adapted)
+    assert (system.config.dtype, system.config.param_dtype) == ("float32", "float32"), "not the import's bfloat16"
     tokens = np.arange(7, 27, dtype=np.int32)[None] % system.config.vocab_size
     positions = np.arange(20, dtype=np.int32)[None]
     hidden, _ = backbone.apply(system.config, system.params, tokens, positions)

@@ -155,7 +155,9 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     options = as_dataclass(lora.LoraOptions, config.lora)
     if config.init:
         text = config.text_tokenizer
-        initial = systems.load(config.init, codec=codec, text_tokenizer_path=text, mesh=mesh, **config.model)
+        # a config that names no dtype trains in float32, as one that starts from nothing does, whatever the import's is
+        model_options = {"dtype": "float32", "param_dtype": "float32", **config.model}
+        initial = systems.load(config.init, codec=codec, text_tokenizer_path=text, mesh=mesh, **model_options)
         model, params = initial.config, initial.params
     elif options.rank:
         raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
