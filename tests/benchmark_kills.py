@@ -20,7 +20,7 @@ from benchmark_model import SETTINGS, write_model
 from benchmark_runs import Prepared, judging
 from openai_service import Behaviour
 
-COMMAND = "ivr_jax.evaluate.__main__"
+COMMAND, LOADED = "ivr_jax.evaluate.__main__", "ivr_jax.evaluate.benchmarks.command"
 LATENCY = 0.05  # seconds of the scripted judge
 _QUESTION = re.compile(r"Looked at, ([0-9a-f]{16})")
 
@@ -42,36 +42,36 @@ class Outcome:
     done: int
 
 
-def _command(arguments: list[str]) -> None:
+def _command(arguments: list[str], log: str) -> None:
     import importlib
 
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     sys.argv = [COMMAND, *arguments]
     importlib.import_module(COMMAND).entry()
 
 
 def start(target, *arguments) -> multiprocessing.Process:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([COMMAND, "benchmark_kills"])
+    context.set_forkserver_preload([COMMAND, LOADED])
     process = context.Process(target=target, args=arguments)
     process.start()
     return process
 
 
-def finish(arguments: list[str]) -> float:
+def finish(arguments: list[str], log: Path) -> float:
     """Runs the command to its end; the seconds that it took."""
     clock = time.monotonic()
-    process = start(_command, arguments)
+    process = start(_command, arguments, str(log))
     process.join()
-    assert process.exitcode == 0, process.exitcode
+    assert process.exitcode == 0, log.read_text(errors="replace")[-3000:]
     return time.monotonic() - clock
 
 
-def kill(arguments: list[str], seconds: float) -> bool:
+def kill(arguments: list[str], log: Path, seconds: float) -> bool:
     """Starts the command and kills it after `seconds`; false when it had ended before."""
-    process = start(_command, arguments)
+    process = start(_command, arguments, str(log))
     process.join(seconds)
     alive = process.is_alive()
     if alive:
@@ -97,16 +97,16 @@ def judge_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
     """KRIS-Bench, 105 questions, judged with some calls in flight."""
     rng, prepared = random.Random(seed), Prepared("kris", root)
     with judging(behaviour=Behaviour(latency=LATENCY)) as (service, url):
-        usual = finish(prepared.arguments(url, root / "whole", "--config.judge.in_flight=2"))
+        usual = finish(prepared.arguments(url, root / "whole", "--config.judge.in_flight=2"), root / "log")
         arguments = prepared.arguments(url, root / "killed", "--config.judge.in_flight=2")
         service.log.answered.clear()
         hit = repeated = 0
         for _ in range(kills):
             known, asked = questions_on_record(root / "killed"), service.log.answered.copy()
-            hit += kill(arguments, rng.uniform(0.05, 0.6) * usual)
+            hit += kill(arguments, root / "log", rng.uniform(0.05, 0.6) * usual)
             repeated += sum(service.log.answered[question] > asked[question] for question in known)
         known, asked = questions_on_record(root / "killed"), service.log.answered.copy()
-        finish(arguments)
+        finish(arguments, root / "log")
         repeated += sum(service.log.answered[question] > asked[question] for question in known)
     lines = [json.loads(line) for line in (root / "killed/judgements.jsonl").read_text().splitlines()]
     addresses = [(line["item"], line["sample"], line["metric"]) for line in lines]
@@ -132,16 +132,16 @@ def generate_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
             f"--checkpoint={root / 'model/backbone'}", *SETTINGS, "--config.batch=2", "--generate_only",
         ]  # fmt: skip
 
-    finish(arguments("first"))  # fills the compilation cache
-    usual = finish(arguments("whole"))
+    finish(arguments("first"), root / "log")  # fills the compilation cache
+    usual = finish(arguments("whole"), root / "log")
     hit = repeated = 0
     seen: dict[Path, int] = {}
     for _ in range(kills):
-        hit += kill(arguments("killed"), rng.uniform(0.2, 1.0) * usual)
+        hit += kill(arguments("killed"), root / "log", rng.uniform(0.15, 0.75) * usual)
         now = {path: path.stat().st_mtime_ns for path in (root / "killed").rglob("answer.json")}
         repeated += sum(now.get(path) != written for path, written in seen.items())
         seen = now
-    finish(arguments("killed"))
+    finish(arguments("killed"), root / "log")
     whole, killed = (_written(root / name) for name in ("whole", "killed"))
     return Outcome(hit, whole == killed, repeated, sum(name.endswith("answer.json") for name in killed))
 

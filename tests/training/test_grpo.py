@@ -22,7 +22,8 @@ from tiny_model import CONFIG, noisy_params, requests, system
 from ivr_jax.config import load_config
 from ivr_jax.data.pipeline import Indexed
 from ivr_jax.errors import UserError
-from ivr_jax.evaluate.sight import METRICS
+from ivr_jax.evaluate import sight
+from ivr_jax.evaluate.benchmarks import held_out
 from ivr_jax.interfaces import ServiceFailed
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
@@ -305,8 +306,9 @@ def test_every_scalar_that_the_docs_list_is_written_and_no_other():
     measured = []
 
     def probe(policy, step):
+        assert step == 1
         measured.append((policy.config, {str(leaf.dtype) for leaf in jax.tree.leaves(policy.params)}))
-        return dict.fromkeys(METRICS, 0.5)
+        return dict.fromkeys((*sight.METRICS, *held_out.METRICS), 0.5)
 
     learner = like(judge=judge, placement=placement._replace(layout=layout))
     learner.probes = (grpo.Probe(1, probe),)

@@ -31,6 +31,8 @@ from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.journal import Journal
 
+METRICS = ("held_out", "held_out_images", "held_out_coverage")
+
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutOptions:
