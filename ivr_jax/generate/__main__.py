@@ -125,7 +125,7 @@ def main(call: cli.Call) -> None:
     with tqdm(desc="compile", unit=" tokens", leave=False) as bar:  # how many it will be, nobody knows
 
         def show(usage: Usage) -> None:
-            bar.set_description("draw", refresh=False)
+            bar.set_description_str("draw", refresh=False)
             bar.update(usage.tokens - bar.n)
 
         answer, tokens = answering.answer(request, show)

@@ -226,7 +226,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message", [(None, "holds no dataset"), ("{", "cannot be read"), ('{"format": "other"}', "is not a")]
+    "text, message", [(None, "holds no dataset"), ("{", "dataset.json"), ('{"format": "other"}', "is not a")]
 )
 def test_a_directory_that_is_no_dataset_is_an_error(tmp_path, text, message):
     if text is not None:

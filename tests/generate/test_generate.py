@@ -34,7 +34,7 @@ from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.protocol import codec
-from ivr_jax.sampling import engine
+from ivr_jax.sampling import batch
 
 ROOT = Path(__file__).resolve().parents[2]
 CODES = 8
@@ -151,7 +151,7 @@ def test_output_size(emu, tmp_path, ratio, count, size):
 
 
 def test_a_bar_moves_with_the_tokens(emu, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "WATCHED", 8)
+    monkeypatch.setattr(batch, "REPORTED", 8)
     monkeypatch.setattr(generate, "tqdm", functools.partial(generate.tqdm, mininterval=0))
     shown = ask(emu, tmp_path / "out", "--prompt=A cat.", "--seed=3").stderr
     counts = [int(n) for n in re.findall(r"draw: (\d+) tokens \[", shown)]
