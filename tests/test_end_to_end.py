@@ -504,7 +504,8 @@ def test_a_folder_of_photographs_is_imported_tokenised_trained_on_and_asked_abou
            f"--config.data.path={tmp_path / 'photos' / 'dataset'}",
            f"--config.image_tokenizer={tmp_path / 'image_tokenizer'}")  # fmt: skip
     short = commands.run(*sft, "--config.data.length=192")
-    assert all(word in short.complaint for word in ("2 of 5", "192", "'cat_dusk'", "456", "data.length", "too_long=drop"))
+    named = ("2 of 5", "192", "'cat_dusk'", "456", "data.length", "too_long=drop")
+    assert all(word in short.complaint for word in named)
     assert not (tmp_path / "sft" / "examples").exists()
     longer = settings(data__length=1024, model__max_position_embeddings=1024)
     assert "examples: {'direct': 3, 'multi_step': 1, 'reflection': 1}" in commands.succeed(*sft, *longer)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -42,8 +44,8 @@ def workdir(words: list[str]) -> str:
 
 def test_the_stages_come_in_the_order_in_which_they_need_each_other():
     workdirs = [workdir(words) for words in commands()]
-    assert workdirs == ["image_tokenizer", "base", "eval_base", "construct", "sft", "eval_sft",
-                        "eval_direct", "eval_multi_step", "rl", "eval_rl", ""]
+    assert workdirs == ["image_tokenizer", "base", "eval_base", "eval_kinds", "construct", "sft", "eval_sft",
+                        "eval_direct", "eval_multi_step", "rl", "eval_rl", "eval_typed", ""]
 
 
 @pytest.mark.parametrize("words", commands(), ids=workdir)
@@ -166,8 +168,10 @@ def test_rented_machines_get_the_versions_that_were_tested():
     lines = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(name): Version(version) for name, _, version in
               (line.partition("==") for line in lines if not line.startswith("#"))}  # fmt: skip
-    asked = re.search(r"^REQUIREMENTS = \[\n(.*?)^\]", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
-    wanted = [Requirement(text) for text in re.findall(r'^    "(.*?)"', asked.group(1), re.MULTILINE)]
+    with mock.patch("setuptools.setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    arguments = setup.call_args.kwargs
+    wanted = [Requirement(text) for text in (*arguments["install_requires"], *arguments["extras_require"]["services"])]
     assert len(wanted) > 20
     for requirement in wanted:
         assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement

@@ -14,10 +14,11 @@ from contextlib import closing, contextmanager, suppress
 import commands
 import numpy as np
 import pytest
+from asked_service import ENVIRONMENT, IMAGES, PIXELS, SAMPLE
 from construct_worker import KEY, arguments, contents, write_samples
 from openai_service import Behaviour, OpenAIService, serving
+from openai_service import service_config as config
 from PIL import Image
-from test_construct_services import ENVIRONMENT, IMAGES, PIXELS, SAMPLE, config
 
 from ivr_jax.construct.__main__ import PENDING
 from ivr_jax.errors import UserError

@@ -50,14 +50,14 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_convert_there_and_back(exported, tmp_path, params, capsys):
-    (exported / "tokenizer.txt").write_text("a b c")
+    (exported / "tokenizer.json").write_text("a b c")
     (exported / "notes.bin").write_bytes(b"weights of something else")
     fields = json.loads((exported / "config.json").read_text())
     fields |= {"model_type": "Emu3", "eos_token_id": 7, "attention_dropout": 0.1, "auto_map": {"AutoModel": "x.Y"}}
     (exported / "config.json").write_text(json.dumps(fields))
     convert_command("--from=hf", exported, "--to=orbax", tmp_path / "run")
     said = capsys.readouterr().out
-    assert "36 of 36" in said and "float32 in the files and here" in said and "tokenizer.txt" in said
+    assert "36 of 36" in said and "float32 in the files and here" in said and "tokenizer.json" in said
     assert "generating and training need --text_tokenizer=FOLDER and --image_tokenizer=FOLDER" in said
     read, meta = store.read_params(tmp_path / "run", "backbone", backbone.param_shapes(UNPADDED))
     assert meta["model"] == dataclasses.asdict(UNPADDED)
@@ -68,7 +68,7 @@ def test_convert_there_and_back(exported, tmp_path, params, capsys):
     assert "36 of 36" in capsys.readouterr().out
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {key: back[key] for key in fields} == fields
-    assert sorted(contents(tmp_path / "back")) == ["config.json", "model.safetensors", "tokenizer.txt"]
+    assert sorted(contents(tmp_path / "back")) == ["config.json", "model.safetensors", "tokenizer.json"]
     first = {name: tensor.read() for name, tensor in hf.open_weights(exported).items()}
     second = {name: tensor.read() for name, tensor in hf.open_weights(tmp_path / "back").items()}
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)

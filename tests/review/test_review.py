@@ -329,7 +329,7 @@ def test_every_answer_carries_the_safety_headers_and_no_cookie(server: Server):
 
 
 def test_the_page_never_makes_markup_of_text():
-    script = (ROOT / "ivr_jax" / "construct" / "review" / "page" / "page.js").read_text()
+    script = (ROOT / "ivr_jax" / "review" / "page" / "page.js").read_text()
     for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function("):
         assert sink not in script
 

@@ -15,11 +15,11 @@ from email.utils import formatdate
 import numpy as np
 import openai_service
 import pytest
+from asked_service import ENVIRONMENT, IMAGES, KEY, PIXELS, SAMPLE
 from openai_service import Behaviour, OpenAIService, serving
 from openai_service import service_config as config
 
 from ivr_jax.errors import UserError
-from ivr_jax.images import image_name
 from ivr_jax.interfaces import Attempt, RootCause, ServiceDown, ServiceFailed
 from ivr_jax.services import transport
 from ivr_jax.services.build import analyzer_from_configs, generator_from_config
@@ -27,13 +27,7 @@ from ivr_jax.services.caller import Breaker, Caller, Fault, Reply
 from ivr_jax.services.journal import Journal
 from ivr_jax.services.prompts import FOLDER, Prompts
 from ivr_jax.services.transport import Picture, PictureEncoder, retry_after
-from ivr_jax.trajectory import AXES, Sample
-
-KEY = "sk-test-0123456789abcdef"
-ENVIRONMENT = {"TEST_KEY": KEY, "TEST_APP": "app-77"}
-PIXELS = np.full((24, 32, 3), 200, np.uint8)
-SAMPLE = Sample("one", "Make it grey [direct].", (image_name(PIXELS),))
-IMAGES = {image_name(PIXELS): PIXELS}
+from ivr_jax.trajectory import AXES
 
 
 @pytest.fixture
