@@ -108,6 +108,7 @@ def ask(page, prompt: str = PROMPT, mode: str = "", seed: int | None = 5) -> Non
             page.click("#more summary")
         page.uncheck("#new-seed")
         page.fill("#seed", str(seed))
+    page.evaluate("document.querySelectorAll('.answer').forEach((answer) => { answer.dataset.earlier = 'yes'; })")
     page.click("#draw")
 
 
@@ -120,6 +121,8 @@ def until(page, expression: str, seconds: float = 90) -> None:
 
 
 def finished(page, answers: int = 1) -> None:
+    """Waits until this many answers are complete, none of which was there when the last request was sent."""
+    until(page, "!document.querySelector('.answer.busy, .answer[data-earlier]')")
     until(page, f"document.querySelectorAll('.answer').length === {answers} && !document.querySelector('.answer.busy')")
 
 
