@@ -155,7 +155,7 @@ def test_a_bar_moves_with_the_tokens(emu, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "tqdm", functools.partial(generate.tqdm, mininterval=0))
     shown = ask(emu, tmp_path / "out", "--prompt=A cat.", "--seed=3").stderr
     counts = [int(n) for n in re.findall(r"draw: (\d+) tokens \[", shown)]
-    assert len(counts) > 3 and counts == sorted(counts) and counts[-1] >= 3 * 8, shown
+    assert len(counts) >= 3 and counts == sorted(counts) and counts[-1] >= 3 * 8, shown
     assert all(b - a <= 2 * 8 for a, b in itertools.pairwise(counts))  # a window holds two tokens
     file = write_lines(tmp_path, LINES[:1])
     assert re.search(r"\d+ tokens of the next, \d+ tokens/s", ask(emu, tmp_path / "all", f"--prompts={file}").stderr)
