@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     # steps between measurements of sight (the paired verdict test), 0: never; on held-out tasks of the micro-world, or
     # on the dataset `data` of images known to be right and wrong
     config.sight = ConfigDict({"every": 0, "prompts": 64, "data": "", "level": 0})
-    # steps between measurements of a benchmark (docs/how-to/benchmarks.md), 0: never; its judge, none for the micro-world
+    # steps between measurements of a benchmark (docs/how-to/benchmarks.md), 0: never; its judge, none for "micro"
     config.held_out = ConfigDict(
         {"every": 0, "benchmark": "micro", "data": "", "prompts": 64, "batch": 64, "judge": service("")}
     )
