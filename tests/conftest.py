@@ -8,6 +8,7 @@ start.  The number of devices is left alone: a test of sharding starts its own p
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
@@ -44,3 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if parts[0] not in FAST or item.path.stem == "test_browser":
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_mappings():
+    """Every compiled program holds mappings, of which Linux grants a process 65,530: a worker gives them up in time."""
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        sys.modules["jax"].clear_caches()
