@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import sys
@@ -103,8 +104,13 @@ def judge_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
         hit = repeated = 0
         for _ in range(kills):
             known, asked = questions_on_record(root / "killed"), service.log.answered.copy()
-            hit += kill(arguments, root / "log", rng.uniform(0.05, 0.4) * usual)
+            met = kill(arguments, root / "log", rng.uniform(0.05, 0.4) * usual)
+            hit += met
             repeated += sum(service.log.answered[question] > asked[question] for question in known)
+            if not met:  # all is judged: the next kill needs a run with work left
+                assert (root / "killed/summary.json").read_bytes() == (root / "whole/summary.json").read_bytes()
+                shutil.rmtree(root / "killed")
+                service.log.answered.clear()
         known, asked = questions_on_record(root / "killed"), service.log.answered.copy()
         finish(arguments, root / "log")
         repeated += sum(service.log.answered[question] > asked[question] for question in known)

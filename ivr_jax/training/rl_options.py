@@ -55,7 +55,7 @@ class RLOptions:
 
     def __post_init__(self) -> None:
         if 0 in (self.sampling.temperature, self.sampling.image_temperature):
-            raise UserError("rl cannot learn at temperature 0: nothing is left to chance.", "Give a temperature > 0.")
+            raise UserError("rl cannot learn at temperature 0: its answers do not vary.", "Give a temperature > 0.")
         if self.group < self.reward.min_valid:
             raise UserError(
                 f"config.group is {self.group}: answers are compared within their group, of at least "

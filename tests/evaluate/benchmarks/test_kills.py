@@ -11,4 +11,4 @@ import benchmark_kills
 def test_judging_survives_kills(tmp_path):
     found = benchmark_kills.judge_kills(20, tmp_path)
     assert found.equal and found.repeated == 0 and found.done == 105
-    assert found.hit >= 3  # of 20 tries; once all is judged, a run may end before it is killed
+    assert found.hit >= 10
