@@ -103,6 +103,43 @@ def read_json(path: str | os.PathLike[str], remedy: str = "Correct the file.") -
     return parse_json(text, str(path), remedy)
 
 
+def read_json_object(
+    path: str | os.PathLike[str], remedy: str = "Correct the file.", schema: str = ""
+) -> dict[str, Any]:
+    """The JSON object in a file; with a `schema`, one whose field "schema" has that value.
+
+    Raises:
+      UserError: the file is missing, cannot be read, or holds anything else.
+    """
+    try:
+        value = read_json(path, remedy)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}.", remedy) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object.", remedy)
+    if schema and value.get("schema") != schema:
+        raise UserError(f"{path} is not of schema {schema}.", remedy)
+    return value
+
+
+def read_json_lines(path: str | os.PathLike[str], remedy: str = "Correct the file.") -> Iterator[tuple[str, Any]]:
+    """The JSON values of a file with one a line, each after the words that name its line; blank lines are left out.
+
+    Lines end at "\\n" or "\\r\\n" alone: a text may contain other line separators.
+
+    Raises:
+      UserError: the file cannot be read, or, when its turn comes, a line is not JSON.
+    """
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}.", remedy) from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, parse_json(line, where, remedy)
+
+
 class Lock:
     """The operating system's exclusive lock on an existing file or folder, until `close` or the end of the process.
 

@@ -144,3 +144,30 @@ def test_a_lock_is_gone_with_its_process(tmp_path):
         holder.wait()
     time.sleep(0)
     files.Lock(tmp_path).close()
+
+
+def test_a_json_object_of_the_schema_is_read_with_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"schema": "x/1",\r\n"n": 2}\r\n')
+    assert files.read_json_object(path, schema="x/1") == {"schema": "x/1", "n": 2}
+
+
+@pytest.mark.parametrize("content", [None, b"[1]", b'{"schema": "y/1"}', b"\xff\xfe", b"[" * 100_000])
+def test_anything_else_than_a_json_object_of_the_schema_is_one_error_that_names_the_file(tmp_path, content):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        files.read_json_object(path, schema="x/1")
+    assert str(path) in raised.value.what
+
+
+def test_json_lines_end_at_newlines_alone_and_a_bad_line_is_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"a": "one\u2028two"}\r\n\n[3]\n{"b":\n'.encode())
+    lines = files.read_json_lines(path)
+    assert next(lines) == (f"{path}, line 1", {"a": "one\u2028two"})
+    assert next(lines) == (f"{path}, line 3", [3])
+    with pytest.raises(UserError) as raised:
+        next(lines)
+    assert f"{path}, line 4" in raised.value.what

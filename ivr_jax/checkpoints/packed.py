@@ -11,7 +11,6 @@ writes such a folder, `system.load` reads it wherever it reads a checkpoint.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,12 +58,11 @@ def write(folder: Path, networks: Mapping[str, tuple[Mapping[str, Any], Any]], o
 
 def read_record(folder: Path) -> dict[str, Any]:
     """`origin`, and the metadata of both networks.  Raises UserError when the file is damaged."""
-    try:
-        record = json.loads((folder / RECORD).read_text())
-        for name in NETWORKS:
-            dict(record[name]["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / RECORD} cannot be read ({error!r}).", "Pack the model again.") from None
+    record = files.read_json_object(folder / RECORD, "Pack the model again.")
+    for name in NETWORKS:
+        network = record.get(name)
+        if not isinstance(network, dict) or not isinstance(network.get("model"), dict):
+            raise UserError(f"{folder / RECORD} does not describe the network {name}.", "Pack the model again.")
     return record
 
 

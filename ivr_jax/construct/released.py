@@ -142,12 +142,7 @@ def sample_folders(root: str | os.PathLike) -> list[Path]:
 
 def load_result(file: Path) -> dict[str, Any]:
     """The JSON object in `file`; UserError when it cannot be read or is none."""
-    try:
-        result = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not readable JSON: {error}.", _REMEDY) from error
-    if not isinstance(result, dict):
-        raise UserError(f"{file} holds no JSON object.", _REMEDY)
+    result = files.read_json_object(file, _REMEDY)
     check_storable(result, f"{file}: it", any_number=True)
     return result
 

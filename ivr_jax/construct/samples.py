@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ivr_jax import files
 from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.released import check_storable
 from ivr_jax.errors import UserError
@@ -133,11 +134,9 @@ def sort_samples(
     """
     path = Path(file)
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        entries = files.read_json(path)
     except FileNotFoundError:
         raise UserError(f"there is no list of samples {path}.", "Check the path: --config.samples=FILE.json.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}.", "Correct the file.") from error
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} is not a list of samples.", "Put at least one object into a JSON list.")
     root = Path(image_root) if image_root is not None else path.parent

@@ -11,15 +11,14 @@ request may happen to say the same.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import Answer
 from ivr_jax.world import language
@@ -33,18 +32,14 @@ TYPED = "typed"  # the split of these tasks
 
 def read_tasks(path: str | os.PathLike[str], level: int) -> list[Task]:
     """The tasks of a file.  Raises UserError naming file and line for one that is no request of the level."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}.", "Name a file of prompts, one JSON object a line.") from None
     tasks = []
-    for number, line in enumerate(lines, 1):
+    for where, value in files.read_json_lines(path, "Name a file of prompts, one JSON object a line."):
         try:
-            tasks.append(_task(json.loads(line), level, f"{TYPED}-{number}"))
+            tasks.append(_task(value, level, f"{TYPED}-{len(tasks) + 1}"))
         except (ValueError, KeyError, TypeError, UserError) as error:
             what = error.what if isinstance(error, UserError) else str(error)
             raise UserError(
-                f"{path}, line {number} is no request of level {level} of the micro-world: {what}",
+                f"{where} is no request of level {level} of the micro-world: {what}",
                 'Write {"prompt": "Paint a1 green.", "images": [{"a1": "red circle"}]}.',
             ) from None
     return tasks

@@ -292,21 +292,12 @@ def write_answers(folder: str | os.PathLike[str], answers: Sequence[Answer], ima
 
 def read_answers(folder: str | os.PathLike[str]) -> tuple[Answer, ...]:
     """Reads `answers.jsonl`.  Raises UserError with file and line for anything that is not an answer."""
-    path = Path(folder) / ANSWERS_FILE
     answers = []
-    try:
-        # Bytes split at "\n" alone: a text may contain other line separators.
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error}.", "Run the evaluation first.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, value in files.read_json_lines(Path(folder) / ANSWERS_FILE, _REMEDY):
         try:
-            answers.append(answer_from_json(json.loads(line)))
-        except (UserError, ValueError) as error:
-            what = error.what if isinstance(error, UserError) else f"not JSON ({error})."
-            raise UserError(f"{path}, line {number}: {what}", _REMEDY) from None
+            answers.append(answer_from_json(value))
+        except UserError as error:
+            raise UserError(f"{where}: {error.what}", _REMEDY) from None
     return tuple(answers)
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import ANSWERS_FILE, Answer, StoredImages, read_answers, read_images
 from ivr_jax.report.gallery import GalleryItem, GallerySection, choose
@@ -142,13 +143,7 @@ def _read_config(path: Path, title: str, notes: list[str]) -> Mapping[str, Any]:
     if not path.is_file():
         notes.append(f"The stage \u201c{title}\u201d has kept no configuration.")
         return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}.", "Remove the file, or run the stage again.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object.", "Remove the file, or run the stage again.")
-    return config
+    return files.read_json_object(path, "Remove the file, or run the stage again.")
 
 
 def _arms(

@@ -55,6 +55,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import Answer, replace_file
 from ivr_jax.report.intervals import CONFIDENCE, NOTHING, Estimate, mean, share
@@ -98,24 +99,12 @@ def evaluate(answers: Sequence[Answer], seed: int = 0, about: Mapping[str, Any] 
 
 def write_evaluation(folder: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     """Writes `evaluation.json` into `folder` (made when missing), atomically."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        replace_file(Path(folder) / EVALUATION_FILE, text.encode())
-    except OSError as error:
-        raise UserError(f"Cannot write into {folder}: {error}.", "Choose a folder you can write to.") from None
+    replace_file(Path(folder) / EVALUATION_FILE, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads `evaluation.json`.  Raises UserError when it is missing or of another schema."""
-    path = Path(folder) / EVALUATION_FILE
-    try:
-        result = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}.", "Run the evaluation again.") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not an evaluation of schema {SCHEMA}.", "Run the evaluation again.")
-    return result
+    return files.read_json_object(Path(folder) / EVALUATION_FILE, "Run the evaluation again.", SCHEMA)
 
 
 def edits_of(answer: Answer) -> int | None:

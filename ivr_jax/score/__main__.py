@@ -40,17 +40,8 @@ def read_rollouts(path: Path) -> list[Any]:
     Raises:
       UserError: the file cannot be read, a line is no JSON, or there is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.", "Name a JSONL file: --config.rollouts=FILE.") from error
-    rollouts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                rollouts.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is no JSON: {error}.", "Write one rollout a line.") from error
+    remedy = "Name a file with one JSON object a line: --config.rollouts=FILE."
+    rollouts = [rollout for _, rollout in files.read_json_lines(path, remedy)]
     if not rollouts:
         raise UserError(f"{path} holds no rollout.", "Write one JSON object a line.")
     return rollouts

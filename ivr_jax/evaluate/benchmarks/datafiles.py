@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.images import decode_image, image_name, save_png
+
+_AGAIN = "Fetch the file again."
 
 
 def existing_folder(path: Path, title: str) -> Path:
@@ -31,28 +33,19 @@ def find_file(data: Path, names: Sequence[str], title: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
+    """The JSON value of a published file.  Raises UserError when there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}).", "Fetch the file again.") from None
+        return files.read_json(path, _AGAIN)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}.", _AGAIN) from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, in order; blank lines are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}).", "Fetch the file again.") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number} is not JSON ({error}).", "Fetch the file again.") from None
+    for where, row in files.read_json_lines(path, _AGAIN):
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is no JSON object.", "Fetch the file again.")
+            raise UserError(f"{where} is no JSON object.", _AGAIN)
         rows.append(row)
     return rows
 
@@ -68,7 +61,7 @@ def read_rows(path: Path, scratch: Path) -> list[dict[str, Any]]:
     if path.suffix == ".json":
         rows = read_json(path)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{path} is no list of JSON objects.", "Fetch the file again.")
+            raise UserError(f"{path} is no list of JSON objects.", _AGAIN)
         return rows
     return _read_parquet(path, scratch)
 

@@ -95,13 +95,7 @@ def read_summary(workdir: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}).", "Name the folder of a finished benchmark run.") from None
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not of a benchmark run.", "Name the folder of a finished benchmark run.")
-    return value
+    return files.read_json_object(path, "Name the folder of a finished benchmark run.", SCHEMA)
 
 
 def answer_folder(workdir: Path, item: Item, sample: int) -> Path:
