@@ -1,6 +1,7 @@
 """RL of the micro-world's fine-tuned model: GRPO with the paper's reward and complexity bonus.
 
 Paper: groups of 8 at temperature 1, KL coefficient 0.01, warm-up 0.1, learning rate 1e-6 at 34 B; here 2e-4 at 0.5 M.
+What a key means: the `Attributes:` of its section's class (CONTRIBUTING.md).
 Command: python -m ivr_jax.train --config=configs/micro_rl.py --workdir=runs/demo/rl --config.init=runs/demo/sft
 """
 

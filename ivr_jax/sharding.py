@@ -12,7 +12,8 @@ One CPU device is a mesh of 1×1×1×1 and runs the same code.
 `pjit` is here under its present name: since JAX 0.4 `jax.jit` with `in_shardings` and `out_shardings` on a mesh is what
 `pjit` was.  `training.state.shard_state` initialises parameters and optimizer state with `jax.jit(..., out_shardings=
 shardings(mesh, axes, shapes))`, every training step is a `jax.jit` with the same `out_shardings` under `jax.set_mesh`,
-and `constrain` pins activations inside of it.  Parameters carry their logical axes as Flax metadata:
+and `constrain` pins activations inside of it.  Parameters carry their logical axes as Flax metadata,
+given where a weight is made (`models.layers.param`, called in `models/backbone.py`):
 `nnx.get_partition_spec` reads them, and gives mesh axes under `nnx.logical_axis_rules(tuple(RULES.items()))`.
 
 With `fsdp_over_tensor` training uses the tensor shards in a second way: each takes rows of the batch of its own, like

@@ -1,6 +1,7 @@
-"""Checkpoints in and out: safetensors as PyTorch users have them ⇄ our parameter trees.
+"""Emu3.5 and transformers checkpoints in and out: safetensors as PyTorch users have them ⇄ our parameter trees.
 
-The decoder has the tensor names of a Llama/Qwen3 model in transformers, the image tokenizer those of Emu3.5's IBQ code.
+The decoder has the tensor names of a Llama/Qwen3 model in transformers, the image tokenizer those of Emu3.5's IBQ code
+(`backbone_slots`, `image_tokenizer_slots`).
 Their matrices are [out, in] and their convolutions [out, in, height, width]; ours are [in, out] and [height, width, in,
 out]. Everything moves a part of one tensor at a time, is checked strictly, and takes its final name only when it is
 complete.

@@ -373,7 +373,10 @@ def encode(config: ImageTokenizerConfig, params: Params, pixels: jax.Array) -> j
 
 
 def decode(config: ImageTokenizerConfig, params: Params, codes: jax.Array) -> jax.Array:
-    """codes int [B, y, x] → float32 [B, height, width, 3], about [−1, 1], not clipped."""
+    """codes int [B, y, x] → float32 [B, height, width, 3], about [−1, 1], not clipped.
+
+    Callers use `image_codec.ImageCodec`, which batches.
+    """
     model = module(config, params)
     return model.paint(model.codebook[codes])
 

@@ -1,9 +1,9 @@
 """Low-rank adapters on chosen kernels of the decoder (LoRA, arXiv 2106.09685), for training with few chips.
 
 A kernel W [L, in, out] is frozen and gets an adapter (alpha / rank) · A B with A [L, in, rank] and B [L, rank, out].  A
-parameter tree with adapters has two more entries, which the decoder applies, and `merge` adds to the kernels.  A layer
-adds the product to its kernel in float32 each time it runs: no gradient or moment of a kernel is ever kept, while the
-operations are those of full training.
+parameter tree with adapters has two more entries, which the decoder applies (`adapted`, called by
+`backbone.Backbone.__call__`) and `merge` adds to the kernels.  A layer adds the product to its kernel in float32 each
+time it runs: no gradient or moment of a kernel is ever kept, while the operations are those of full training.
 
     params["lora"]         {"attention": {"q": {"a", "b"}, …}, "mlp": {"up": …}}: what is trained
     params["lora_scale"]   float32 scalar alpha / rank

@@ -1,4 +1,4 @@
-"""The grammar of an answer as one table-driven automaton.
+"""The grammar of an answer as one table-driven automaton; `legal_row` is the mask of constrained decoding.
 
 Three consumers share this single definition: the sampler asks `legal_row` which ids may come next, the format reward
 asks whether a sequence ends in `accept`, and the parser (`codec.parse_answer`) reads the fields off the nodes that a

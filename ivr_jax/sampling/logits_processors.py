@@ -45,6 +45,9 @@ class Guidance:
 
     c has the whole prompt, n the references alone, a neither.  Two-way: `n + text (c - n)`; three-way, when `image` is
     not None: `a + image (n - a) + text (c - n)`.
+
+    The prompts of the further passes come from `rollout.encode_prompts`; they run in `decode_loop.run` when answers are
+    sampled, and in `training.policy_logprobs` when they are learnt from.
     """
 
     text: float

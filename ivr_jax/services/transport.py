@@ -1,4 +1,5 @@
-"""What every protocol shares: images on the wire, errors, the shape of replies.
+"""What every protocol shares: images on the wire, errors, the shape of replies.  The HTTP clients themselves are
+`openai_protocol.py` and `gateway.py`.
 
 A transport makes one call and returns a `Reply`, or raises what the caller understands (`Fault`, `Rejected`,
 `UserError`).  It neither waits nor retries.
