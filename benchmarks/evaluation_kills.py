@@ -28,8 +28,10 @@ def main() -> None:
         if wanted.half in (None, half):
             with tempfile.TemporaryDirectory() as folder:
                 found = run(wanted.kills, Path(folder), wanted.seed)
-            print(f"{half}: {found.hit} of {wanted.kills} kills met a running process; {found.done} done, equal: "
-                  f"{found.equal}, made again: {found.repeated}", flush=True)  # fmt: skip
+            print(
+                f"{half}: {found.hit} of {wanted.kills} kills met a running process, {found.partial} in the middle of "
+                f"its work; {found.done} done, equal: {found.equal}, made again: {found.repeated}", flush=True,
+            )  # fmt: skip
             if not found.equal or found.repeated:
                 raise SystemExit("a killed run is not as good as an undisturbed one")
 

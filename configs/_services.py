@@ -1,4 +1,4 @@
-"""Sections for services: one for each analyzer, fallback and generator of a config; not a config by itself.
+"""Sections for services: one for each analyzer, fallback, generator and baseline of a config; not a config by itself.
 
 Prices are for the summary alone and change often: set them from the provider's list.
 """
@@ -94,4 +94,11 @@ def gemini_images(model: str = "imagen-4.0-generate-001", **settings: object) ->
 
 def world() -> ConfigDict:
     """The micro-world's own analyzer and generator, which need no service."""
-    return ConfigDict({"analyzer": service("world"), "fallback": service(""), "generator": service("world")})
+    return ConfigDict(
+        {
+            "analyzer": service("world"),
+            "fallback": service(""),
+            "generator": service("world"),
+            "baseline": service(""),
+        }
+    )

@@ -32,12 +32,14 @@ class Outcome:
 
     Attributes:
       hit: kills that met a running process.
+      partial: those after which some of the work was on record, and not all of it.
       equal: whether what the killed run wrote is byte-equal to what an undisturbed run wrote.
       repeated: calls (or answers) that were on record when a process was killed, and were made again.
       done: judgements (or answers) at the end.
     """
 
     hit: int
+    partial: int
     equal: bool
     repeated: int
     done: int
@@ -100,13 +102,15 @@ def judge_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
         # Again, since the first process also loads what the later ones share.
         usual = finish(prepared.arguments(url, root / "again", "--config.judge.in_flight=2"), root / "log")
         arguments = prepared.arguments(url, root / "killed", "--config.judge.in_flight=2")
+        total = len(questions_on_record(root / "whole"))
         service.log.answered.clear()
-        hit = repeated = 0
+        hit = partial = repeated = 0
         for _ in range(kills):
             known, asked = questions_on_record(root / "killed"), service.log.answered.copy()
             met = kill(arguments, root / "log", rng.uniform(0.05, 0.4) * usual)
             hit += met
             repeated += sum(service.log.answered[question] > asked[question] for question in known)
+            partial += met and 0 < len(questions_on_record(root / "killed")) < total
             if not met:  # all is judged: the next kill needs a run with work left
                 assert (root / "killed/summary.json").read_bytes() == (root / "whole/summary.json").read_bytes()
                 shutil.rmtree(root / "killed")
@@ -118,7 +122,7 @@ def judge_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
     addresses = [(line["item"], line["sample"], line["metric"]) for line in lines]
     repeated += len(addresses) - len(set(addresses))
     whole, killed = ((root / name / "summary.json").read_bytes() for name in ("whole", "killed"))
-    return Outcome(hit, whole == killed, repeated, len(lines))
+    return Outcome(hit, partial, whole == killed, repeated, len(lines))
 
 
 def _write_model(folder: str) -> None:
@@ -140,16 +144,24 @@ def generate_kills(kills: int, root: Path, seed: int = 0) -> Outcome:
 
     finish(arguments("first"), root / "log")  # fills the compilation cache
     usual = finish(arguments("whole"), root / "log")
-    hit = repeated = 0
+    whole = _written(root / "whole")
+    total = sum(name.endswith("answer.json") for name in whole)
+    hit = partial = repeated = 0
     seen: dict[Path, int] = {}
     for _ in range(kills):
-        hit += kill(arguments("killed"), root / "log", rng.uniform(0.15, 0.75) * usual)
+        met = kill(arguments("killed"), root / "log", rng.uniform(0.2, 1.0) * usual)
+        hit += met
         now = {path: path.stat().st_mtime_ns for path in (root / "killed").rglob("answer.json")}
         repeated += sum(now.get(path) != written for path, written in seen.items())
+        partial += met and 0 < len(now) < total
         seen = now
+        if not met:  # all is drawn: the next kill needs a run with work left
+            assert _written(root / "killed") == whole
+            shutil.rmtree(root / "killed")
+            seen = {}
     finish(arguments("killed"), root / "log")
-    whole, killed = (_written(root / name) for name in ("whole", "killed"))
-    return Outcome(hit, whole == killed, repeated, sum(name.endswith("answer.json") for name in killed))
+    killed = _written(root / "killed")
+    return Outcome(hit, partial, whole == killed, repeated, sum(name.endswith("answer.json") for name in killed))
 
 
 def _written(workdir: Path) -> dict[str, bytes]:

@@ -104,8 +104,9 @@ async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Services
     try:
         for _ in range(config.passes):
             construction = Construction(
-                journal, services.analyzer, services.generator, rules, config.concurrency, services.made_by
-            )
+                journal, services.analyzer, services.generator, rules, config.concurrency, services.made_by,
+                services.baseline,
+            )  # fmt: skip
             bar.reset()
             bar.initial = 0
             found = await construction.run(inputs.entries(), Quotas(wanted), notice)

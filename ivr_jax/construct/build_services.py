@@ -15,6 +15,7 @@ from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.build import REMOTE, analyzer_from_configs, generator_from_config
 from ivr_jax.services.checkpoint import CheckpointGenerator
 from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.generator import ServiceGenerator
 from ivr_jax.services.journal import Journal
 from ivr_jax.services.prompts import Prompts
 from ivr_jax.services.service import Service
@@ -22,21 +23,22 @@ from ivr_jax.thresholds import WHOLE_REQUEST, Thresholds
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.generator import WorldGenerator
 
-ROLES = ("analyzer", "fallback", "generator")
+ROLES = ("analyzer", "fallback", "generator", "baseline")
 
 
 @dataclasses.dataclass(frozen=True)
 class Services:
-    """The two services, as configured.
+    """The services, as configured.
 
     Attributes:
-      analyzer, generator: the interfaces.
+      analyzer, generator: the interfaces; baseline: what draws first images in the generator's place, or None.
       remote: those behind them that are called over a network.
       made_by: what is stored with every sample; empty for the micro-world.
     """
 
     analyzer: Analyzer
     generator: Generator
+    baseline: Generator | None
     remote: tuple[Service, ...]
     made_by: dict[str, Any]
 
@@ -91,7 +93,23 @@ def build_services(config: Any, journal: Journal) -> Services:
         remote.append(generator.service)
     else:
         raise UserError(f"the generator's kind is {kind!r}.", "Use world, checkpoint, openai or gateway.")
+    baseline = _remote_baseline(config, sections["baseline"], journal, prompts)
+    if baseline is not None:
+        remote.append(baseline.service)
     made_by = {role: section.name for role, section in sections.items() if section.kind not in ("", "world")}
     if made_by:
         made_by["prompts"] = prompts.versions()
-    return Services(analyzer, generator, tuple(remote), made_by)
+    return Services(analyzer, generator, baseline, tuple(remote), made_by)
+
+
+def _remote_baseline(
+    config: Any, section: ServiceConfig, journal: Journal, prompts: Prompts
+) -> ServiceGenerator | None:
+    if not section.kind:
+        return None
+    if section.kind not in REMOTE:
+        raise UserError(f"the kind of the service `baseline` is {section.kind!r}.",
+                        "Use openai or gateway; a checkpoint is named by --config.baseline=WORKDIR.")  # fmt: skip
+    if config.baseline:
+        raise UserError("both a checkpoint and a service are named as baseline.", "Leave one of them empty.")
+    return generator_from_config(section, journal, prompts=prompts)

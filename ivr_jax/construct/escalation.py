@@ -151,6 +151,7 @@ class _Escalation:
         generator: Generator,
         rules: Rules,
         given: Sequence[tuple[Reflection, Pixels]],
+        baseline: Generator,
     ):
         missing = [name for name in sample.sources if name not in images]
         if missing:
@@ -160,7 +161,7 @@ class _Escalation:
             )
         self.sample, self.analyzer, self.generator, self.rules = sample, analyzer, generator, rules
         self.sources = [images[name] for name in sample.sources]
-        self.given_rounds = list(given)
+        self.given_rounds, self.baseline = list(given), baseline
         self.source_images = {name: images[name] for name in sample.sources}
         self.images = dict(self.source_images)
         self.drawn: list[Drawing] = []
@@ -187,7 +188,7 @@ class _Escalation:
     async def direct(self, first_image: Pixels | None) -> bool:
         image = first_image
         if image is None:
-            image = await self.generator.generate(self.sample, self.sample.prompt, self.sources)
+            image = await self.baseline.generate(self.sample, self.sample.prompt, self.sources)
         return self.record(None, image, await self.judged(image, self.rules.thresholds))
 
     async def reflection(self, attempt: int) -> bool:
@@ -255,22 +256,24 @@ async def construct(
     generator: Generator,
     rules: Rules | None = None,
     given: Sequence[tuple[Reflection, Pixels]] = (),
+    baseline: Generator | None = None,
 ) -> Outcome:
     """Runs the escalation for one sample.
 
     Args:
       sample: the request.
       images: the pixels of its sources, by name.
-      first_image: G1, drawn by the model to be trained (uint8 [height, width, 3]); None lets `generator` draw it.
+      first_image: G1, drawn by the model to be trained (uint8 [height, width, 3]); None lets it be drawn.
       analyzer, generator: the two services; what they raise is passed on.
       rules: thresholds and counts; `Rules()` when None.
       given: reflections and the images drawn from them, by someone else; they are judged like others, and the services
         are asked for further ones only.
+      baseline: draws G1 where it is not given; `generator` when None.
 
     Returns:
       The outcome, with a trajectory or a reason for having none.
     """
-    run = _Escalation(sample, images, analyzer, generator, rules or Rules(), given)
+    run = _Escalation(sample, images, analyzer, generator, rules or Rules(), given, baseline or generator)
     if await run.direct(first_image):
         return run.outcome()
     for attempt in range(1, run.rules.max_reflections + 1):

@@ -117,6 +117,7 @@ class Construction:
       rules: thresholds and counts.
       concurrency: samples in progress at a time, at least 1.
       made_by: JSON values stored with every sample (services, versions of prompts).
+      baseline: draws the first images that samples do not bring; None leaves them to `generator`.
 
     Attributes:
       down: the failure of a service that is down; set once, and then no further sample is started.
@@ -130,11 +131,12 @@ class Construction:
         rules: Rules,
         concurrency: int,
         made_by: Mapping[str, Any] | None = None,
+        baseline: Generator | None = None,
     ):
         if concurrency < 1:
             raise UserError(f"the concurrency is {concurrency}.", "Give a whole number of at least 1.")
         self._journal, self._analyzer, self._generator, self._rules = journal, analyzer, generator, rules
-        self._concurrency, self._made_by = concurrency, dict(made_by or {})
+        self._concurrency, self._made_by, self._baseline = concurrency, dict(made_by or {}), baseline
         self.down: ServiceDown | None = None
 
     async def run(
@@ -177,7 +179,7 @@ class Construction:
         try:
             outcome = await construct(
                 request.sample, request.images, request.first_image, self._analyzer, self._generator, self._rules,
-                request.given,
+                request.given, self._baseline,
             )
         except ServiceFailed as error:
             if isinstance(error, ServiceDown):

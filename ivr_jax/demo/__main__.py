@@ -58,7 +58,7 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
             )
             for name in ("eval_direct", "eval_multi_step")
         ),
-        step("Improve it with RL", "train", "micro_rl", "rl", init=sft),
+        step("Improve it with RL", "train", "micro_rl", "rl", init=sft, gallery__every=4),
         step("Evaluate the result", "evaluate", check, "eval_rl", checkpoint=rl),
         step("Ask it twenty typed requests", "evaluate", f"{check}:typed", "eval_typed", checkpoint=rl),
     ]

@@ -4,10 +4,12 @@
     python -m ivr_jax.inspect runs/demo/construct/dataset --filter=mode=reflection --filter=loss=0 --limit=5
     python -m ivr_jax.inspect runs/demo/sft/examples --checkpoint=runs/demo/sft --html=example.html
     python -m ivr_jax.inspect runs/answers/ID --checkpoint=runs/demo/rl --figures
+    python -m ivr_jax.inspect runs/demo/rl --checkpoint=runs/demo/rl --filter="advantage>0" --figures
     python -m ivr_jax.inspect --rollout --checkpoint=runs/demo/rl --task=3 --group=4
 
 Shows position, id, text, segment (G an image, E its evaluation, R a reflection, S a step) and whether it carries loss;
-with --figures log-probability and entropy under the model, and of a rollout reward and advantage too.  Images are
+with --figures log-probability and entropy under the model, and of a rollout reward and advantage too.  An RL run stores
+rollouts with --config.gallery.every=N; its newest are shown, those of another step by naming their file.  Images are
 decoded from their codes.  Tokenizers are those of --checkpoint (the small model of the package by default).
 """
 
@@ -39,7 +41,7 @@ def add_flags(values: flags.FlagValues) -> None:
     def switch(name: str, meaning: str) -> None:
         flags.DEFINE_boolean(name, False, meaning, flag_values=values)
 
-    text("source", None, "a dataset, token examples or an answer; may also stand without --source=")
+    text("source", None, "a dataset, token examples, an answer or an RL run; may also stand without --source=")
     text("checkpoint", packed.PACKED_MICRO, "whose tokenizers and, with --figures, probabilities are shown")
     text("text_tokenizer", None, "folder of the text tokenizer, if it was moved or the checkpoint imported")
     text("image_tokenizer", None, "workdir of the image tokenizer, if it was moved or the checkpoint imported")

@@ -6,22 +6,23 @@ import asyncio
 import dataclasses
 
 import jax
-import numpy as np
 
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass, load_config
 from ivr_jax.errors import UserError
-from ivr_jax.inspect.tokens import Figures, Inspected, inspected, model_figures
+from ivr_jax.inspect.sources import Encoded, encode_rollout
+from ivr_jax.inspect.tokens import Figures, Inspected, model_figures
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.rewards.judge import judge_answers
 from ivr_jax.sampling.rollout import RolloutOptions, roll_out
-from ivr_jax.training.scoring import Scored, score_rollout
+from ivr_jax.training.losses import GrpoOptions
+from ivr_jax.training.scoring import score_rollout
+from ivr_jax.training.stored_rollouts import INVALID, stored_answers
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.sampler import sample_task
 
 CONFIG = "micro_rl"  # whose grammar and reward apply
-_SHOWN = ("outcome", "format", "step", "reflection", "total")
 
 
 def inspect_group(system: System, task: int, group: int, seed: int) -> list[Inspected]:
@@ -41,37 +42,25 @@ def inspect_group(system: System, task: int, group: int, seed: int) -> list[Insp
     reward = as_dataclass(RewardOptions, config.reward)
     judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), True, reward))
     scored = score_rollout(rollout, judged, reward)
-    return [_member(system, grammar, made.sample.prompt, rollout, scored, number) for number in range(group)]
+    visual_start = system.tokenizer.vocab.visual_start
+    stored = stored_answers(rollout, [made.sample], scored, range(group), GrpoOptions(), visual_start)
+    found = []
+    for number, answer in enumerate(stored):
+        item = encode_rollout(answer, system, f"task {task}", number)
+        truth = scored.judged[number].truth
+        if answer.mode != INVALID:
+            right = bool(truth) and truth[-1] is not None and truth[-1].passed
+            item = dataclasses.replace(item, values={**item.values, "last image": "right" if right else "wrong"})
+        figures = model_figures(system, grammar, item.tokens, item.answer_start, (0, 0))
+        found.append(item.inspected(system, figures))
+    return found
 
 
 def _room(system: System, wanted: int) -> int:
     return min(wanted, system.config.max_position_embeddings - 192)  # the longest prompt of the world, rounded up
 
 
-def _member(system: System, grammar: Grammar, prompt: str, rollout, scored: Scored, number: int) -> Inspected:
-    answer, tokens = rollout.answers[number], rollout.answer_tokens(number)
-    whole = np.concatenate([rollout.prompt(number), tokens])
-    start = len(whole) - len(tokens)
-    size = (0, 0)
-    advantage = float(scored.advantages[0, number])
-    figures = model_figures(system, grammar, whole, start, size)
-    figures.log_prob = rollout.samples.log_probs[number, : len(tokens)]
-    figures.advantage = np.full(len(tokens), advantage)
-    facts = {"prompt": prompt, "tokens": str(len(whole)), "images": str(int(scored.images[0, number]))}
-    facts |= {name: f"{float(scored.components[name][0, number]):.3f}" for name in _SHOWN}
-    facts |= {"bonus": f"{float(scored.bonus[0, number]):.3f}", "advantage": f"{advantage:+.3f}"}
-    if answer is None:
-        facts["error"] = rollout.errors[number]
-    else:
-        facts["mode"] = answer.trajectory.mode.value
-        truth = scored.judged[number].truth
-        facts["last image"] = "right" if truth and truth[-1] is not None and truth[-1].passed else "wrong"
-    segments = () if answer is None else answer.segments
-    loss = np.arange(len(whole)) >= start
-    return inspected(system, f"member {number + 1} of {rollout.group}", facts, whole, start, segments, loss, figures)
-
-
-def with_model_figures(system: System, item) -> Figures:
+def with_model_figures(system: System, item: Encoded) -> Figures:
     """Log-probability and entropy of a stored answer under the model."""
     grammar = Grammar(system.tokenizer, dataclasses.replace(GrammarOptions(), follow_verdict=False))
     return model_figures(system, grammar, item.tokens, item.answer_start, (0, 0))

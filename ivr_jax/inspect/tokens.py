@@ -69,6 +69,11 @@ class Figures:
     def __init__(self, log_prob: Any = None, entropy: Any = None, advantage: Any = None):
         self.log_prob, self.entropy, self.advantage = log_prob, entropy, advantage
 
+    def with_missing(self, other: Figures) -> Figures:
+        """These, and those of `other` that are not known here."""
+        names = ("log_prob", "entropy", "advantage")
+        return Figures(*(getattr(other if getattr(self, name) is None else self, name) for name in names))
+
     def at(self, index: int) -> dict[str, float | None]:
         """Of answer token `index`; none before the answer."""
         names = ("log_prob", "entropy", "advantage")

@@ -6,10 +6,11 @@
     POST /v1/chat/completions      JSON: messages (texts and `image_url` with data: addresses), n, stream, ...
 
 Fields of ours, which the `openai` client sends with `extra_body`: seed, mode, temperature, guidance, max_images,
-aspect_ratio.  A chat answer holds its texts in `content`, and its images beside it in `images`, a list of `image_url`
-objects with data: addresses, in a stream as `delta.images`.  The question is the last user message; where it has no
-image, the last image of an earlier message is the reference, so that "now make it blue" edits what was drawn.  System
-messages do not reach the model: its prompt template has no place for them.  Nothing is fetched from an address.
+aspect_ratio; the model `NAME:MODE` is NAME in that mode, for clients that cannot send fields.  A chat answer holds its
+texts in `content`, and its images beside it in `images`, a list of `image_url` objects with data: addresses, in a
+stream as `delta.images`.  The question is the last user message; where it has no image, the last image of an earlier
+message is the reference, so that "now make it blue" edits what was drawn.  System messages do not reach the model: its
+prompt template has no place for them.  Nothing is fetched from an address.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from starlette.routing import Route
 from ivr_jax.errors import UserError
 from ivr_jax.serve.guard import read_body, read_json
 from ivr_jax.serve.jobs import AUTO, DONE, FAILED, AnswerRequest, ClientGone, Job, PartView, Snapshot
-from ivr_jax.serve.models import named, spoken_text
+from ivr_jax.serve.models import ServedModel, named, spoken_text
 from ivr_jax.serve.page_routes import Service, sampling_of
 from ivr_jax.serve.scheduler import Busy
 from ivr_jax.serve.unfolding import IMAGE
@@ -117,14 +118,14 @@ def _requests(
         raise UserError(f"n is {count}; 1 to {service.limits.answers} answers are given.", "Send several requests.")
     seed = _number(body, "seed", None, int)
     seed = int.from_bytes(np.random.default_rng().bytes(4), "little") if seed is None else seed
-    model = named(service.models, _text(body, "model", ""))
+    model, mode = _model_and_mode(service, _text(body, "model", ""), _text(body, "mode", ""))
     request = AnswerRequest(
         model.name,
         prompt,
         pixels,
         _text(body, "aspect_ratio", "") or _aspect(_text(body, "size", "auto")),
         0,
-        _text(body, "mode", AUTO),
+        mode,
         sampling_of(
             _number(body, "temperature", 1.0, float), _number(body, "guidance", 1.0, float),
             _number(body, "top_p", 1.0, float),
@@ -135,6 +136,16 @@ def _requests(
     if not 0 <= seed < 2**32 or request.max_images < 0 or request.max_tokens < 0:
         raise UserError(f"the seed {seed} (or a cap) is out of range.", "Use 0 to 4294967295.")
     return [dataclasses.replace(request, seed=(seed + i) % 2**32) for i in range(count)]
+
+
+def _model_and_mode(service: Service, name: str, mode: str) -> tuple[ServedModel, str]:
+    """What `NAME`, or `NAME:MODE` for clients that cannot send the field `mode`, asks for."""
+    model, colon, named_mode = name.rpartition(":")
+    if colon and name not in service.models and model in service.models:
+        if mode not in ("", named_mode):
+            raise UserError(f"the model is {name!r} and the mode {mode!r}.", "Name one mode.")
+        name, mode = model, named_mode
+    return named(service.models, name), mode or AUTO
 
 
 async def _start(service: Service, wanted: Sequence[AnswerRequest]) -> list[Job]:

@@ -48,8 +48,6 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 from ivr_jax.protocol.grammar import Grammar
-from ivr_jax.report.gallery import GalleryItem, GallerySection
-from ivr_jax.report.pages import write_report
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged
 from ivr_jax.rewards.judge_service import JudgeService, Verdicts
@@ -68,8 +66,9 @@ from ivr_jax.training.policy_logprobs import (
 )
 from ivr_jax.training.prompts import Prompt, Tasks
 from ivr_jax.training.rl_options import RLOptions
-from ivr_jax.training.scoring import Scored, draft_answers, score_rollout, shown_answers, summary, token_advantages
+from ivr_jax.training.scoring import Scored, draft_answers, score_rollout, summary, token_advantages
 from ivr_jax.training.state import TrainState, apply_gradients
+from ivr_jax.training.stored_rollouts import write_gallery
 from ivr_jax.training.throughput import train_flops
 
 DRAFTS = 0xD4AF7  # folded into a step's key for its drafts
@@ -455,14 +454,10 @@ class Trainer:
         return sampled + update * (self.options.num_iterations + again / 3)
 
     def _write_gallery(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
-        """A page with whole groups of this step's answers and their rewards."""
         count = max(1, self.options.gallery_answers // rollout.group) * rollout.group
         numbers = range(min(count, len(rollout.answers) // jax.process_count()))  # pixels stay where they were made
-        answers, images = shown_answers(rollout, samples, scored, numbers)
-        items = tuple(GalleryItem(f"member {n % rollout.group + 1}", answers[n], images) for n in numbers)
-        intro = "Groups of answers that one update compared: rewards as judged, the bonus, and the advantage."
-        section = GallerySection(f"Rollouts of step {step}", intro, items)
-        write_report(self.gallery / f"step_{step:06d}.html", f"Rollouts of step {step}", (), {}, (section,), (), ())
+        visual_start = self.grammar.tokenizer.vocab.visual_start
+        write_gallery(self.gallery, step, rollout, samples, scored, numbers, self.options.grpo, visual_start)
 
 
 def update_function(optimizer: optax.GradientTransformation, options: RLOptions, out_shardings: Any = None) -> Any:

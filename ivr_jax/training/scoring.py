@@ -187,7 +187,7 @@ def shown_answers(
     for number in numbers:
         answer, judged = rollout.answers[number], scored.judged[number]
         group, member = divmod(number, rollout.group)
-        rewards = _rewards_of(scored, group, member)
+        rewards = rewards_of(scored, group, member)
         if answer is None:
             records.append(Answer(samples[group], None, rollout.errors[number], rewards=rewards))
             continue
@@ -199,7 +199,7 @@ def shown_answers(
     return records, images
 
 
-def _rewards_of(scored: Scored, group: int, member: int) -> dict[str, float]:
+def rewards_of(scored: Scored, group: int, member: int) -> dict[str, float]:
     """Rewards of one answer by name; none where its judgement is missing."""
     if not scored.present[group, member]:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from ivr_jax.generate.answer_folder import write_answer
 from ivr_jax.inspect import __main__ as command
 from ivr_jax.inspect import sources
 from ivr_jax.inspect.render import blocks, html_page, visible
-from ivr_jax.inspect.tokens import Inspected, Token, token_text
+from ivr_jax.inspect.tokens import Figures, Inspected, Token, token_text
 from ivr_jax.protocol import codec
 from ivr_jax.sampling.rollout import Answer
+from ivr_jax.training import stored_rollouts
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,75 @@ def test_what_is_not_there(runs, system, tmp_path):
             list(sources.items(path, system, **options))
 
 
+def store_rollouts(run: Path, system, items) -> list[stored_rollouts.StoredAnswer]:
+    """One RL step's answers, made of stored samples: a reward of 1, 0, 1, ... and as advantage 1 or -1."""
+    answers = []
+    for number, item in enumerate(items):
+        reward, count = float(number % 2 == 0), len(item.tokens) - item.answer_start
+        answers.append(
+            stored_rollouts.StoredAnswer(
+                item.values["prompt"], item.values["key"], number // 3, number % 3, item.tokens, item.answer_start,
+                -np.arange(count, dtype=np.float32), np.full(count, 2 * reward - 1, np.float32),
+                {"total": reward, "advantage": 2 * reward - 1}, item.values["mode"], tuple(item.segments), True,
+                item.values["rounds"],
+            )  # fmt: skip
+        )
+    answers[-1] = dataclasses.replace(answers[-1], mode=stored_rollouts.INVALID, segments=(), error="cut.", rewards={})
+    stored_rollouts.write_answers(run / "gallery/step_000020.npz", answers)
+    return answers
+
+
+def test_rollouts_of_a_finished_run_are_shown_with_what_the_update_computed(runs, system, tmp_path):
+    written = store_rollouts(tmp_path, system, list(sources.items(runs / "dataset", system)))
+    (tmp_path / "gallery/step_000010.npz").write_bytes(b"an older step")
+    items = list(sources.items(tmp_path, system))
+    assert len(items) == len(written) == 6
+    for item, answer in zip(items, written, strict=True):
+        shown = item.inspected(system)
+        assert [token.id for token in shown.tokens] == answer.tokens.tolist()
+        rest = shown.tokens[answer.answer_start :]
+        assert [token.log_prob for token in rest] == answer.log_probs.tolist() and rest[-1].entropy is None
+        assert {token.advantage for token in rest} == set(answer.advantages.tolist())
+        assert all(token.log_prob is None and not token.loss for token in shown.tokens[: answer.answer_start])
+        assert [s.name for s in item.segments] == [s.name for s in answer.segments]
+        assert item.values["mode"] == answer.mode
+    assert items[-1].inspected(system).facts["error"] == "cut."
+    more = items[0].inspected(system, Figures(log_prob=np.ones(9999), entropy=np.full(9999, 0.25)))
+    assert {t.entropy for t in more.tokens[items[0].answer_start :]} == {0.25}
+    assert more.tokens[items[0].answer_start].log_prob == 0  # as it was sampled, not as a model says now
+
+
+@pytest.mark.parametrize(("condition", "expected"), [("total>0.5", [0, 2, 4]), ("advantage<0", [1, 3]),
+                                                     ("mode=invalid", [5])])  # fmt: skip
+def test_rollouts_are_chosen_by_their_rewards(runs, system, tmp_path, condition, expected):
+    store_rollouts(tmp_path, system, list(sources.items(runs / "dataset", system)))
+    holds = sources.parse_filter(condition)
+    path = tmp_path / "gallery/step_000020.npz"
+    assert [item.values["position"] for item in sources.items(path, system) if holds(item)] == expected
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "other", "lengths", "missing", "no rollouts"])
+def test_rollouts_that_cannot_be_read(runs, system, tmp_path, damage):
+    store_rollouts(tmp_path, system, list(sources.items(runs / "dataset", system)))
+    path = tmp_path / "gallery/step_000020.npz"
+    content, source = path.read_bytes(), path
+    if damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "other":
+        np.savez(path, tokens=np.array([{"a": 1}], object))  # would need unpickling
+    elif damage == "lengths":
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        np.savez(path, **(arrays | {"log_probs": arrays["log_probs"][:-1]}))
+    else:
+        path.unlink()
+        source = path if damage == "missing" else tmp_path
+    with pytest.raises(UserError):
+        list(sources.items(source, system))
+
+
 def test_tokens_say_what_they_are(system):
     vocab = system.tokenizer.vocab
     assert token_text(system.tokenizer, vocab.visual_start + 3) == "v3"
@@ -138,7 +209,7 @@ def run(*words: str) -> None:
 def test_the_command_with_the_model_of_the_package(tmp_path, capsys):
     run("--rollout", "--task=3", "--group=2")
     shown = capsys.readouterr().out
-    assert "member 1 of 2" in shown and "member 2 of 2" in shown
+    assert "member 1" in shown and "member 2" in shown and "member 3" not in shown
     assert all(word in shown for word in ("log_prob", "entropy", "advantage", "outcome", "bonus"))
     page = tmp_path / "rollout.html"
     run("--rollout", "--task=3", "--group=2", f"--html={page}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -15,6 +17,10 @@ import uvicorn
 from ivr_jax.errors import UserError
 from ivr_jax.report import __main__ as command
 from ivr_jax.report import live
+from ivr_jax.report.pages import write_report
+
+ARTEFACTS = Path(__file__).resolve().parents[2] / ".cache" / "screenshots"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def write(folder, steps, **extra):
@@ -90,3 +96,40 @@ def test_what_cannot_be_followed(tmp_path):
 
 def test_the_folder_may_follow_the_flag():
     assert command.with_live_folder(["report", "--live", "a", "--live=b"]) == ["report", "--live=a", "--live=b"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt install chromium)")
+def test_the_page_follows_runs_in_a_browser(page):
+    from axe_playwright_python.sync_playwright import Axe
+    from playwright.sync_api import sync_playwright
+
+    folder, client = page
+    write_report(folder / "rl/gallery/step_000040.html", "Rollouts of step 40", (), {}, (), (), ())
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            seen = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
+            seen.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+            seen.on("pageerror", lambda error: complaints.append(str(error)))
+            seen.on("request", lambda r: None if r.url.startswith(str(client.base_url)) else complaints.append(r.url))
+            seen.goto(str(client.base_url))
+            seen.wait_for_selector("body[data-ready]")
+            assert seen.locator("#runs h2").all_inner_texts() == ["rl", "sft"]
+            assert seen.locator("#runs .alarm").all_inner_texts() == ["zero variance"]
+            seen.frame_locator("iframe").locator("h1").wait_for()
+            assert seen.frame_locator("iframe").locator("h1").inner_text() == "Rollouts of step 40"
+            assert seen.evaluate("document.documentElement.scrollWidth") <= width
+            violations = Axe().run(seen).response["violations"]
+            assert [v["id"] for v in violations if v["impact"] in ("serious", "critical")] == []
+            seen.locator("iframe").scroll_into_view_if_needed()
+            seen.wait_for_timeout(300)  # what was out of sight is painted
+            ARTEFACTS.mkdir(parents=True, exist_ok=True)
+            seen.screenshot(path=ARTEFACTS / f"live_{scheme}.png", full_page=True)
+        write(folder / "rl", range(10, 60, 10), reward=0.5)
+        seen.locator("#runs article", has_text="step 50 of 60").wait_for()  # without a reload
+        seen.fill("#filter", "reward")
+        assert seen.locator("#charts h2").all_inner_texts() == ["reward"]
+        chromium.close()
+    assert complaints == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -179,6 +180,21 @@ def test_an_edit_with_one_and_with_two_references(server, open_page):
     keep(page, "references")
     page.click("[aria-label='Remove reference 1']")
     assert page.locator("#references li").count() == 1
+
+
+def test_references_are_dropped_and_pasted_too(server, open_page):
+    page = open_page()
+    made = "const d = new DataTransfer(); const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)); " \
+           "d.items.add(new File([bytes], 'a.png', { type: 'image/png' })); const o = { bubbles: true };"  # fmt: skip
+    fired = (
+        (20, "window.dispatchEvent(new DragEvent('drop', { ...o, dataTransfer: d }))"),
+        (30, "window.dispatchEvent(new ClipboardEvent('paste', { ...o, clipboardData: d }))"),
+    )
+    for number, (grey, event) in enumerate(fired, 1):
+        data = base64.b64encode(png(grey=grey)).decode()
+        page.evaluate(f"(data) => {{ {made} {event}; }}", data)
+        until(page, f"document.querySelectorAll('#references li').length === {number}")
+    assert page.is_hidden("#alert")
 
 
 def test_rows_appear_and_an_answer_is_stopped_inside_an_image_and_goes_on(server, open_page, calls):

@@ -30,7 +30,7 @@ from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.rewards.judge_service import Check, JudgeOptions, JudgeService, same
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.layout import RolloutLayout
-from ivr_jax.training import grpo
+from ivr_jax.training import grpo, stored_rollouts
 from ivr_jax.training.judge_config import JudgeRecords, make_analyzer, make_judge
 from ivr_jax.training.monitor import Monitor, MonitorOptions
 from ivr_jax.training.prompts import Prompt, Tasks
@@ -337,3 +337,12 @@ def test_a_gallery_shows_whole_groups_with_their_rewards(tmp_path):
     assert page.name == "step_000002.html"
     text = page.read_text()
     assert all(f"member {m}" in text for m in range(1, GROUP + 1)) and "advantage" in text and "data:image/png" in text
+    answers = stored_rollouts.read_answers(tmp_path / "gallery/step_000002.npz")
+    assert [(a.group, a.member) for a in answers] == [(0, member) for member in range(GROUP)]
+    assert {a.prompt for a in answers} == {tasks(1).now[0].sample.prompt}
+    for answer in answers:
+        assert len(answer.tokens) - answer.answer_start == len(answer.log_probs) == len(answer.advantages)
+        assert (answer.log_probs <= 0).all() and (answer.log_probs < 0).any()
+        np.testing.assert_allclose(answer.advantages, answer.rewards["advantage"], rtol=1e-6)
+        assert answer.mode != stored_rollouts.INVALID and answer.segments[-1].end <= len(answer.log_probs)
+        assert answer.images == sum(segment.part == "G" for segment in answer.segments) > 0

@@ -11,6 +11,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import compare, datafiles, gallery, judgements, registry, run_folder
 from ivr_jax.evaluate.benchmarks.interface import FIXED, Benchmark, Item, Judged
 from ivr_jax.evaluate.benchmarks.session import SCRATCH
+from ivr_jax.evaluate.benchmarks.tables import readable
 from ivr_jax.report.benchmark_page import PageTable, write_page
 
 FILE, PAGE = "comparison.json", "comparison.html"
@@ -74,10 +75,10 @@ def _write_page(path: Path, benchmark: Benchmark, found: Mapping[str, Any], sect
     digits = benchmark.decimals
     tables = []
     for mode, figures in found["figures"].items():
-        rows = tuple(_figure_row(name, figure, digits) for name, figure in figures.items())
+        rows = tuple(_figure_row(readable(name), figure, digits) for name, figure in figures.items())
         lead = f"{found['second']} minus {found['first']}, over the prompts that both were judged on."
         tables.append(PageTable(f"Differences, {mode}", lead, _FIGURES, rows))
-    wins = tuple((name, *map(str, counts)) for name, counts in found["wins"][FIXED].items())
+    wins = tuple((readable(name), *map(str, counts)) for name, counts in found["wins"][FIXED].items())
     tables.append(PageTable("Wins by category", "Prompts on which the second run is better, worse, the same.",
                             _WINS, wins))  # fmt: skip
     notes = [f"Not comparable, and compared nevertheless: {reason}." for reason in found["not_comparable"]]

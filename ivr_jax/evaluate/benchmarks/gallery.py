@@ -68,7 +68,7 @@ class Run:
             if found is None:
                 continue
             for name, score in ((found.value or {}).get("scores") or {}).items():
-                scores[name if name == question.metric else f"{question.metric} {name}"] = float(score)
+                scores[_score_label(question.metric, name)] = float(score)
             said = self.judged.reasoning(item, question.metric) or found.detail
             if said:
                 notes.append((f"Judge, {question.metric}", said))
@@ -113,6 +113,14 @@ class Run:
         answer = Answer(sample, None, record.error, tuple(images), rewards=dict(scores), segments=tuple(segments),
                         split=item.category)  # fmt: skip
         return answer, _Images({**files, **{name: folder / name for name in images}})
+
+
+def _score_label(metric: str, name: str) -> str:
+    """ "knowledge" for a `knowledge_score`; the metric alone where the field only says that it is a score."""
+    label = name.removesuffix("score").rstrip("_")
+    if label == name:
+        label = metric if name == metric else f"{metric} {name}"
+    return (label or metric).replace("_", " ")
 
 
 def sections(run: Run, items: Sequence[Item]) -> tuple[GallerySection, ...]:

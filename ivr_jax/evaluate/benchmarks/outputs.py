@@ -61,7 +61,7 @@ def notes(made: Mapping[str, Any], benchmark: Benchmark) -> list[str]:
 
 def page_tables(made: Mapping[str, Any], benchmark: Benchmark) -> list[PageTable]:
     result = tuple(map(tuple, tables.rows(made, benchmark.decimals)))
-    figures = tuple(map(tuple, tables.figure_rows(made, benchmark.decimals)))
+    figures = tuple((tables.readable(name), *row) for name, *row in tables.figure_rows(made, benchmark.decimals))
     return [
         PageTable("Result", f"{benchmark.headline}, beside published figures.", tables.COLUMNS, result),
         PageTable("Figures", "As the official scripts compute them (strict) and as they were evidently meant (fixed), "
@@ -80,7 +80,7 @@ def bars(made: Mapping[str, Any], benchmark: Benchmark) -> list[Bar]:
         if value["low"] is not None:
             text += f" [{value['low']:.{benchmark.decimals}f}, {value['high']:.{benchmark.decimals}f}]"
             ends = [value["low"] / benchmark.top, value["high"] / benchmark.top]
-        found.append(Bar(figure["category"], value["value"] / benchmark.top, ends[0], ends[1], text))
+        found.append(Bar(tables.readable(figure["category"]), value["value"] / benchmark.top, ends[0], ends[1], text))
     return found
 
 
@@ -95,7 +95,7 @@ def mixes(made: Mapping[str, Any]) -> list[Mix]:
         text = "\u2013" if images["value"] is None else f"{images['value']:.2f}"
         if images["low"] is not None:
             text += f" [{images['low']:.2f}, {images['high']:.2f}]"
-        found.append(Mix(name, text, group["modes"]))
+        found.append(Mix(tables.readable(name), text, group["modes"]))
     return found
 
 

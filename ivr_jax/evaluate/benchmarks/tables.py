@@ -60,6 +60,11 @@ def rows(summary: Mapping[str, Any], decimals: int) -> list[list[str]]:
     return [*published, own]
 
 
+def readable(name: str) -> str:
+    """A category or figure as the page shows it."""
+    return name.replace("_", " ")
+
+
 def headline_text(summary: Mapping[str, Any], decimals: int) -> str:
     """The headline figure, both modes where they differ; "withheld" when there is none."""
     headline = summary["headline"]

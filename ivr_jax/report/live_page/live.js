@@ -29,7 +29,7 @@ function showRuns() {
     if (run.error) return card.append(make("p", "alarm", run.error)), card;
     const rate = run.curves.tokens_per_second?.at(-1);
     card.append(make("p", "", `step ${run.step}${run.steps ? ` of ${run.steps}` : ""}${rate ? ` · ${short(rate[1])} tokens/s` : ""}`));
-    card.append(make("p", "muted", `${run.stage} · last line ${ago(run.age)}`));
+    card.append(make("p", "muted", [run.stage, `last line ${ago(run.age)}`].filter(Boolean).join(" · ")));
     if (run.alarms.length) {
       const line = make("p");
       line.append(...run.alarms.map((name) => make("span", "alarm", name.replaceAll("_", " "))));
@@ -52,11 +52,12 @@ function chart(name) {
   for (const { points, index } of series) {
     const line = document.createElementNS(SVG, "polyline");
     line.setAttribute("class", `c${index % 6}`);
-    line.setAttribute("points", points.map(([x, y]) => `${(100 * (x - left)) / (right - left || 1)},${96 - (92 * (y - low)) / (high - low || 1)}`).join(" "));
+    line.setAttribute("points", points.map(([x, y]) => `${(100 * (x - left)) / (right - left || 1)},${high > low ? 96 - (92 * (y - low)) / (high - low) : 50}`).join(" "));
     svg.append(line);
   }
-  const range = make("div", "range");
-  range.append(make("span", "", `${short(low)} – ${short(high)}`), make("span", "", series.map(({ points }) => short(points.at(-1)[1])).join(" · ")));
+  const range = make("div", "range"), last = make("span", "last");
+  last.append(...series.map(({ points, index }) => make("span", `c${index % 6}`, short(points.at(-1)[1]))));
+  range.append(make("span", "", `${short(low)} – ${short(high)}`), make("span", "", `steps ${short(left)} – ${short(right)}`), last);
   card.append(make("h2", "", name.replaceAll("_", " ")), svg, range);
   return card;
 }

@@ -117,6 +117,19 @@ def test_the_page_of_a_run(pages, browser):
     assert broken == 0 and complaints == []
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=ARTEFACTS / "benchmark.png", full_page=True)
+    assert {"consistency", "instruction", "knowledge", "quality"} <= score_names(page)
+    for width in (1280, 390):  # a bar stands beside its label, or right below it
+        page.set_viewport_size({"width": width, "height": 900})
+        labels, tracks = page.locator(".bars > span:not(.value)").all(), page.locator(".bars .track").all()
+        for label, track in zip(labels[:3], tracks[:3], strict=True):
+            assert 0 <= track.bounding_box()["y"] - label.bounding_box()["y"] < 32
+    page.locator(".bars").screenshot(path=ARTEFACTS / "benchmark_phone_bars.png")
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def score_names(page) -> set[str]:
+    """What the scores of the first answer are called."""
+    return {text.split()[0] for text in page.locator(".answer").first.locator(".rewards > *").all_inner_texts()}
 
 
 def test_the_page_of_a_comparison_on_a_phone_in_the_dark(pages, browser):
