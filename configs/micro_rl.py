@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
     config.staging_gib = 0  # most host memory for arrays on their way to a checkpoint; 0: no bound
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # devices; -1: all that are left
     config.init = ""
-    config.image_tokenizer = ""  # where the image tokenizer is, if it was moved since init was trained
+    # where the tokenizers are, if they were moved since init was trained, or init was imported
+    config.image_tokenizer = ""
+    config.text_tokenizer = ""
     # image_area: pixels of the images that answer a prompt without a source; 0: as the image tokenizer was trained
     config.prompts = ConfigDict({"source": "world", "level": 0, "seed": 3, "size": 1_000_000, "image_area": 0})
     config.sampling = ConfigDict(

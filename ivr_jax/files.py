@@ -23,7 +23,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 from ivr_jax.errors import UserError
@@ -138,6 +138,19 @@ def read_json_lines(path: str | os.PathLike[str], remedy: str = "Correct the fil
         if line.strip():
             where = f"{path}, line {number}"
             yield where, parse_json(line, where, remedy)
+
+
+def written_path(root: str | os.PathLike[str], written: str) -> Path:
+    """The path that a file of the user's names, from `root`; one that was written on Windows is found here as well.
+
+    `images\\cat.png` is `images/cat.png`; where there is none, as for `C:\\data\\cat.png`, it is `cat.png` in `root`.
+    """
+    plain, windows = Path(root) / written, PureWindowsPath(written)
+    if "\\" not in written or plain.exists():
+        return plain
+    below = Path(root, *windows.parts[bool(windows.anchor) :])
+    by_name = Path(root) / windows.name
+    return below if below.is_file() or not by_name.is_file() else by_name
 
 
 class Lock:

@@ -150,8 +150,8 @@ def load(
     if not text_kind or not (codec or image_path):
         raise UserError(
             f"the checkpoint {str(path)!r} does not say which tokenizers it was trained with.",
-            "It was imported: name both with --text_tokenizer=FOLDER --image_tokenizer=WORKDIR (in an sft run "
-            "--config.text_tokenizer and --config.image_tokenizer; what it trains knows them).",
+            "It was imported: name both with --text_tokenizer=FOLDER --image_tokenizer=WORKDIR (where there are "
+            "no such flags, --config.text_tokenizer and --config.image_tokenizer); what it trains knows them.",
         )
     codec = codec or load_image_codec(image_tokenizer_path or folder or _nearby(path, image_path, "image"))
     recorded = meta.get("image_tokenizer_fingerprint")

@@ -29,7 +29,8 @@ class Baseline:
       options: how to sample.
       seed: with a sample's place in the input it decides the drawing.
       batch: samples that are read, and at most drawn, at a time.
-      area: sources are fitted to about so many pixels, sides in multiples of the image tokenizer's factor.
+      area: pixels of an image, about, sides in multiples of the image tokenizer's factor: sources are fitted to it, and
+        what has no source is drawn as a square of it.
     """
 
     system: System
@@ -91,7 +92,8 @@ class Baseline:
         rows = min(self.batch, 1 << (len(requests) - 1).bit_length())
         filled = [requests[i % len(requests)] for i in range(rows)]
         samples, images = [r.sample for r in filled], [r.images for r in filled]
-        return draw_first_images(self.system, samples, images, key, self.options)[: len(requests)]
+        system = dataclasses.replace(self.system, area=self.area)
+        return draw_first_images(system, samples, images, key, self.options)[: len(requests)]
 
     def _fitted(self, request: Request) -> Request:
         """The request over sources of the size that the model draws."""

@@ -87,7 +87,8 @@ def build_services(config: Any, journal: Journal) -> Services:
         options = as_dataclass(SamplingOptions, config.sampling)
         path = sections["generator"].checkpoint
         area = config.image_area if config.samples else None
-        generator = CheckpointGenerator(load_system(config, path), path, options, config.seed, journal, area)
+        size = sections["generator"].size
+        generator = CheckpointGenerator(load_system(config, path), path, options, config.seed, journal, area, size)
     elif kind in REMOTE:
         generator = generator_from_config(sections["generator"], journal, prompts=prompts)
         remote.append(generator.service)

@@ -333,7 +333,7 @@ def _find(path: str, candidates: Sequence[Path], image_root: Path | None) -> Pat
         if candidate.is_file() and candidate.resolve().is_relative_to(folder):
             return candidate
     if image_root is not None:
-        candidate = image_root / path
+        candidate = files.written_path(image_root, path)
         if candidate.is_file() and candidate.resolve().is_relative_to(image_root.resolve()):
             return candidate
     where = f"neither in the folder nor under {image_root}" if image_root else "not in the folder"

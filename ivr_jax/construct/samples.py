@@ -190,7 +190,7 @@ def _sample(entry: Any, where: str, root: Path) -> InputSample:
 def _image_path(fields: Mapping[str, Any], field: str, value: Any, where: str, root: Path) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise UserError(f"{where}: {field} is {fields[field]!r}.", "Give a path, or null.")
-    path = root / value
+    path = files.written_path(root, value)
     if not path.is_file():
         raise UserError(
             f"{where}: the {field} {path} is no file.",

@@ -220,7 +220,7 @@ def _image_file(image: Any, where: str, root: Path) -> Path:
         raise UserError(f"{where} is no reference to an image.", "Correct the record, or leave it out.")
     if re.match(r"[a-z][a-z0-9+.-]+://", uri) and not uri.startswith("file://"):
         raise UserError(f"{where}: {uri} is not fetched.", "Fetch the images, and name files.")
-    path = root / uri.removeprefix("file://")
+    path = files.written_path(root, uri.removeprefix("file://"))
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:

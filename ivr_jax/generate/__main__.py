@@ -22,13 +22,13 @@ from tqdm import tqdm
 from ivr_jax import cli, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
-from ivr_jax.generate import requests as requests_lib
 from ivr_jax.generate.answer_folder import PAGE, InterleavedAnswer, check_writable, read_about, write_answer
 from ivr_jax.generate.answering import IMAGE, MODES, Answering, make_answering
-from ivr_jax.generate.requests import Request
 from ivr_jax.protocol.grammar import INTERLEAVED
+from ivr_jax.sampling import requests as requests_lib
 from ivr_jax.sampling.batch import Usage
 from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.requests import Request
 from ivr_jax.sampling.rollout import Answer
 from ivr_jax.trajectory import TASKS
 

@@ -11,17 +11,17 @@ import numpy as np
 
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
-from ivr_jax.generate import requests as requests_lib
 from ivr_jax.generate.answer_folder import InterleavedAnswer
-from ivr_jax.generate.requests import Prepared, Request
 from ivr_jax.images import Pixels
 from ivr_jax.protocol import interleaved
 from ivr_jax.protocol.codec import decode_image
 from ivr_jax.protocol.grammar import FREE, INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.protocol.interleaved import Part
+from ivr_jax.sampling import requests as requests_lib
 from ivr_jax.sampling.batch import RolloutOptions, Usage
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.requests import Prepared, Request
 from ivr_jax.sampling.rollout import Answer, roll_out, sample_drafts
 from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS, Mode
 

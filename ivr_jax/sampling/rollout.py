@@ -290,8 +290,12 @@ def draw_first_images(
     key: jax.Array,
     options: SamplingOptions | None = None,
     engine: EngineOptions | None = None,
+    size: tuple[int, int] | None = None,
 ) -> list[np.ndarray]:
-    """`G1` alone, uint8 [height, width, 3] for each sample: sampling stops when the first image is complete."""
-    how = RolloutOptions(0, options or SamplingOptions(), engine or EngineOptions())
+    """`G1` alone, uint8 [height, width, 3] for each sample: sampling stops when the first image is complete.
+
+    `size`: latent rows and columns; by default those of the first source, or `system.cells` without sources.
+    """
+    how = RolloutOptions(0, options or SamplingOptions(), engine or EngineOptions(), size=size)
     _, sampled, _ = _sample(system, Grammar(system.tokenizer), samples, images, key, how, only_image=True)
     return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in sampled.tokens])

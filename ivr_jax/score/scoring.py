@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ivr_jax import files
 from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, decode_image, load_image
 from ivr_jax.interfaces import ServiceFailed
@@ -146,7 +147,7 @@ class Scorer:
                 return decode_image(decode_base64(name), "an image of the rollout")
             except replies.Unusable as error:
                 raise UserError(f"an image of the rollout cannot be read: {error}.") from None
-        path = self._root / name
+        path = files.written_path(self._root, name)
         if self._confined and not path.resolve().is_relative_to(self._root.resolve()):
             raise UserError(f"the image {name!r} is not below the folder that is served.")
         return load_image(path)

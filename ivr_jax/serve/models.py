@@ -13,11 +13,11 @@ from PIL import Image
 from ivr_jax.checkpoints.system import MICRO, System
 from ivr_jax.errors import UserError
 from ivr_jax.generate.answer_folder import InterleavedAnswer
-from ivr_jax.generate.requests import Prepared, Request, prepare
 from ivr_jax.images import image_name
 from ivr_jax.protocol import codec, interleaved
 from ivr_jax.protocol.grammar import ACCEPT, INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.protocol.joined_grammar import JoinedGrammar
+from ivr_jax.sampling.requests import Prepared, Request, prepare
 from ivr_jax.sampling.rollout import Answer
 from ivr_jax.serve.jobs import AUTO, AnswerRequest, PartView
 from ivr_jax.serve.unfolding import EVALUATION, IMAGE, OBSERVATION, Part, filled, masked

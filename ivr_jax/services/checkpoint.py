@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import jax
 
 from ivr_jax.checkpoints.system import System
-from ivr_jax.images import Pixels, fit, image_name
+from ivr_jax.errors import UserError
+from ivr_jax.images import Pixels, fit, fitted_size, image_name
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import draw_first_images
 from ivr_jax.services.service import Question, Recorded, Records
@@ -29,7 +31,9 @@ class CheckpointGenerator:
       options: how to sample.
       seed: with the question it decides the drawing.
       records: where drawings are kept; None keeps none.
-      area: sources are fitted to about so many pixels, and edited at that size; the image tokenizer's own when None.
+      area: pixels of an image, about: sources are fitted to it and edited at that size, and what has no source is drawn
+        at it; the image tokenizer's own when None.
+      size: what has no source is drawn in the shape of "WIDTHxHEIGHT"; "" and "auto" mean a square.
     """
 
     def __init__(
@@ -40,13 +44,20 @@ class CheckpointGenerator:
         seed: int,
         records: Records | None,
         area: int | None = None,
+        size: str = "",
     ):
+        shape = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
+        if size not in ("", "auto") and shape is None:
+            raise UserError(f"the generator's size is {size!r}.", "Write WIDTHxHEIGHT, such as 768x512, or auto.")
+        self._shape = (int(shape[2]), int(shape[1])) if shape else (1, 1)  # height, width
         self._system, self._name, self._options, self._seed, self._records = system, name, options, seed, records
         self._drawing = asyncio.Lock()
         self._area = area
         self._identity = {"kind": "checkpoint", "model": name, "seed": seed, "options": dataclasses.asdict(options)}
         if area is not None:
             self._identity["area"] = area
+        if shape is not None:
+            self._identity["size"] = size
 
     async def generate(
         self,
@@ -75,9 +86,12 @@ class CheckpointGenerator:
 
     def _draw(self, sample: Sample, text: str, sources: Sequence[Pixels], digest: str) -> Pixels:
         codec = self._system.codec.config
-        fitted = [fit(pixels, self._area or codec.resolution**2, codec.factor) for pixels in sources]
+        area = self._area or codec.resolution**2
+        fitted = [fit(pixels, area, codec.factor) for pixels in sources]
         names = tuple(image_name(pixels) for pixels in fitted)
         asked = dataclasses.replace(sample, prompt=text, sources=names)
         key = jax.random.fold_in(jax.random.key(self._seed), int(digest[:8], 16))
         images = dict(zip(names, fitted, strict=True))
-        return draw_first_images(self._system, [asked], [images], key, self._options)[0]
+        height, width = fitted[0].shape[:2] if fitted else fitted_size(*self._shape, area, codec.factor)
+        cells = (height // codec.factor, width // codec.factor)
+        return draw_first_images(self._system, [asked], [images], key, self._options, size=cells)[0]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivr_jax import distributed, sharding
+from ivr_jax.checkpoints import packed
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
@@ -51,7 +52,10 @@ def build(
     monitor = Monitor(as_dataclass(MonitorOptions, config.monitor), options.grammar.modes)
     source = prompt_source(config.prompts, config.prompts.seed)
     judge = make_judge(config.judge, options.reward, source, workdir)
-    system = systems.load(config.init, config.image_tokenizer or None, mesh=mesh)
+    # full training learns in float32 whatever the checkpoint holds: updates of 1e-6 are lost in bfloat16
+    dtype = {} if adapters.rank else {"param_dtype": "float32"}
+    text = config.text_tokenizer or None
+    system = systems.load(config.init, config.image_tokenizer or None, text_tokenizer_path=text, mesh=mesh, **dtype)
     system = dataclasses.replace(system, area=config.prompts.image_area)
     longest = min(max(options.buckets), system.config.max_position_embeddings)
     factor = system.codec.config.factor
@@ -60,7 +64,7 @@ def build(
     if distributed.is_primary() and (note := room_note(options, system)):
         print(note)
     fingerprint = systems.fingerprint(system.params) if options.grpo.draft_source == "buffer" else ""
-    axes, meta = backbone.param_axes(system.config), {**system.meta, "run": config.to_dict()}
+    axes, meta = backbone.param_axes(system.config), _meta(config, system)
     if adapters.rank:
         params, axes = lora.add(system.params, adapters, jax.random.key(config.seed)), lora.axes(axes, adapters)
         system, meta = dataclasses.replace(system, params=None), {**meta, "lora": dataclasses.asdict(adapters)}
@@ -85,6 +89,14 @@ def build(
         activity=lambda: trainer.activity,
         close=judge.close,
     )
+
+
+def _meta(config: Any, system: systems.System) -> dict[str, Any]:
+    """Metadata of the run's checkpoints: those of `init`, and the tokenizers, which an import does not record."""
+    text = config.text_tokenizer or system.meta["text_tokenizer"]
+    images = config.image_tokenizer or packed.folder_of(config.init) or system.meta["image_tokenizer"]
+    made = systems.backbone_meta(system.config, text, system.tokenizer, images, system.codec, config.to_dict())
+    return {**system.meta, **made}
 
 
 def room_note(options: RLOptions, system: systems.System) -> str:

@@ -14,7 +14,7 @@ from ivr_jax import files
 from ivr_jax.checkpoints import hf
 from ivr_jax.convert import __main__ as convert
 from ivr_jax.errors import UserError
-from ivr_jax.generate.requests import read_requests
+from ivr_jax.sampling.requests import read_requests
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 
 import numpy as np
@@ -61,7 +62,7 @@ def drawings(monkeypatch):
     """Stands in for the model: notes how many images were asked for at a time, and takes a while."""
     sizes = []
 
-    def draw(system, samples, images, key, options):
+    def draw(system, samples, images, key, options, size=None):
         sizes.append(len(samples))
         time.sleep(0.3)
         return [np.full((8, 8, 3), i, np.uint8) for i in range(len(samples))]
@@ -133,10 +134,11 @@ def test_calls_of_a_healthy_service_do_not_time_out_while_a_model_draws(drawings
 
 def test_a_model_edits_photographs_at_the_area_of_the_dataset(drawings, monkeypatch):
     """Baseline and generator fit the sources to it, not to the image tokenizer's own resolution."""
-    shapes = []
+    shapes, cells = [], []
 
-    def draw(system, samples, images, key, options):
+    def draw(system, samples, images, key, options, size=None):
         shapes.extend(pixels.shape[:2] for given in images for pixels in given.values())
+        cells.append(size or system.cells)
         return [np.zeros((8, 8, 3), np.uint8)] * len(samples)
 
     monkeypatch.setattr(baseline, "draw_first_images", draw)
@@ -148,3 +150,14 @@ def test_a_model_edits_photographs_at_the_area_of_the_dataset(drawings, monkeypa
     generator = CheckpointGenerator(SYSTEM, "tiny", SamplingOptions(), 5, None, area=64 * 128)
     asyncio.run(generator.generate(sample, sample.prompt, [photograph]))
     assert shapes == [(64, 128)] * 2
+    text_only = dataclasses.replace(sample, sources=())
+    entries = [Entry("0", "", lambda: Request(text_only, {}))]
+    collected(Baseline(SYSTEM, SamplingOptions(), 3, 4, area=64 * 128), entries)
+    for size in ("auto", "128x64", "1024x2048"):
+        generator = CheckpointGenerator(SYSTEM, "tiny", SamplingOptions(), 5, None, 64 * 128, size)
+        asyncio.run(generator.generate(text_only, sample.prompt, []))
+    factor = SYSTEM.codec.config.factor
+    side = round((64 * 128) ** 0.5 / factor)
+    assert cells[2:] == [(side, side), (side, side), (64 // factor, 128 // factor), (128 // factor, 64 // factor)]
+    with pytest.raises(UserError):
+        CheckpointGenerator(SYSTEM, "tiny", SamplingOptions(), 5, None, size="large")

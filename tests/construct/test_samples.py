@@ -36,6 +36,15 @@ def write(folder: Path, *entries: Any) -> Path:
     return file
 
 
+def test_a_list_that_was_written_on_windows_names_the_same_files(folder):
+    file = write(folder, entry(src_path=r"photographs\coffee.png", edit_path=r"C:\mine\photographs\chelsea.png"),
+                 entry(key="b", src_path=[r".\photographs\coffee.png", "photographs/chelsea.png"]))  # fmt: skip
+    save_png(folder / "chelsea.png", photograph("chelsea", 16))
+    first, second = read_samples(file)
+    assert first.sources == (folder / "photographs" / "coffee.png",) and first.candidate == folder / "chelsea.png"
+    assert second.sources[1] == folder / "photographs" / "chelsea.png" and second.load().sample.sources
+
+
 def test_one_source_several_and_none_with_and_without_a_candidate(folder):
     file = write(
         folder,

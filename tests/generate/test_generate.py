@@ -138,7 +138,7 @@ def test_a_task_and_every_sampling_option_reach_the_sampler(emu, tmp_path):
 )
 def test_output_size(emu, tmp_path, ratio, count, size):
     """An aspect ratio decides, else the first reference (these images are too small for two digits a side)."""
-    from ivr_jax.generate import requests
+    from ivr_jax.sampling import requests
 
     photo = tmp_path / "wide.png"
     Image.fromarray(photographs.photograph("coffee", 160)[:100]).save(photo)

@@ -17,11 +17,11 @@ from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
 from ivr_jax.generate.answering import make_answering
-from ivr_jax.generate.requests import Request
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.requests import Request
 
 CODES = 8
 IMAGES = ImageTokenizerConfig(

@@ -101,7 +101,7 @@ def _request(line: str, where: str, folder: Path, default: Request) -> Request:
     request = Request(
         markers.check_user_text(key, f"{where}: the key"),
         fields["prompt"],
-        tuple(str(folder / path) for path in paths),
+        tuple(str(files.written_path(folder, path)) for path in paths),
         fields.get("task", default.task),
         fields.get("aspect_ratio", default.aspect_ratio),
         fields.get("seed", default.seed),
