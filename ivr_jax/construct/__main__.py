@@ -24,7 +24,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import math
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +70,58 @@ PENDING = 3  # exit status: run again
 _SHOWN_EVERY = 1.0  # seconds between two looks at the services, so that the bar moves while everyone waits
 
 
-async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Services]:
+class StopRequest:
+    """SIGTERM: answered at once; then no further sample is started, no question asked, and no image drawn.
+
+    Calls in flight are paid for, so they are waited for and recorded.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._services: Sequence[Service] = ()
+        self._construction: Construction | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def during(self, construction: Construction, services: Sequence[Service]) -> None:
+        """What has to stop from now on; called by the event loop that they run in."""
+        self._loop, self._construction, self._services = asyncio.get_running_loop(), construction, services
+        if self.asked:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._construction.stop()
+        for service in self._services:
+            service.caller.stop()
+
+    def _remember(self, *_: Any) -> None:
+        self.asked = True
+        # print is not re-entrant
+        os.write(2, f"\nconstruct: asked to stop; {waited_for(self._services)}.\n".encode())
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._stop)
+
+    def __enter__(self) -> StopRequest:
+        self._here = threading.current_thread() is threading.main_thread()
+        self._previous = signal.signal(signal.SIGTERM, self._remember) if self._here else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._here:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+def waited_for(services: Sequence[Service]) -> str:
+    """For what a run that was asked to stop still waits, and about how long, by what calls took so far."""
+    counts = [service.caller.counts for service in services]
+    in_flight = sum(count.in_flight for count in counts)
+    if not in_flight:
+        return "ending after what is being drawn or judged now"
+    ended = [(count.seconds / (count.calls - count.in_flight)) for count in counts if count.calls > count.in_flight]
+    about = f"about {max(ended):.0f} s" if ended else f"at most {max(s.config.timeout for s in services):.0f} s"
+    return f"saving after {in_flight} calls in flight, {about}"
+
+
+async def work(config: Any, journal: Journal, bar: tqdm, stop: StopRequest) -> tuple[Pass, Services]:
     """Reads the input until nothing is pending, but at most `config.passes` times."""
     drawing = ""  # what the baseline is doing
 
@@ -75,7 +129,7 @@ async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Services
         nonlocal drawing
         drawing = text
 
-    inputs = source(config, journal, show_drawing)
+    inputs = source(config, journal, show_drawing, lambda: stop.asked)
     services = build_services(config, journal)
     wanted = None if config.samples else Shard.parse(config.shard).share(config.quotas.to_dict())
     rules = rules_from_config(config.rules)
@@ -107,6 +161,7 @@ async def work(config: Any, journal: Journal, bar: tqdm) -> tuple[Pass, Services
                 journal, services.analyzer, services.generator, rules, config.concurrency, services.made_by,
                 services.baseline,
             )  # fmt: skip
+            stop.during(construction, services.remote)
             bar.reset()
             bar.initial = 0
             found = await construction.run(inputs.entries(), Quotas(wanted), notice)
@@ -160,11 +215,15 @@ def main(call: cli.Call) -> int | None:
     if config.released:
         print(f"construct: {target}: {in_words(import_released(config, target))}")
         return None
-    with Journal(workdir / "journal") as journal, tqdm(desc="construct", unit="sample", mininterval=1.0) as bar:
+    progress = tqdm(desc="construct", unit="sample", mininterval=1.0)
+    with Journal(workdir / "journal") as journal, progress as bar, StopRequest() as stop:
         merge(journal, call.flags.merge, config, (*_ANY_TIME, *_UNTIL_DONE, *_BETWEEN_PARTS))
-        found, services = asyncio.run(work(config, journal, bar))
+        found, services = asyncio.run(work(config, journal, bar, stop))
         bar.close()
         write_summary(workdir / "summary.json", found, journal, services.remote)
+        if stop.asked:
+            print(f"construct: stopped; {len(found.finished)} samples are finished. Give the same command to resume.")
+            return PENDING
         if found.pending and not config.leave_pending:
             return _report_pending(workdir, found)
         if not config.samples and not found.full:

@@ -44,6 +44,7 @@ class Baseline:
         entries: Iterable[Entry],
         known: Callable[[Entry], bool] = lambda entry: False,
         progress: Callable[[str], None] = lambda text: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> AsyncIterator[Entry]:
         """The same entries, with `G1` for those that bring none.  Drawing happens in a thread.
 
@@ -51,18 +52,21 @@ class Baseline:
           entries: the input, read a batch at a time.
           known: whether an entry is recorded already; a batch of such entries is not drawn again.
           progress: called with how many images of the batch are drawn.
+          stopped: whether nothing more is to be drawn; entries come without a first image then.
         """
         key, remaining = jax.random.key(self.seed), iter(entries)
         for number in itertools.count():
             part = list(itertools.islice(remaining, self.batch))
             if not part:
                 return
-            if not all(known(entry) for entry in part):
-                part = await asyncio.to_thread(self._drawn, part, jax.random.fold_in(key, number), progress)
+            if not stopped() and not all(known(entry) for entry in part):
+                part = await asyncio.to_thread(self._drawn, part, jax.random.fold_in(key, number), progress, stopped)
             for entry in part:
                 yield entry
 
-    def _drawn(self, part: list[Entry], key: jax.Array, progress: Callable[[str], None]) -> list[Entry]:
+    def _drawn(
+        self, part: list[Entry], key: jax.Array, progress: Callable[[str], None], stopped: Callable[[], bool]
+    ) -> list[Entry]:
         """`part` with its first images; an entry that cannot be read stays as it is, and is quarantined in its turn."""
         requests: dict[int, Request] = {}
         fitted: dict[int, Request] = {}
@@ -78,6 +82,8 @@ class Baseline:
                 groups.setdefault(fitted[i].images[sources[0]].shape[:2] if sources else (), []).append(i)
         firsts: dict[int, Pixels] = {}
         for g, members in enumerate(groups.values()):
+            if stopped():
+                return part
             progress(f"first images {len(firsts)} of {len(fitted)}")
             group_key = jax.random.fold_in(key, self.batch + g) if g else key
             firsts |= dict(zip(members, self._draw([fitted[i] for i in members], group_key), strict=True))

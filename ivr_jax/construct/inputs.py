@@ -62,12 +62,18 @@ class Source:
     count: int | None
 
 
-def source(config: Any, journal: Journal, progress: Callable[[str], None] = lambda text: None) -> Source:
+def source(
+    config: Any,
+    journal: Journal,
+    progress: Callable[[str], None] = lambda text: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Source:
     """The input that a config names, with first images by its baseline, if it names one.
 
     Args:
       journal: what is recorded needs no first image.
       progress: called with what is being drawn while the baseline draws.
+      stopped: whether the baseline is to draw nothing more.
 
     Raises:
       UserError: the list holds no usable sample, or the baseline cannot be loaded.
@@ -99,7 +105,7 @@ def source(config: Any, journal: Journal, progress: Callable[[str], None] = lamb
     def is_known(entry: Entry) -> bool:
         return journal.outcome(entry.key, entry.request) is not None
 
-    return Source(lambda: baseline.with_first_images(read(), is_known, progress), quarantined, count)
+    return Source(lambda: baseline.with_first_images(read(), is_known, progress, stopped), quarantined, count)
 
 
 async def _each(entries: Iterator[Entry]) -> AsyncIterator[Entry]:

@@ -121,6 +121,7 @@ class Construction:
 
     Attributes:
       down: the failure of a service that is down; set once, and then no further sample is started.
+      stopped: whether the run was asked to stop.
     """
 
     def __init__(
@@ -138,6 +139,12 @@ class Construction:
         self._journal, self._analyzer, self._generator, self._rules = journal, analyzer, generator, rules
         self._concurrency, self._made_by, self._baseline = concurrency, dict(made_by or {}), baseline
         self.down: ServiceDown | None = None
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Starts no further sample, and reads no further entry; what is in progress ends as its services let it."""
+        self.stopped = True
+        self.down = self.down or ServiceDown("the run was asked to stop.", "Give the same command again.")
 
     async def run(
         self,
@@ -156,6 +163,7 @@ class Construction:
           UserError: the run cannot continue: a key is refused, the disk is full, a setting is wrong.
         """
         found = Pass()
+        entries = self._until_stopped(entries)
         statuses = in_order(entries, self._construct, self._concurrency, _WINDOW * self._concurrency)
         async with contextlib.aclosing(statuses) as stream:
             async for status in stream:
@@ -165,6 +173,12 @@ class Construction:
                     found.full = True
                     break
         return found
+
+    async def _until_stopped(self, entries: AsyncIterable[Entry]) -> AsyncIterator[Entry]:
+        async for entry in entries:
+            if self.stopped:
+                return
+            yield entry
 
     async def _construct(self, entry: Entry) -> Status:
         record = self._journal.outcome(entry.key, entry.request)

@@ -20,8 +20,8 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 try:
     import tenacity
@@ -97,6 +97,7 @@ class Counts:
       faults: by kind.
       in_flight: calls that wait for their reply now.
       waiting: questions that wait now before they are asked again.
+      seconds: what calls took that have come back, all together.
     """
 
     calls: int = 0
@@ -104,6 +105,7 @@ class Counts:
     recorded: int = 0
     in_flight: int = 0
     waiting: int = 0
+    seconds: float = 0.0
     faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
@@ -168,6 +170,7 @@ class Caller:
         self.config, self.counts = config, Counts()
         self.breaker = Breaker(config.breaker_failures, config.breaker_rest, config.patience, waits=not has_fallback)
         self._gate = asyncio.Semaphore(config.in_flight)
+        self._stopped = asyncio.Event()
         self._requests = _limiter(config.requests_per_minute)
         self._tokens = _limiter(config.tokens_per_minute)
         self._random = random.Random(seed)
@@ -221,6 +224,7 @@ class Caller:
         async with self._slot(tokens):
             self.counts.calls += 1
             self.counts.in_flight += 1
+            began = time.monotonic()
             try:
                 async with asyncio.timeout(self.config.timeout):
                     reply = await ask(complaint)
@@ -241,6 +245,7 @@ class Caller:
                 raise
             finally:
                 self.counts.in_flight -= 1
+                self.counts.seconds += time.monotonic() - began
             self.breaker.succeeded()
         try:
             value = read(reply)
@@ -254,18 +259,37 @@ class Caller:
         """The right to make one call, under every limit; the breaker is asked last, right before the call."""
         async with self._gate:
             if self._requests:
-                await self._requests.acquire()
+                await self._unless_stopped(self._requests.acquire())
             if self._tokens and tokens:
-                await self._tokens.acquire(min(tokens, self._tokens.max_rate))
-            await self.breaker.enter()
+                await self._unless_stopped(self._tokens.acquire(min(tokens, self._tokens.max_rate)))
+            if self.breaker.open:
+                await self._unless_stopped(self.breaker.enter())
+            if self._stopped.is_set():
+                raise _stopped()
             yield
 
     async def _sleep(self, seconds: float) -> None:
         self.counts.waiting += 1
         try:
-            await asyncio.sleep(seconds)
+            await self._unless_stopped(asyncio.sleep(seconds))
         finally:
             self.counts.waiting -= 1
+
+    def stop(self) -> None:
+        """From now on no call is made: questions fail with ServiceDown.  Calls in flight go on to their end."""
+        self._stopped.set()
+
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, None]) -> None:
+        """Waits, but not on after `stop`.  Raises ServiceDown then."""
+        waited, stopped = asyncio.ensure_future(waiting), asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait((waited, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if self._stopped.is_set():
+                raise _stopped()
+            waited.result()
+        finally:
+            waited.cancel()
+            stopped.cancel()
 
     def _worth_retrying(self, error: BaseException) -> bool:
         return isinstance(error, Fault) and (error.retry_after or 0) <= self.config.longest_wait
@@ -276,6 +300,10 @@ class Caller:
         longest = min(self.config.longest_wait, self.config.first_wait * 2 ** (state.attempt_number - 1))
         asked = (fault.retry_after or 0.0) if isinstance(fault, Fault) else 0.0
         return asked + self._random.uniform(0.0, longest)
+
+
+def _stopped() -> ServiceDown:
+    return ServiceDown("no more questions: the run was asked to stop.", "Give the same command again.")
 
 
 def _limiter(per_minute: float) -> AsyncLimiter | None:

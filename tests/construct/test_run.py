@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import struct
 import time
 import zlib
@@ -98,6 +100,27 @@ def test_a_run_that_is_killed_goes_on_where_it_was(calm, samples, tmp_path):
     assert {question: service.log.answered[question] for question in answered} == answered  # none was asked again
     again = sum(n - calm[1].log.answered[question] for question, n in service.log.answered.items())
     assert again <= kills * 16  # four samples on their way, four questions each
+    assert same_dataset(tmp_path / "run", calm[0])
+
+
+def test_a_run_that_is_asked_to_stop_says_so_at_once_and_loses_no_answer(calm, samples, tmp_path):
+    service, log = OpenAIService(Behaviour(key=KEY, latency=0.3)), tmp_path / "log"
+    with serving(service) as url:
+        command = arguments(url, samples, tmp_path / "run", concurrency=4)
+        process, ready = start(command, log), service.log.more(12)
+        while process.is_alive() and not ready():
+            process.join(0.005)
+        os.kill(process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        while "asked to stop" not in log.read_text() and time.monotonic() < began + 5:
+            process.join(0.01)
+        answers_at_once = time.monotonic() - began
+        process.join(60)
+        assert process.exitcode == PENDING and answers_at_once < 2
+        assert sum(service.log.answered.values()) < sum(calm[1].log.answered.values())
+        service.behaviour.latency = 0.0
+        commands.succeed("construct", *command)
+    assert service.log.answered == calm[1].log.answered  # none was asked for twice
     assert same_dataset(tmp_path / "run", calm[0])
 
 
