@@ -16,7 +16,9 @@ REQUIREMENTS = [  # what `train` and `generate` need; everything else is an extr
     "absl-py>=2.5.1",
     "array_record>=0.8.6",
     "clu>=0.0.12",
+    "etils[epath]>=1.15.0",
     "flax>=0.12.8",
+    "fsspec>=2026.9.0",
     "grain>=0.2.18",
     "jax>=0.10.2",
     "Jinja2>=3.1.6",
@@ -44,6 +46,8 @@ EXTRAS = {
         "openai[aiohttp]>=3.54.0",
         "tenacity>=9.2.1",
     ],
+    # checkpoints in gs:// (through Orbax), and files of more than 512 MiB in both kinds of bucket
+    "buckets": ["gcsfs>=2026.10.1", "google-cloud-storage>=3.17.1", "s3fs>=2026.9.0"],
     "report": ["matplotlib>=3.11.2"],  # plots of `report`, `evaluate` and `reproduce`
     "detector": ["torch>=2.13.0", "transformers>=5.23.0"],  # objects and colours of GenEval
     "benchmarks": ["pyarrow>=22.0.0"],  # prompt files that are published as Parquet
@@ -63,8 +67,10 @@ TEST = [
     *DOCS,
     "axe-playwright-python>=0.1.8",  # ships axe-core, the accessibility rules of the browser tests
     "dashscope>=2.0.2",  # the public tokenizer and ranks that Emu3.5's are compared with
+    "gcp-storage-emulator>=2026.7.19",  # buckets of the tests; moto's server for S3
     "hypothesis>=6.170.15",
     "ipykernel>=7.4.0",
+    "moto[server]>=5.2.5",
     "mypy>=2.4.1,<3",
     "nbclient>=0.11.0",
     "playwright>=1.65.2",  # drives the Chromium that is installed; it downloads none

@@ -14,7 +14,8 @@ What a user may rely on, whatever the command:
                                       passed to its `get_config`.  A config file imports its neighbours relatively
                                       (`from . import micro_base`).
     --config.a.b=value                overrides one key; unknown keys and wrong types are errors.
-    --workdir=runs/name               made when missing, and checked for writing before anything is computed.
+    --workdir=runs/name               made when missing, and checked for writing before anything is computed; a folder
+                                      in a bucket (gs://… or s3://…) is copied there while the command runs.
     --help                            the command's own docstring; with --config, also that file's keys.
 
 Bad input, a config of another command, full memory and a full disk end in one line, `error: what. remedy`, on stderr
@@ -23,6 +24,7 @@ and status 2; Ctrl-C in status 130.  Any other exception is a bug of ours and ke
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -38,6 +40,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import config_path
 
+from ivr_jax.cloud import inputs, mirror
+from ivr_jax.cloud.objects import is_url, split
 from ivr_jax.config import (
     check_numbers,
     config_names,
@@ -60,6 +64,7 @@ class Call:
     Attributes:
       config: the file's configuration with the overrides applied, locked; None for a command without one.
       workdir: an existing folder that can be written to; None when the command does not need one and got none.
+      bucket: the gs:// or s3:// URL that `workdir` is the local folder of, while the command runs; None without one.
       flags: the values of the command's own flags (`call.flags.prompt`).
       verbose: whether to log what the libraries say.
     """
@@ -68,6 +73,7 @@ class Call:
     workdir: Path | None
     flags: flags.FlagValues
     verbose: bool = False
+    bucket: str | None = None
 
 
 def run(
@@ -77,6 +83,10 @@ def run(
     workdir: bool = True,
     add_flags: Callable[[flags.FlagValues], None] | None = None,
     argv: Sequence[str] | None = None,
+    opens_bucket: bool = False,
+    reads: Sequence[str] = (),
+    writes: Sequence[str] = (),
+    urls: Sequence[str] = (),
 ) -> NoReturn:
     """Parses the command line, calls `main`, and exits with its status (0 for None).
 
@@ -87,6 +97,10 @@ def run(
       add_flags: defines the command's own flags on the `FlagValues` it is given.  They are kept apart from
         `absl.flags.FLAGS`, so that commands can be imported side by side.
       argv: the command line, program name first; `sys.argv` by default.
+      opens_bucket: whether the command itself opens a work directory that is in a bucket (`Call.bucket`).
+      reads, writes: its own flags that name files or folders, which may be in a bucket: the command finds local copies
+        in them, and folders that are copied there.  In all others, but those of `urls`, which it reads itself, a
+        bucket is an error.
     """
 
     argv = list(sys.argv if argv is None else argv)
@@ -98,7 +112,11 @@ def run(
     def start(call: Call) -> int | None:
         set_logging(call.verbose)
         set_up_jax()
-        return main(call)
+        with contextlib.ExitStack() as stack:
+            if call.bucket is not None and not opens_bucket:
+                stack.enter_context(mirror.open_folder(call.bucket))
+            _localise(call.flags, reads, writes, urls, stack)
+            return main(call)
 
     try:
         app.run(start, argv=argv, flags_parser=parse_flags)
@@ -109,7 +127,7 @@ def run(
         understood = error if isinstance(error, UserError) else _explained(error, argv)
         if understood is None:
             raise
-        print("error:", " ".join(str(understood).split()), file=sys.stderr)
+        print("error:", mirror.with_urls(" ".join(str(understood).split())), file=sys.stderr)
         sys.exit(2)
     raise AssertionError("absl's app.run always exits")
 
@@ -169,10 +187,11 @@ def parse(
         _parse_flags(argv, values, settings)
     folder = None
     if values.workdir:  # an empty name, of an unset variable, would be the current folder
-        folder = prepare_workdir(values.workdir)
+        folder = prepare_workdir(values.workdir, bucket=True)
     elif workdir:
         raise UserError("no work directory was named.", "Add --workdir=runs/NAME; it is made when it does not exist.")
-    return Call(settings, folder, values, values.verbose)
+    bucket = values.workdir.rstrip("/") if values.workdir and is_url(values.workdir) else None
+    return Call(settings, folder, values, values.verbose, bucket)
 
 
 def with_named_source(argv: Sequence[str], switches: Sequence[str]) -> list[str]:
@@ -347,15 +366,21 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
 # Work directory
 
 
-def prepare_workdir(path: str | os.PathLike[str], flag: str = "workdir") -> Path:
+def prepare_workdir(path: str | os.PathLike[str], flag: str = "workdir", *, bucket: bool = False) -> Path:
     """Makes the folder when it is missing, and proves that a file can be written in it.
+
+    Of one in a bucket, where `bucket` allows it, the local folder that `cloud.mirror` will make and copy there.
 
     Raises UserError when it cannot; it names the flag that gave the folder.
     """
     what = "work directory" if flag == "workdir" else f"folder of --{flag}"
+    if is_url(path) and bucket:
+        split(str(path))
+        return mirror.local_folder(str(path))
     if "://" in str(path):
-        raise UserError(f"the {what} {str(path)!r} is not a folder of this machine.",
-                        "Mount the bucket, and name the folder where it is mounted.")
+        known = "gs:// and s3:// are the buckets that are known" if bucket else "this command writes to local folders"
+        raise UserError(f"the {what} {str(path)!r} is not a folder of this machine; {known}.",
+                        f"Name another one with --{flag}=….")
     folder = Path(path).expanduser()
     remedy = f"Name a folder that you may write to with --{flag}=…."
     try:
@@ -368,6 +393,29 @@ def prepare_workdir(path: str | os.PathLike[str], flag: str = "workdir") -> Path
         reason = error.strerror or str(error)
         raise UserError(f"cannot write to the {what} {str(folder)!r}: {reason}.", remedy) from error
     return folder
+
+
+def _localise(
+    values: flags.FlagValues, reads: Sequence[str], writes: Sequence[str], urls: Sequence[str],
+    stack: contextlib.ExitStack,
+) -> None:  # fmt: skip
+    """Puts local paths in place of buckets into the flags `reads` and `writes`.
+
+    Raises UserError for a bucket in a flag that is in none of the three, and for what cannot be read or written.
+    """
+    for name in values:
+        given = values[name].value
+        every = given if isinstance(given, list) else [given]
+        if name in ("workdir", *urls) or not any(isinstance(value, str) and is_url(value) for value in every):
+            continue
+        if name in writes:
+            values[name].value = str(stack.enter_context(mirror.open_folder(given)))
+        elif name in reads:
+            found = [str(inputs.local(value)) if is_url(value) else value for value in every]
+            values[name].value = found if isinstance(given, list) else found[0]
+        else:
+            raise UserError(f"--{name} of this command is a path of this machine, not {given!r}.",
+                            "Copy it from the bucket, or to the bucket afterwards.")
 
 
 # Libraries

@@ -9,10 +9,11 @@ same work directory on its own.  Everything here works, and costs nothing, in a 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+from ivr_jax.cloud import mirror
 from ivr_jax.errors import UserError
 
 
@@ -73,6 +75,38 @@ def barrier(name: str) -> None:
     """Returns when every process has called it with this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def open_bucket(url: str, without: tuple[str, ...] = ()) -> Iterator[None]:
+    """A work directory in a bucket that all processes of a run open: process 0 writes it, the others follow.
+
+    Args:
+      url: gs://… or s3://….
+      without: subfolders that are not copied (see `mirror.open_folder`).
+
+    Raises:
+      UserError: on every process, when the bucket cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        if is_primary():
+            stack.enter_context(mirror.open_folder(url, without=without))
+        barrier("bucket is open")
+        if not is_primary():
+            stack.callback(mirror.Follower(url).close)
+        barrier("bucket is followed")
+        yield
+
+
+def share_folder(folder: str | os.PathLike[str], name: str) -> None:
+    """Returns when every process sees what process 0 wrote into a work directory."""
+    if jax.process_count() > 1 and is_primary():
+        mirror.push(folder)
+    barrier(name)
+    if mirror.url_of(folder) is not None:
+        if not is_primary():
+            mirror.refresh(folder)
+        barrier(f"{name} copied")
 
 
 def union(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from ivr_jax import files
+from ivr_jax.cloud import inputs
 from ivr_jax.errors import UserError
 
 Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
@@ -46,7 +47,7 @@ def _check_pixels(pixels: Pixels) -> None:
 
 
 def load_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a file as uint8 [height, width, 3].
+    """Reads a file, which may be in a bucket, as uint8 [height, width, 3].
 
     Conversions: the EXIF rotation is applied; transparency is composited on white; 16-bit samples keep their 8 high
     bits; CMYK, grey and palette images become RGB; of an animation the first frame counts.
@@ -55,7 +56,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     megapixels, or more than 32,768 pixels a side; and for samples of unknown range, which would turn black: 32-bit
     integers and floats, and 16-bit samples that use 14 bits at most, unless the file says which value is white.
     """
-    return _read(Path(path), str(path))
+    return _read(inputs.local(path), str(path))
 
 
 def decode_image(data: bytes, what: str) -> np.ndarray:

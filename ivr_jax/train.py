@@ -64,7 +64,11 @@ def main(call: cli.Call) -> None:
     mesh = sharding.mesh_of(config.mesh)
     plan = dataclasses.replace(plan, devices=mesh.devices.size)
     primary = distributed.is_primary()
-    with files.Lock(workdir) if primary else contextlib.nullcontext(), jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        if call.bucket is not None:
+            stack.enter_context(distributed.open_bucket(call.bucket, store.written_directly(call.bucket)))
+        stack.enter_context(files.Lock(workdir) if primary else contextlib.nullcontext())
+        stack.enter_context(jax.set_mesh(mesh))
         resuming = store.has_any(workdir)
         if resuming:
             check_same_steps(saved_config(workdir), config, workdir)
@@ -113,7 +117,7 @@ def check_same_steps(saved: Mapping[str, Any] | None, config: Any, workdir: path
 
 
 def entry() -> None:
-    cli.run(main, config=True, add_flags=add_flags)
+    cli.run(main, config=True, add_flags=add_flags, opens_bucket=True)
 
 
 if __name__ == "__main__":

@@ -405,9 +405,17 @@ def test_a_work_directory_that_is_a_file_or_below_one_is_an_error(tiny):
     assert "cannot write to the work directory 'tiny.py/x': Not a directory." in complaint("--workdir=tiny.py/x")
 
 
-def test_a_work_directory_on_another_machine_is_an_error_and_not_a_strange_local_folder(tiny):
-    assert "Mount the bucket" in complaint("--workdir=gs://bucket/run")
-    assert not (tiny / "gs:").exists()
+@pytest.mark.parametrize("url", ["hdfs://bucket/run", "gs://", "gs://Not a bucket/run", "s3://bucket/../run"])
+def test_a_work_directory_that_is_nowhere_is_an_error_and_not_a_strange_local_folder(tiny, url):
+    assert url in complaint(f"--workdir={url}")
+    assert not list(tiny.glob("*:"))
+
+
+def test_a_work_directory_in_a_bucket_has_a_local_folder_that_is_not_made_yet(tiny):
+    call = cli.parse(["cmd", "--workdir=gs://bucket/a/run/"], config=False)
+    assert call.bucket == "gs://bucket/a/run" and call.workdir.name == "run" and not call.workdir.exists()
+    with pytest.raises(UserError):
+        cli.prepare_workdir("gs://bucket/out", "out")
 
 
 def test_a_work_directory_without_permission_is_an_error(tmp_path):

@@ -62,7 +62,8 @@ def test_tensorflow_is_no_requirement_of_any_kind():
     assert not [requirement for requirement in named if requirement.startswith(("tensorflow>", "tensorflow="))]
 
 
-NOT_IMPORTED_BY_US = {"importlib_resources", "python_multipart"}  # libraries need them without declaring it
+# libraries need them without declaring it
+NOT_IMPORTED_BY_US = {"gcsfs", "google_cloud_storage", "importlib_resources", "python_multipart", "s3fs"}
 
 
 def normalised(name: str) -> str:

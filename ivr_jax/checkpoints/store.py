@@ -6,20 +6,28 @@ used without the config file that made it.  Only committed steps are ever seen: 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
 
+from ivr_jax.cloud import inputs, mirror
+from ivr_jax.cloud.objects import Objects, explained, is_url
 from ivr_jax.config import renamed
 from ivr_jax.errors import UserError
 from ivr_jax.models import lora
 
 FOLDER = "checkpoints"
+_COMMITTED = "commit_success.txt"  # Orbax writes it last into a step in Google Cloud Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +56,8 @@ class Checkpointer:
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        folder = pathlib.Path(workdir).absolute() / FOLDER
-        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+        self._workdir, self._folder = pathlib.Path(workdir).absolute(), folder_of(workdir)
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
         """Starts an asynchronous save; `state` may be donated to the next step as soon as this returns.
@@ -57,12 +65,19 @@ class Checkpointer:
         On an accelerator Orbax has copied the state to the host by then; on the CPU the host's view is the buffer
         itself, so it is copied here.
         """
+        copied = mirror.mirror_of(self._workdir)
+        if copied is not None:
+            copied.check()
+            _copy_before(copied)
         if jax.default_backend() == "cpu":
             state = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, state)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave({"state": data}), meta=ocp.args.JsonSave(meta)
         )
-        self._manager.save(step, args=args)
+        with self._explained():
+            self._manager.save(step, args=args)
+        if copied is not None and not is_url(self._folder):
+            copied.push_once_there(self._workdir / FOLDER / str(step))
 
     def latest(self) -> int | None:
         """The newest committed step."""
@@ -85,16 +100,51 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when every started save is committed."""
-        self._manager.wait_until_finished()
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._explained():
+            self._manager.close()
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        """Errors of the bucket that checkpoints are written to are the user's."""
+        url = str(self._folder)
+        return explained(url, Exception) if is_url(url) else contextlib.nullcontext()
+
+
+def _copy_before(copied: mirror.Mirror) -> None:
+    """Copies the log before the checkpoint, so that no line up to the step is missing where a run resumes."""
+    try:
+        copied.push()
+    except mirror.TakenOver:
+        raise
+    except UserError as error:  # what the checkpoint itself cannot do without, it will say
+        logging.warning("%s", error)
+
+
+def written_directly(url: str) -> tuple[str, ...]:
+    """The folder of checkpoints, where Orbax writes to the bucket itself: not in s3://, which it does not know."""
+    return (FOLDER,) if url.startswith("gs://") else ()
+
+
+def folder_of(workdir: str | os.PathLike) -> pathlib.Path:
+    """Where the checkpoints of a run are: in its workdir, or in the bucket that this is the local folder of."""
+    url = mirror.url_of(workdir)
+    if url is not None and written_directly(url):
+        return _epath(url) / FOLDER
+    return pathlib.Path(workdir).absolute() / FOLDER
 
 
 def resolve(path: str | os.PathLike) -> pathlib.Path:
-    """A run's workdir (its newest step), or one `checkpoints/<step>` folder -> that step's folder."""
+    """A run's workdir (its newest step), or one `checkpoints/<step>` folder -> that step's folder.
+
+    Of a run in a bucket: a path of `epath` where Orbax reads it there, else a local copy of the step.
+    """
     if not str(path):
         raise UserError("no checkpoint was named.", "Name a workdir of ivr_jax.train.")
+    if is_url(path):
+        return _resolve_url(str(path).rstrip("/"))
     path = pathlib.Path(path)
     if path.is_dir() and (path / "meta").is_dir() and (path / "state").is_dir():
         return path
@@ -112,15 +162,46 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
     return steps[-1][1]
 
 
+def _resolve_url(url: str) -> pathlib.Path:
+    """`resolve` in a bucket: what Orbax wrote there itself is read there; what was copied there counts by its
+    manifest, or as it is listed, and is copied from there."""
+    copied = inputs.listed(url)
+    if url.startswith("gs://") and all(entry.size < 0 for entry in copied.values()):
+        names = Objects(url).names()
+        if f"meta/{_COMMITTED}" in names and f"state/{_COMMITTED}" in names:
+            return _epath(url)
+        if steps := {name.split("/")[1] for name in names if re.fullmatch(rf"{FOLDER}/\d+/{_COMMITTED}", name)}:
+            return _epath(url) / FOLDER / max(steps, key=int)
+    if any(name.startswith("meta/") for name in copied) and any(name.startswith("state/") for name in copied):
+        return inputs.local(url)
+    steps = {name.split("/")[1] for name in copied if re.match(rf"{FOLDER}/\d+/meta/", name)}
+    if not steps:
+        raise UserError(f"no checkpoint in {url!r}.",
+                        "Name a workdir of ivr_jax.train, or one of its checkpoints/<step> folders.")
+    return inputs.local(f"{url}/{FOLDER}/{max(steps, key=int)}")
+
+
+def _epath(url: str) -> pathlib.Path:
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"checkpoints in {url} need gcsfs.", "pip install 'ivr_jax[buckets]'.")
+    return epath.Path(url)
+
+
+def name_of(path: str | os.PathLike) -> str:
+    """What a record calls the checkpoint at `path`: its step's folder, or in a bucket its URL and what it holds."""
+    folder = resolve(path)
+    return f"{str(path).rstrip('/')} ({folder.parent.name}/{folder.name})" if is_url(path) else str(folder)
+
+
 def has_any(workdir: pathlib.Path) -> bool:
     """Whether a run has saved a step: until then its folder of checkpoints is empty, or holds a part of the first."""
-    folder = workdir / FOLDER
+    folder = folder_of(workdir)
     return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
 
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     """Metadata of the checkpoint at `path` (see `resolve`)."""
-    folder = resolve(path).absolute()
+    folder = _absolute(resolve(path))
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return _current(checkpointer.restore(folder / "meta"))
@@ -129,6 +210,10 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
             f"the checkpoint {str(folder)!r} is damaged ({type(error).__name__}).",
             "Use another step, or copy it again.",
         ) from error
+
+
+def _absolute(folder: pathlib.Path) -> pathlib.Path:
+    return folder if is_url(folder) else folder.absolute()
 
 
 def _current(meta: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +238,7 @@ def read_params(
 
     Raises UserError when the checkpoint is of another kind, or of other shapes than `like`.
     """
-    folder = resolve(path).absolute()
+    folder = _absolute(resolve(path))
     meta = read_meta(folder)
     if meta.get("kind") != kind:
         raise UserError(

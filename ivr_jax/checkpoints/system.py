@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ import numpy as np
 
 from ivr_jax import sharding
 from ivr_jax.checkpoints import packed, store
+from ivr_jax.cloud import inputs
+from ivr_jax.cloud.objects import absolute, is_url
 from ivr_jax.errors import UserError
 from ivr_jax.images import fitted_size
 from ivr_jax.models import backbone, image_tokenizer
@@ -81,14 +84,15 @@ def text_tokenizer(kind: str, visual_size: int) -> TextTokenizer:
     """
     if kind == MICRO:
         return PhraseTokenizer(PHRASES, visual_size)
+    named, kind = kind, str(inputs.local(kind))
     if not os.path.isdir(kind):
         raise UserError(
-            f"unknown text tokenizer {kind!r}.", f'Use "micro", or a folder with {RANKS_FILE} and {VISION_FILE}.'
+            f"unknown text tokenizer {named!r}.", f'Use "micro", or a folder with {RANKS_FILE} and {VISION_FILE}.'
         )
     tokenizer = EmuTokenizer.load(kind)
     if tokenizer.vocab.visual_size != visual_size:
         raise UserError(
-            f"the text tokenizer {kind!r} has {tokenizer.vocab.visual_size} visual tokens, "
+            f"the text tokenizer {named!r} has {tokenizer.vocab.visual_size} visual tokens, "
             f"the image tokenizer {visual_size} codes.",
             "Name two that belong together.",
         )
@@ -200,9 +204,9 @@ def backbone_meta(
     return {
         "kind": BACKBONE,
         "model": dataclasses.asdict(config),
-        "text_tokenizer": tokenizer_kind if tokenizer_kind == MICRO else os.path.abspath(tokenizer_kind),
+        "text_tokenizer": tokenizer_kind if tokenizer_kind == MICRO else absolute(tokenizer_kind),
         "vocabulary": tokenizer.fingerprint,
-        "image_tokenizer": os.path.abspath(image_tokenizer_path),
+        "image_tokenizer": absolute(image_tokenizer_path),
         "image_tokenizer_fingerprint": fingerprint(codec.params),
         "run": dict(run),
     }
@@ -233,11 +237,16 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _nearby(path: str | os.PathLike, recorded: str | os.PathLike, which: str) -> pathlib.Path:
+def _nearby(path: str | os.PathLike, recorded: str | os.PathLike, which: str) -> str | pathlib.Path:
     """The recorded image or text tokenizer, or the folder of that name beside the run when both were moved together."""
     recorded_path = pathlib.Path(recorded)
+    if is_url(recorded):
+        return str(recorded)
     if recorded_path.exists():
         return recorded_path
+    if is_url(path):
+        run = re.sub(rf"/{store.FOLDER}/\d+/?$", "", str(path).rstrip("/"))
+        return f"{run.rpartition('/')[0]}/{recorded_path.name}"
     folder = store.resolve(path)
     run = folder.parent.parent if folder.parent.name == store.FOLDER else folder
     beside = run.parent / recorded_path.name

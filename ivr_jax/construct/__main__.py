@@ -36,6 +36,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ivr_jax import cli
+from ivr_jax.cloud.inputs import local
 from ivr_jax.config import check_least, claim_workdir, saved_config
 from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
 from ivr_jax.construct.build_services import (
@@ -300,7 +301,8 @@ def import_released(config: Any, target: Any) -> dict[str, Any]:
     imported = left_out = 0
     largest = (0, 0)  # height and width of the largest image that was resized
     with TrajectoryWriter(target, {"released": str(config.released)}) as writer:
-        for found in iter_released(config.released, image_root=config.image_root or None):
+        root = local(config.image_root) if config.image_root else None
+        for found in iter_released(local(config.released), image_root=root):
             if isinstance(found, Problem):
                 print(f"left out: {found}")
                 left_out += 1
@@ -324,7 +326,7 @@ def add_flags(values: flags.FlagValues) -> None:
 
 
 def entry() -> None:
-    cli.run(main, config=True, add_flags=add_flags)
+    cli.run(main, config=True, add_flags=add_flags, reads=("merge",))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+from ivr_jax.cloud import inputs
 from ivr_jax.config import as_dataclass
 from ivr_jax.construct.baseline import Baseline
 from ivr_jax.construct.build_services import load_system
@@ -83,7 +84,9 @@ def source(
     settings, shard = settings_digest(config), Shard.parse(config.shard)
     if config.samples:
         is_lines = str(config.samples).endswith(".jsonl")
-        samples, bad = (read_visual_reflection if is_lines else sort_samples)(config.samples, config.image_root or None)
+        root = inputs.local(config.image_root) if config.image_root else None
+        file = inputs.local_list(config.samples)
+        samples, bad = read_visual_reflection(file, root) if is_lines else sort_samples(file, root)
         if not samples:
             reason = bad[0].reason if bad else UserError("it is empty.")
             raise UserError(f"{config.samples} holds no usable sample: {reason.what}", reason.remedy)

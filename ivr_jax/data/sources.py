@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ivr_jax.cloud import inputs
 from ivr_jax.data.store import TrajectoryDataset, TrajectorySource
 from ivr_jax.errors import UserError
 
@@ -22,9 +23,9 @@ _AGAIN = "Export it again: python -m ivr_jax.export DATASET --format=tfds --out=
 def open_dataset(path: str | os.PathLike) -> TrajectorySource:
     """The dataset at `path`: a folder of `TrajectoryWriter`, or the folder `ivr_trajectories` of an export to TFDS.
 
-    Raises UserError when it is neither.
+    One in a bucket is copied to this machine once.  Raises UserError when it is neither.
     """
-    path = Path(path).expanduser()
+    path = inputs.local(path)
     return TfdsDataset(path) if all((path / table).is_dir() for table in TABLES) else TrajectoryDataset(path)
 
 

@@ -41,7 +41,7 @@ def main(call: cli.Call) -> None:
 
 def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     """The evaluation in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
-    checkpoint = packed.folder_of(config.checkpoint) or store.resolve(config.checkpoint)
+    checkpoint = packed.folder_of(config.checkpoint) or store.name_of(config.checkpoint)
     about = {"checkpoint": str(checkpoint), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():

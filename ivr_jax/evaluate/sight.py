@@ -7,6 +7,7 @@ import dataclasses
 import jax
 
 from ivr_jax.checkpoints.system import System
+from ivr_jax.cloud import inputs
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.paired import paired_test, reads_request, world_cases
@@ -61,7 +62,7 @@ class SightProbe:
         self._options, self._grammar, self._length, self._seed = options, grammar, answer_length, seed
         self._pairs = None
         if options.data:
-            dataset = TrajectoryDataset(options.data)
+            dataset = TrajectoryDataset(inputs.local(options.data))
             self._pairs = dataset, known_pairs(dataset, options.prompts)
         else:
             most = level_of(options.level).most_edits

@@ -27,6 +27,7 @@ from ivr_jax import cli, files, sharding
 from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
+from ivr_jax.cloud import inputs
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
@@ -53,7 +54,7 @@ def main(call: cli.Call) -> None:
 
 def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     """The swap test in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
-    about = {"checkpoint": str(store.resolve(config.checkpoint)), "config": config.to_dict()}
+    about = {"checkpoint": store.name_of(config.checkpoint), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / SWAP_FILE).exists():
         claim_workdir(workdir, config, resuming=True)
@@ -62,7 +63,7 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
             print(f"swap: {workdir} is complete")
             return result
     claim_workdir(workdir, config, resuming=False)
-    dataset = TrajectoryDataset(config.data)
+    dataset = TrajectoryDataset(inputs.local(config.data))
     chosen = known_pairs(dataset, config.prompts)  # before the weights are read
     mesh = sharding.mesh_of(config.mesh)
     with jax.set_mesh(mesh):

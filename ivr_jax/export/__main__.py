@@ -127,7 +127,7 @@ def main(call: cli.Call) -> None:
 
 def entry() -> None:
     argv = cli.with_named_source(sys.argv, ["skip_direct"])
-    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=argv)
+    cli.run(main, reads=("source",), config=False, workdir=False, add_flags=add_flags, argv=argv)
 
 
 if __name__ == "__main__":

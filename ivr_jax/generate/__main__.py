@@ -197,7 +197,8 @@ def _finished(folder: Path, about: dict[str, Any]) -> bool:
 
 
 def entry() -> None:
-    cli.run(main, config=False, workdir=False, add_flags=add_flags)
+    cli.run(main, config=False, workdir=False, add_flags=add_flags, writes=("out",),
+            urls=("checkpoint", "image", "image_tokenizer", "prompts", "text_tokenizer"))
 
 
 if __name__ == "__main__":

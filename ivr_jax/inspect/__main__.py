@@ -95,7 +95,8 @@ def main(call: cli.Call) -> None:
 
 def entry() -> None:
     argv = cli.with_named_source(sys.argv, ["figures", "all_tokens", "rollout"])
-    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=argv)
+    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=argv,
+            reads=("source",), urls=("checkpoint", "image_tokenizer", "text_tokenizer"))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,20 @@ the judge took and the newest gallery of rollouts; it draws again by itself whil
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
 from ivr_jax import cli
+from ivr_jax.cloud import inputs
+from ivr_jax.cloud.objects import Objects
 from ivr_jax.errors import UserError
-from ivr_jax.report.collect import collect
+from ivr_jax.report.collect import ReportInputs, collect
 from ivr_jax.report.pages import write_report
+
+PAGE = "report.html"
 
 
 def add_flags(values: flags.FlagValues) -> None:
@@ -37,12 +42,30 @@ def main(call: cli.Call) -> None:
         return
     if call.workdir is None:
         raise UserError("no work directory was named.", "Add --workdir=runs/NAME, or --live=runs/NAME.")
-    page = call.workdir / "report.html"
-    found = collect(call.workdir)
-    if not found.runs and not found.evaluations:
-        raise UserError(f"{call.workdir} holds no stage and no evaluation.", "Give the folder that holds the runs.")
+    if call.bucket is not None:
+        report_in_bucket(call.bucket)
+        return
+    page = call.workdir / PAGE
+    found = collected(call.workdir)
     write_report(page, *found)
     print(f"report: {page}")
+
+
+def report_in_bucket(url: str) -> None:
+    """The report on what a folder in a bucket shows now, also while a run writes there; it is one object of it."""
+    found = collected(inputs.local(url, without="checkpoints"))
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(Path(folder) / PAGE, *found)
+        Objects(url).upload({PAGE: Path(folder) / PAGE})
+    print(f"report: {url}/{PAGE}")
+
+
+def collected(folder: Path) -> ReportInputs:
+    """What a folder of runs holds; UserError when there is nothing."""
+    found = collect(folder)
+    if not found.runs and not found.evaluations:
+        raise UserError(f"{folder} holds no stage and no evaluation.", "Give the folder that holds the runs.")
+    return found
 
 
 def serve_live(folders: list[Path], port: int) -> None:
@@ -56,7 +79,7 @@ def serve_live(folders: list[Path], port: int) -> None:
 
 def entry() -> None:
     argv = with_live_folder(sys.argv)
-    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=argv)
+    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=argv, opens_bucket=True)
 
 
 def with_live_folder(argv: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """What a user asks for: one request from flags, or many from a JSONL file, checked and made ready for the sampler.
 
 A line of the file is an object with `prompt` and, where wanted, `image` (a path or a list of paths, relative to the
-file's folder), `task`, `aspect_ratio`, `seed` and `key` (names the answer's folder; by default the line's number):
+file's folder, or URLs in a bucket), `task`, `aspect_ratio`, `seed` and `key` (names the answer's folder; by default the
+line's number):
 
     {"prompt": "Replace the cup by the cat.", "image": ["table.jpg", "cat.png"], "aspect_ratio": "4:3"}
 """
@@ -17,6 +18,8 @@ import numpy as np
 
 from ivr_jax import files
 from ivr_jax.checkpoints.system import System
+from ivr_jax.cloud import inputs
+from ivr_jax.cloud.objects import is_url
 from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, fit, fitted_size, image_name, load_image
 from ivr_jax.protocol import codec as codec_lib
@@ -66,7 +69,7 @@ def read_requests(path: str, seed: int = 0, task: str = "", aspect_ratio: str = 
     Args:
       seed, task, aspect_ratio: of lines that do not say their own.
     """
-    file = Path(path)
+    file = inputs.local_list(path)
     try:
         lines = files.read_text(file).split("\n")  # JSON texts may hold other ends of lines
     except (OSError, ValueError) as error:
@@ -101,7 +104,7 @@ def _request(line: str, where: str, folder: Path, default: Request) -> Request:
     request = Request(
         markers.check_user_text(key, f"{where}: the key"),
         fields["prompt"],
-        tuple(str(files.written_path(folder, path)) for path in paths),
+        tuple(path if is_url(path) else str(files.written_path(folder, path)) for path in paths),
         fields.get("task", default.task),
         fields.get("aspect_ratio", default.aspect_ratio),
         fields.get("seed", default.seed),

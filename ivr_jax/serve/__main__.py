@@ -25,6 +25,7 @@ from absl import flags
 
 from ivr_jax import cli, sharding
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.cloud.objects import is_url
 from ivr_jax.errors import UserError
 from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.sampling.engine import EngineOptions
@@ -108,9 +109,9 @@ def checkpoints_of(given: list[str]) -> dict[str, str]:
         raise UserError("no model was named.", "Give --checkpoint=WORKDIR, or --checkpoint=micro.")
     found: dict[str, str] = {}
     for value in given:
-        name, sign, path = value.partition("=")
+        name, sign, path = ("", "", "") if is_url(value) else value.partition("=")
         path = path if sign else value
-        name = name if sign else Path(value).name or value
+        name = name if sign else Path(value.rstrip("/")).name or value
         if name in found:
             raise UserError(f"two checkpoints are called {name!r}.", "Write --checkpoint=NAME=PATH.")
         found[name] = path
@@ -159,7 +160,8 @@ def main(call: cli.Call) -> None:
 
 
 def entry() -> None:
-    cli.run(main, config=False, workdir=False, add_flags=add_flags)
+    cli.run(main, config=False, workdir=False, add_flags=add_flags,
+            urls=("checkpoint", "image_tokenizer", "text_tokenizer"))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main(call: cli.Call) -> None:
     dataset, out = open_dataset(given.source), Path(given.out).expanduser()
     if examples.read_manifest(out) is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and holds no token examples.", "Name a new folder: SFT_WORKDIR/examples.")
-    codec = systems.load_image_codec(Path(given.image_tokenizer).expanduser())
+    codec = systems.load_image_codec(given.image_tokenizer)
     tokenizer = systems.text_tokenizer(given.text_tokenizer, codec.config.n_embed)
     part, parts = jax.process_index(), jax.process_count()
     longest, left_out = given.length or _ANY_LENGTH, frozenset()
@@ -69,7 +69,8 @@ def main(call: cli.Call) -> None:
 
 def entry() -> None:
     argv = cli.with_named_source(sys.argv, ["distributed"])
-    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=argv)
+    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=argv,
+            urls=("source", "image_tokenizer", "text_tokenizer"))
 
 
 if __name__ == "__main__":

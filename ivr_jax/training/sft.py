@@ -232,7 +232,7 @@ def _held_out_batches(
     folder, length = workdir / "held_out_examples", min(config.data.length, longest)
     if distributed.is_primary():
         _make_examples(open_dataset(config.data.held_out), folder, tokenizer, codec, length, config.data.too_long)
-    distributed.barrier("held-out examples")
+    distributed.share_folder(workdir, "held-out examples")
     mix = {mode: float(count) for mode, count in examples.read_manifest(folder)["counts"].items()}
     stored = pipeline.stored_examples(folder, mix, config.data.length, config.seed)
     rows = sharding.local_rows(mesh, config.batch)
@@ -256,7 +256,7 @@ def _examples(
         folder = workdir / "examples"
         if distributed.is_primary():
             _prepare(config, workdir, tokenizer, codec, length)
-        distributed.barrier("token examples")
+        distributed.share_folder(workdir, "token examples")
         manifest = examples.read_manifest(folder)
         _say(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
         parts.append((pipeline.stored_examples(folder, config.data.mix, config.data.length, config.seed), 1 - share))

@@ -96,4 +96,6 @@ def entry() -> None:
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
-    cli.run(main, config=True, workdir=False, add_flags=add_flags, argv=argv)
+    cli.run(main, config=True, workdir=False, add_flags=add_flags, argv=argv,
+            reads=("compare", "data", "rewritten", "answers", "judge_prompts", "detector", "clip", "sanity"),
+            urls=("checkpoint", "image_tokenizer", "text_tokenizer"))

@@ -12,6 +12,7 @@ import jax
 
 from ivr_jax import distributed, files
 from ivr_jax.checkpoints.system import System
+from ivr_jax.cloud import inputs
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import (
     datafiles,
@@ -77,7 +78,7 @@ class HeldOutBenchmark:
         if judge is None and "world" not in self._benchmark.judges:
             raise UserError(f"nobody judges the held-out prompts of {self._benchmark.title}.",
                             "Set config.held_out.judge.kind and model.")
-        self._data, self._workdir, self._judge, self._seed = Path(options.data), workdir, judge, seed
+        self._data, self._workdir, self._judge, self._seed = inputs.local(options.data), workdir, judge, seed
         self._items = spread(self._benchmark.items(self._data, (workdir / "references").absolute()), options.prompts)
         self._hashes = datafiles.fingerprint(self._benchmark.prompt_files(self._data), self._data)
         self._grammar, self._sampling, self._engine = grammar, sampling, engine

@@ -143,7 +143,7 @@ class Session:
             self.samples, config.seed, config.batch, config.image_area, config.answer_length
         )
         part = {
-            "checkpoint": str(path),
+            "checkpoint": store.name_of(wanted.checkpoint),
             "checkpoint_hash": checkpoint_hash(path),
             "modes": list(config.modes),
             "text_cap": config.text_cap,
@@ -298,7 +298,7 @@ def grammar_options(system: systems.System, modes: tuple[str, ...], text_cap: in
 def checkpoint_hash(path: Path) -> str:
     """Identifies a checkpoint: names and sizes of its files, and the content of the small ones; 16 characters."""
     content = hashlib.sha256()
-    for file in sorted(file for file in Path(path).rglob("*") if file.is_file()):
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
         size = file.stat().st_size
         content.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
         if size <= _SMALL:

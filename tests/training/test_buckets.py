@@ -1,0 +1,106 @@
+"""Training with a work directory and a dataset in a bucket: emulators of both kinds, killed in the middle of a save."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bucket_servers
+import commands
+import jax
+import numpy as np
+import pytest
+from tiny_runs import ROOT, flags_of, metrics, prepare, sft_settings, trained
+
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.cloud import inputs, manifest
+from ivr_jax.cloud.objects import Objects
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def settings(runs) -> dict:
+    return sft_settings(runs) | {"steps": STEPS, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def straight(runs, settings) -> Path:
+    """An undisturbed run on the disk."""
+    trained(runs / "straight", "micro_base", settings)
+    return runs / "straight"
+
+
+@pytest.fixture(scope="module", params=bucket_servers.SCHEMES)
+def bucket(request, tmp_path_factory):
+    """The URL of an emulator's bucket, and a cache folder that is this machine's."""
+    with pytest.MonkeyPatch.context() as patch, bucket_servers.server(request.param):
+        patch.setenv(inputs.CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield f"{request.param}://{bucket_servers.BUCKET}"
+
+
+def upload(folder: Path, url: str) -> None:
+    """What a tool like gsutil would copy."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    Objects(url).upload({file.relative_to(folder).as_posix(): file for file in files})
+
+
+def steps(url: str) -> tuple[set[int], set[int]]:
+    """Committed steps of a run in a bucket, and those of which there are objects."""
+    names = Objects(url).names("checkpoints/")
+    begun = {int(name.split("/")[1]) for name in names if re.match(r"checkpoints/\d+/", name)}
+    if url.startswith("gs://"):
+        return {step for step in begun if f"checkpoints/{step}/commit_success.txt" in names}, begun
+    found = manifest.read(Objects(url))
+    return {int(p.split("/")[1]) for p in (found.files if found else ()) if p.startswith("checkpoints/")}, begun
+
+
+def start(argv: list[str], url: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ivr_jax.train", argv[1], f"--workdir={url}", *argv[3:]]
+    return subprocess.Popen(command, env=commands.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
+
+
+def test_a_run_that_is_killed_while_it_saves_resumes_on_another_machine_bit_for_bit(
+    runs, settings, straight, bucket, capfd
+):
+    upload(runs / "dataset", f"{bucket}/dataset")
+    url, changes = f"{bucket}/a/run", settings | {"data.path": f"{bucket}/dataset"}
+    argv = ["train", f"--config={ROOT}/configs/micro_base.py", f"--workdir={url}", *flags_of(changes)]
+    process, until = start(argv, url), time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        committed, begun = steps(url)
+        if max(committed, default=0) >= 2 and begun - committed:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, output
+    committed = steps(url)[0]
+    assert committed and max(committed) < STEPS
+    shutil.rmtree(inputs.cache_folder())  # another machine
+    capfd.readouterr()
+    trained(url, "micro_base", changes)
+    assert f"resumed at step {max(committed)} of {STEPS}" in capfd.readouterr().out
+    assert max(steps(url)[0]) == STEPS and ".ivr_jax/lock.json" not in Objects(url).names(".ivr_jax")
+    there = inputs.local(f"{url}/metrics.jsonl")
+    assert metrics(there.parent) == metrics(straight)
+    assert_same_parameters(url, straight)
+    trained(url, "micro_base", changes)  # a finished run is left alone
+    assert f"already trained {STEPS} steps" in capfd.readouterr().out
+
+
+def assert_same_parameters(url: str, other: Path) -> None:
+    ours, theirs = systems.load(url), systems.load(other)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(a, b)
