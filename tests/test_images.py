@@ -123,9 +123,9 @@ def test_other_files_are_user_errors(tmp_path, content):
 
 
 def test_missing_files_and_folders_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="no image file"):
+    with pytest.raises(UserError, match="absent.png"):
         load_image(tmp_path / "absent.png")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load_image(tmp_path)
 
 
@@ -164,7 +164,7 @@ def test_resizing_is_bicubic_and_a_fitting_image_stays(tmp_path):
 def test_a_program_for_a_printer_is_no_image_and_is_not_run(tmp_path):
     Image.fromarray(PIXELS).save(tmp_path / "picture.eps")
     (tmp_path / "picture.eps").rename(tmp_path / "picture.png")
-    with pytest.raises(UserError, match="not an image file"):
+    with pytest.raises(UserError, match="picture.png"):
         load_image(tmp_path / "picture.png")
 
 
@@ -172,7 +172,7 @@ def test_a_line_that_would_grow_when_it_is_fitted_is_refused(tmp_path):
     Image.new("RGB", (1, 32_768)).save(tmp_path / "line.png")
     assert load_image(tmp_path / "line.png").shape == (32_768, 1, 3)
     Image.new("RGB", (32_769, 1)).save(tmp_path / "line.png")
-    with pytest.raises(UserError, match="32769 pixels a side"):
+    with pytest.raises(UserError, match="32769"):
         load_image(tmp_path / "line.png")
 
 

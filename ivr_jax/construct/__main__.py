@@ -216,8 +216,11 @@ def main(call: cli.Call) -> int | None:
     if config.released:
         print(f"construct: {target}: {in_words(import_released(config, target))}")
         return None
-    progress = tqdm(desc="construct", unit="sample", mininterval=1.0)
-    with Journal(workdir / "journal") as journal, progress as bar, StopRequest() as stop:
+    with (
+        Journal(workdir / "journal") as journal,
+        tqdm(desc="construct", unit="sample", mininterval=1.0) as bar,
+        StopRequest() as stop,
+    ):
         merge(journal, call.flags.merge, config, (*_ANY_TIME, *_UNTIL_DONE, *_BETWEEN_PARTS))
         found, services = asyncio.run(work(config, journal, bar, stop))
         bar.close()

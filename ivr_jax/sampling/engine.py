@@ -27,9 +27,11 @@ from ivr_jax.sampling import decode_loop
 from ivr_jax.sampling import slots as device
 from ivr_jax.sampling.logits_processors import SamplingOptions
 
-SMALLEST = 8  # slots are moved together down to this many
-ROUND = 32  # cache widths are multiples of this
-PROMPT_ROUND, OPENING_ROUND = 96, 32  # prompts and openings that arrive alone are padded to multiples of these
+FEWEST_SLOTS = 8  # slots are moved together down to this many
+# Few shapes, few compilations: widths are multiples of these.
+CACHE_MULTIPLE = 32
+PROMPT_MULTIPLE = 96
+OPENING_MULTIPLE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class EngineOptions(Section, name="engine"):
 
 
 class Admission(NamedTuple):
-    """An answer that shall move into a slot.
+    """An answer that shall move into a slot; letters as in `slots`.
 
     answer: what the caller knows it by; prompt: which of the prefilled prompts it answers.
     starts int32 [C]: position of its first token in each context.
@@ -73,7 +75,7 @@ class Admission(NamedTuple):
     reference: np.ndarray | None = None
 
 
-class Drawn(NamedTuple):
+class FinishedAnswer(NamedTuple):
     """An answer of n tokens: tokens int32 [n], log_probs float32 [n], kept uint8 [n, ceil(V / 8)] or None."""
 
     tokens: np.ndarray
@@ -134,7 +136,7 @@ class Engine:
     def free(self) -> int:
         return self.batch - self.in_use
 
-    # -- in ---------------------------------------------------------------------------------------------------------
+    # -- admit ------------------------------------------------------------------------------------------------------
 
     def open(
         self, state: GrammarState, given: Sequence[int] = (), limit: int | None = None
@@ -149,8 +151,11 @@ class Engine:
             state = advance(self.tables, state, np.array([token]), np)
             if state.node[0] == ERROR:
                 raise UserError(f"the given answer leaves the grammar at token {len(tokens) - 1}.", "Correct it.")
-        while len(tokens) < limit and (forced := self.forced[legal_row(self.tables, state, np)[0]]) >= 0:
-            tokens.append(int(forced))
+        while len(tokens) < limit:
+            forced = int(self.forced[legal_row(self.tables, state, np)[0]])
+            if forced < 0:  # several ids are legal
+                break
+            tokens.append(forced)
             state = advance(self.tables, state, np.array([forced]), np)
         return np.array(tokens, np.int32), state
 
@@ -176,7 +181,7 @@ class Engine:
         contexts = [pad_prompts([list(tokens)], self.vocab.pad, 1) for tokens in prompts]
         rows, starts = join_contexts(contexts, [opening], self.vocab.pad)
         context = self.config.max_position_embeddings
-        width = min(-(-rows.shape[2] // PROMPT_ROUND) * PROMPT_ROUND, context)
+        width = min(_round_up(rows.shape[2], PROMPT_MULTIPLE), context)
         rows = np.pad(rows[:, 0], ((0, 0), (0, max(width - rows.shape[2], 0))), constant_values=self.vocab.pad)
         last = int((*prompts[0], *opening)[-1])
         reference = last_image(prompts[0], self._cells, self.vocab.visual_start) if self._cells else None
@@ -203,19 +208,20 @@ class Engine:
                 pad=self.vocab.pad, truncates=self.sampling.truncates, cells=self._cells,
             )  # fmt: skip
         self._widen(self._prompt_width)
-        used = [slot for slot, answer in enumerate(self.held) if answer is None][: len(arrivals)]
+        free = [slot for slot, answer in enumerate(self.held) if answer is None][: len(arrivals)]
         padded = [*arrivals, *[arrivals[-1]] * (size - len(arrivals))]
-        slot = np.full(size, self.batch, np.int32)
-        slot[: len(used)] = used
+        slot = np.full(size, self.batch, np.int32)  # out of range: padding is dropped
+        slot[: len(free)] = free
         self._slots = device.admit(self._slots, prefilled, self._arrivals(padded, slot, keys), pad=self.vocab.pad)
-        for place, arrival in zip(used, arrivals, strict=True):
+        for place, arrival in zip(free, arrivals, strict=True):
             self.held[place] = arrival.answer
 
     def _arrivals(self, padded: Sequence[Admission], slot: np.ndarray, keys: jax.Array) -> device.Arrivals:
         opened = np.array([len(a.opening) for a in padded], np.int32)
         longest = int(opened.max())
-        if longest != opened.min() or len(padded) == 1:  # openings of many lengths: few shapes
-            longest = min(-(-longest // OPENING_ROUND) * OPENING_ROUND, self.length)
+        # The openings of a batch of like requests are of one length; those of requests that arrive one by one are not.
+        if longest != opened.min() or len(padded) == 1:
+            longest = min(_round_up(longest, OPENING_MULTIPLE), self.length)
         opening = np.full((len(padded), longest), self.vocab.pad, np.int32)
         for row, arrival in zip(opening, padded, strict=True):
             row[: len(arrival.opening)] = arrival.opening
@@ -235,7 +241,7 @@ class Engine:
             None if self._cells is None else np.stack([a.reference for a in padded]),
         )
 
-    # -- on ---------------------------------------------------------------------------------------------------------
+    # -- run --------------------------------------------------------------------------------------------------------
 
     def step(self, calls: int | None = None, until: int = 0) -> device.Work:
         """Calls the model until no more than `until` answers are in progress, or `calls` times; counts as integers.
@@ -263,7 +269,7 @@ class Engine:
 
     @property
     def can_shrink(self) -> bool:
-        return self.options.shrink and self.batch >= 2 * SMALLEST
+        return self.options.shrink and self.batch >= 2 * FEWEST_SLOTS
 
     def _widen(self, needed: int) -> None:
         now = self._slots.cache.k.shape[3]
@@ -278,11 +284,11 @@ class Engine:
         most = max(self.widest, needed)
         if self.options.growth == 1:
             return most
-        wide = max(needed, int(now * self.options.growth), self._prompt_width + ROUND)
-        wide = -(-wide // ROUND) * ROUND
-        return most if wide + ROUND >= most else wide
+        wide = max(needed, int(now * self.options.growth), self._prompt_width + CACHE_MULTIPLE)
+        wide = _round_up(wide, CACHE_MULTIPLE)
+        return most if wide + CACHE_MULTIPLE >= most else wide  # no compilation for a last small step
 
-    # -- out --------------------------------------------------------------------------------------------------------
+    # -- take out ---------------------------------------------------------------------------------------------------
 
     def tokens(self) -> dict[Hashable, np.ndarray]:
         """The tokens so far of every answer in a slot, int32 [n]."""
@@ -291,19 +297,19 @@ class Engine:
         tokens, answered = map(np.asarray, (self._slots.tokens, self._slots.answered))
         return {a: tokens[slot, : answered[slot]] for slot, a in enumerate(self.held) if a is not None}
 
-    def take_finished(self) -> dict[Hashable, Drawn]:
+    def take_finished(self) -> dict[Hashable, FinishedAnswer]:
         """Answers that have ended, or have no room for more; their slots are free then."""
         if self._slots is None:
             return {}
         ended = np.asarray(self._slots.ended)
         return self._take([slot for slot, a in enumerate(self.held) if a is not None and ended[slot]])
 
-    def cancel(self, answers: Sequence[Hashable]) -> dict[Hashable, Drawn]:
+    def cancel(self, answers: Sequence[Hashable]) -> dict[Hashable, FinishedAnswer]:
         """Ends answers where they are and frees their slots; what they have so far is returned."""
         chosen = [slot for slot, answer in enumerate(self.held) if answer is not None and answer in answers]
         cancelled = self._take(chosen)
         if chosen:
-            stopped = np.full(self.batch, self.batch, np.int32)
+            stopped = np.full(self.batch, self.batch, np.int32)  # out of range: dropped
             stopped[: len(chosen)] = chosen
             self._slots = self._slots._replace(ended=device.vacate(self._slots.ended, stopped))
         return cancelled
@@ -314,7 +320,7 @@ class Engine:
             raise ValueError("answers are in progress")
         self._slots, self._prompt_width = None, 0
 
-    def _take(self, chosen: Sequence[int]) -> dict[Hashable, Drawn]:
+    def _take(self, chosen: Sequence[int]) -> dict[Hashable, FinishedAnswer]:
         if not chosen:
             return {}
         names = ("tokens", "log_probs", "answered", "limit")
@@ -323,7 +329,7 @@ class Engine:
         found = {}
         for slot in chosen:
             count = int(min(answered[slot], limit[slot]))  # accepted guesses may reach beyond the limit
-            found[self.held[slot]] = Drawn(
+            found[self.held[slot]] = FinishedAnswer(
                 tokens[slot, :count], log_probs[slot, :count], None if kept is None else kept[slot, :count]
             )
             self.held[slot] = None
@@ -335,6 +341,10 @@ def last_image(prompt: Sequence[int], cells: int, visual_start: int) -> np.ndarr
     visual = np.asarray(prompt, np.int32)
     visual = visual[visual >= visual_start]
     return visual[-cells:] if cells <= len(visual) else np.full(cells, -1, np.int32)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _one(state: GrammarState) -> GrammarState:
@@ -362,7 +372,7 @@ def pad_prompts(prompts: list[list[int]], pad: int, multiple: int = 96) -> tuple
     T is a multiple of `multiple`: few shapes, few compilations.
     """
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = -(-int(lengths.max()) // multiple) * multiple
+    width = _round_up(int(lengths.max()), multiple)
     padded = np.full((len(prompts), width), pad, np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt

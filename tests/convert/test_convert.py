@@ -261,7 +261,7 @@ def test_certificate_finds_a_changed_tensor(exported, tmp_path, params):
     model = convert.Model(convert.BACKBONE, CONFIG, params, {})
     found = convert.certificate(model, exported)
     assert found["equal"] == found["tensors"] - 3 and found["logits"] > 1e-3
-    with pytest.raises(UserError, match="3 tensors"):
+    with pytest.raises(UserError, match="3"):
         convert.report(found, model, tmp_path / "hf", exported=True)
 
 
@@ -296,7 +296,7 @@ def test_image_tokenizer_there_and_back(tmp_path, capsys):
     assert "image_tokenizer" in capsys.readouterr().out
     assert contents(folder) == contents(tmp_path / "again")
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match=str(tmp_path / "run")):
         convert_command("--from=orbax", tmp_path / "run", "--to=hf", tmp_path / "third")
     assert not (tmp_path / "third").exists()
 

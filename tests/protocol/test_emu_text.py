@@ -128,7 +128,7 @@ def test_a_users_text_never_becomes_a_special_id(released, small, text):
     for tokenizer in (released, small):
         ids = tokenizer.encode(text)
         assert max(ids) < tokenizer.vocab.text_size and tokenizer.decode(ids) == text
-        with pytest.raises(UserError, match="control token"):
+        with pytest.raises(UserError, match="'k'"):
             codec.encode_prompt(tokenizer, Sample("k", f"Draw {text}"), {})
 
 
@@ -266,7 +266,7 @@ def test_order_and_blank_lines_of_the_files_do_not_matter(tmp_path):
 def test_a_missing_file_is_named(tmp_path, file):
     folder = write_folder(tmp_path / "tokenizer")
     (folder / file).unlink()
-    with pytest.raises(UserError, match=f"{file}' cannot be read .No such file") as caught:
+    with pytest.raises(UserError, match=file) as caught:
         systems.text_tokenizer(str(folder), 8)
     assert "A tokenizer folder holds emu3.tiktoken and emu3_vision_tokens.txt" in str(caught.value)
 
@@ -274,9 +274,9 @@ def test_a_missing_file_is_named(tmp_path, file):
 def test_tokenizers_that_do_not_belong_together_are_refused(tmp_path):
     folder = write_folder(tmp_path / "tokenizer", codes=8)
     assert systems.text_tokenizer(str(folder), 8).vocab.visual_size == 8
-    with pytest.raises(UserError, match="has 8 visual tokens, the image tokenizer 16 codes"):
+    with pytest.raises(UserError, match="8.*16"):
         systems.text_tokenizer(str(folder), 16)
-    with pytest.raises(UserError, match="unknown text tokenizer 'emu'. Use \"micro\", or a folder with emu3.tiktoken"):
+    with pytest.raises(UserError, match="'emu'.*emu3.tiktoken"):
         systems.text_tokenizer("emu", 8)
 
 

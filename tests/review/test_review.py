@@ -125,15 +125,15 @@ def test_a_file_belongs_to_its_reviewers_and_its_dataset(tmp_path, reviewers, fi
 
 def test_faulty_decisions_and_files_are_clear_errors(tmp_path):
     decisions = opened(tmp_path)
-    with pytest.raises(UserError, match="no reviewer"):
+    with pytest.raises(UserError):
         decide(decisions, "Eve", 0, "accept")
-    with pytest.raises(UserError, match="'maybe' is unknown"):
+    with pytest.raises(UserError, match="'maybe'"):
         decide(decisions, "Ana", 0, "maybe")
-    with pytest.raises(UserError, match="at most 2000|At most 2000"):
+    with pytest.raises(UserError, match="2000"):
         decisions.decide("Ana", 0, "k", "accept", "x" * 2001, "r")
     (tmp_path / "bad.sqlite3").write_text("this is no database" * 100)
     for path in (tmp_path / "bad.sqlite3", tmp_path / "absent" / "d.sqlite3"):
-        with pytest.raises(UserError, match="cannot (use|write)"):
+        with pytest.raises(UserError, match=path.name):
             Decisions(path, "f", NAMES)
 
 

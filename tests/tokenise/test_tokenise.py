@@ -40,7 +40,7 @@ def test_the_number_of_parts_does_not_matter(tmp_path, parts):
 
 def test_a_trajectory_that_is_too_long_is_named_and_leaves_nothing(tmp_path):
     dataset, tokenizer = TrajectoryDataset(build(tmp_path / "data", 2)), PhraseTokenizer(PHRASES, 8)
-    with pytest.raises(UserError, match="'key/0' has .* tokens; the context holds 5"):
+    with pytest.raises(UserError, match="'key/0'.*5"):
         examples.make_examples(dataset, tokenizer, lambda images: [np.zeros((1, 1), np.int32)] * len(images),
                                tmp_path / "out", 5, "f")
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
