@@ -29,7 +29,7 @@ help:  ## this list
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-try: $(VENV)/.installed  ## install, then serve the small model that comes along, and open its page
+try: $(VENV)/.installed-serve  ## install what it takes, then serve the small model that comes along, and open its page
 	$(BIN)/python -m ivr_jax.serve --checkpoint=micro --open
 
 demo: $(VENV)/.installed  ## install, then train, evaluate and report the micro model; again: resumes
@@ -73,13 +73,19 @@ $(VENV)/bin/python:
 	@echo "making $(VENV) and installing into it; the first time this takes some minutes"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# Modules are compiled when they are first imported, which most of them never are.
+$(VENV)/.installed-serve: setup.py $(VENV)/bin/python
+	$(ENSURE_PIP)
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) -e '.[serve]'
+	@touch $@
+
 $(VENV)/.installed: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[all]'
-	@touch $@
+	@touch $(VENV)/.installed-serve $@
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
 	@$(TPU_COMPILER) >/dev/null 2>&1 || echo "no TPU compiler for this machine: its tests will be skipped"
-	@touch $(VENV)/.installed $@
+	@touch $(VENV)/.installed-serve $(VENV)/.installed $@

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import jax
 import numpy as np
 import tiny_model
 import uvicorn
@@ -27,11 +28,13 @@ from ivr_jax.serve.models import ServedModel
 PROMPT = "Put a red circle"
 
 
-def tiny(name: str = "tiny", seed: int = 0) -> ServedModel:
-    """A model of random weights whose images are 2 x 2 cells of 16 pixels, and whose texts are short."""
-    system = dataclasses.replace(
-        tiny_model.system(tiny_model.noisy_params(seed=seed)), meta={"vocabulary": "tiny", "text_tokenizer": "micro"}
-    )
+def tiny(name: str = "tiny", seed: int = 0, imported: bool = False) -> ServedModel:
+    """A model of random weights whose images are 2 x 2 cells of 16 pixels, and whose texts are short.
+
+    One that was imported answers with texts and images in any order.
+    """
+    meta = {"text_tokenizer": "micro"} | ({} if imported else {"vocabulary": "tiny"})
+    system = dataclasses.replace(tiny_model.system(tiny_model.noisy_params(seed=seed)), meta=meta)
     return ServedModel(name, system, text_cap=3)
 
 
@@ -66,14 +69,15 @@ class Running:
 
 @contextlib.contextmanager
 def serving(
-    out: Path, *models: ServedModel, token: str = "", slots: int = 4, limits: Limits | None = None
+    out: Path, *models: ServedModel, token: str = "", slots: int = 4, limits: Limits | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[Running]:
     """Serves the models (one tiny one by default) until the block ends."""
     named = {model.name: model for model in models or (tiny(),)}
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         options = EngineOptions(slots=slots, growth=1, shrink=False)
-        app = make_app(named, out, allowed_hosts(port), token, limits, options)
+        app = make_app(named, out, allowed_hosts(port), token, limits, options, mesh)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -12,7 +12,7 @@ writes such a folder, `system.load` reads it wherever it reads a checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def read_params(folder: Path, name: str, like: Any) -> Any:
+def read_params(folder: Path, name: str, like: Any, padded: Sequence[str] = ()) -> Any:
     """Parameters of network `name` in the shapes, dtypes and, where they have any, shardings of `like`.
+
+    Tensors named in `padded` get zeros at the end of axes that are longer in `like`.
 
     Raises UserError when the file is damaged or holds other tensors.
     """
@@ -80,6 +82,9 @@ def read_params(folder: Path, name: str, like: Any) -> Any:
     leaves = []
     for path, wanted in paths:
         tensor = stored.get(_name(path))
+        if tensor is not None and _name(path) in padded and tensor.ndim == len(wanted.shape):
+            more = np.maximum(np.subtract(wanted.shape, tensor.shape), 0)
+            tensor = np.pad(tensor, [(0, count) for count in more])
         if tensor is None or tensor.shape != wanted.shape:
             found = "is missing" if tensor is None else f"is {tensor.shape}"
             raise UserError(f"{file}: the tensor {_name(path)} {found}, not {wanted.shape}.", "Pack the model again.")

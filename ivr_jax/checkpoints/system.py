@@ -173,10 +173,17 @@ def load(
     if mesh is not None:
         like = sharding.abstract_sharded(mesh, backbone.param_axes(config), like)
     if folder:
-        params = packed.read_params(folder, BACKBONE, like)
+        params = packed.read_params(folder, BACKBONE, like, VOCABULARY)
     else:
         params, meta = store.read_params(path, BACKBONE, like, VOCABULARY)
     return System(config, params, tokenizer, codec, meta, mesh)
+
+
+def answering_options(mesh: jax.sharding.Mesh | None, dtype: str | None) -> dict[str, Any]:
+    """Options of `load` for a model that only answers: its dtype, and a vocabulary padded until it divides over a mesh
+    (Emu3.5's 282,926 rows divide by 2 only)."""
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
+    return options if mesh is None else {**options, "vocab_multiple": mesh.size}
 
 
 def _config(model: Mapping[str, Any], options: Mapping[str, Any], path: str | os.PathLike) -> BackboneConfig:

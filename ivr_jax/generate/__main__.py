@@ -83,9 +83,9 @@ def add_flags(values: flags.FlagValues) -> None:
 
 def load(wanted: flags.FlagValues) -> Answering:
     mesh = sharding.parse_mesh(wanted.mesh) if wanted.mesh else None
-    dtype = {"dtype": wanted.dtype, "param_dtype": wanted.dtype} if wanted.dtype else {}
     system = systems.load(
-        wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh, **dtype
+        wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh,
+        **systems.answering_options(mesh, wanted.dtype),
     )
     about = {"checkpoint": wanted.checkpoint, **{flag: getattr(wanted, flag) for flag in SAMPLING}}
     if wanted.dtype:

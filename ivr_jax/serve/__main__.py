@@ -132,12 +132,12 @@ def main(call: cli.Call) -> None:
     named, token = checkpoints_of(wanted.checkpoint), checked_token(wanted.host, wanted.token)
     out = cli.prepare_workdir(wanted.out, "out")
     mesh = sharding.parse_mesh(wanted.mesh) if wanted.mesh else None
-    dtype = {} if wanted.dtype is None else {"dtype": wanted.dtype, "param_dtype": wanted.dtype}
+    loading = systems.answering_options(mesh, wanted.dtype)
     with listen(wanted.host, wanted.port) as listener:
         models = {}
         for name, path in named.items():
             system = systems.load(path, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh,
-                                  **dtype)  # fmt: skip
+                                  **loading)  # fmt: skip
             # Previews come and go: a small cache, or memory would grow with every row that was ever shown.
             codec = ImageCodec(system.codec.config, system.codec.params, CACHE_BYTES)
             system = dataclasses.replace(system, codec=codec)

@@ -79,7 +79,7 @@ class Unfolding:
         while at < len(runs):
             slot = runs[at][0]
             last = at
-            while last + 1 < len(runs) and (runs[last + 1][0].part, runs[last + 1][0].round) == (slot.part, slot.round):
+            while last + 1 < len(runs) and self._goes_on(slot, runs[last + 1]):
                 last += 1
             if slot.part in _KINDS:
                 complete = last + 1 < len(runs) or self.ended or self._next_slot().part != slot.part
@@ -88,16 +88,23 @@ class Unfolding:
             at = last + 1
         return tuple(parts)
 
+    def _goes_on(self, slot: Slot, run: tuple[Slot, int, int]) -> bool:
+        """Whether a run belongs to the part that began with `slot`; BOI always begins one."""
+        boi = self.tokens[run[1]] == self._grammar.tokenizer.vocab.boi
+        return not boi and (run[0].part, run[0].round) == (slot.part, slot.round)
+
     def _next_slot(self) -> Slot:
         return self._grammar.slots[self._grammar.slot_of[self.nodes[-1]]]
 
     def _runs(self) -> list[tuple[Slot, int, int]]:
-        """Maximal runs of tokens of one slot: (slot, start, end)."""
+        """Maximal runs of tokens of one slot: (slot, start, end).  BOI begins one, and is of the image that it begins:
+        an interleaved answer reads it where a text could go on."""
         count = len(self.tokens)
         if count == 0:
             return []
-        slots = self._grammar.slot_of[np.array(self.nodes[:count])]
-        starts = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist()]
+        boi = np.array(self.tokens) == self._grammar.tokenizer.vocab.boi
+        slots = self._grammar.slot_of[np.where(boi, self.nodes[1:], self.nodes[:count])]
+        starts = [0, *(np.flatnonzero((np.diff(slots) != 0) | boi[1:]) + 1).tolist()]
         return [(self._grammar.slots[slots[a]], a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
     def _part(self, runs: Sequence[tuple[Slot, int, int]], complete: bool) -> Part:

@@ -37,7 +37,7 @@ def paths(tmp_path_factory) -> dict[str, Path]:
     vocab = systems.text_tokenizer(str(text), CODES).vocab
     config = BackboneConfig(
         vocab_size=vocab.size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, rope_theta=1e4, max_position_embeddings=640, vocab_multiple=8,
+        num_key_value_heads=2, head_dim=8, rope_theta=1e4, max_position_embeddings=640,
     )  # fmt: skip
     trees = {"backbone": (config, backbone.init_params(config, jax.random.key(1))),
              "image_tokenizer": (IMAGES, image_tokenizer.init_params(IMAGES, jax.random.key(2)))}  # fmt: skip
@@ -53,7 +53,7 @@ def load(paths, **options) -> systems.System:
 
 
 def test_eight_devices_answer_as_one_does(paths, tmp_path):
-    """The same tokens and pixels; every device holds a part of the weights."""
+    """The same tokens and pixels; every device holds a part of the weights, of a vocabulary that 8 does not divide."""
     flags = ["--checkpoint=" + str(paths["backbone"]), "--image_tokenizer=" + str(paths["images"]),
              "--text_tokenizer=" + str(paths["text"]), "--prompt=A cat.", "--image_area=256", "--text_cap=4",
              "--answer_length=300", "--mode=direct"]  # fmt: skip

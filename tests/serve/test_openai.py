@@ -21,7 +21,8 @@ from ivr_jax.trajectory import Sample
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with serving.serving(tmp_path_factory.mktemp("answers")) as running:
+    models = serving.tiny(), serving.tiny("imported", imported=True)
+    with serving.serving(tmp_path_factory.mktemp("answers"), *models) as running:
         yield running
 
 
@@ -52,7 +53,7 @@ def drawn_alone(model, prompt: str, seed: int, mode: str = "direct") -> list[np.
 
 
 def test_models_are_listed(client):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "imported"]
     assert client.models.retrieve("tiny").owned_by == "ivr_jax"
     with pytest.raises(openai.BadRequestError):
         client.models.retrieve("gpt-1")
@@ -109,6 +110,20 @@ def test_a_chat_answer_holds_texts_and_images(server, client):
     for found, wanted in zip(images, expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+def test_an_imported_model_answers_with_texts_and_images_in_any_order(client):
+    asked = {"model": "imported", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 60}
+    shapes = []
+    for seed in range(3):
+        whole = client.chat.completions.create(**asked, seed=seed).choices[0]
+        assert whole.finish_reason in ("stop", "length") and (whole.message.content or whole.message.images)
+        shapes += [from_data_url(image["image_url"]["url"]).shape for image in whole.message.images]
+        deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, seed=seed, stream=True)]
+        assert [i for d in deltas for i in getattr(d, "images", None) or []] == whole.message.images
+    assert shapes and set(shapes) == {(32, 32, 3)}
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(**asked, extra_body={"mode": "reflection"})
 
 
 def test_a_chat_stream_says_the_same_piece_by_piece(client):

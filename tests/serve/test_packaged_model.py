@@ -57,6 +57,34 @@ def spoken(round_: Round) -> str:
     return "\n\n".join(filter(None, ["\n".join(led_to), "\n".join(lines)]))
 
 
+MESHED = """
+import json, sys
+from pathlib import Path
+import openai
+import serving
+from ivr_jax import sharding
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.serve.models import ServedModel
+
+mesh = sharding.parse_mesh("tensor:2")
+system = systems.load("micro", mesh=mesh, **systems.answering_options(mesh, None))
+assert all(len(system.params[name].sharding.device_set) == 2 for name in ("embed", "lm_head"))
+with serving.serving(Path(sys.argv[1]), ServedModel("micro", system), mesh=mesh) as running:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        asked = [{"role": "user", "content": sys.argv[2]}]
+        message = client.chat.completions.create(model="micro", messages=asked, seed=3).choices[0].message
+print(json.dumps([message.content, message.images]))
+"""
+
+
+def test_a_model_over_two_devices_answers_as_over_one(server, tmp_path):
+    lines = commands.on_devices(2, MESHED, tmp_path, PROMPT)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        asked = [{"role": "user", "content": PROMPT}]
+        message = client.chat.completions.create(model="micro", messages=asked, seed=3).choices[0].message
+    assert json.loads(lines[-1]) == [message.content, message.images]
+
+
 def test_construction_takes_its_first_images_from_the_server(server, tmp_path):
     routes = ('route="/v1/images/generations",status="200"', 'route="/v1/images/edits",status="200"')
     before = sum(server.metric(f"ivr_http_requests_total{{{route}}}") for route in routes)

@@ -72,6 +72,25 @@ def test_wherever_an_answer_ends_its_parts_are_a_beginning_of_the_whole_ones(kin
         assert all(part.complete for part in parts[:-1])
 
 
+def test_an_interleaved_answer_is_its_texts_and_images():
+    grammar = JoinedGrammar({"interleaved": Grammar(TOKENIZER, GrammarOptions(modes=("interleaved",)))})
+    images = [codec.encode_image(TOKENIZER, CODES + shift) for shift in (-1, 0, 1)]
+    texts = [TOKENIZER.encode(text) for text in ("First", "Then")]
+    tokens = [*images[0], *texts[0], *images[1], *images[2], *texts[1], TOKENIZER.vocab.eos]
+    kinds = ["image", "text", "image", "image", "text"]
+    for length in range(len(tokens) + 1):
+        made = Unfolding(grammar, grammar.initial("interleaved", np.full(1, 2), np.full(1, 3)))
+        read_tokens(grammar.tables, [made], [tokens[:length]])
+        parts = made.parts()
+        assert [part.kind for part in parts] == kinds[: len(parts)]
+        assert all(part.complete for part in parts[:-1])
+        assert [part.end for part in parts[:-1]] == [part.start for part in parts[1:]]
+    assert made.ended and len(parts) == 5
+    assert [part.texts["text"] for part in parts if part.kind == "text"] == ["First", "Then"]
+    drawn = [part.codes for part in parts if part.kind == "image"]
+    np.testing.assert_array_equal(drawn, [CODES - 1, CODES, CODES + 1])
+
+
 def test_many_answers_are_read_together_as_one_by_one():
     answers = [answer("reflection")[0], answer("multi_step")[0][:17], []]
     together = [unfolding(), unfolding(), unfolding("direct")]
