@@ -115,12 +115,15 @@ def test_a_chat_answer_holds_texts_and_images(server, client):
 def test_an_imported_model_answers_with_texts_and_images_in_any_order(client):
     asked = {"model": "imported", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 60}
     shapes = []
-    for seed in range(3):
-        whole = client.chat.completions.create(**asked, seed=seed).choices[0]
-        assert whole.finish_reason in ("stop", "length") and (whole.message.content or whole.message.images)
-        shapes += [from_data_url(image["image_url"]["url"]).shape for image in whole.message.images]
-        deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, seed=seed, stream=True)]
-        assert [i for d in deltas for i in getattr(d, "images", None) or []] == whole.message.images
+    for first in (0, 4):
+        whole = client.chat.completions.create(**asked, seed=first, n=4).choices
+        stream = client.chat.completions.create(**asked, seed=first, n=4, stream=True)
+        pieces = [choice for chunk in stream for choice in chunk.choices]
+        for choice in whole:
+            assert choice.finish_reason in ("stop", "length")
+            deltas = [piece.delta for piece in pieces if piece.index == choice.index]
+            assert [i for d in deltas for i in getattr(d, "images", None) or []] == choice.message.images
+            shapes += [from_data_url(image["image_url"]["url"]).shape for image in choice.message.images]
     assert shapes and set(shapes) == {(32, 32, 3)}
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**asked, extra_body={"mode": "reflection"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import benchmark_fixtures as fixtures
@@ -98,6 +100,27 @@ def test_a_prompt_that_leaves_no_room_is_an_invalid_answer_with_its_reason(tmp_p
     assert done.returncode == 0, done
     record = run_folder.read_answer(tmp_path / "run", interface.Item("1", "p", "c"), 0)
     assert record.mode == "invalid" and record.tokens == 0 and "tokens" in record.error
+
+
+def test_a_disk_that_fills_up_while_answers_are_drawn_is_one_line_and_loses_none(tmp_path, model, monkeypatch):
+    write_data("wise", tmp_path / "data")
+    wanted, replace, renamed = flags("wise", tmp_path, model, "--generate_only"), os.replace, []
+
+    def full(source, target):
+        if Path(target).name == run_folder.ANSWER_FILE:
+            renamed.append(target)
+            if len(renamed) > 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert "answer.json" in commands.run("evaluate", *wanted).complaint
+    monkeypatch.setattr(os, "replace", replace)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob(run_folder.ANSWER_FILE)}
+    assert len(kept) == 3
+    assert commands.run("evaluate", *wanted).returncode == 0
+    assert len(list((tmp_path / "run").rglob(run_folder.ANSWER_FILE))) == 7
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
 def test_shares_of_several_processes_are_the_whole(tmp_path, model, monkeypatch):
