@@ -407,11 +407,14 @@ def _choice(index: int, delta: Mapping[str, Any], finish: str | None = None) -> 
 
 
 async def _all_finished(service: Service, request: Request, jobs: Sequence[Job]) -> list[Snapshot]:
-    """Waits for all; a client that goes away stops them.  Raises UserError when one has failed."""
+    """Waits for all at once, for what nobody watches is stopped; a client that goes away stops them.  Raises UserError
+    when one has failed."""
+    waiting = [asyncio.create_task(job.finished(request.is_disconnected)) for job in jobs]
     try:
-        done = [await job.finished(request.is_disconnected) for job in jobs]
+        done = await asyncio.gather(*waiting)
     except (ClientGone, asyncio.CancelledError):
-        for job in jobs:
+        for task, job in zip(waiting, jobs, strict=True):
+            task.cancel()
             service.scheduler.stop(job)
         raise ClientDisconnect from None
     failed = [snapshot for snapshot in done if snapshot.state == FAILED]

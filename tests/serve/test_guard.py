@@ -19,7 +19,7 @@ CHAT = {"messages": [{"role": "user", "content": PROMPT}], "mode": "direct"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    limits = Limits(waiting=2, queue_seconds=60)
+    limits = Limits(waiting=2, queue_seconds=60, unwatched_seconds=0.3)
     with serving.serving(tmp_path_factory.mktemp("answers"), slots=1, limits=limits) as running:
         yield running
 
@@ -100,4 +100,17 @@ def test_beyond_slots_and_queue_a_request_is_told_when_to_come_back(server, gate
         thread.join(timeout=90)
     assert [reply.status_code for reply in replies] == [200] * 3
     assert server.metric("ivr_refused_total") == 1
+    server.idle()
+
+
+def test_several_answers_of_one_call_are_all_waited_for(server, gate):
+    """One after the other goes through the only slot; none of them counts as watched by nobody meanwhile."""
+    stopped = 'ivr_answers_total{state="stopped"}'
+    before, replies = server.metric(stopped), []
+    thread = asked(server, replies, {**CHAT, "n": 2, "seed": 1})
+    time.sleep(1)
+    gate.set()
+    thread.join(timeout=90)
+    assert server.metric(stopped) == before
+    assert [choice["finish_reason"] for choice in replies[0].json()["choices"]] == ["stop", "stop"]
     server.idle()
