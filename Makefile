@@ -22,7 +22,7 @@ ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help try demo reproduce install test test-fast test-default-flags lint docs bench clean
+.PHONY: help try demo reproduce install test coverage test-fast test-default-flags lint docs bench clean
 
 help:  ## this list
 	@echo "make TARGET   (variables: PYTHON=$(PYTHON) WORKDIR=$(WORKDIR) JOBS=$(JOBS) PIP_FLAGS= PYTEST_FLAGS=\"$(PYTEST_FLAGS)\")"
@@ -40,7 +40,10 @@ reproduce: $(VENV)/.installed  ## the paper's ablation in miniature, hours on a 
 
 install: $(VENV)/.installed  ## only make the environment
 
-test: lint  ## install, lint, run the tests with coverage
+test: lint  ## install, lint, run the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+coverage: $(VENV)/.installed-test  ## the tests with coverage: half as long again
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) --cov --cov-report=term
 
 test-fast: $(VENV)/.installed-test  ## tests of pure functions and formats, without models and processes
