@@ -39,6 +39,8 @@ def get_config(kind: str = "") -> ConfigDict:
     config.sampling = rl.sampling
     config.engine = rl.engine
     config.engine.slots = 128
+    config.mesh = rl.mesh  # devices; the weights are read straight into the layout of rollouts on them ...
+    config.rollout = rl.rollout  # ... and cast, where this names a dtype
     config.grammar = rl.grammar
     config.reward = rl.reward
     if kind:

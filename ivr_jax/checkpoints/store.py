@@ -201,7 +201,7 @@ def has_any(workdir: pathlib.Path) -> bool:
 
 def read_meta(path: str | os.PathLike) -> dict[str, Any]:
     """Metadata of the checkpoint at `path` (see `resolve`)."""
-    folder = _absolute(resolve(path))
+    folder = step_folder(path)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return _current(checkpointer.restore(folder / "meta"))
@@ -212,7 +212,9 @@ def read_meta(path: str | os.PathLike) -> dict[str, Any]:
         ) from error
 
 
-def _absolute(folder: pathlib.Path) -> pathlib.Path:
+def step_folder(path: str | os.PathLike) -> pathlib.Path:
+    """`resolve`, as an absolute path."""
+    folder = resolve(path)
     return folder if is_url(folder) else folder.absolute()
 
 
@@ -238,7 +240,7 @@ def read_params(
 
     Raises UserError when the checkpoint is of another kind, or of other shapes than `like`.
     """
-    folder = _absolute(resolve(path))
+    folder = step_folder(path)
     meta = read_meta(folder)
     if meta.get("kind") != kind:
         raise UserError(

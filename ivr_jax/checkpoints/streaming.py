@@ -86,7 +86,7 @@ def open_params(path: str | os.PathLike[str], like: Any) -> Any:
     Raises:
       UserError: an array is missing, damaged, or of another shape.
     """
-    state = store.resolve(path).absolute() / "state"
+    state = store.step_folder(path) / "state"
     adapted = store.read_meta(path).get("lora")
     if adapted:
         like = lora.abstract_sharded(like, lora.LoraOptions(**adapted))

@@ -17,7 +17,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ def load(
     image_tokenizer_path: str | os.PathLike | None = None,
     codec: ImageCodec | None = None,
     text_tokenizer_path: str | os.PathLike | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | Callable[[BackboneConfig], jax.sharding.Mesh] | None = None,
     **options: Any,
 ) -> System:
     """The system of the backbone checkpoint at `path` (see `store.resolve`), or of a packed model (see `packed`).
@@ -137,7 +137,7 @@ def load(
       image_tokenizer_path: where its image tokenizer is now, if it was moved or never recorded.
       codec: an image tokenizer already loaded.
       text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
-      mesh: where the parameters go, shard by shard; one device by default.
+      mesh: where the parameters go, shard by shard, or what says it of the model's config; one device by default.
       options: fields of BackboneConfig.  Those of `MAY_DIFFER` replace the checkpoint's: it computes in `dtype`, its
         parameters are cast to `param_dtype` as they are read, a shard at a time, and `vocab_multiple` pads the
         vocabulary.  All others must be the checkpoint's.
@@ -170,6 +170,8 @@ def load(
     config = _config(meta["model"], options, path)
     check_vocabulary(tokenizer, config, meta, path)
     like = backbone.param_shapes(config)
+    if callable(mesh):
+        mesh = mesh(config)
     if mesh is not None:
         like = sharding.abstract_sharded(mesh, backbone.param_axes(config), like)
     if folder:

@@ -120,6 +120,7 @@ def open_folder(url: str, *, without: tuple[str, ...] = ()) -> Iterator[Path]:
             logging.warning("%s", error)
         raise
     mirror.close()
+    print(f"{mirror.url}: copied, {mirror.count} files")
 
 
 class Follower:
@@ -272,6 +273,11 @@ class Mirror:
             except (UserError, OSError) as error:  # tried again
                 logging.warning("%s", error)
                 self._ended.wait(_POLL)
+
+    @property
+    def count(self) -> int:
+        """Files in the bucket."""
+        return len(self._manifest.files)
 
     # From the local folder to the bucket
 

@@ -63,6 +63,7 @@ _ANY_TIME = (  # settings that do not decide what is constructed
     "leave_pending",
     "folders",
     "gallery",
+    "mesh",
     *(f"services.{role}.{name}" for role in ROLES for name in CHANGEABLE),
 )
 _UNTIL_DONE = ("tasks.limit", "quotas")  # and those that only decide when to stop
@@ -275,7 +276,7 @@ def _deliver(config: Any, workdir: Path, journal: Journal, found: Pass) -> dict[
     for role in ROLES:
         for name in CHANGEABLE:
             del settings["services"][role][name]
-    for name in ("concurrency", "passes", "leave_pending", "folders", "gallery", "shard"):
+    for name in ("concurrency", "passes", "leave_pending", "folders", "gallery", "shard", "mesh"):
         del settings[name]
     write_dataset(
         workdir / "dataset", journal, found, {"config": settings, "counts": counts}, area, config.image_multiple

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass
 from ivr_jax.construct.escalation import Rules
 from ivr_jax.errors import UserError
 from ivr_jax.interfaces import Analyzer, Generator
+from ivr_jax.sampling.layout import load_sampler
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.build import REMOTE, analyzer_from_configs, generator_from_config
 from ivr_jax.services.checkpoint import CheckpointGenerator
@@ -50,7 +50,9 @@ class Services:
 
 def load_system(config: Any, path: str) -> System:
     """The model at `path`; `text_tokenizer` and `image_tokenizer` of the config name what an import does not record."""
-    return systems.load(path, config.image_tokenizer or None, text_tokenizer_path=config.text_tokenizer or None)
+    return load_sampler(
+        path, config.mesh, config.rollout, config.image_tokenizer or None, config.text_tokenizer or None
+    )
 
 
 def rules_from_config(section: Any) -> Rules:

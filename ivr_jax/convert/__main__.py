@@ -25,6 +25,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ from ivr_jax import cli, files
 from ivr_jax.checkpoints import hf, parity, store, streaming
 from ivr_jax.checkpoints.lazy import Index, LazyArray
 from ivr_jax.checkpoints.safetensors_io import digest, row_blocks
+from ivr_jax.cloud import inputs, mirror
+from ivr_jax.cloud.objects import is_url
 from ivr_jax.convert.pack import pack_model
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, image_tokenizer
@@ -81,7 +84,7 @@ class Model:
         return hf.image_tokenizer_slots(self.config)
 
 
-def read_orbax(path: Path) -> Model:
+def read_orbax(path: str | os.PathLike[str]) -> Model:
     """A checkpoint, to be read a part at a time; optimiser state is left where it is."""
     meta = store.read_meta(path)
     classes = {BACKBONE: (BackboneConfig, backbone), IMAGE_TOKENIZER: (ImageTokenizerConfig, image_tokenizer)}
@@ -96,12 +99,24 @@ def read_orbax(path: Path) -> Model:
         raise UserError(f"the checkpoint {str(path)!r} does not say what its model is ({error}).",
                         "It is damaged, or of another version of the program; use another step.") from None
     params = streaming.open_params(path, module.param_shapes(config))
-    workdir = store.resolve(path).absolute().parent.parent
-    recorded = Path(meta.get("text_tokenizer", ""))  # a folder's full name, or one that is built in
-    folders = [folder for folder in (workdir / TOKENIZER, recorded) if folder.is_absolute() and folder.is_dir()]
+    folders = _tokenizer_folders(path, meta.get("text_tokenizer", ""))
     companions = _companions(folders[0], code=folders[0].name == TOKENIZER) if folders else ()
     extra = {key: meta[key] for key in meta if key not in ("kind", "model", "lora")}  # adapters are merged
     return Model(meta["kind"], config, params, extra, companions if meta["kind"] == BACKBONE else ())
+
+
+def _tokenizer_folders(path: str | os.PathLike[str], recorded: str) -> list[Path]:
+    """Folders with the text tokenizer of a checkpoint, here: in its workdir, and the recorded one.
+
+    `recorded`: a folder's full name or URL, or one that is built in.
+    """
+    if is_url(path):
+        run = re.sub(rf"/{store.FOLDER}/\d+/?$", "", str(path).rstrip("/"))
+        named = [url for url in (f"{run}/{TOKENIZER}", recorded) if not is_url(url) or inputs.listed(url)]
+    else:
+        named = [str(store.step_folder(path).parent.parent / TOKENIZER), recorded]
+    found = [inputs.local(name) for name in named if name]
+    return [folder for folder in found if folder.is_absolute() and folder.is_dir()]
 
 
 def read_hf(path: Path, param_dtype: str | None = None, vocab_multiple: int = 1) -> Model:
@@ -135,11 +150,11 @@ def _companions(folder: Path, code: bool) -> tuple[Path, ...]:
     return tuple(file for file in found if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns))
 
 
-def write_orbax(model: Model, folder: Path, final: Path | None = None) -> None:
-    """A workdir with one checkpoint, step 0, which training can start from; `final` is the name it will have."""
+def write_orbax(model: Model, folder: Path, final: str | None = None) -> None:
+    """A workdir with one checkpoint, step 0, which training can start from; `final` is the full name it will have."""
     extra = dict(model.extra)
     if _EMU_FILES <= {file.name for file in model.companions}:
-        extra["text_tokenizer"] = str((final or folder).absolute() / TOKENIZER)
+        extra["text_tokenizer"] = f"{final or folder.absolute()}/{TOKENIZER}"
     streaming.write(folder, model.params, {"kind": model.kind, "model": dataclasses.asdict(model.config), **extra})
     _copy(model.companions, folder / TOKENIZER)
 
@@ -310,17 +325,17 @@ def convert_checkpoint(
     Raises:
       UserError: a damaged or unknown checkpoint, no space, a certificate that does not hold; nothing new is left.
     """
-    origin, new = Path(source).expanduser(), Path(target).expanduser()
-    if origin.resolve().is_relative_to(new.resolve()):
+    exported, new = to == "hf", Path(target).expanduser()
+    origin = source if exported and is_url(source) else inputs.local(source)
+    if isinstance(origin, Path) and origin.resolve().is_relative_to(new.resolve()):
         raise UserError(f"{new} holds what is to be converted, and would be replaced.", "Name another folder.")
-    exported = to == "hf"
     read = read_orbax(origin) if exported else read_hf(origin, param_dtype, vocab_multiple)
     with files.NewFolder(new, overwrite=overwrite) as folder:
         with shown(read) as model:
             if exported:
                 write_hf(model, folder, model_type, dtype)
             else:
-                write_orbax(model, folder, new)
+                write_orbax(model, folder, mirror.url_of(new) or str(new.absolute()))
         model = read if exported else read_orbax(folder)
         report(certificate(model, folder if exported else origin), model, new, exported)
 
@@ -401,7 +416,8 @@ def with_named_paths(argv: Sequence[str]) -> list[str]:
 
 
 def entry() -> None:
-    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=with_named_paths(sys.argv))
+    cli.run(main, config=False, workdir=False, add_flags=add_flags, argv=with_named_paths(sys.argv),
+            urls=("from_path", "image_tokenizer"), writes=("to_path",))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from typing import Any
 
 from ivr_jax import cli, files
 from ivr_jax.checkpoints import packed, store
-from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
 from ivr_jax.evaluate import benchmark, paired, probes, typed
@@ -27,6 +26,7 @@ from ivr_jax.evaluate.verdicts import VerdictScorer
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import metrics, tables
 from ivr_jax.report.answers import read_answers, write_answers
+from ivr_jax.sampling.layout import load_sampler
 
 
 def main(call: cli.Call) -> None:
@@ -43,23 +43,26 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     """The evaluation in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
     checkpoint = packed.folder_of(config.checkpoint) or store.name_of(config.checkpoint)
     about = {"checkpoint": str(checkpoint), "config": config.to_dict()}
+    del about["config"]["mesh"]  # the answers are the same on every mesh
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():
-        claim_workdir(workdir, config, resuming=True)
+        claim_workdir(workdir, config, resuming=True, ignore=("mesh",))
         result = metrics.read_evaluation(workdir)
         if result["about"] == about:
             print(f"evaluate: {workdir} is complete")
             return result
     claim_workdir(workdir, config, resuming=False)
-    system = systems.load(config.checkpoint, config.image_tokenizer or None)
-    found = benchmark.run(system, config)
-    result = metrics.evaluate(found.answers, config.seed, about)
-    if config.probe_prompts:
-        result["probes"] = probes.probe(
-            system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch, config.observe
-        )
-    if config.paired_prompts:
-        result["paired"] = paired_verdicts(system, config, found)
+    system = load_sampler(config.checkpoint, config.mesh, config.rollout, config.image_tokenizer or None)
+    with system.on_mesh():
+        found = benchmark.run(system, config)
+        result = metrics.evaluate(found.answers, config.seed, about)
+        if config.probe_prompts:
+            result["probes"] = probes.probe(
+                system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch,
+                config.observe,
+            )  # fmt: skip
+        if config.paired_prompts:
+            result["paired"] = paired_verdicts(system, config, found)
     write_answers(workdir, found.answers, found.images)
     metrics.write_evaluation(workdir, result)
     return result

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ivr_jax import sharding
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.checkpoints.system import System
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 
@@ -48,6 +52,37 @@ def own_part(mesh: Mesh) -> Mesh:
             "fsdp count processes.",
         )
     return Mesh(mesh.devices[mine.all(1)], sharding.MESH_AXES)
+
+
+def load_sampler(
+    path: str | os.PathLike[str],
+    mesh: Mapping[str, int],
+    rollout: Any,
+    image_tokenizer: str | os.PathLike[str] | None = None,
+    text_tokenizer: str | os.PathLike[str] | None = None,
+) -> System:
+    """The model at `path` for sampling alone: its weights are read straight into the rollout layout.
+
+    Every device reads its own shards, which are cast on the way; no other copy of the weights is made.  The programs
+    that use it run inside `System.on_mesh`.  For one process.
+
+    Args:
+      mesh: a config's section `mesh`; all ones: one device.
+      rollout: its section `rollout`: `dtype` of weights and activations, "" for the checkpoint's; `tensor` shards of
+        every weight, 0 for as many as divide (see `RolloutLayout`).
+      image_tokenizer, text_tokenizer: where they are, for a checkpoint that does not record them.
+
+    Raises:
+      UserError: see `system.load`; the mesh is not that of the devices.
+    """
+    devices = sharding.mesh_of(mesh)
+    dtype = {"dtype": rollout.dtype, "param_dtype": rollout.dtype} if rollout.dtype else {}
+
+    def layout(config: backbone.BackboneConfig) -> Mesh:
+        return RolloutLayout(config, devices, rollout.tensor).mesh
+
+    where = None if devices.size == 1 else layout
+    return systems.load(path, image_tokenizer, text_tokenizer_path=text_tokenizer, mesh=where, **dtype)
 
 
 class RolloutLayout:

@@ -5,7 +5,6 @@ Used by RL, evaluation, construction and `generate` alike.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +168,7 @@ def _sample(
         length = len(codec.encode_image(system.tokenizer, np.zeros(size, np.int32)))
         options = dataclasses.replace(options, answer_length=length, group=1)
     noise, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # a key is bound to its mesh
-    with jax.set_mesh(layout.mesh) if layout else contextlib.nullcontext():
+    with jax.set_mesh(layout.mesh) if layout else system.on_mesh():
         key = jax.random.wrap_key_data(noise, impl=kind)
         starts = first + np.arange(len(samples)) if isinstance(first, int) else np.asarray(first)
         numbers = (starts[:, None] * options.group + np.arange(options.group)).reshape(-1)

@@ -233,7 +233,7 @@ class Trainer:
     def _measured(self, probes: Sequence[Probe], params: Any, step: int) -> dict[str, float]:
         """What `probes` measure of the policy `params`, with the weights that answers are sampled with."""
         layout = self.placement.layout
-        system = dataclasses.replace(self.system, config=layout.config, params=layout(params))
+        system = dataclasses.replace(self.system, config=layout.config, params=layout(params), mesh=layout.mesh)
         with jax.set_mesh(layout.mesh):
             return {name: value for probe in probes for name, value in probe.measure(system, step).items()}
 

@@ -68,6 +68,45 @@ def test_eight_devices_answer_as_one_does(paths, tmp_path):
     assert names and all((tmp_path / "1" / n).read_bytes() == (tmp_path / "8" / n).read_bytes() for n in names)
 
 
+SAMPLERS = """
+import asyncio
+import sys
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from ivr_jax.construct.baseline import Baseline
+from ivr_jax.construct.escalation import Request
+from ivr_jax.sampling.layout import load_sampler
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.services.checkpoint import CheckpointGenerator
+from ivr_jax.trajectory import Sample
+
+path, images, text = sys.argv[1:]
+samples = [Sample(str(i), prompt) for i, prompt in enumerate(("A cat.", "Two dogs."))]
+
+def drawn(**sizes):
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | sizes
+    system = load_sampler(path, mesh, ConfigDict({"dtype": "", "tensor": 0}), images, text)
+    baseline = Baseline(system, SamplingOptions(), seed=0, batch=2, area=256)
+    generator = CheckpointGenerator(system, "tiny", SamplingOptions(), 5, None, area=256)
+    first = baseline._draw([Request(sample, {}, None) for sample in samples], jax.random.key(0))
+    return system, [*first, asyncio.run(generator.generate(samples[0], "A cat.", []))]
+
+_, one = drawn()
+system, eight = drawn(fsdp=4, tensor=2)
+kernel = system.params["layers"]["attention"]["q"]
+print(len(kernel.sharding.device_set), kernel.addressable_shards[0].data.size * 2 == kernel.size, len(one))
+print([np.array_equal(a, b) for a, b in zip(one, eight, strict=True)])
+"""
+
+
+def test_construction_draws_on_eight_devices_what_it_draws_on_one(paths):
+    """The baseline and a checkpoint as a service; weights are read straight into the layout of rollouts: split in two
+    along the heads, and four copies."""
+    lines = commands.on_devices(8, SAMPLERS, paths["backbone"], paths["images"], paths["text"])
+    assert lines[-2:] == ["8 True 3", "[True, True, True]"]
+
+
 def test_a_mesh_that_is_not_there_is_one_line():
     done = commands.run("generate", "--checkpoint=x", "--prompt=a", "--out=y", "--mesh=tensor:3")
     assert done.returncode == 2 and "3 devices" in done.complaint

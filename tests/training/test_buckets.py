@@ -100,6 +100,54 @@ def test_a_run_that_is_killed_while_it_saves_resumes_on_another_machine_bit_for_
     assert f"already trained {STEPS} steps" in capfd.readouterr().out
 
 
+SHARDED = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from ivr_jax import sharding
+from ivr_jax.checkpoints import store
+from ivr_jax.cloud import mirror
+
+url = sys.argv[1]
+
+def state(mesh, make):
+    shapes = {"kernel": ((64, 96), P("fsdp", "tensor"), jnp.bfloat16), "embed": ((40, 16), P("tensor"), jnp.float32),
+              "scale": ((7,), P(), jnp.float32)}
+    return {name: make(name, shape, NamedSharding(mesh, part), dtype) for name, (shape, part, dtype) in shapes.items()}
+
+def random(name, shape, placed, dtype):
+    return jax.device_put(jax.random.normal(jax.random.key(len(name)), shape, dtype), placed)
+
+def shape_of(name, shape, placed, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+saved = state(sharding.make_mesh({"fsdp": 2, "tensor": 4}), random)
+with mirror.open_folder(url, without=store.written_directly(url)) as folder:
+    checkpointer = store.Checkpointer(folder)
+    checkpointer.save(3, saved, [1], {"kind": "test"})
+    checkpointer.wait()
+    checkpointer.close()
+like = state(sharding.make_mesh({"fsdp": 4, "tensor": 2}), shape_of)
+with mirror.open_folder(url, without=store.written_directly(url)) as folder:
+    checkpointer = store.Checkpointer(folder)
+    restored = checkpointer.restore(like)
+    assert restored.step == 3 and restored.data == [1]
+    checkpointer.close()
+restored = restored.state
+for name, array in saved.items():
+    found = restored[name]
+    print(name, len(found.sharding.device_set), found.dtype == array.dtype, np.array_equal(found, array))
+"""
+
+
+def test_a_sharded_checkpoint_comes_back_bit_for_bit_on_another_mesh(bucket):
+    lines = commands.on_devices(8, SHARDED, f"{bucket}/sharded")
+    names = ("kernel", "embed", "scale")
+    assert [line for line in lines if line.endswith("True")] == [f"{name} 8 True True" for name in names]
+
+
 def assert_same_parameters(url: str, other: Path) -> None:
     ours, theirs = systems.load(url), systems.load(other)
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):

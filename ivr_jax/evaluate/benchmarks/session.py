@@ -37,7 +37,7 @@ from ivr_jax.evaluate.benchmarks.interface import MODES, Item, Judged, Judgement
 from ivr_jax.evaluate.benchmarks.judges import ChatJudge, DetectorJudge, Judge, WorldJudge, label
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.sampling.engine import EngineOptions
-from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.layout import RolloutLayout, load_sampler
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.journal import Journal
@@ -174,17 +174,23 @@ class Session:
                 )  # fmt: skip
 
     @contextlib.contextmanager
-    def _system(self) -> Iterator[tuple[systems.System, jax.sharding.Mesh]]:
+    def _system(self) -> Iterator[tuple[systems.System, jax.sharding.Mesh | None]]:
         """The model on the mesh of rollouts."""
         wanted, config = self.flags, self.config
+        if jax.process_count() == 1:
+            system = load_sampler(
+                wanted.checkpoint, config.mesh, config.rollout, wanted.image_tokenizer, wanted.text_tokenizer
+            )
+            yield system, system.mesh
+            return
         mesh = sharding.mesh_of(config.mesh)
         with jax.set_mesh(mesh):
             system = systems.load(
                 wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh
             )
             layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
-            system = dataclasses.replace(system, config=layout.config, params=layout(system.params))
-        yield system, layout.mesh
+            params = layout(system.params)
+        yield dataclasses.replace(system, config=layout.config, params=params, mesh=layout.mesh), layout.mesh
 
     # -- judgements --
 
