@@ -139,7 +139,10 @@ class Follower:
         self.refresh()
 
     def refresh(self) -> None:
-        """Makes the local folder what the manifest says.  Raises UserError when the bucket cannot be read."""
+        """Copies what is missing or other here.  Raises UserError when the bucket cannot be read.
+
+        Further files stay: records of this process's own.
+        """
         try:
             lock = files.Lock(self.folder.parent)
         except UserError:  # the writer, or another follower, has the same local folder
@@ -154,9 +157,6 @@ class Follower:
                     fetch(objects, missing, self.folder)
                 except Changed:
                     continue
-                for file in [file for file in self.folder.rglob("*") if file.is_file()]:
-                    if file.relative_to(self.folder).as_posix() not in entries:
-                        file.unlink()
                 self.folder.with_name(f"{self.folder.name}.state.json").unlink(missing_ok=True)
                 return
             raise UserError(f"{self.url} changes while it is read.", "Start the run again.")
@@ -176,7 +176,7 @@ class Mirror:
       url: the folder in the bucket.
       without: subfolders that are not copied.
       lease: seconds without a sign of life after which another process may take over.
-      every: seconds between two copies.
+      every: seconds between two copies; `PUSH_SECONDS` by default.
 
     Attributes:
       folder: the local one.
@@ -185,9 +185,9 @@ class Mirror:
       UserError: another process writes there, or the bucket cannot be used.
     """
 
-    def __init__(self, url: str, *, without: tuple[str, ...] = (), lease: float = LEASE, every: float = PUSH_SECONDS):
+    def __init__(self, url: str, *, without: tuple[str, ...] = (), lease: float = LEASE, every: float | None = None):
         self.url, self.folder = url.rstrip("/"), local_folder(url)
-        self._without, self._every = without, every
+        self._without, self._every = without, PUSH_SECONDS if every is None else every
         self._objects = Objects(self.url)
         self._state = self.folder.with_name(f"{self.folder.name}.state.json")
         with files.writing(self.folder):

@@ -6,17 +6,23 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
 
+import bucket_servers
 import commands
 import pytest
 from construct_worker import KEY, arguments, contents, kill, recorded, start, write_samples
 from openai_service import Behaviour, OpenAIService, serving
 
+from ivr_jax.cloud import inputs
+from ivr_jax.cloud.objects import Objects
 from ivr_jax.construct.__main__ import PENDING
 from ivr_jax.construct.released import read_released
 from ivr_jax.data.store import TrajectoryDataset
@@ -101,6 +107,43 @@ def test_a_run_that_is_killed_goes_on_where_it_was(calm, samples, tmp_path):
     again = sum(n - calm[1].log.answered[question] for question, n in service.log.answered.items())
     assert again <= kills * 16  # four samples on their way, four questions each
     assert same_dataset(tmp_path / "run", calm[0])
+
+
+OFTEN = """
+import importlib, sys
+from ivr_jax.cloud import mirror
+mirror.PUSH_SECONDS = 0.3
+importlib.import_module("ivr_jax.construct.__main__").entry()
+"""
+
+
+def test_a_run_in_a_bucket_that_is_killed_resumes_on_another_machine(calm, samples, tmp_path, monkeypatch):
+    """Samples, pictures, journal and dataset are in the bucket; what the last copy of the journal held is not asked."""
+    monkeypatch.setenv(inputs.CACHE_VARIABLE, str(tmp_path / "cache"))
+    service = OpenAIService(Behaviour(key=KEY, latency=0.05))
+    with bucket_servers.server("s3"), serving(service) as url:
+        bucket = f"s3://{bucket_servers.BUCKET}"
+        Objects(f"{bucket}/in").upload({name: samples.parent / name for name in contents(samples.parent)})
+        command = arguments(url, f"{bucket}/in/{samples.name}", f"{bucket}/run", concurrency=4)
+        process = subprocess.Popen([sys.executable, "-c", OFTEN, *command], env=commands.environment())
+        journal, known = f"{bucket}/run/journal", set()
+        until = time.monotonic() + 120
+        while len(known) < 20 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+            if "journal.sqlite" in inputs.listed(journal):
+                known = recorded(inputs.local(journal))
+        process.kill()
+        process.wait()
+        assert len(known) >= 20 and "dataset/dataset.json" not in inputs.listed(f"{bucket}/run")
+        known = recorded(inputs.local(journal))
+        while service.log.in_flight:
+            time.sleep(0.01)
+        before, service.behaviour.latency = service.log.answered.copy(), 0.0
+        shutil.rmtree(tmp_path / "cache")  # another machine
+        commands.succeed("construct", *command)
+        asked = {question for question, n in service.log.answered.items() if n > before[question]}
+        assert not asked & (known - tries_of_steps(calm[1]))
+        assert same_dataset(inputs.local(f"{bucket}/run"), calm[0])
 
 
 def test_a_run_that_is_asked_to_stop_says_so_at_once_and_loses_no_answer(calm, samples, tmp_path):

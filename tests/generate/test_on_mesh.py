@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import bucket_servers
 import commands
 import jax
 import numpy as np
 import pytest
 from emu_tokenizer import write_folder
+from PIL import Image
 
 from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.cloud import inputs
+from ivr_jax.cloud.objects import Objects
 from ivr_jax.errors import UserError
 from ivr_jax.generate.answering import make_answering
 from ivr_jax.models import backbone, image_tokenizer
@@ -66,6 +71,32 @@ def test_eight_devices_answer_as_one_does(paths, tmp_path):
     assert answers[0] == answers[1] and len(answers[0]["rounds"]) == 1
     names = sorted(path.name for path in (tmp_path / "1").glob("*.png"))
     assert names and all((tmp_path / "1" / n).read_bytes() == (tmp_path / "8" / n).read_bytes() for n in names)
+
+
+def test_checkpoints_images_and_answers_may_be_in_a_bucket(paths, tmp_path, monkeypatch):
+    monkeypatch.setenv(inputs.CACHE_VARIABLE, str(tmp_path / "cache"))
+    Image.new("RGB", (20, 12), "red").save(tmp_path / "red.png")
+    with bucket_servers.server("s3"):
+        bucket = f"s3://{bucket_servers.BUCKET}"
+        for name in ("text", "backbone", "images"):
+            found = [file for file in paths[name].rglob("*") if file.is_file()]
+            Objects(f"{bucket}/{name}").upload({file.relative_to(paths[name]).as_posix(): file for file in found})
+        Objects(f"{bucket}/in").upload({"red.png": tmp_path / "red.png"})
+        Objects(f"{bucket}/in").write("prompts.jsonl", b'{"prompt": "A cat.", "image": "red.png", "key": "cat"}')
+        tokenizers = [f"--image_tokenizer={bucket}/images", f"--text_tokenizer={bucket}/text"]
+        command = ["generate", f"--checkpoint={bucket}/backbone", *tokenizers, f"--prompts={bucket}/in/prompts.jsonl",
+                   "--image_area=256", "--mode=image", f"--out={bucket}/out"]
+        assert "1 made" in commands.succeed(*command)
+        assert {"cat/answer.json", "cat/G1.png", "cat/source1.png"} <= set(inputs.listed(f"{bucket}/out"))
+        shutil.rmtree(tmp_path / "cache")
+        assert "1 answers were there" in commands.succeed(*command)
+        commands.succeed("convert", "--from=orbax", f"{bucket}/backbone", "--to=hf", f"{bucket}/exported")
+        commands.succeed("convert", "--from=hf", f"{bucket}/exported", "--to=orbax", f"{bucket}/again",
+                         "--vocab_multiple=8")
+        again = systems.load(f"{bucket}/again", f"{bucket}/images", text_tokenizer_path=f"{bucket}/text")
+        jax.tree.map(np.testing.assert_array_equal, again.params, load(paths).params)
+        refused = commands.run("serve", "--checkpoint=micro", f"--out={bucket}/answers")
+        assert f"{bucket}/answers" in refused.complaint
 
 
 SAMPLERS = """

@@ -75,7 +75,7 @@ def test_a_run_that_is_killed_while_it_saves_resumes_on_another_machine_bit_for_
     runs, settings, straight, bucket, capfd
 ):
     upload(runs / "dataset", f"{bucket}/dataset")
-    url, changes = f"{bucket}/a/run", settings | {"data.path": f"{bucket}/dataset"}
+    url, changes = f"{bucket}/a/sft", settings | {"data.path": f"{bucket}/dataset"}
     argv = ["train", f"--config={ROOT}/configs/micro_base.py", f"--workdir={url}", *flags_of(changes)]
     process, until = start(argv, url), time.monotonic() + 120
     while process.poll() is None and time.monotonic() < until:
@@ -96,6 +96,8 @@ def test_a_run_that_is_killed_while_it_saves_resumes_on_another_machine_bit_for_
     there = inputs.local(f"{url}/metrics.jsonl")
     assert metrics(there.parent) == metrics(straight)
     assert_same_parameters(url, straight)
+    commands.succeed("report", f"--workdir={bucket}/a")
+    assert b"<svg" in Objects(f"{bucket}/a").read("report.html")[0]
     trained(url, "micro_base", changes)  # a finished run is left alone
     assert f"already trained {STEPS} steps" in capfd.readouterr().out
 
