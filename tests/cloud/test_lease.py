@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 
-import bucket_servers
 import pytest
 
 from ivr_jax.cloud import lease
@@ -17,12 +16,6 @@ from ivr_jax.cloud.objects import Objects
 from ivr_jax.errors import UserError
 
 SECONDS = 1.0
-
-
-@pytest.fixture(scope="module", params=bucket_servers.SCHEMES)
-def bucket(request):
-    with bucket_servers.server(request.param):
-        yield f"{request.param}://{bucket_servers.BUCKET}"
 
 
 def elsewhere(content: bytes) -> bytes:

@@ -8,26 +8,13 @@ import sqlite3
 import time
 from pathlib import Path
 
-import bucket_servers
 import pytest
 
 from ivr_jax.cloud import inputs, manifest, mirror
 from ivr_jax.cloud.lease import NAME, TakenOver
-from ivr_jax.cloud.mirror import Mirror, open_folder
+from ivr_jax.cloud.mirror import Follower, Mirror, open_folder
 from ivr_jax.cloud.objects import Objects
 from ivr_jax.errors import UserError
-
-
-@pytest.fixture(scope="module", params=bucket_servers.SCHEMES)
-def bucket(request):
-    with bucket_servers.server(request.param):
-        yield f"{request.param}://{bucket_servers.BUCKET}"
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv(inputs.CACHE_VARIABLE, str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def write(folder: Path, **texts: str) -> None:
@@ -58,21 +45,6 @@ def test_a_folder_comes_back_on_another_machine(bucket, cache):
         assert contents(folder) == {"log": "1\n2\n", "data/a": "a", "checkpoints/1/state": "s"}
     assert contents(inputs.local(f"{url}/data")) == {"a": "a"} and inputs.local(f"{url}/log").read_text() == "1\n2\n"
     assert inputs.local(url) == inputs.local(url) and inputs.local("runs/x") == Path("runs/x")
-
-
-def test_what_other_tools_put_there_is_taken_over(bucket, cache):
-    url = f"{bucket}/plain"
-    for name in ("a/b", "c"):
-        Objects(url).write(name, name.encode())
-    Objects(url).write("empty", b"")
-    assert contents(inputs.local(url)) == {"a/b": "a/b", "c": "c", "empty": ""}
-    assert inputs.local(f"{url}/a/b").read_text() == "a/b"
-    Objects(url).write("c", b"changed")
-    assert (inputs.local(url) / "c").read_text() == "changed"
-    with open_folder(url) as folder:
-        assert contents(folder) == {"a/b": "a/b", "c": "changed", "empty": ""}
-    with pytest.raises(UserError):
-        inputs.local(f"{url}/nothing")
 
 
 class Killed(BaseException):
@@ -163,6 +135,22 @@ def test_a_folder_that_is_written_from_elsewhere_is_left_alone(bucket):
     Objects(url).write(NAME, None)
     with open_folder(url) as folder:  # what is there now is what the other one wrote
         assert contents(folder) == {}
+
+
+def test_another_process_of_the_same_run_follows_on_its_own_disk(bucket, tmp_path, monkeypatch):
+    url = f"{bucket}/followed"
+    with open_folder(url) as folder:
+        write(folder, examples__a="1", log="1")
+        mirror.push(folder)
+        monkeypatch.setenv(inputs.CACHE_VARIABLE, str(tmp_path / "other machine"))
+        other = Follower(url)
+        assert contents(other.folder) == {"examples/a": "1", "log": "1"} and mirror.url_of(other.folder) == url
+        write(other.folder, judge__own="2")
+        write(folder, examples__a="longer", log="1")
+        mirror.push(folder)
+        mirror.refresh(other.folder)
+        assert contents(other.folder) == {"examples/a": "longer", "log": "1", "judge/own": "2"}
+        other.close()
 
 
 def test_two_writers(bucket):

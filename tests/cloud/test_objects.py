@@ -12,12 +12,6 @@ from ivr_jax.cloud.objects import Changed, Objects, absolute, is_url, split
 from ivr_jax.errors import UserError
 
 
-@pytest.fixture(scope="module", params=bucket_servers.SCHEMES)
-def bucket(request):
-    with bucket_servers.server(request.param):
-        yield f"{request.param}://{bucket_servers.BUCKET}"
-
-
 def test_a_conditional_write_succeeds_for_the_generation_that_was_seen(bucket):
     here = Objects(f"{bucket}/conditional")
     content, none = here.read("a")
