@@ -66,6 +66,8 @@ def explained(url: str, *others: type[Exception]) -> Iterator[None]:
 
 def _user_error(url: str, error: Exception) -> UserError:
     text = " ".join(str(error).split())
+    if re.search(r"RequestTimeTooSkewed|invalid_grant", text):  # requests are signed with the time
+        return UserError(f"{url} does not accept what this machine signs.", "Set its clock, or renew the credentials.")
     variables = "GOOGLE_APPLICATION_CREDENTIALS" if url.startswith("gs://") else "AWS_ACCESS_KEY_ID, AWS_PROFILE"
     if isinstance(error, PermissionError) or re.search(r"PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|AccessDenied|"
                                                        r"credentials.*not found", text):

@@ -8,7 +8,7 @@ import bucket_servers
 import pytest
 
 from ivr_jax.cloud import objects
-from ivr_jax.cloud.objects import Changed, Objects, absolute, is_url, split
+from ivr_jax.cloud.objects import Changed, Objects, absolute, explained, is_url, split
 from ivr_jax.errors import UserError
 
 
@@ -72,6 +72,15 @@ def test_without_permission_and_without_a_server_it_says_so(scheme, monkeypatch)
         with pytest.raises(UserError) as error:
             Objects(f"{scheme}://{name}/x").read("a")
         assert "cannot be reached" in error.value.what and time.monotonic() - began < 20
+
+
+def test_a_clock_that_is_off_is_named():
+    """What S3 answers to a request that was signed 15 minutes ago or later, as TensorStore says it."""
+    text = "PERMISSION_DENIED: RequestTimeTooSkewed: The difference between the request time and the current time is too"
+    with pytest.raises(UserError) as error:
+        with explained("s3://runs/x"):
+            raise ValueError(text)
+    assert "clock" in error.value.remedy and "permission" not in error.value.what
 
 
 def test_urls():
