@@ -76,7 +76,7 @@ def test_without_permission_and_without_a_server_it_says_so(scheme, monkeypatch)
 
 def test_a_clock_that_is_off_is_named():
     """What S3 answers to a request that was signed 15 minutes ago or later, as TensorStore says it."""
-    text = "PERMISSION_DENIED: RequestTimeTooSkewed: The difference between the request time and the current time is too"
+    text = "PERMISSION_DENIED: RequestTimeTooSkewed: The difference between the request time and the current time"
     with pytest.raises(UserError) as error:
         with explained("s3://runs/x"):
             raise ValueError(text)
