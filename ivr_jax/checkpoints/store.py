@@ -163,22 +163,26 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _resolve_url(url: str) -> pathlib.Path:
-    """`resolve` in a bucket: what Orbax wrote there itself is read there; what was copied there counts by its
-    manifest, or as it is listed, and is copied from there."""
-    copied = inputs.listed(url)
-    if url.startswith("gs://") and all(entry.size < 0 for entry in copied.values()):
-        names = Objects(url).names()
-        if f"meta/{_COMMITTED}" in names and f"state/{_COMMITTED}" in names:
-            return _epath(url)
-        if steps := {name.split("/")[1] for name in names if re.fullmatch(rf"{FOLDER}/\d+/{_COMMITTED}", name)}:
-            return _epath(url) / FOLDER / max(steps, key=int)
-    if any(name.startswith("meta/") for name in copied) and any(name.startswith("state/") for name in copied):
-        return inputs.local(url)
-    steps = {name.split("/")[1] for name in copied if re.match(rf"{FOLDER}/\d+/meta/", name)}
-    if not steps:
+    """`resolve` in a bucket: in gs:// a step is read where it is, shard by shard; from s3:// it is copied.
+
+    What a command copied there counts by its manifest; what Orbax wrote into gs:// by Orbax's mark.
+    """
+    known, direct = inputs.listed(url), bool(written_directly(url))
+    by_manifest = any(entry.size >= 0 for entry in known.values())
+    names = set(known) if by_manifest else set(Objects(url).names())
+
+    def is_complete(step: str) -> bool:
+        parts = all(any(name.startswith(f"{step}{part}/") for name in names) for part in ("meta", "state"))
+        return parts and (by_manifest or not direct or f"{step}{_COMMITTED}" in names)
+
+    if is_complete(""):
+        return _epath(url) if direct else inputs.local(url)
+    found = {match[0] for name in names if (match := re.match(rf"{FOLDER}/\d+/", name)) and is_complete(match[0])}
+    if not found:
         raise UserError(f"no checkpoint in {url!r}.",
                         "Name a workdir of ivr_jax.train, or one of its checkpoints/<step> folders.")
-    return inputs.local(f"{url}/{FOLDER}/{max(steps, key=int)}")
+    step = max(found, key=lambda name: int(name.split("/")[1])).rstrip("/")
+    return _epath(url) / step if direct else inputs.local(f"{url}/{step}")
 
 
 def _epath(url: str) -> pathlib.Path:

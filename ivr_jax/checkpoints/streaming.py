@@ -23,6 +23,7 @@ from absl import logging
 
 from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints.lazy import PART_BYTES, Index, LazyArray, part_shape, parts
+from ivr_jax.cloud.objects import is_url, kvstore
 from ivr_jax.errors import UserError
 from ivr_jax.models import lora
 
@@ -159,7 +160,7 @@ def _writing() -> Iterator[None]:
 
 
 def _files(folder: os.PathLike[str]) -> dict[str, str]:
-    return {"driver": "file", "path": f"{folder}/"}
+    return kvstore(f"{folder}/") if is_url(folder) else {"driver": "file", "path": f"{folder}/"}
 
 
 def _damaged(state: Path, name: str, error: Exception) -> UserError:

@@ -50,6 +50,16 @@ def split(url: str) -> tuple[str, str, str]:
     return scheme, bucket, key.rstrip("/")
 
 
+def kvstore(url: str) -> dict[str, Any]:
+    """TensorStore's description of the objects whose names start with a URL."""
+    scheme, bucket, key = split(url.rstrip("/"))
+    found: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{key}/" if key else ""}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and endpoint:
+        found |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+    return found
+
+
 @contextlib.contextmanager
 def explained(url: str, *others: type[Exception]) -> Iterator[None]:
     """Turns an error of TensorStore or fsspec in the block into a UserError that names `url`.
@@ -97,14 +107,10 @@ class Objects:
         import tensorstore as ts  # not for those who use no bucket
 
         self.url = url.rstrip("/")
-        scheme, bucket, folder = split(self.url)
-        path = f"{folder}/" if folder else ""
-        spec: dict[str, Any] = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": path}
-        spec["context"] = {f"{_DRIVERS[scheme]}_request_retries": _RETRIES}
-        if scheme == "s3":
+        spec = kvstore(self.url)
+        spec["context"] = {f"{spec['driver']}_request_retries": _RETRIES}
+        if spec["driver"] == "s3":
             spec["use_conditional_write"] = True
-            if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-                spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
             if os.environ.get("AWS_ACCESS_KEY_ID"):
                 spec["context"]["aws_credentials"] = {"type": "environment"}
         self._range = ts.KvStore.KeyRange

@@ -90,11 +90,6 @@ def test_checkpoints_images_and_answers_may_be_in_a_bucket(paths, tmp_path, monk
         assert {"cat/answer.json", "cat/G1.png", "cat/source1.png"} <= set(inputs.listed(f"{bucket}/out"))
         shutil.rmtree(tmp_path / "cache")
         assert "1 answers were there" in commands.succeed(*command)
-        commands.succeed("convert", "--from=orbax", f"{bucket}/backbone", "--to=hf", f"{bucket}/exported")
-        commands.succeed("convert", "--from=hf", f"{bucket}/exported", "--to=orbax", f"{bucket}/again",
-                         "--vocab_multiple=8")
-        again = systems.load(f"{bucket}/again", f"{bucket}/images", text_tokenizer_path=f"{bucket}/text")
-        jax.tree.map(np.testing.assert_array_equal, again.params, load(paths).params)
         refused = commands.run("serve", "--checkpoint=micro", f"--out={bucket}/answers")
         assert f"{bucket}/answers" in refused.complaint
 
