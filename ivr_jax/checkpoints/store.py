@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -259,7 +261,10 @@ def read_params(
         restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
         for name in set(padded) & restore_args["params"].keys():
             restore_args["params"][name] = dataclasses.replace(restore_args["params"][name], strict=False)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        handler = ocp.PyTreeCheckpointHandler(
+            restore_concurrent_gb=_gigabytes_at_once(wanted, meta)  # type: ignore[arg-type]  # it is only multiplied
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
             found = checkpointer.restore(
                 folder / "state",
                 args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True),
@@ -272,6 +277,16 @@ def read_params(
     if "lora" not in meta:
         return found["params"], meta
     return lora.merge(found["params"]), {key: value for key, value in meta.items() if key != "lora"}
+
+
+def _gigabytes_at_once(wanted: Any, meta: dict[str, Any]) -> float:
+    """How much is read at a time: as little as Orbax accepts for certain, a little more than the largest array.
+
+    Without a bound all arrays are read at once, and are in the host's memory beside what the devices hold.
+    """
+    itemsize = jnp.dtype(meta.get("model", {}).get("param_dtype", "float32")).itemsize  # as stored
+    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(wanted)) * itemsize
+    return max(0.25, 1.1 * largest / 1e9)
 
 
 def _abstract(value: Any) -> jax.ShapeDtypeStruct:
