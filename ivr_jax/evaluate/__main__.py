@@ -6,8 +6,8 @@ r"""Evaluate a checkpoint on held-out prompts of the micro-world: scores, images
 Writes evaluation.json (every figure with its 95% interval), answers.jsonl and images/ for the report.  A finished
 evaluation of the same checkpoint and config is kept.
 
-With --benchmark=NAME, a public benchmark (`python -m ivr_jax.evaluate --benchmark=geneval --help`); with --compare A B,
-two of its runs side by side.
+With --prompts=FILE, prompts of your own, judged when a judge is named; with --benchmark=NAME, a public benchmark
+(`python -m ivr_jax.evaluate --benchmark=geneval --help`); with --compare A B, two of its runs side by side.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def paired_verdicts(system: System, config: Any, found: benchmark.Evaluated) -> 
 
 def entry() -> None:
     named = {word.partition("=")[0].lstrip("-") for word in sys.argv[1:] if word.startswith("-")}
-    if named & {"benchmark", "compare"}:
+    if named & {"benchmark", "compare", "prompts"}:
         from ivr_jax.evaluate.benchmarks import command  # needs the extra `services`
 
         command.entry()

@@ -1,8 +1,8 @@
 """What a user asks for: one request from flags, or many from a JSONL file, checked and made ready for the sampler.
 
 A line of the file is an object with `prompt` and, where wanted, `image` (a path or a list of paths, relative to the
-file's folder, or URLs in a bucket), `task`, `aspect_ratio`, `seed` and `key` (names the answer's folder; by default the
-line's number):
+file's folder, or URLs in a bucket), `task`, `aspect_ratio`, `seed`, `key` (names the answer's folder; by default the
+line's number), and for evaluations `explanation` (what a judge should know about the right result) and `category`:
 
     {"prompt": "Replace the cup by the cat.", "image": ["table.jpg", "cat.png"], "aspect_ratio": "4:3"}
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,10 @@ from ivr_jax.trajectory import TASKS, Sample, checked_key
 MAX_CELLS = 99  # a side of an image, in latent cells: its size is written in two digits
 AUTO, FREE_SIZE = "auto", "free"
 _RATIO = re.compile(r"(\d{1,4}(?:\.\d{1,4})?):(\d{1,4}(?:\.\d{1,4})?)")
-_KINDS = {"prompt": str, "image": (str, list), "task": str, "aspect_ratio": str, "seed": int, "key": str}
+_KINDS = {
+    "prompt": str, "image": (str, list), "task": str, "aspect_ratio": str, "seed": int, "key": str, "explanation": str,
+    "category": str,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Request:
     task: str = ""
     aspect_ratio: str = AUTO
     seed: int = 0
+    explanation: str = ""
+    category: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +113,8 @@ def _request(line: str, where: str, folder: Path, default: Request) -> Request:
         fields.get("task", default.task),
         fields.get("aspect_ratio", default.aspect_ratio),
         fields.get("seed", default.seed),
+        fields.get("explanation", ""),
+        fields.get("category", ""),
     )
     check(request, f"{where}: ")
     return request
@@ -161,10 +168,15 @@ def prepare(request: Request, system: System, area: int = 0) -> Prepared:
     sample = Sample(request.key, request.prompt, tuple(names), task_word=request.task)
     codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
     tokens, _ = pad_prompts([codec_lib.encode_prompt(system.tokenizer, sample, codes)], system.tokenizer.vocab.pad)
-    return Prepared(sample, images, _output_size(request.aspect_ratio, shapes, area, config.factor), tokens.shape[1])
+    return Prepared(sample, images, output_size(request.aspect_ratio, shapes, area, config.factor), tokens.shape[1])
 
 
-def _output_size(ratio: str, shapes: list[tuple[int, int]], area: int, factor: int) -> tuple[int, int]:
+def output_size(ratio: str, shapes: Sequence[tuple[int, int]], area: int, factor: int) -> tuple[int, int]:
+    """Latent rows and columns of the images of an answer, or `grammar.FREE`; see `prepare`.
+
+    Args:
+      ratio: of a request; shapes: rows and columns of its references; area: pixels of an image; factor: a cell's side.
+    """
     if ratio == FREE_SIZE:
         return FREE
     if ratio == AUTO and shapes:

@@ -39,19 +39,23 @@ _OUT_OF = r"\s*(?:/|out\s+of|of)\s*"
 _LONGEST = 20_000  # characters of a text that are kept
 _MOST_BRACES = 1000  # places where an object is looked for
 _SHOWN = 80  # characters of an answer that an error shows
-_SCALE_KEYS = ("scale", "max", "maximum", "max_score", "out_of")
+_SCALE_KEYS = ("scale", "max", "maximum", "maxscore", "maximumscore", "outof", "range", "scorescale", "scorerange")
 
 # -- thoughts --
 
-_THOUGHT = (
-    r"(?:\w{1,12}:)?(?:ant)?(?:think(?:ing)?(?:[\s_-]?process)?|thoughts?|reason(?:ing)?(?:_content)?|reflection"
-    r"|analysis|scratch_?pad|chain[\s_-]of[\s_-]thought)"
+_THOUGHT = (  # what stands for a thought in a tag's name, with whatever stands around it there
+    r"(?:[\w:.-]{0,40}?(?:think|thought|reason|reflection|analysis|scratch|monologue|rationale|deliberat|brainstorm|ponder"
+    r"|chain[\s_-]of[\s_-]thought)[\w:.-]{0,60}(?:\sprocess)?|cot|plan(?:ning)?|internal|details)"
 )
-_LEFT, _RIGHT, _BAR = r"(?:<|&lt;|◁|＜)\s*", r"\s*(?:>|&gt;|▷|＞)", r"\s*[|｜]?\s*"
+_LEFT, _RIGHT = r"(?:<|&lt;|◁|＜|\\u003c)\s*", r"\s*(?:>|&gt;|▷|＞|\\u003e)"
+_BAR = r"\s*[|｜]?\s*"
 _CLOSING = re.compile(
     "|".join(
         (
-            rf"{_LEFT}{_BAR}/\s*{_THOUGHT}{_BAR}{_RIGHT}",  # </think>, ◁/think▷, </seed:think>, &lt;/think&gt;
+            rf"{_LEFT}{_BAR}\\?/\s*{_THOUGHT}{_BAR}{_RIGHT}",  # </think>, ◁/think▷, </seed:think>, &lt;/think&gt;
+            rf"{_LEFT}{_BAR}{_THOUGHT}(?<=[_▁-])(?:end|close|stop){_BAR}{_RIGHT}",  # <|thought_end|>
+            rf"{_LEFT}{_BAR}{_THOUGHT}(?<=end){_BAR}{_RIGHT}",
+            rf"{_LEFT}{_BAR}{_THOUGHT}\s*/\s*{_RIGHT}",  # <think/>
             r"\[\s*/\s*think(?:ing)?\s*\]",  # Magistral
             rf"{_LEFT}{_BAR}end[\s_▁-]*(?:of[\s_▁-]*)?{_THOUGHT}{_BAR}{_RIGHT}",  # <|end_of_thought|>, <|END_THINKING|>
             r"<\|channel\|>\s*final[^<>]{0,40}<\|message\|>",  # gpt-oss
@@ -72,7 +76,7 @@ _OPENING = re.compile(
             r"<\|channel\|>\s*(?:analysis|commentary)",
             r"<\|channel>\s*thought",
             r"<unused94>",
-            r"\A\s*analysis(?=[A-Z])",
+            r"\A\s*(?:assistant)?analysis(?=[A-Z])",
             r"\bhere(?:'s| is) my thought process:",
         )
     ),
@@ -264,7 +268,7 @@ def _score_and_object(
 def _check_scale(value: Mapping[str, Any], high: float) -> None:
     """Raises Unusable when an object with a score names a scale of its own that ends elsewhere."""
     for key, scale in value.items():
-        ends = re.findall(r"\d+(?:\.\d+)?", str(scale)) if key.strip().lower() in _SCALE_KEYS else []
+        ends = re.findall(r"\d+(?:\.\d+)?", str(scale)) if re.sub(r"[\W_]+", "", key).lower() in _SCALE_KEYS else []
         if ends and float(ends[-1]) != high:
             raise Unusable(f"the answer's score is on another scale: {_shown(f'{key} {scale}')}")
 
@@ -277,8 +281,16 @@ _NOT_A_SCORE = re.compile(
     re.IGNORECASE,
 )
 _GOES_ON = re.compile(
-    rf"[\w%+½]|\.\d|\s*(?:[-–—/~&]|\bto\b|\bor\b|\band\b|\.\.+|,)\s*{_NUMERAL}|{_OUT_OF}\w"
-    r"|\s*(?:percent|per cent|would|could|might|if|needs?|requires?|means?)\b",
+    rf"[\w%+½]|\.\d|\s*(?:[-–—/~&:=]|\bto\b|\bor\b|\band\b|\.\.+|,)\s*{_NUMERAL}|{_OUT_OF}\w|\s*\?"
+    r"|[\s,(]*(?:percent|per cent|would|could|might|if|needs?|requires?|means?|maybe|perhaps|possibly|or|at most"
+    r"|at least|at best)\b",
+    re.IGNORECASE,
+)
+# Another scale, named anywhere beside the score: its end is one of the groups.
+_SCALE = re.compile(
+    rf"\bscale\b\D{{0,24}}?(?:{_NUMERAL}\s*(?:[-–—]|to\b|through\b|and\b)\s*)?({_NUMERAL})"
+    rf"|\b(?:out\s+)?of\s+({_NUMERAL})\b|({_NUMERAL})[\s-]*points?\b\s*scale"
+    rf"|[([]\s*{_NUMERAL}\s*(?:[-–—]|to\b)\s*({_NUMERAL})\s*[)\]]",
     re.IGNORECASE,
 )
 
@@ -289,8 +301,12 @@ def _score_in_prose(text: str, key: str, low: float, high: float) -> float:
     Raises:
       Unusable: none, several, or a mention that is no plain score (negated, a span, another scale).
     """
+    for scale in _SCALE.finditer(text):
+        if _number(next(end for end in scale.groups() if end)) != high and not _is_a_score_of(scale, key):
+            raise Unusable(f"the answer's score is on another scale: {_shown(scale.group())}")
+    between = rf"[\s*_\"'`]*(?:\({low:g}\s*(?:[-–—]|to)\s*{high:g}\))?[\s*_\"'`]*(?:[:=]|\bis\b|\bof\b)?[\s*_\"'`]*"
     mention = re.compile(
-        rf"\b\w*?{re.escape(key)}\w*\b(?P<link>[\s*_\"'`]*(?:[:=]|\bis\b|\bof\b)?[\s*_\"'`]*)(?P<named>{_NUMERAL})"
+        rf"\b\w*?{re.escape(key)}\w*\b(?P<link>{between})(?P<named>{_NUMERAL})"
         rf"(?P<of>{_OUT_OF}(?P<scale>{_NUMERAL}))?|(?P<rated>{_NUMERAL})\s*(?:/|out\s+of)\s*(?P<high>{_NUMERAL})",
         re.IGNORECASE,
     )
@@ -308,6 +324,12 @@ def _score_in_prose(text: str, key: str, low: float, high: float) -> float:
     if len(scores) != 1:
         raise Unusable(f"the answer states {len(scores) or 'no'} scores: {_shown(text)}")
     return scores.pop()
+
+
+def _is_a_score_of(scale: re.Match[str], key: str) -> bool:
+    """Whether "of 4" belongs to "a score of 4"."""
+    before = scale.string[: scale.start()]
+    return scale.group(2) is not None and re.search(rf"{re.escape(key)}\w*\s*\Z", before, re.IGNORECASE) is not None
 
 
 # -- texts --

@@ -44,6 +44,15 @@ FIVE = '{"reason": "first thought", "score": 5}'
         ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
         ("analysisWe look.", "assistantfinal"),
         ("<|channel>thought\n", "<channel|>"),
+        ("<inner_monologue>", "</inner_monologue>"),
+        ("<mythoughts>", "</mythoughts>"),
+        ("<rationale>", "</rationale>"),
+        ("<cot>", "</cot>"),
+        ('<details type="reasoning">', "</details>"),  # Open WebUI
+        ("<think_never_used_51bc>", "</think_never_used_51bc>"),
+        ("<|thought_begin|>", "<|thought_end|>"),
+        ("<think>", "<\\/think>"),
+        ("\\u003cthink\\u003e", "\\u003c/think\\u003e"),
         ("<unused94>thought", "<unused95>"),
         ("Here is my thought process:", "Here is my response:"),
     ],
@@ -88,6 +97,9 @@ def test_a_tag_in_a_string_of_the_answer_is_text():
         ("The score is four.", 4),
         ("Score: 4 because the hat is there. So 4/5.", 4),
         ("Overall score = 3.5 - good", 3.5),
+        ("Score (1-5): 4", 4),
+        ("On a scale of 5, score: 4", 4),
+        ("It has a score of 4.", 4),
     ],
 )
 def test_scores_are_read_however_they_are_written(text, score):
@@ -117,6 +129,12 @@ def test_scores_are_read_however_they_are_written(text, score):
         "Score: 7. Good.", "Score: 2, or score: 4.", "Score: 4. That makes 8/10.", "The scale goes from 1 to 5.",
         "Score: -4", "Score: 4.5.1", "The score is not 5.", "The highest score is 5.", "2024/5",
         "It could be 4/5.", "A score of 5 would need a hat.",
+        "Score: 3 (out of 4)", "Score: 4 (out of 10)", "Score: 4 on a scale of 10", "Score: 4 on a 10-point scale",
+        "Score: 4. The scale is 1 to 10.", "Score: 4 points of 10", "Score: 4 (scale: 0-10)", "Score (0-10): 4",
+        "Score 1: 4", "Score: 4, maybe 5", "Score: 4?", "between 3 and 4", "Score: between 3 and 4", "7/10",
+        '{"score": 4, "out of": 10, "reason": "x"}', '{"score": 4, "maxScore": 10, "reason": "x"}',
+        '{"score": 4, "range": "1-10", "reason": "x"}', '{"score": "4.", "score ": 5, "reason": "x"}',
+        '{"score": "between 3 and 4", "reason": "x"}', '{"score": "7/10", "reason": "x"}',
     ],
 )  # fmt: skip
 def test_what_is_no_clear_score_is_no_answer(text):

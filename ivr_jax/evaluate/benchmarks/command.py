@@ -1,9 +1,10 @@
-r"""Run a public benchmark: generate, judge, summarise.
+r"""Run a public benchmark, or prompts of your own: generate, judge, summarise.
 
     python -m ivr_jax.evaluate --benchmark=kris --data=DATA/KRIS_Bench --checkpoint=runs/rl --workdir=runs/kris \
         --config.judge.model=gpt-4o-2024-11-20
     python -m ivr_jax.evaluate --benchmark=geneval --data=DATA/geneval --judge_only --answers=OTHER_MODEL/images \
         --detector=MODELS/mask2former --clip=MODELS/clip --sanity=DATA/sanity --workdir=runs/other
+    python -m ivr_jax.evaluate --prompts=mine.jsonl --checkpoint=runs/rl --workdir=runs/mine
     python -m ivr_jax.evaluate --compare runs/a runs/b --data=DATA/KRIS_Bench --workdir=runs/a_b
 
 Everything is resumed by the same command: answers that are written are not drawn again, judgements on record are not
@@ -23,6 +24,7 @@ from ivr_jax.evaluate.benchmarks import registry
 from ivr_jax.evaluate.benchmarks.comparison import compare_runs
 from ivr_jax.evaluate.benchmarks.interface import FIXED, STRICT
 from ivr_jax.evaluate.benchmarks.session import Session
+from ivr_jax.evaluate.benchmarks.suites import own
 
 CONFIG = "benchmark"
 
@@ -39,6 +41,7 @@ def add_flags(values: flags.FlagValues) -> None:
     text("benchmark", f"one of {', '.join(registry.names())}")
     flags.DEFINE_multi_string("compare", [], "two run folders, written --compare A B", flag_values=values)
     text("data", "folder of the benchmark's published files")
+    text("prompts", "a JSONL file of your own prompts, as generate takes it, in place of --benchmark and --data")
     text("checkpoint", "workdir of an sft or rl run or of an import, or one of its checkpoints/<step> folders")
     text("text_tokenizer", "folder of the text tokenizer, if it was moved or the checkpoint imported")
     text("image_tokenizer", "workdir of the image tokenizer, if it was moved or the checkpoint imported")
@@ -79,6 +82,10 @@ def main(call: cli.Call) -> None:
     if wanted.compare:
         compare_runs(call)
         return
+    if wanted.prompts:
+        if wanted.benchmark or wanted.data:
+            raise UserError("--prompts does not go with --benchmark and --data.", "Give one or the other.")
+        wanted.benchmark, wanted.data = own.BENCHMARK.name, wanted.prompts
     if not wanted.benchmark:
         raise UserError("--benchmark is missing.", f"Use one of {', '.join(registry.names())}.")
     session = Session(call)

@@ -118,11 +118,11 @@ def unique(keys: Iterable[str], where: str) -> None:
 
 
 def fingerprint(files: Sequence[Path], data: Path) -> dict[str, str]:
-    """SHA-256 of every prompt file, by its path below `data`."""
+    """SHA-256 of every prompt file, by its path below `data`, or by its name when it is `data`."""
     hashes = {}
     for path in files:
         try:
-            name = path.relative_to(data).as_posix()
+            name = path.name if path == data else path.relative_to(data).as_posix()
             hashes[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}).", "Fetch the file again.") from None

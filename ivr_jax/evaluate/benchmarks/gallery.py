@@ -17,8 +17,6 @@ from ivr_jax.report.answers import Answer, Segment, answer_from_json
 from ivr_jax.report.gallery import GalleryItem, GallerySection
 from ivr_jax.trajectory import Sample, sample_from_json
 
-SHOWN = 8  # prompts of each section
-
 
 class _Images(Mapping[str, Pixels]):
     """Images by name, read when asked for; a name without a file is not there."""
@@ -127,12 +125,13 @@ def sections(run: Run, items: Sequence[Item]) -> tuple[GallerySection, ...]:
     """The prompts with the best and with the worst answers, and those without a judgement."""
     means = run.means(items)
     judged = sorted((item for item in items if item.key in means), key=lambda item: -means[item.key])
-    half = min(SHOWN, len(judged) // 2)
+    shown = run.benchmark.shown
+    half = min(shown, len(judged) // 2)
     missing = [item for item in items if item.key not in means]
     parts = (
-        ("Best answers", "The prompts with the highest scores.", judged[: len(judged) - half][:SHOWN]),
+        ("Best answers", "The prompts with the highest scores.", judged[: len(judged) - half][:shown]),
         ("Worst answers", "The prompts with the lowest scores.", judged[::-1][:half]),
-        ("Without a judgement", "No image, or no usable reply of the judge.", missing[:SHOWN]),
+        ("Without a judgement", "No image, or no usable reply of the judge.", missing[:shown]),
     )
     return tuple(
         GallerySection(title, lead, tuple(run.shown(item, means.get(item.key)) for item in chosen))
@@ -147,9 +146,10 @@ def side_by_side(
     """The prompts on which the second run gains most, and those on which it loses most, with both answers."""
     by_key = {item.key: item for item in items}
     order = sorted(change, key=lambda key: -change[key])
+    shown = second.benchmark.shown
     parts = (
-        ("Gains", f"Where {second.title} is better.", [key for key in order if change[key] > 0][:SHOWN]),
-        ("Losses", f"Where {second.title} is worse.", [key for key in order[::-1] if change[key] < 0][:SHOWN]),
+        ("Gains", f"Where {second.title} is better.", [key for key in order if change[key] > 0][:shown]),
+        ("Losses", f"Where {second.title} is worse.", [key for key in order[::-1] if change[key] < 0][:shown]),
     )
     means = [run.means(items) for run in (first, second)]
     return tuple(

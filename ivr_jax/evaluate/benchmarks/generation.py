@@ -24,11 +24,12 @@ from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item
 from ivr_jax.evaluate.benchmarks.run_folder import AnswerRecord
 from ivr_jax.images import Pixels, fit, fitted_size, image_name, load_image, save_png
 from ivr_jax.protocol import codec, interleaved
-from ivr_jax.protocol.grammar import INTERLEAVED, Grammar
+from ivr_jax.protocol.grammar import FREE, INTERLEAVED, Grammar
 from ivr_jax.report.answers import answer_to_json, make_answer
 from ivr_jax.sampling.batch import RolloutOptions
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.requests import image_tokens, output_size
 from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.trajectory import Sample, sample_to_json
 
@@ -153,14 +154,17 @@ def _prepare(
             shapes.append((image_name(pixels), tuple(side // config.factor for side in pixels.shape[:2])))
         square = tuple(side // config.factor for side in fitted_size(1, 1, area, config.factor))
         size = shapes[0][1] if len(shapes) == 1 else square
-        sample = Sample(item.key, prompts.get(item.key, item.prompt), tuple(name for name, _ in shapes))
-        loaded.append((number, item, sample, images, size))
-    codes = iter(system.codec.encode([pixels for *_, images, _ in loaded for pixels in images.values()]))
+        if item.aspect_ratio:
+            size = output_size(item.aspect_ratio, [shape for _, shape in shapes], area, config.factor)
+        asked, names = prompts.get(item.key, item.prompt), tuple(name for name, _ in shapes)
+        sample = Sample(item.key, asked, names, task_word=item.task)
+        loaded.append((number, item, sample, images, size, square))
+    codes = iter(system.codec.encode([pixels for *_, images, _, _ in loaded for pixels in images.values()]))
     prepared, refused = [], []
-    for number, item, sample, images, size in loaded:
+    for number, item, sample, images, size, square in loaded:
         known = {name: next(codes) for name in images}
         tokens, _ = pad_prompts([codec.encode_prompt(system.tokenizer, sample, known)], system.tokenizer.vocab.pad)
-        image = size[0] * (size[1] + 1) + 7
+        image = image_tokens(*(square if size == FREE else size))
         left = system.config.max_position_embeddings - tokens.shape[1]
         length = min(plan.answer_length or max(_LEAST_ANSWER, _IMAGES_OF_ROOM * image), left)
         if length <= image:

@@ -24,6 +24,7 @@ from ivr_jax.evaluate.benchmarks.figures import Figure
 
 STRICT, FIXED = "strict", "fixed"
 MODES = (STRICT, FIXED)
+NOT_JUDGED = "not judged"  # what stands for the judge's name where there is none
 ANSWER = "<answer>"  # stands for the judged image in `Picture.path`
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -47,6 +48,9 @@ class Item:
       category: the stratum that it belongs to.
       references: paths of the reference images, below the data folder or absolute.
       data: the record as published.
+      task: task word of the prompt; "" for that of its references.
+      aspect_ratio: of the answer's images, as in a request (`ivr_jax.sampling.requests`); "" takes the shape of one
+        reference, else a square.
     """
 
     key: str
@@ -54,6 +58,8 @@ class Item:
     category: str
     references: tuple[str, ...] = ()
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = ""
+    aspect_ratio: str = ""
 
     def __post_init__(self) -> None:
         parts = PurePosixPath(self.key).parts
@@ -212,6 +218,8 @@ class Benchmark(abc.ABC):
       prompt_version: changes when one of its prompts changes.
       count: prompts as published; 0 when unknown.
       decimals: written after the point.
+      shown: answers in each part of the page's gallery.
+      needs_judge: whether a run without a judge is an error; otherwise its page shows the answers alone.
       notes: sentences that stand beside its figures.
     """
 
@@ -225,6 +233,8 @@ class Benchmark(abc.ABC):
     prompt_version: str = "1"
     count: int = 0
     decimals: int = 2
+    shown: int = 8
+    needs_judge: bool = True
     notes: tuple[str, ...] = ()
 
     @abc.abstractmethod

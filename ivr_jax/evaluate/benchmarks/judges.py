@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import prompts
 from ivr_jax.evaluate.benchmarks.detection import Detector
-from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item, Kind, Question, State
+from ivr_jax.evaluate.benchmarks.interface import NOT_JUDGED, Benchmark, Item, Kind, Question, State
 from ivr_jax.evaluate.benchmarks.suites.geneval import judge_objects, keep_boxes
 from ivr_jax.evaluate.benchmarks.suites.geneval2 import first_token_value
 from ivr_jax.interfaces import ServiceDown, ServiceFailed
@@ -45,7 +45,7 @@ class Outcome:
 
 class Judge(Protocol):
     """Attributes:
-      form: what `Benchmark.questions` calls it: "chat", "detector" or "world".
+      form: what `Benchmark.questions` calls it: "chat", "detector" or "world"; "none" when there is no judge.
       identity: JSON values on which its verdicts depend; `name` is for people.
       in_flight: calls at a time.
     """
@@ -138,6 +138,20 @@ class ChatJudge:
 
     async def close(self) -> None:
         await self.service.transport.close()
+
+
+class NoJudge:
+    """Stands for a judge where none is named: it is asked nothing; see `Judge`."""
+
+    form = "none"
+    in_flight = 1
+    identity = {"name": NOT_JUDGED, "version": "", "settings": {}, "prompts": ""}
+
+    async def ask(self, item: Item, question: Question, pictures: Sequence[Picture]) -> Outcome:
+        raise UserError("no judge was named.", "Add --config.judge.model=NAME.")
+
+    async def close(self) -> None:
+        pass
 
 
 class DetectorJudge:

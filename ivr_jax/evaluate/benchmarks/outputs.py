@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ivr_jax import files
 from ivr_jax.evaluate.benchmarks import gallery, run_folder, tables
-from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item, Judged
+from ivr_jax.evaluate.benchmarks.interface import NOT_JUDGED, Benchmark, Item, Judged
 from ivr_jax.evaluate.benchmarks.run_folder import Found
 from ivr_jax.report.benchmark_page import Bar, Mix, PageTable, write_page
 
@@ -36,13 +36,20 @@ def write_all(
     write_page(
         workdir / PAGE,
         f"{benchmark.title}: {run['model']}",
-        f"Judged by {run['judge']['name']} ({run['judge']['version']}), {run['judge']['date']}.",
+        judged_by(run["judge"]),
         notes(made, benchmark),
         page_tables(made, benchmark),
         bars(made, benchmark),
         mixes(made),
         gallery.sections(shown, items),
     )
+
+
+def judged_by(judge: Mapping[str, Any]) -> str:
+    """The line under the title: who judged, and when."""
+    if judge["name"] == NOT_JUDGED:
+        return "Not judged: no judge was named (--config.judge.model)."
+    return f"Judged by {judge['name']} ({judge['version']}), {judge['date']}."
 
 
 def notes(made: Mapping[str, Any], benchmark: Benchmark) -> list[str]:

@@ -34,7 +34,7 @@ from ivr_jax.evaluate.benchmarks import (
 )
 from ivr_jax.evaluate.benchmarks.detection import TransformersDetector
 from ivr_jax.evaluate.benchmarks.interface import MODES, Item, Judged, Judgement, State
-from ivr_jax.evaluate.benchmarks.judges import ChatJudge, DetectorJudge, Judge, WorldJudge, label
+from ivr_jax.evaluate.benchmarks.judges import ChatJudge, DetectorJudge, Judge, NoJudge, WorldJudge, label
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.layout import RolloutLayout, load_sampler
@@ -80,6 +80,8 @@ class Session:
             if "detector" not in self.benchmark.judges:
                 raise UserError(f"{self.benchmark.title} is not judged by a detector.", "Leave --detector out.")
             return "detector"
+        if self.service() is None and not self.benchmark.needs_judge:
+            return NoJudge.form
         return "chat" if "chat" in self.benchmark.judges else self.benchmark.judges[0]
 
     def service(self) -> ServiceConfig | None:
@@ -197,6 +199,8 @@ class Session:
     def make_judge(self, journal: Journal | None) -> Judge:
         if self._given is not None:
             return self._given
+        if self.form == NoJudge.form:
+            return NoJudge()
         if self.form == "world":
             return WorldJudge()
         if self.form == "detector":
@@ -263,6 +267,8 @@ class Session:
         """All judgements, and the outcome of the sanity check; nothing is judged when that fails."""
         try:
             checked = sanity.SKIPPED
+            if judge.form == NoJudge.form:
+                return {}, sanity.NOT_RUN
             if not self.flags.skip_sanity and judge.form != "world":
                 folder = Path(self.flags.sanity) if self.flags.sanity else None
                 checked = await sanity.run(sanity.checks_for(self.benchmark, judge, folder), judge)

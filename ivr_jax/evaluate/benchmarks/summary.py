@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ivr_jax.evaluate.benchmarks.figures import Figure, Score, estimate, flat
-from ivr_jax.evaluate.benchmarks.interface import MODES, Benchmark, Item, Judged, Judgement, State
+from ivr_jax.evaluate.benchmarks.interface import MODES, NOT_JUDGED, Benchmark, Item, Judged, Judgement, State
 from ivr_jax.evaluate.benchmarks.run_folder import SCHEMA, AnswerRecord, Found
 
 ANSWER_MODES = ("direct", "reflection", "multi_step", "interleaved", "invalid")
@@ -80,6 +80,8 @@ def coverage(figure: Figure, with_image: set[str]) -> dict[str, list[int]]:
 
 def withheld(benchmark: Benchmark, summary: Mapping[str, Any]) -> list[str]:
     """Why there is no headline figure; empty when there may be one."""
+    if (summary["run"].get("judge") or {}).get("name") == NOT_JUDGED:
+        return [NOT_JUDGED]
     reasons = []
     headline = summary["figures"].get(benchmark.headline)
     if headline is None:
