@@ -33,6 +33,7 @@ from ivr_jax.services.transport import (
     field,
     outcome_of_status,
     parsed,
+    proxy_note,
     usage_of,
 )
 
@@ -55,11 +56,12 @@ class GatewayTransport:
     def __init__(self, config: ServiceConfig, app: str, secret: str, clock: Callable[[], float] = time.time):
         self._config, self._app, self._secret, self._clock = config, app, secret, clock
         self._secrets, self._pictures = Secrets([secret, app]), PictureEncoder(config.image_side)
+        self._proxy = proxy_note(config.base_url)
         try:
             self._client = httpx2.AsyncClient(timeout=config.timeout, limits=connection_limits(config.in_flight))
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError) as error:  # of a proxy for other addresses, too
             reason = str(error).partition(".")[0]
-            raise UserError(f"the proxy that the environment names cannot be used: {reason}.",
+            raise UserError(f"a proxy that the environment names cannot be used: {reason}.",
                             "Correct or unset HTTP_PROXY, HTTPS_PROXY and ALL_PROXY.") from error
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
@@ -114,7 +116,7 @@ class GatewayTransport:
         except httpx2.TimeoutException:
             raise Fault("time-out") from None
         except httpx2.HTTPError as error:
-            raise Fault("connection", self._secrets.hide(str(error))[:200]) from None
+            raise Fault("connection", self._secrets.hide(str(error))[:200] + self._proxy) from None
         if not answer.is_success:
             text = self._secrets.hide(answer.text)
             raise outcome_of_status(answer.status_code, answer.headers, text, self._config.name)

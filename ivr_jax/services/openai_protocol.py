@@ -29,6 +29,7 @@ from ivr_jax.services.transport import (
     field,
     outcome_of_status,
     parsed,
+    proxy_note,
     usage_of,
 )
 
@@ -45,6 +46,7 @@ class OpenAITransport:
 
     def __init__(self, config: ServiceConfig, key: str):
         self._config, self._secrets, self._pictures = config, Secrets([key]), PictureEncoder(config.image_side)
+        self._proxy = proxy_note(config.base_url)
         limits = connection_limits(config.in_flight)
         self._client = openai.AsyncOpenAI(
             api_key=key or _NO_KEY,
@@ -168,18 +170,18 @@ class OpenAITransport:
         except openai.APITimeoutError as error:
             origin = getattr(error.__cause__, "__cause__", None)  # the client calls refused connections time-outs too
             if isinstance(origin, aiohttp.ClientConnectionError) and not isinstance(origin, TimeoutError):
-                raise Fault("connection", self._secrets.hide(str(origin))[:200]) from None
+                raise Fault("connection", self._secrets.hide(str(origin))[:200] + self._proxy) from None
             raise Fault("time-out") from None
         except openai.APIStatusError as error:
             message, parameter = _complaint(error)
             message = self._secrets.hide(message)
             raise outcome_of_status(error.status_code, error.response.headers, message, who, parameter) from None
         except openai.APIConnectionError as error:
-            raise Fault("connection", self._secrets.hide(str(error.__cause__ or error))[:200]) from None
+            raise Fault("connection", self._secrets.hide(str(error.__cause__ or error))[:200] + self._proxy) from None
         except openai.APIError as error:
             raise Fault("protocol", self._secrets.hide(str(error))[:200], sick=False) from None
         except (httpx2.HTTPError, aiohttp.ClientError) as error:  # a cut body, or no HTTP at all
-            raise Fault("connection", self._secrets.hide(str(error))[:200]) from None
+            raise Fault("connection", self._secrets.hide(str(error))[:200] + self._proxy) from None
 
 
 def _response_format(structured: str, schema: Mapping[str, Any]) -> dict[str, Any]:

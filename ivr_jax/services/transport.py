@@ -17,6 +17,8 @@ import email.utils
 import functools
 import json
 import re
+import urllib.parse
+import urllib.request
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -51,6 +53,9 @@ _STATUS_OF_WORD = {
     "server_error": 500, "api_error": 500, "internal": 500, "overloaded_error": 503, "unavailable": 503,
     "deadline_exceeded": 504,
 }  # fmt: skip
+_DATA_URI = re.compile(r"\A\W*(?:\w*\W{0,2}\(?data:[^,]*,|base64,)", re.IGNORECASE)
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")  # of `finish_reason`, in lower case
+_FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "image_safety")
 _IDLE = 4.0  # seconds a connection is kept unused: uvicorn, and with it vLLM, closes them after 5
 _MOST_TOKENS = 10**12
 _MANY_PIXELS = 1 << 15  # from which a picture is encoded in a thread
@@ -136,13 +141,17 @@ def encode(pixels: Pixels, longest_side: int) -> bytes:
 
 
 def decode_base64(text: Any) -> bytes:
-    """The bytes of base64: plain or URL-safe, with or without line ends, padding or a data URI.  Raises Unusable."""
+    """The bytes of base64 as servers write it: plain or URL-safe, with line ends, without padding, in a data URI.
+
+    Raises Unusable.
+    """
     if not isinstance(text, str) or not text.strip():
         raise Unusable("the answer holds no image")
     text = text.strip()
     if text.startswith(("http://", "https://")):
         raise Unusable("the answer is the address of an image, not an image")
-    payload = "".join((text.partition(",")[2] if text.startswith("data:") else text).split()).rstrip("=")
+    payload = urllib.parse.unquote(_DATA_URI.sub("", text)) if "%" in text else _DATA_URI.sub("", text)
+    payload = "".join(payload.replace("\\/", "/").split()).strip("\"')").rstrip("=")
     payload = payload.translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
@@ -191,18 +200,28 @@ def refused_parameter(message: str, parameter: str = "") -> str:
 
 def check_no_error(reply: Any, headers: Mapping[str, str], secrets: Secrets, who: str) -> None:
     """Raises what an error inside a reply of status 200 means, by its own code."""
+    if isinstance(reply, list):  # Gemini sends a list of one
+        reply = field(reply, 0)
     error = field(reply, "error") or field(reply, "choices", 0, "error")
-    if not error and field(reply, "object") == "error":
-        error = reply
+    is_answer = not isinstance(reply, Mapping) or any(reply.get(name) for name in ("choices", "data", "response"))
+    if not error and not is_answer:
+        errors = reply.get("errors")
+        error = field(errors, 0) if isinstance(errors, list) else errors
+        codes = [_status_of(reply.get(name)) for name in _CODES]
+        if not error and (reply.get("object") == "error" or any(code >= 400 for code in codes)):
+            error = reply
     if not error:
         return
-    message = field(error, "message") or error
-    codes = [field(error, name) for name in ("code", "status", "type")]
+    message = field(error, "message") or field(error, "msg") or field(error, "detail") or error
+    codes = [field(error, name) for name in _CODES]
     status = next((known for known in map(_status_of, codes) if known), 0)
     body = secrets.hide(message if isinstance(message, str) else json.dumps(message, default=str))
     if not status:
         raise Fault("error in a reply", " ".join(body.split())[:_EXCERPT])
     raise outcome_of_status(status, headers, body, who, str(field(error, "param") or ""))
+
+
+_CODES = ("code", "status_code", "status", "type")  # fields that may say what kind an error is of
 
 
 def _status_of(code: Any) -> int:
@@ -225,9 +244,10 @@ def chat_reply(completion: Any, config: ServiceConfig, secrets: Secrets) -> Repl
     tokens = usage_of(completion)
     if refusal := field(message, "refusal"):
         raise Rejected(f"refused: {secrets.hide(str(refusal))[:_EXCERPT]}")
-    if field(choice, "finish_reason") == "content_filter":
+    ended = {str(field(choice, name)).lower() for name in ("finish_reason", "native_finish_reason")}
+    if ended & set(_FILTERED):
         raise Rejected("stopped by the content filter")
-    if field(choice, "finish_reason") in ("length", "max_tokens", "MAX_TOKENS"):
+    if ended & set(_CUT_OFF):
         limit = f"max_tokens={config.max_tokens}" if config.max_tokens else "the server's own limit (max_tokens=0)"
         raise CutOff(f"the answer was cut off at {limit}", Reply("", None, *tokens))
     if not isinstance(message, Mapping):
@@ -235,7 +255,7 @@ def chat_reply(completion: Any, config: ServiceConfig, secrets: Secrets) -> Repl
         raise Fault("unusable answer", f"the reply holds no message: {said}", sick=False)
     text = message_text(message)
     if not text:
-        raise Fault("unusable answer", _why_no_text(message), sick=False)
+        raise Fault("unusable answer", _why_no_text(message, field(choice, "finish_reason")), sick=False)
     return Reply(secrets.hide(text), None, *tokens)
 
 
@@ -244,10 +264,10 @@ def message_text(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
+    parts = content if isinstance(content, list) else [content]
     texts = []
     for part in parts:
-        text = part if isinstance(part, str) else field(part, "text")
+        text = part if isinstance(part, str) else field(part, "text") or field(part, "content")
         kind = "text" if isinstance(part, str) else field(part, "type") or "text"
         if isinstance(text, Mapping):
             text = text.get("value")
@@ -256,12 +276,13 @@ def message_text(message: Mapping[str, Any]) -> str:
     return "".join(texts)
 
 
-def _why_no_text(message: Mapping[str, Any]) -> str:
+def _why_no_text(message: Mapping[str, Any], ended: Any) -> str:
     if message.get("tool_calls"):
         return "the reply is a tool call, without text"
     if any(message.get(name) for name in ("reasoning_content", "reasoning", "content")):
         return "the reply holds reasoning and no answer"
-    return "the answer is empty"
+    why = "" if ended in (None, "stop") else f" (finish_reason={str(ended)[:40]})"
+    return f"the answer is empty{why}"
 
 
 def usage_of(reply: Any) -> tuple[int, int]:
@@ -296,6 +317,29 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(0.0, seconds), 1e9) if seconds == seconds else None
+
+
+def proxy_note(url: str) -> str:
+    """What is added to the error of a lost connection: through which proxy of the environment it went; "" for none.
+
+    Raises:
+      UserError: the proxy is of a kind that the clients do not speak with.
+    """
+    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies_environment()
+    name = next((name for name in (parts.scheme, "all") if proxies.get(name)), "")
+    if not name or urllib.request.proxy_bypass_environment(parts.hostname or "", proxies):
+        return ""
+    proxy = proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}"
+    try:
+        found = urllib.parse.urlsplit(proxy)
+        address = f"{found.hostname}:{found.port}" if found.port else found.hostname
+    except ValueError:
+        found = address = None
+    if address is None or found.scheme not in ("http", "https"):  # its text may hold a password
+        kind = f"of the kind {found.scheme}" if address else "no address"
+        raise UserError(f"the proxy that {name.upper()}_PROXY names is {kind}.",
+                        "Name an HTTP proxy, or unset the variable; NO_PROXY leaves hosts out.")
+    return f" (through the proxy {address} of {name.upper()}_PROXY)"
 
 
 def connection_limits(in_flight: int) -> httpx2.Limits:

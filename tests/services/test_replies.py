@@ -98,7 +98,6 @@ def test_a_tag_in_a_string_of_the_answer_is_text():
         ("Score: 4 because the hat is there. So 4/5.", 4),
         ("Overall score = 3.5 - good", 3.5),
         ("Score (1-5): 4", 4),
-        ("On a scale of 5, score: 4", 4),
         ("It has a score of 4.", 4),
     ],
 )

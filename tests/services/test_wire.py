@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from ivr_jax.interfaces import ServiceFailed
 from ivr_jax.services.build import analyzer_from_configs
 from ivr_jax.services.caller import Fault, Rejected
 from ivr_jax.services.config import Secrets, ServiceConfig
+from ivr_jax.services.gateway import GatewayTransport
 from ivr_jax.services.journal import Journal
+from ivr_jax.services.openai_protocol import OpenAITransport
 from ivr_jax.services.replies import Unusable
 from ivr_jax.services.transport import check_no_error, decode_base64, message_text, refused_parameter
 from ivr_jax.trajectory import Sample
@@ -69,6 +72,8 @@ def ask(service: OpenAIService, journal: Journal | None = None, **settings):
         [{"type": "text", "text": VERDICT[:10]}, {"type": "text", "text": VERDICT[10:]}],
         [{"text": '{"score": 5}', "thought": True}, {"text": VERDICT}],
         [{"type": "text", "text": {"value": VERDICT}}],
+        {"type": "text", "text": VERDICT},
+        [{"type": "text", "content": VERDICT}],
         [VERDICT],
     ],
 )
@@ -106,6 +111,8 @@ def test_what_is_no_text_is_no_answer(service, message):
                        "message": {"content": ""}}]}, "502"),
         ({"error": "the model is loading"}, "error in a reply"),
         ({"object": "error", "message": "no room left", "code": 507}, "507"),
+        ({"message": "slow down", "code": 429}, "429"),
+        ({"message": "slow down", "status_code": "503"}, "503"),
     ],
 )  # fmt: skip
 def test_an_error_with_status_200_counts_by_its_code_and_is_quoted(service, reply, kind):
@@ -216,7 +223,9 @@ def test_base64_is_read_however_it_is_written():
     forms = (
         plain, base64.encodebytes(data).decode(), base64.urlsafe_b64encode(data).decode(), plain.rstrip("="),
         f"data:image/png;base64,{plain}", plain.replace("A", "A\r\n"),
-        f" data:image/png;base64,{base64.encodebytes(data).decode()}",
+        f" data:image/png;base64,{base64.encodebytes(data).decode()}", f"DATA:image/png;BASE64,{plain}",
+        f"data:image/png;base64,{urllib.parse.quote(plain, safe='')}", f'"{plain}"', plain.replace("/", "\\/"),
+        f"![image](data:image/png;base64,{plain})", f"base64,{plain}",
     )  # fmt: skip
     assert all(decode_base64(form) == data for form in forms)
     for bad in (None, 4, " ", "http://host/x.png", "a*b", "äöü"):
@@ -230,6 +239,20 @@ def test_the_helpers_take_anything():
     check_no_error({"error": None, "choices": []}, {}, Secrets([]), "x")
     with pytest.raises(Rejected):
         check_no_error({"error": {"message": "the prompt is too long", "code": 400}}, {}, Secrets([]), "x")
+    for listed in ([{"error": {"message": "quota", "code": 429}}], {"errors": [{"msg": "quota", "code": 429}]}):
+        with pytest.raises(Fault) as fault:
+            check_no_error(listed, {}, Secrets([]), "x")
+        assert fault.value.kind == "429" and "quota" in str(fault.value)
+
+
+@pytest.mark.parametrize("ended", ["length", "MAX_TOKENS", "max_output_tokens", "model_length"])
+def test_every_word_for_the_limit_is_a_cut_off(service, ended):
+    service.behaviour.raw = json.dumps(
+        {"choices": [{"finish_reason": ended, "message": {"content": VERDICT}}]}
+    ).encode()
+    with pytest.raises(ServiceFailed) as error:
+        ask(service)
+    assert error.value.kind == "cut off"
 
 
 @pytest.mark.parametrize("judge", ["openai", "vllm", "gemini"])
@@ -240,3 +263,68 @@ def test_every_preset_of_a_provider_is_a_service(judge):
     assert bool(section.key_variable) == (judge != "vllm")
     with pytest.raises(UserError):
         load_config("photographs_construct:nobody")
+
+
+class Proxy:
+    """An HTTP proxy on loopback: answers forwarded requests itself, refuses tunnels, and notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def __call__(self, reader, writer) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.asked.append(head.split(b"\r\n")[0].decode().rpartition(" ")[0])
+        body = completion({"content": VERDICT}) if b"/chat/" in head else b'{"code": 0, "response": "%s"}' % b"fine"
+        status = b"502 Bad Gateway" if head.startswith(b"CONNECT") else b"200 OK"
+        writer.write(b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (status, len(body), body))
+        await writer.drain()
+        writer.close()
+
+
+@pytest.fixture
+def without_proxies(monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("transport", [lambda config: OpenAITransport(config, ""),
+                                       lambda config: GatewayTransport(config, "app", "secret")])  # fmt: skip
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy", "ALL_PROXY", "NO_PROXY"])
+def test_calls_go_through_the_proxy_of_the_environment(without_proxies, transport, variable):
+    proxy, scheme = Proxy(), "https" if variable == "https_proxy" else "http"
+
+    async def call():
+        async with await asyncio.start_server(proxy, "127.0.0.1", 0) as server:
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            if variable == "NO_PROXY":
+                without_proxies.setenv("HTTP_PROXY", f"http://{address}")
+                without_proxies.setenv("NO_PROXY", "judge.invalid")
+            else:
+                without_proxies.setenv(variable, f"http://user:password@{address}")
+            made = transport(service_config(f"{scheme}://judge.invalid/v1", key_variable="", timeout=5.0))
+            try:
+                return (await made.chat("A question.", [], {})).text, address
+            except Fault as fault:
+                return str(fault), address
+            finally:
+                await made.close()
+
+    said, address = asyncio.run(call())
+    assert "password" not in said
+    if variable == "NO_PROXY":
+        assert proxy.asked == [] and said.startswith("connection")
+    elif scheme == "https":
+        assert proxy.asked == ["CONNECT judge.invalid:443"] and address in said and "HTTPS_PROXY" in said
+    else:
+        assert proxy.asked[0].startswith("POST http://judge.invalid/v1/chat") and said in (VERDICT, "fine")
+
+
+@pytest.mark.parametrize("value", ["socks5://user:password@127.0.0.1:1080", "http://127.0.0.1:port", "http://"])
+def test_a_proxy_that_cannot_be_used_is_one_line(without_proxies, value):
+    without_proxies.setenv("HTTPS_PROXY", value)
+    for made in (lambda config: OpenAITransport(config, ""), lambda config: GatewayTransport(config, "app", "secret")):
+        with pytest.raises(UserError) as caught:
+            made(service_config("https://judge.invalid/v1", key_variable=""))
+        assert "HTTPS_PROXY" in caught.value.what and "password" not in str(caught.value)
