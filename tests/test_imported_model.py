@@ -7,19 +7,24 @@ import shutil
 from pathlib import Path
 
 import commands
+import construct_worker
 import jax
 import numpy as np
 import photographs
 import pytest
+from benchmark_runs import judge_flags, judging, summary_of
 from checkpoints_fixture import random_tree
 from emu_tokenizer import write_folder
+from openai_service import Behaviour, OpenAIService, serving
 from PIL import Image
 
 from ivr_jax.checkpoints import hf, store
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
+from ivr_jax.review.decisions import Decisions
 
 CODES = 8
 SIZES = {
@@ -143,6 +148,86 @@ def test_what_was_trained_goes_back_to_transformers_with_equal_logits(walk, adap
     with torch.no_grad():
         theirs = model(torch.tensor(tokens.astype(np.int64))).logits.numpy()
     np.testing.assert_allclose(ours[..., : theirs.shape[-1]], theirs, atol=2e-4 * np.abs(theirs).max())
+
+
+@pytest.fixture(scope="module")
+def reviewed(walk) -> Path:
+    """Constructed over HTTP with faults, the import drawing the first images; then reviewed by two people."""
+    samples = construct_worker.write_samples(walk / "mine", 4, side=64, ends=("direct", "reflection 1", "multi 1"))
+    entries = json.loads(samples.read_text())
+    entries[0]["src_path"] = None
+    samples.write_text(json.dumps(entries))
+    service = OpenAIService(Behaviour(key=construct_worker.KEY, fault_rate=0.2, hang=0.3, seed=2))
+    own = {"image_area": 4096, "image_multiple": 16, "batch": 4, "baseline": walk / "decoder_import",
+           "image_tokenizer": walk / "images_import", "text_tokenizer": walk / "text"}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, serving(service) as url:
+        patch.setenv("TEST_KEY", construct_worker.KEY)
+        commands.succeed("construct", *construct_worker.arguments(url, samples, walk / "construct", **own))
+    assert service.log.faults
+    constructed = TrajectoryDataset(walk / "construct" / "dataset")
+    decisions = Decisions(walk / "construct" / "dataset.review.sqlite3", constructed.fingerprint, ("Ana", "Ben"))
+    for position, trajectory in enumerate(constructed):
+        for name in ("Ana", "Ben"):
+            decisions.decide(name, position, trajectory.sample.key, "accept", "", f"{name}{position}")
+    decisions.close()
+    commands.succeed("review", walk / "construct" / "dataset", f"--write={walk / 'reviewed'}")
+    return walk / "reviewed"
+
+
+def test_construction_starts_from_its_drawings_and_two_people_review_the_result(walk, reviewed):
+    dataset = TrajectoryDataset(reviewed)
+    assert [trajectory.mode.value for trajectory in dataset] == ["direct", "reflection", "multi_step", "direct"]
+    codec = systems.load_image_codec(walk / "images_import")
+    for trajectory in dataset:
+        first = dataset.image(trajectory.images[0])
+        again = codec.decode(codec.encode([first]))[0]
+        assert first.shape == again.shape == (64, 64, 3)
+    assert not dataset[0].sample.sources and dataset[1].sample.sources
+
+
+@pytest.fixture(scope="module")
+def reinforced(walk, reviewed) -> Path:
+    """One step of RL from the bfloat16 import, its answers judged over HTTP with faults."""
+    service = OpenAIService(Behaviour(fault_rate=0.2, hang=0.3, seed=1))
+    with serving(service) as url:
+        commands.succeed(
+            "train", "--config=micro_rl", f"--workdir={walk / 'rl'}", f"--config.init={walk / 'decoder_import'}",
+            f"--config.image_tokenizer={walk / 'images_import'}", f"--config.prompts.source={reviewed}",
+            "--config.steps=1", "--config.prompts_per_step=1", "--config.group=4", "--config.micro_batch=2",
+            "--config.answer_length=700", "--config.buckets=(1024,)", "--config.loss_chunk_tokens=256",
+            "--config.grammar.text_cap=3", "--config.grammar.max_reflections=1", "--config.grammar.max_steps=1",
+            "--config.grammar.modes=('reflection', 'multi_step')", "--config.log_every=1",
+            "--config.judge.outcome.kind=openai", "--config.judge.outcome.model=scripted",
+            f"--config.judge.outcome.base_url={url}", "--config.judge.outcome.key_variable=",
+            "--config.judge.outcome.first_wait=0.01", "--config.judge.outcome.longest_wait=0.1",
+        )  # fmt: skip
+    assert sum(service.log.answered.values()) >= 16
+    return walk / "rl"
+
+
+def test_rl_over_http_draws_whole_answers_and_learns_in_float32(walk, reinforced):
+    row = json.loads((reinforced / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["mode_reflection"] + row["mode_multi_step"] == 1 and row["truncated"] == 0
+    assert 0 < row["reward"] <= 1
+    meta = store.read_meta(reinforced)
+    assert (meta["model"]["dtype"], meta["model"]["param_dtype"]) == ("bfloat16", "float32")
+    system = systems.load(reinforced)  # it records its tokenizers, which the import did not
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(system.params)} == {"float32"}
+
+
+def test_its_answers_to_own_prompts_are_judged(walk, reinforced):
+    Image.fromarray(photographs.photograph("chelsea", 64)).save(walk / "cat.png")
+    lines = [{"prompt": "Mirror the cat.", "image": "cat.png"}, {"prompt": "A cup."}]
+    (walk / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with judging() as (_, url):
+        commands.succeed(
+            "evaluate", f"--prompts={walk / 'mine.jsonl'}", f"--checkpoint={reinforced}",
+            f"--workdir={walk / 'evaluation'}", "--config.modes=('direct',)", "--config.text_cap=3",
+            "--config.answer_length=300", "--config.engine.slots=2", *judge_flags(url),
+        )  # fmt: skip
+    made = summary_of(walk / "evaluation")
+    assert made["states"]["ok"] == 2 and 0 <= made["headline"]["fixed"] <= 100
+    assert (walk / "evaluation" / "report.html").read_text().count("Looked at") >= 2
 
 
 @pytest.mark.parametrize("form", ["sharegpt", "messages", "chatml"])

@@ -207,6 +207,8 @@ def unfinished_size(tokenizer: TextTokenizer, tokens: np.ndarray) -> tuple[int, 
 def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
     """Answer tokens: `wanted` (0: enough for five images, at least 384), or what the prompt leaves of the context.
 
+    An image whose size the model chooses is expected to be as large as its own images are (`_own_area`).
+
     Raises UserError when that is less than one image.
     """
     config, context = system.codec.config, system.config.max_position_embeddings
@@ -219,4 +221,13 @@ def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
             f"{prepared.prompt_tokens} of the {context} tokens of the context.",
             "Shorten it, give fewer images, or ask for smaller ones.",
         )
+    if prepared.size == FREE:
+        side = round(max(area, _own_area(system)) ** 0.5) // config.factor
+        image = max(image, image_tokens(side, side))
     return min(wanted or max(384, 5 * image), left)
+
+
+def _own_area(system: System) -> int:
+    """Pixels of the images that an imported model was trained to draw, by its config.json; 0 where it does not say."""
+    area = system.meta.get("hf_config", {}).get("image_area")
+    return area if isinstance(area, int) and not isinstance(area, bool) else 0
