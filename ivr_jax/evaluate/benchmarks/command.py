@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from ivr_jax import cli, distributed
+from ivr_jax.cloud import inputs
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import registry
 from ivr_jax.evaluate.benchmarks.comparison import compare_runs
@@ -85,7 +86,7 @@ def main(call: cli.Call) -> None:
     if wanted.prompts:
         if wanted.benchmark or wanted.data:
             raise UserError("--prompts does not go with --benchmark and --data.", "Give one or the other.")
-        wanted.benchmark, wanted.data = own.BENCHMARK.name, wanted.prompts
+        wanted.benchmark, wanted.data = own.BENCHMARK.name, str(inputs.local_list(wanted.prompts))
     if not wanted.benchmark:
         raise UserError("--benchmark is missing.", f"Use one of {', '.join(registry.names())}.")
     session = Session(call)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ivr_jax.cloud import inputs
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks.figures import Figure, Score, flat, mean
 from ivr_jax.evaluate.benchmarks.interface import ANSWER, Benchmark, Item, Judged, Kind, Picture, Question
@@ -44,7 +45,7 @@ class Own(Benchmark):
         if request.seed:
             raise UserError(f"{data}: the prompt {request.key!r} has a seed of its own.",
                             "Leave it out: the answers of an evaluation follow from --config.seed.")
-        references = tuple(str(Path(image).absolute()) for image in request.images)
+        references = tuple(str(inputs.local(image).absolute()) for image in request.images)
         return Item(request.key, request.prompt, request.category or "all", references,
                     {"explanation": request.explanation}, request.task, request.aspect_ratio)
 
