@@ -17,7 +17,10 @@ _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
 )  # fmt: skip
-_REFUSED = {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
+_REFUSED = {
+    "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+}  # fmt: skip
 MOST, MOST_LAYERS = 2**31 - 1, 10_000  # so that a damaged file is an error and not an endless program
 _OTHER_FILE = "Take the config.json that belongs to the weights."
 _ONE_OF_TWO = "Find out which of the two belongs to the weights, and remove the other."
@@ -135,6 +138,7 @@ class BackboneConfig:
         tied = fields.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             raise _bad("tie_word_embeddings", tied, "true or false")
+        _check_rope({"rope_scaling": fields.get("rope_scaling"), "rope_parameters": rope}, fields.get("rope_theta"))
         theta, other = fields.get("rope_theta"), rope.get("rope_theta")
         if theta is None and other is None:
             raise UserError("config.json has no rope_theta.", _OTHER_FILE)
@@ -182,6 +186,21 @@ def _real(name: str, value: Any) -> float:
     if not _is_number(value):
         raise _bad(name, value, "a number")
     return float(value)
+
+
+def _check_rope(settings: Mapping[str, Any], theta: Any) -> None:
+    """Raises UserError for what a mapping of rope settings says twice or cannot be honoured."""
+    for name, value in settings.items():
+        if not isinstance(value, Mapping):
+            continue
+        if value.get("partial_rotary_factor", 1.0) not in (1.0, None):
+            raise _bad(name, dict(value), "without partial_rotary_factor (this decoder rotates whole heads)")
+        kinds = {value[key] for key in ("type", "rope_type") if isinstance(value.get(key), str)}
+        if len(kinds) > 1:
+            raise UserError(f"config.json gives {' and '.join(sorted(kinds))} as the type in {name}.", _ONE_OF_TWO)
+        other = value.get("rope_theta")
+        if name == "rope_scaling" and None not in (other, theta) and other != theta:
+            raise UserError(f"config.json gives rope_theta {theta!r}, and {other!r} in {name}.", _ONE_OF_TWO)
 
 
 def _rope_scaling(value: Any, head_dim: int) -> tuple[str, float] | None:

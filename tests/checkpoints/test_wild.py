@@ -62,12 +62,23 @@ def test_stored_rotary_tables_are_left_out_when_they_are_what_the_config_gives(e
     {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
     {"rope_scaling": {"rope_type": "linear", "factor": 2.0},
      "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0}},
+    {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+    {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "rope_parameters": None},
 ])  # fmt: skip
 def test_two_rope_settings_that_differ_are_an_error(exported, fields):
     rewrite(exported, config={"rope_theta": 1e6, **fields})
     with pytest.raises(UserError) as caught:
         hf.open_backbone(exported)
-    assert "rope_parameters" in caught.value.what
+    assert "rope_parameters" in caught.value.what or "rope_scaling" in caught.value.what
+
+
+@pytest.mark.parametrize("fields", [{"partial_rotary_factor": 0.5},
+                                    {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}])
+def test_heads_that_are_rotated_in_part_are_an_error(exported, fields):
+    rewrite(exported, config=fields)
+    with pytest.raises(UserError) as caught:
+        hf.open_backbone(exported)
+    assert "partial_rotary_factor" in str(caught.value)
 
 
 def test_of_the_files_beside_weights_a_tokenizer_s_and_licences_travel(exported, tmp_path):
