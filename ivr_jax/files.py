@@ -16,6 +16,7 @@ Modes follow the umask, as those of files that are simply opened.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
 import json
@@ -79,8 +80,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file in UTF-8, with or without a byte order mark.  Raises OSError, or ValueError for another encoding."""
-    return Path(path).read_bytes().decode("utf-8-sig")
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one (PowerShell writes it).
+
+    Raises OSError, or ValueError for another encoding.
+    """
+    content = Path(path).read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def parse_json(text: str, what: str, remedy: str = "Correct it.") -> Any:

@@ -152,6 +152,13 @@ def test_a_json_object_of_the_schema_is_read_with_a_byte_order_mark_and_windows_
     assert files.read_json_object(path, schema="x/1") == {"schema": "x/1", "n": 2}
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_texts_are_read_as_windows_saves_them(tmp_path, encoding):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "a.jsonl").write_bytes((mark + '{"prompt": "Größe 😀"}\r\n').encode(encoding))
+    assert [value for _, value in files.read_json_lines(tmp_path / "a.jsonl")] == [{"prompt": "Größe 😀"}]
+
+
 @pytest.mark.parametrize("content", [None, b"[1]", b'{"schema": "y/1"}', b"\xff\xfe", b"[" * 100_000])
 def test_anything_else_than_a_json_object_of_the_schema_is_one_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "a.json"
