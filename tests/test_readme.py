@@ -62,12 +62,12 @@ def test_a_command_parses(page, command, tmp_path, monkeypatch):
     if importlib.util.find_spec(module).submodule_search_locations is not None:
         module += ".__main__"
 
-    def parse(main, *, config, workdir=True, add_flags=None, argv=None):
+    def parse(main, *, config, workdir=True, add_flags=None, argv=None, **of_buckets):
         arguments = list(words[2:] if argv is None else argv)
         cli.parse(arguments, config=config, workdir=workdir, add_flags=add_flags)
         raise Parsed
 
-    monkeypatch.setattr(cli, "prepare_workdir", lambda path, *names: tmp_path)
+    monkeypatch.setattr(cli, "prepare_workdir", lambda path, *names, **options: tmp_path)
     monkeypatch.setattr("sys.argv", words[2:])
     with mock.patch.object(cli, "run", parse), pytest.raises((Parsed, SystemExit)) as end:
         importlib.import_module(module).entry()
