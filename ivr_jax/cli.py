@@ -406,8 +406,9 @@ def _localise(
     for name in values:
         given = values[name].value
         every = given if isinstance(given, list) else [given]
-        of_config = name == "config" or name.startswith("config.")  # whoever reads such a path, knows buckets
-        if of_config or name in ("workdir", *urls) or not any(isinstance(value, str) and is_url(value) for value in every):
+        if name == "config" or name.startswith("config.") or name in ("workdir", *urls):
+            continue  # whoever reads them knows buckets
+        if not any(isinstance(value, str) and is_url(value) for value in every):
             continue
         if name in writes:
             values[name].value = str(stack.enter_context(mirror.open_folder(given)))
