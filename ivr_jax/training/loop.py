@@ -220,25 +220,49 @@ class _Heartbeat:
 
 
 class _Preemption:
-    """Remembers SIGTERM; calling it after a step says whether to stop there, on all processes at the same step."""
+    """Remembers SIGTERM; calling it after a step says whether to stop there, on all processes at the same step.
+
+    The signal is answered by a thread: Python's own handlers wait until a compiled program has come to its end.
+    """
 
     def __init__(self, name: str):
         self._name = name
         self._asked = False
+        self._began, self._seconds = time.monotonic(), 0.0  # of this step, and what the last one took
         # With several processes JAX's coordination service watches for the signal, and agrees on a step.
         self._alone = jax.process_count() == 1
 
     def __enter__(self) -> _Preemption:
-        self._previous = signal.signal(signal.SIGTERM, self._remember) if self._alone else None
+        if self._alone:
+            self._signals, written = os.pipe()
+            os.set_blocking(written, False)
+            self._previous_fd = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+            self._written = written
+            self._previous = signal.signal(signal.SIGTERM, self._remember)
+            self._thread = threading.Thread(target=self._answer, name="preemption", daemon=True)
+            self._thread.start()
         return self
 
     def _remember(self, *_: Any) -> None:
         self._asked = True
-        os.write(2, f"\n{self._name}: asked to stop; saving after this step.\n".encode())  # print is not re-entrant
+
+    def _answer(self) -> None:
+        """Reads the numbers of signals as they come; ends with the pipe."""
+        while number := os.read(self._signals, 1):
+            if number[0] == signal.SIGTERM:
+                left = self._began + self._seconds - time.monotonic()
+                about = f", about {max(1, round(left))} s" if self._seconds else ""
+                os.write(2, f"\n{self._name}: asked to stop; saving after this step{about}.\n".encode())
 
     def __call__(self, done: int) -> bool:
+        now = time.monotonic()
+        self._began, self._seconds = now, now - self._began
         return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(done)
 
     def __exit__(self, *_: Any) -> None:
         if self._alone:
             signal.signal(signal.SIGTERM, self._previous)
+            signal.set_wakeup_fd(self._previous_fd)
+            os.close(self._written)
+            self._thread.join()
+            os.close(self._signals)
