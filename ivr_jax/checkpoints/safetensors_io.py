@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,8 @@ DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _AGAIN = "Download or export the checkpoint again."
 
 
@@ -135,14 +137,19 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint directory: by its index if there is one, else its one `*.safetensors` file."""
+    """All tensors of a checkpoint directory: by its index if there is one, else those of its one file.
+
+    That file is `model.safetensors`, whatever adapters and optimizers left beside it, or else the only one of its kind.
+    """
     if (directory / INDEX).is_file():
         return _open_indexed(directory)
-    files = sorted(directory.glob("*.safetensors"))
-    if len(files) != 1:
-        raise UserError(f"{directory} holds {len(files)} safetensors files and no {INDEX}.",
+    found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+    if directory / SINGLE in found and not any(_SHARD.fullmatch(path.name) for path in found):
+        found = [directory / SINGLE]
+    if len(found) != 1:
+        raise UserError(f"{directory} holds {len(found)} safetensors files and no {INDEX}.",
                         "A checkpoint is one file, or several with their index; download it again.")
-    return open_file(files[0])
+    return open_file(found[0])
 
 
 def _open_indexed(directory: Path) -> dict[str, StoredTensor]:
@@ -185,7 +192,7 @@ def write_directory(directory: Path, tensors: Sequence[PlannedTensor], shard_byt
         shards[-1].append(tensor)
         room -= tensor.nbytes
     if len(shards) == 1:
-        write_file(directory / "model.safetensors", shards[0])
+        write_file(directory / SINGLE, shards[0])
         return
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     _fill([(directory / name, shard) for name, shard in zip(names, shards, strict=True)])

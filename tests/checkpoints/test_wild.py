@@ -97,6 +97,17 @@ def test_of_the_files_beside_weights_a_tokenizer_s_and_licences_travel(exported,
     shutil.rmtree(exported)
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "._model.safetensors"])
+def test_weights_are_read_beside_those_of_adapters_and_optimizers(exported, name):
+    safetensors.numpy.save_file({"lora_A.weight": np.zeros((2, 2), np.float32)}, exported / name)
+    assert_trees_equal(hf.import_backbone(exported, vocab_multiple=8)[1], decoder_params())
+    (exported / "model.safetensors").rename(exported / "model-00001-of-00002.safetensors")
+    if not name.startswith("."):
+        with pytest.raises(UserError) as caught:  # a shard without its index
+            hf.open_backbone(exported)
+        assert "index" in caught.value.what
+
+
 def test_a_byte_order_mark_and_windows_line_ends_are_read_over(exported, tmp_path):
     config = exported / "config.json"
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes().replace(b"\n", b"\r\n"))
