@@ -56,6 +56,7 @@ EXTRAS = {
         "importlib_resources>=7.1.0",  # tensorflow-datasets imports it and does not declare it
         "tensorflow-datasets>=4.9.10",
     ],
+    "ray": ["ray>=2.60.0"],  # construction, judges and tokenising over the machines of a cluster
     "review": ["starlette>=1.10.0", "uvicorn>=0.54.0"],  # the local page of `python -m ivr_jax.review`
     "serve": ["prometheus_client>=0.26.0", "python-multipart>=0.0.20", "starlette>=1.10.0", "uvicorn>=0.54.0"],
 }

@@ -60,7 +60,7 @@ def main() -> None:
         settings = tiny_runs.sft_settings(runs) | {"steps": 60, "checkpoint_every": 2}
         argv = tiny_runs.trained(runs / "sft", "micro_base", settings)
         print("sft killed after", survive(argv, runs / "sft killed", runs / "sft", 60, wanted.kills, rng), "equal")
-        for name, ahead in (("rl", False), ("rl ahead", True)):
+        for name, ahead in (("rl", 0), ("rl ahead", 2)):
             settings = tiny_runs.rl_settings(runs / "sft") | {"steps": 16, "checkpoint_every": 1, "overlap": ahead}
             argv = tiny_runs.trained(runs / name, "micro_rl", settings)
             killed = survive(argv, runs / f"{name} killed", runs / name, 16, wanted.kills, rng)

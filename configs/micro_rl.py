@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.buckets = (160, 256, 384, 512)
     config.num_iterations = 1  # times that a rollout is learnt from
     config.num_minibatches = 1  # optimiser steps each time, on disjoint parts of its groups
-    config.overlap = False  # draw the next rollout while the last is judged; it is then one update behind
+    config.overlap = 0  # steps that rollouts are drawn ahead while others are judged; so many updates behind they are
     config.loss_chunk_tokens = 4096
     config.log_every = 1
     config.checkpoint_every = 10
@@ -83,6 +83,7 @@ def get_config() -> ConfigDict:
             "dr_grpo_length": 256,
             "tis_cap": 2.0,  # only where rollouts are sampled in another precision
             "skip_equal_groups": True,  # groups whose answers earn the same are left out of the passes
+            "refill": 0,  # how often answers without a judgement are replaced by new ones; 0: they leave their group
             "drop_truncated": False,  # leave answers that were cut at answer_length out of the update
             # what is compared: "trajectory" the answers to a prompt, "draft" the continuations of one first image
             "group": "trajectory",

@@ -67,6 +67,7 @@ class Call:
       bucket: the gs:// or s3:// URL that `workdir` is the local folder of, while the command runs; None without one.
       flags: the values of the command's own flags (`call.flags.prompt`).
       verbose: whether to log what the libraries say.
+      argv: the command line, program name first, which gives the same call again.
     """
 
     config: ConfigDict | None
@@ -74,6 +75,7 @@ class Call:
     flags: flags.FlagValues
     verbose: bool = False
     bucket: str | None = None
+    argv: tuple[str, ...] = ()
 
 
 def run(
@@ -161,7 +163,7 @@ def parse(
     doc: str = "",
 ) -> Call:
     """The command line as a `Call`; see `run`.  Raises UserError for anything wrong, SystemExit(0) for `--help`."""
-    argv = list(argv)
+    given, argv = tuple(argv), list(argv)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder for everything this command writes", flag_values=values)
     flags.DEFINE_boolean("verbose", False, "also show what the libraries log", flag_values=values)
@@ -191,7 +193,7 @@ def parse(
     elif workdir:
         raise UserError("no work directory was named.", "Add --workdir=runs/NAME; it is made when it does not exist.")
     bucket = values.workdir.rstrip("/") if values.workdir and is_url(values.workdir) else None
-    return Call(settings, folder, values, values.verbose, bucket)
+    return Call(settings, folder, values, values.verbose, bucket, given)
 
 
 def with_named_source(argv: Sequence[str], switches: Sequence[str]) -> list[str]:

@@ -197,8 +197,12 @@ class Lock:
         self.close()
 
 
-def in_use(path: str | os.PathLike[str]) -> UserError:
-    return UserError(f"another process is writing to {path}.", "Wait for it, stop it, or name another place.")
+class InUse(UserError):
+    """Another process is writing there; it may end."""
+
+
+def in_use(path: str | os.PathLike[str]) -> InUse:
+    return InUse(f"another process is writing to {path}.", "Wait for it, stop it, or name another place.")
 
 
 class NewFolder:

@@ -19,6 +19,7 @@ LAYERS = (
     "data",
     "sampling",
     "services",
+    "cluster",
     "report",
     "construct",
     "rewards",

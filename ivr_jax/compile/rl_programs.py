@@ -20,8 +20,8 @@ def policy_gradient(setup: Setup) -> Program:
     """`training.policy_logprobs.policy_gradient` of one micro-batch of answers, in the largest bucket.
 
     Beside the arguments stay in memory: the reference policy (the policy without its adapters, where it has some), the
-    moments, the sum of earlier micro-batches' gradients, with `overlap` the policy that sampled the next rollout, and
-    the batches of a whole rollout, which all its `num_iterations` and `num_minibatches` read.
+    moments, the sum of earlier micro-batches' gradients, with `overlap` the policies that sampled the next rollouts,
+    and the batches of a whole rollout, which all its `num_iterations` and `num_minibatches` read.
     """
     config, model = setup.config, setup.model
     sharding.check_batch(setup.mesh, config.micro_batch, "config.micro_batch", model.fsdp_over_tensor)
@@ -42,7 +42,7 @@ def policy_gradient(setup: Setup) -> Program:
     batches = -(-config.prompts_per_step * config.group // rows)
     resident = {
         "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(setup.params),
-        "previous policy": bytes_a_chip(trained) if options.overlap else 0, "moments": bytes_a_chip(state.opt_state),
+        "previous policy": bytes_a_chip(trained) * options.overlap, "moments": bytes_a_chip(state.opt_state),
         "gradient sum": bytes_a_chip(trained), "batch": bytes_a_chip(batch),
         "rollout": bytes_a_chip(batch) * (batches - 1),
     }  # fmt: skip

@@ -47,6 +47,9 @@ CHIPS = {
     "v6e": Chip(31.24 * GIB, 918e12, 1640e9, 90e9, 4, 1.75e9, 2),
 }
 
+# What a slice of a kind has to be described with beside its name: both cores of a v4 chip work as one device.
+DESCRIPTION: dict[str, dict[str, str]] = {"v4": {"chip_config_name": "megacore"}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -25,8 +25,11 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
 
     from ivr_jax import sharding
     from ivr_jax.compile import flops, programs, rl_programs, sampling_programs
+    from ivr_jax.compile.topologies import DESCRIPTION, parse_topology
 
-    described = topologies.get_topology_desc(job["topology"], platform="tpu")
+    described = topologies.get_topology_desc(
+        job["topology"], platform="tpu", **DESCRIPTION.get(parse_topology(job["topology"]).kind, {})
+    )
     config = ConfigDict(job["config"])
     builders = {
         "sft": programs.sft_step,

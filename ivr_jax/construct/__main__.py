@@ -14,6 +14,10 @@ On several machines: a part each, in a workdir of its own, then merged:
     python -m ivr_jax.construct --config=... --workdir=runs/mine/part1 --shard=1/2
     python -m ivr_jax.construct --config=... --workdir=runs/mine/all --merge=runs/mine/part0,runs/mine/part1
 
+On a Ray cluster that sees WORKDIR, all of that by one command (docs/how-to/ray.md):
+
+    python -m ivr_jax.construct --config=... --workdir=runs/mine/construct --engine=ray --shards=64
+
 Every answer of a service and every finished sample is recorded in WORKDIR/journal at once: the command may be stopped
 or killed at any time, and resumes when it is given again.  WORKDIR/dataset is written when no sample is pending;
 WORKDIR/summary.json lists what became of each sample, and the calls and cost of each service.
@@ -35,8 +39,10 @@ from typing import Any
 from absl import flags
 from tqdm import tqdm
 
-from ivr_jax import cli
+from ivr_jax import cli, files
 from ivr_jax.cloud.inputs import local
+from ivr_jax.cluster import engine as cluster
+from ivr_jax.cluster.part import Part
 from ivr_jax.config import check_least, claim_workdir, saved_config
 from ivr_jax.construct.assemble import resized, write_dataset, write_folders, write_gallery, write_summary
 from ivr_jax.construct.build_services import (
@@ -54,6 +60,7 @@ from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter
 from ivr_jax.errors import UserError
 from ivr_jax.services.config import CHANGEABLE
 from ivr_jax.services.journal import Journal
+from ivr_jax.services.limits import LimitsOf, ProcessLimits
 from ivr_jax.services.service import Service
 from ivr_jax.trajectory import Mode
 
@@ -68,6 +75,7 @@ _ANY_TIME = (  # settings that do not decide what is constructed
 )
 _UNTIL_DONE = ("tasks.limit", "quotas")  # and those that only decide when to stop
 _BETWEEN_PARTS = ("shard", "samples", "image_root")  # and those in which the parts of one construction may differ
+_PARTS, _COMPLETE = "parts", "complete.json"  # of a run on a cluster: its parts' workdirs, and their last file
 PENDING = 3  # exit status: run again
 _SHOWN_EVERY = 1.0  # seconds between two looks at the services, so that the bar moves while everyone waits
 
@@ -123,8 +131,10 @@ def waited_for(services: Sequence[Service]) -> str:
     return f"saving after {in_flight} calls in flight, {about}"
 
 
-async def work(config: Any, journal: Journal, bar: tqdm, stop: StopRequest) -> tuple[Pass, Services]:
-    """Reads the input until nothing is pending, but at most `config.passes` times."""
+async def work(
+    config: Any, journal: Journal, bar: tqdm, stop: StopRequest, limits: LimitsOf = ProcessLimits
+) -> tuple[Pass, Services]:
+    """Reads the input until nothing is pending, but at most `config.passes` times; `limits` grant services' calls."""
     drawing = ""  # what the baseline is doing
 
     def show_drawing(text: str) -> None:
@@ -132,7 +142,7 @@ async def work(config: Any, journal: Journal, bar: tqdm, stop: StopRequest) -> t
         drawing = text
 
     inputs = source(config, journal, show_drawing, lambda: stop.asked)
-    services = build_services(config, journal)
+    services = build_services(config, journal, limits)
     wanted = None if config.samples else Shard.parse(config.shard).share(config.quotas.to_dict())
     rules = rules_from_config(config.rules)
     bar.reset(total=inputs.count if wanted is None else sum(wanted.values()))
@@ -199,7 +209,7 @@ def activity_text(services: Sequence[Service]) -> str:
 
 
 def main(call: cli.Call) -> int | None:
-    config, workdir = call.config, call.workdir
+    config, workdir, engine = call.config, call.workdir, cluster.from_call(call)
     target = workdir / "dataset"
     check_least(config, ("batch", "concurrency", "image_area", "image_multiple", "passes"))
     check_least(config.quotas, config.quotas, 0)
@@ -207,6 +217,9 @@ def main(call: cli.Call) -> int | None:
     config.shard = call.flags.shard or config.shard
     if Shard.parse(config.shard).count > 1 and (config.released or call.flags.merge):
         raise UserError("a shard is a part of a construction.", "Leave out --shard to merge or to import.")
+    if engine is not None and (config.shard or config.released or call.flags.merge):
+        raise UserError("--engine=ray makes its own shards, merges them, and imports nothing.",
+                        "Leave out --shard, --merge and config.released.")
     complete = (target / "dataset.json").exists()
     begun = complete or (saved_config(workdir) is not None and Journal.begun(workdir / "journal"))
     claim_workdir(workdir, config, resuming=begun, ignore=_ANY_TIME if complete else (*_ANY_TIME, *_UNTIL_DONE))
@@ -217,12 +230,15 @@ def main(call: cli.Call) -> int | None:
     if config.released:
         print(f"construct: {target}: {in_words(import_released(config, target))}")
         return None
+    if engine is not None:
+        _on_cluster(call, engine, begun)
+    parts = sorted(map(str, workdir.glob(f"{_PARTS}/*")))
     with (
         Journal(workdir / "journal") as journal,
         tqdm(desc="construct", unit="sample", mininterval=1.0) as bar,
         StopRequest() as stop,
     ):
-        merge(journal, call.flags.merge, config, (*_ANY_TIME, *_UNTIL_DONE, *_BETWEEN_PARTS))
+        merge(journal, [*call.flags.merge, *parts], config, (*_ANY_TIME, *_UNTIL_DONE, *_BETWEEN_PARTS))
         found, services = asyncio.run(work(config, journal, bar, stop))
         bar.close()
         write_summary(workdir / "summary.json", found, journal, services.remote)
@@ -240,11 +256,54 @@ def main(call: cli.Call) -> int | None:
             print(f"construct: shard {config.shard} is complete: {progress_text(found)}")
             return None
         counts = _deliver(config, workdir, journal, found)
+    shutil.rmtree(workdir / _PARTS, ignore_errors=True)  # its journals are merged
     _show(config, workdir)
     if not services.remote:
         shutil.rmtree(workdir / "journal")  # of no use beside the dataset: nothing in it was paid for
     print(f"construct: {target}: {in_words(counts)}")
     return None
+
+
+def _on_cluster(call: cli.Call, engine: cluster.Engine, begun: bool) -> None:
+    """Constructs the parts that are not complete, each in a folder of its own below WORKDIR/parts."""
+    config, workdir = call.config, call.workdir
+    known = {int(folder.name.partition("-of-")[2]) for folder in workdir.glob(f"{_PARTS}/*-of-*")}
+    if known - {engine.parts}:
+        raise UserError(f"{workdir} was begun with --shards={min(known - {engine.parts})}.",
+                        "Give the same number, or name another --workdir.")
+    if begun and not known:
+        raise UserError(f"{workdir} was begun without --engine=ray, and its parts would not know what it has paid for.",
+                        "Finish it without, or name another --workdir.")
+    open_ = [i for i in range(engine.parts) if not _is_complete(part_folder(workdir, i, engine.parts), config)]
+    with tqdm(desc="construct", unit="sample") as bar:
+        engine.run("ivr_jax.construct.__main__:run_part", call.argv, workdir, bar, open_)
+
+
+def run_part(argv: Sequence[str], part: Part) -> None:
+    """Constructs one part of a run with `--engine=ray`, and leaves its journal for `merge`."""
+    call = cli.parse(argv, config=True, add_flags=add_flags)
+    config, folder = call.config, cli.prepare_workdir(part_folder(call.workdir, part.index, part.count))
+    config.shard = f"{part.index}/{part.count}"
+    begun = saved_config(folder) is not None and Journal.begun(folder / "journal")
+    with Journal(folder / "journal") as journal:
+        claim_workdir(folder, config, resuming=begun, ignore=(*_ANY_TIME, *_UNTIL_DONE))
+        found, _ = asyncio.run(work(config, journal, part.bar, StopRequest(), part.limits))
+    if not found.pending:
+        files.write_json(folder / _COMPLETE, _until(config))
+
+
+def part_folder(workdir: Path, index: int, count: int) -> Path:
+    return workdir / _PARTS / f"{index:05d}-of-{count:05d}"
+
+
+def _until(config: Any) -> dict[str, Any]:
+    """The settings that decide when a part is complete."""
+    return {"limit": config.tasks.limit, "quotas": config.quotas.to_dict()}
+
+
+def _is_complete(folder: Path, config: Any) -> bool:
+    file = folder / _COMPLETE
+    return file.exists() and files.read_json(file) == _until(config)
 
 
 def in_words(counts: Mapping[str, Any]) -> str:
@@ -327,6 +386,7 @@ def import_released(config: Any, target: Any) -> dict[str, Any]:
 def add_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("shard", "", "i/n: construct only part i (from 0) of n, for --merge", flag_values=values)
     flags.DEFINE_list("merge", [], "workdirs of shards whose journals are taken over first", flag_values=values)
+    cluster.add_flags(values)
 
 
 def entry() -> None:

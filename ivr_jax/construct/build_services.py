@@ -17,6 +17,7 @@ from ivr_jax.services.checkpoint import CheckpointGenerator
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.generator import ServiceGenerator
 from ivr_jax.services.journal import Journal
+from ivr_jax.services.limits import LimitsOf, ProcessLimits
 from ivr_jax.services.prompts import Prompts
 from ivr_jax.services.service import Service
 from ivr_jax.thresholds import WHOLE_REQUEST, Thresholds
@@ -69,8 +70,11 @@ def service_sections(config: Any) -> dict[str, ServiceConfig]:
     return {role: as_dataclass(ServiceConfig, config.services[role]) for role in ROLES}
 
 
-def build_services(config: Any, journal: Journal) -> Services:
-    """Analyzer and generator of the config; raises UserError for wrong settings and missing keys."""
+def build_services(config: Any, journal: Journal, limits: LimitsOf = ProcessLimits) -> Services:
+    """Analyzer and generator of the config, their calls granted by `limits`.
+
+    Raises UserError for wrong settings and missing keys.
+    """
     sections = service_sections(config)
     rules, prompts = rules_from_config(config.rules), Prompts(config.prompts)
     remote: list[Service] = []
@@ -78,7 +82,7 @@ def build_services(config: Any, journal: Journal) -> Services:
         analyzer: Analyzer = WorldAnalyzer(config.analyzer.threshold, observe=config.analyzer.observe)
     elif sections["analyzer"].kind in REMOTE:
         asked = [sections[role] for role in ("analyzer", "fallback") if sections[role].kind]
-        analyzer = analyzer_from_configs(asked, journal, rules.thresholds or WHOLE_REQUEST, prompts=prompts)
+        analyzer = analyzer_from_configs(asked, journal, rules.thresholds or WHOLE_REQUEST, None, prompts, limits)
         remote += analyzer.services
     else:
         raise UserError(f"the analyzer's kind is {sections['analyzer'].kind!r}.", "Use world, openai or gateway.")
@@ -92,7 +96,7 @@ def build_services(config: Any, journal: Journal) -> Services:
         size = sections["generator"].size
         generator = CheckpointGenerator(load_system(config, path), path, options, config.seed, journal, area, size)
     elif kind in REMOTE:
-        generator = generator_from_config(sections["generator"], journal, prompts=prompts)
+        generator = generator_from_config(sections["generator"], journal, prompts=prompts, limits=limits)
         remote.append(generator.service)
     else:
         raise UserError(f"the generator's kind is {kind!r}.", "Use world, checkpoint, openai or gateway.")

@@ -115,8 +115,12 @@ def write_part(
     parts: int = 1,
     chunk: int = CHUNK,
     left_out: Container[int] = (),
+    on_chunk: Callable[[int], None] | None = None,
 ) -> None:
     """Writes part `part` of `parts` into `partial`: the chunks part, part + parts, ... of `chunk` trajectories each.
+
+    The file `part.<part>` comes last, and whole.  `on_chunk` is called with the number of trajectories just written; it
+    replaces the bar that part 0 shows.
 
     Raises UserError for a trajectory of more than `longest` tokens that is not `left_out`, naming it.
     """
@@ -128,7 +132,8 @@ def write_part(
     tokens, most, dropped = 0, 0, 0
     try:
         starts = range(part * chunk, len(dataset), parts * chunk)
-        for start in tqdm(starts, desc="tokenise", unit=f"x{chunk}", leave=False, disable=part > 0):
+        hidden = part > 0 or on_chunk is not None
+        for start in tqdm(starts, desc="tokenise", unit=f"x{chunk}", leave=False, disable=hidden):
             indices = range(start, min(start + chunk, len(dataset)))
             trajectories = [dataset[i] for i in indices if i not in left_out]
             dropped += len(indices) - len(trajectories)
@@ -144,11 +149,18 @@ def write_part(
                 writers[trajectory.mode].write(pack_example(encoded.tokens, encoded.target_parts()))
                 tokens, most = tokens + size, max(most, size)
             chunks.append(Counter(t.mode.value for t in trajectories))
+            if on_chunk is not None:
+                on_chunk(len(indices))
     finally:
         for writer in writers.values():
             writer.close()
     counts = {"chunks": chunks, "tokens": tokens, "longest": most, "dropped": dropped}
-    (partial / f"part.{part}").write_text(json.dumps(counts))
+    files.write_json(part_file(partial, part), counts)
+
+
+def part_file(partial: pathlib.Path, part: int) -> pathlib.Path:
+    """The file of a part that is written last."""
+    return partial / f"part.{part}"
 
 
 def join_parts(partial: pathlib.Path, fingerprint: str, limit: int, parts: int = 1) -> dict:
@@ -156,7 +168,7 @@ def join_parts(partial: pathlib.Path, fingerprint: str, limit: int, parts: int =
 
     `limit`: most tokens of a trajectory that was not left out.
     """
-    told = [json.loads((partial / f"part.{part}").read_text()) for part in range(parts)]
+    told = [json.loads(part_file(partial, part).read_text()) for part in range(parts)]
     order = [told[i % parts]["chunks"][i // parts] for i in range(sum(len(part["chunks"]) for part in told))]
     for mode in Mode:
         target = partial / f"{mode.value}.array_record"

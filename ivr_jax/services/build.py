@@ -12,6 +12,7 @@ from ivr_jax.services.analyzer import ServiceAnalyzer
 from ivr_jax.services.config import ServiceConfig, secret
 from ivr_jax.services.gateway import GatewayTransport
 from ivr_jax.services.generator import ServiceGenerator
+from ivr_jax.services.limits import LimitsOf, ProcessLimits
 from ivr_jax.services.openai_protocol import OpenAITransport
 from ivr_jax.services.prompts import Prompts
 from ivr_jax.services.service import Records, Service
@@ -26,6 +27,7 @@ def service_from_config(
     records: Records | None,
     has_fallback: bool = False,
     environment: Mapping[str, str] | None = None,
+    limits: LimitsOf = ProcessLimits,
 ) -> Service:
     """One service of the kind "openai" or "gateway".
 
@@ -34,6 +36,7 @@ def service_from_config(
       records: where answers are kept; None keeps nothing.
       has_fallback: whether another service is asked when this one fails.
       environment: where keys are looked up; the process's own variables when None.
+      limits: makes what grants its calls.
 
     Raises:
       UserError: a wrong setting, or a key that is not set.
@@ -48,7 +51,7 @@ def service_from_config(
         transport = GatewayTransport(config, secret(config.app_variable, environment), key)
     else:
         raise UserError(f"unknown kind of service {config.kind!r}.", f"Use one of {REMOTE}.")
-    return Service(config, transport, records, has_fallback)
+    return Service(config, transport, records, has_fallback, limits(config))
 
 
 def analyzer_from_configs(
@@ -57,10 +60,11 @@ def analyzer_from_configs(
     thresholds: Thresholds = WHOLE_REQUEST,
     environment: Mapping[str, str] | None = None,
     prompts: Prompts | None = None,
+    limits: LimitsOf = ProcessLimits,
 ) -> ServiceAnalyzer:
     """An analyzer that asks `sections` in order: the service, then its fallbacks."""
     services = [
-        service_from_config(section, records, has_fallback=i + 1 < len(sections), environment=environment)
+        service_from_config(section, records, i + 1 < len(sections), environment, limits)
         for i, section in enumerate(sections)
     ]
     return ServiceAnalyzer(services, thresholds, prompts)
@@ -71,6 +75,7 @@ def generator_from_config(
     records: Records | None,
     environment: Mapping[str, str] | None = None,
     prompts: Prompts | None = None,
+    limits: LimitsOf = ProcessLimits,
 ) -> ServiceGenerator:
     """A generator that asks the service `section`."""
-    return ServiceGenerator(service_from_config(section, records, environment=environment), prompts)
+    return ServiceGenerator(service_from_config(section, records, environment=environment, limits=limits), prompts)

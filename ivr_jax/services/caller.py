@@ -25,12 +25,12 @@ from typing import Any, TypeVar
 
 try:
     import tenacity
-    from aiolimiter import AsyncLimiter
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; remote services need it: pip install 'ivr_jax[services]'") from error
 
 from ivr_jax.interfaces import ServiceDown, ServiceFailed
 from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.limits import Limits, ProcessLimits
 from ivr_jax.services.replies import Unusable
 
 R = TypeVar("R")
@@ -164,15 +164,16 @@ class Caller:
       config: limits and prices.
       has_fallback: whether another service is asked when this one fails.
       seed: of the jitter.
+      limits: grants calls; those of the config for this process by default.
     """
 
-    def __init__(self, config: ServiceConfig, has_fallback: bool = False, seed: int | None = None):
+    def __init__(
+        self, config: ServiceConfig, has_fallback: bool = False, seed: int | None = None, limits: Limits | None = None
+    ):
         self.config, self.counts = config, Counts()
         self.breaker = Breaker(config.breaker_failures, config.breaker_rest, config.patience, waits=not has_fallback)
-        self._gate = asyncio.Semaphore(config.in_flight)
+        self._limits = limits or ProcessLimits(config)
         self._stopped = asyncio.Event()
-        self._requests = _limiter(config.requests_per_minute)
-        self._tokens = _limiter(config.tokens_per_minute)
         self._random = random.Random(seed)
 
     async def call(self, ask: Callable[[str], Awaitable[R]], read: Callable[[R], T], tokens: int = 0) -> T:
@@ -257,11 +258,8 @@ class Caller:
     @contextlib.asynccontextmanager
     async def _slot(self, tokens: int) -> AsyncIterator[None]:
         """The right to make one call, under every limit; the breaker is asked last, right before the call."""
-        async with self._gate:
-            if self._requests:
-                await self._unless_stopped(self._requests.acquire())
-            if self._tokens and tokens:
-                await self._unless_stopped(self._tokens.acquire(min(tokens, self._tokens.max_rate)))
+        async with contextlib.AsyncExitStack() as stack:
+            await self._unless_stopped(stack.enter_async_context(self._limits.call(tokens)))
             if self.breaker.open:
                 await self._unless_stopped(self.breaker.enter())
             if self._stopped.is_set():
@@ -304,10 +302,3 @@ class Caller:
 
 def _stopped() -> ServiceDown:
     return ServiceDown("no more questions: the run was asked to stop.", "Give the same command again.")
-
-
-def _limiter(per_minute: float) -> AsyncLimiter | None:
-    """At most `per_minute` a minute, in bursts of at most a second's worth (or one)."""
-    if not per_minute:
-        return None
-    return AsyncLimiter(max(1.0, per_minute / 60), 60 * max(1.0, per_minute / 60) / per_minute)

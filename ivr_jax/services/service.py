@@ -19,6 +19,7 @@ from ivr_jax.images import Pixels, decode_image
 from ivr_jax.interfaces import ServiceDown, ServiceFailed
 from ivr_jax.services.caller import RAISE_MAX_TOKENS, Caller, CutOff, Fault, Reply
 from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.limits import Limits
 from ivr_jax.services.replies import Unusable
 from ivr_jax.services.transport import Picture, Transport
 
@@ -101,14 +102,19 @@ class Service:
       config: the service's settings.
       transport: the protocol.
       records: where its answers are kept; None keeps nothing.
-      has_fallback: see `Caller`.
+      has_fallback, limits: see `Caller`.
     """
 
     def __init__(
-        self, config: ServiceConfig, transport: Transport, records: Records | None, has_fallback: bool = False
+        self,
+        config: ServiceConfig,
+        transport: Transport,
+        records: Records | None,
+        has_fallback: bool = False,
+        limits: Limits | None = None,
     ):
         self.config, self.transport, self.records = config, transport, records
-        self.caller = Caller(config, has_fallback)
+        self.caller = Caller(config, has_fallback, limits=limits)
         self._identity = config.identity()
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 

@@ -8,9 +8,10 @@ What differs from the paper, or is left open there (all of it in the config):
   * tokens that the grammar forces count nowhere: their probability is 1 under every policy;
   * groups whose answers all earn the same are left out of the passes (`grpo.skip_equal_groups`).
 
-`Trainer.step` is the whole of it; three files hold its parts (`rl_stage.py` makes a trainer of a config):
+`Trainer.step` is the whole of it; four files hold its parts (`rl_stage.py` makes a trainer of a config):
   here                `collect_rollout` (answers by the policy), `submit` (to the judge), `learn` (updates)
   scoring.py          `score_rollout`: judgements to rewards, bonus, advantages (formulas: rewards/functions.py)
+  refill.py           new answers in place of those without a judgement
   policy_logprobs.py  answers as batches, their log-probabilities, `policy_gradient` of the objective in losses.py
 
 One sampling contract: the policy *is* the sampled distribution.  Policy, sampler and reference are all compared under
@@ -20,8 +21,9 @@ and top-p keep the ids that they kept when the answer was sampled.  So the impor
 or a model in bfloat16), the ratio is taken against the log-probabilities that the policy of then gives in training; how
 far the sampler was from them is measured, bounded, and weighed (`grpo.tis_cap`).
 
-With `overlap`, the next rollout is sampled while the judge still looks at the last one.  It then comes from the policy
-of one update earlier; the ratio is taken against the log-probabilities stored with it, which makes that sound.
+With `overlap=n`, rollouts are sampled n steps ahead, while the judge still looks at earlier ones.  They then come from
+the policy of n updates earlier; the ratio is taken against the log-probabilities stored with them, which makes that
+sound as far as clipping bounds it.
 
 With adapters (LoRA) the reference is the policy with its adapters left out: both share every other parameter.
 
@@ -30,13 +32,13 @@ With several processes each samples and judges answers to its own prompts; all o
 
 from __future__ import annotations
 
-import concurrent.futures
+import collections
 import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +48,12 @@ import optax
 from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, lora
+from ivr_jax.models import lora
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged
 from ivr_jax.rewards.judge_service import JudgeService, Verdicts
 from ivr_jax.sampling.drafts import DraftBuffer
-from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.rollout import Drafts, Rollout, roll_out, sample_drafts
 from ivr_jax.sampling.slots import rules_of
 from ivr_jax.training.monitor import Monitor, MonitorOptions
@@ -65,64 +66,24 @@ from ivr_jax.training.policy_logprobs import (
     policy_logprobs,
 )
 from ivr_jax.training.prompts import Prompt, Tasks
+from ivr_jax.training.refill import refill
 from ivr_jax.training.rl_options import RLOptions
+from ivr_jax.training.rl_state import OverlapState, PendingRollout, Placement, Probe
 from ivr_jax.training.scoring import Scored, draft_answers, score_rollout, summary, token_advantages
 from ivr_jax.training.state import TrainState, apply_gradients
 from ivr_jax.training.stored_rollouts import write_gallery
 from ivr_jax.training.throughput import train_flops
 
-DRAFTS = 0xD4AF7  # folded into a step's key for its drafts
+DRAFTS, REFILL = 0xD4AF7, 0x4EF11  # folded into a step's key for its drafts, and with the round for new answers
 RATIO_TOLERANCE = 1e-3
 SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
-
-
-class OverlapState(NamedTuple):
-    """A `TrainState` with the parameters (of `lora.split`) before the last update, which sampled the next rollout."""
-
-    params: Any
-    opt_state: Any
-    previous: Any
-
-
-class PendingRollout(NamedTuple):
-    """A rollout whose judgement is on its way."""
-
-    rollout: Rollout
-    verdicts: concurrent.futures.Future[Verdicts]
-
-
-class Placement(NamedTuple):
-    """Where a run happens.
-
-    mesh: of training; state: shardings of the `TrainState`, None on one device; layout: where answers are sampled.
-    """
-
-    mesh: jax.sharding.Mesh
-    state: TrainState | None
-    layout: RolloutLayout
-
-    @classmethod
-    def on_one_device(cls, config: backbone.BackboneConfig) -> Placement:
-        mesh = sharding.make_mesh({}, jax.devices()[:1])
-        return cls(mesh, None, RolloutLayout(config, mesh))
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """A measurement of the policy: every `every` steps `measure(system, step)` gives metrics by name.
-
-    It reads the policy and changes nothing.
-    """
-
-    every: int
-    measure: Callable[[systems.System, int], Mapping[str, float]]
 
 
 class Trainer:
     """The functions of one RL run.
 
-    It holds nothing that learning changes but `monitor` and, with `overlap`, the rollout sampled ahead: a resumed run
-    samples that one again from `OverlapState.previous`.
+    It holds nothing that learning changes but `monitor` and, with `overlap`, the rollouts sampled ahead: a resumed run
+    samples those again from `OverlapState.previous`.
 
     Args:
       system: its parameters are the reference; None with adapters, where the reference is the policy without them.
@@ -154,7 +115,7 @@ class Trainer:
         self.reference = system.params
         self.activity = ""  # what a step is doing at the moment
         self._key = jax.random.key(options.seed)
-        self._pending: PendingRollout | None = None
+        self._pending: collections.deque[PendingRollout] = collections.deque()
         self._forced = rules_of(self.grammar).forced
         self._logprobs = jax.jit(
             functools.partial(policy_logprobs, system.config, grammar=self.grammar, options=options)
@@ -173,23 +134,24 @@ class Trainer:
 
         The state is a `TrainState`, with `overlap` an `OverlapState`.
         """
-        options, behaviour = self.options, self._behaviour(state)
+        options, behaviours = self.options, self._behaviours(state)
         on_policy = not options.overlap or step == 0
-        pending = self._pending
-        if pending is None:
-            pending = self.submit(self.collect_rollout(behaviour, prompts.now, step), step)
-            if not on_policy:  # a resumed run, whose update cannot check the ratio
-                self.check_logprobs(behaviour, pending.rollout)
-        ahead = None
-        if options.overlap and step + 1 < options.steps:
-            ahead = self.collect_rollout(state.params, prompts.upcoming, step + 1)
+        resumed = not on_policy and not self._pending
+        for later in range(len(self._pending), min(options.overlap + 1, options.steps - step)):
+            wanted = (prompts.now, *prompts.upcoming)[later]
+            sampled = self.collect_rollout(behaviours[later], wanted, step + later)
+            self._pending.append(self.submit(sampled, wanted, step + later))
+        pending, behaviour = self._pending.popleft(), behaviours[0]
         self.activity = "waiting for the judge"
         clock = time.perf_counter()
-        verdicts = global_verdicts(pending.verdicts.result())
+        verdicts = pending.verdicts.result()
         waited = time.perf_counter() - clock
-        self._pending = None if ahead is None else self.submit(ahead, step + 1)
+        mine, verdicts, refilled = self._refilled(pending, verdicts, behaviour, step)
+        rollout = global_rollout(mine, self.system.tokenizer.vocab.pad)
+        verdicts = global_verdicts(verdicts)
+        if resumed:  # its update cannot check the ratio
+            self.check_logprobs(behaviour, rollout)
 
-        rollout = pending.rollout
         judged, drafts = self._separate(verdicts.judged, rollout)
         scored = score_rollout(rollout, judged, options.reward, options.grpo, drafts)
         missing = sum(not judged.present for judged in scored.judged)
@@ -199,18 +161,21 @@ class Trainer:
         clock = time.perf_counter()
         learner = TrainState(state.params, state.opt_state)
         learner, learnt = self.learn(learner, rollout, scored, step, on_policy, behaviour)
+        jax.block_until_ready(learner)  # or its time would be the next rollout's
         metrics = {
             **summary(rollout, scored),
             **rollout.usage.metrics(),
             **verdicts.usage.metrics(),
             **verdicts.checks,
             **learnt,
-            "work_flops": self._flops(rollout, scored),
+            **self._work(rollout, scored),
             "rollout_seconds": rollout.seconds,
             "judge_seconds": verdicts.seconds,
             "judge_wait_seconds": waited,
             "update_seconds": time.perf_counter() - clock,
         }
+        if options.grpo.refill:
+            metrics["refilled"] = float(sum(distributed.gather(refilled)))
         metrics |= self.monitor.observe(step + 1, metrics)
         due = [probe for probe in self.probes if (step + 1) % probe.every == 0]
         if due:
@@ -221,14 +186,16 @@ class Trainer:
             self._write_gallery(rollout, [prompt.sample for prompt in self._of_groups(prompts.now)], scored, step + 1)
         self.activity = ""
         if options.overlap:
-            return OverlapState(learner.params, learner.opt_state, lora.split(state.params)[0]), metrics
+            previous = (*state.previous[1:], lora.split(state.params)[0])
+            return OverlapState(learner.params, learner.opt_state, previous), metrics
         return learner, metrics
 
-    def _behaviour(self, state: Any) -> Any:
-        """The parameters that sample this step's rollout."""
+    def _behaviours(self, state: Any) -> list[Any]:
+        """The parameters that sample the rollouts of this step and of those that are sampled ahead."""
         if not self.options.overlap:
-            return state.params
-        return lora.join(state.previous, lora.split(state.params)[1])
+            return [state.params]
+        frozen = lora.split(state.params)[1]
+        return [*(lora.join(previous, frozen) for previous in state.previous), state.params]
 
     def _measured(self, probes: Sequence[Probe], params: Any, step: int) -> dict[str, float]:
         """What `probes` measure of the policy `params`, with the weights that answers are sampled with."""
@@ -240,14 +207,12 @@ class Trainer:
     # -- roll out and judge -----------------------------------------------------------------------------------------
 
     def collect_rollout(self, params: Any, prompts: Sequence[Prompt], step: int) -> Rollout:
-        """`group` answers to each prompt by the policy `params`, sampled by the processes together.
+        """`group` answers by the policy `params` to each of this process's prompts.
 
         In draft groups each prompt has several drafts, and each of these `group` continuations.
         """
         system = dataclasses.replace(self.system, params=params)
-        own = distributed.share(len(prompts), "config.prompts_per_step")
-        mine = self._of_groups(prompts[own.start : own.stop])
-        first = own.start * self.options.group_count
+        mine, first = self._mine(prompts)
         key = jax.random.fold_in(self._key, step)
         drafts = None
         if self.options.grpo.group == "draft":
@@ -261,7 +226,7 @@ class Trainer:
             self.activity = f"rolling out, {ended} of {answers} answers"
 
         on_ended(0)
-        rollout = roll_out(
+        return roll_out(
             system,
             self.grammar,
             [prompt.sample for prompt in mine],
@@ -273,7 +238,11 @@ class Trainer:
             drafts=drafts,
             on_ended=on_ended,
         )
-        return global_rollout(rollout, system.tokenizer.vocab.pad)
+
+    def _mine(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], int]:
+        """The prompt of every group of this process, and the number of the first among all groups."""
+        own = distributed.share(len(prompts), "config.prompts_per_step")
+        return self._of_groups(prompts[own.start : own.stop]), own.start * self.options.group_count
 
     def _of_groups(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompt of every group: each as often as it has drafts."""
@@ -294,18 +263,39 @@ class Trainer:
             self.drafts.write(keys, sampled(dataclasses.replace(system, params=reference)))
         return self.drafts.read(keys)
 
-    def submit(self, rollout: Rollout, step: int) -> PendingRollout:
+    def submit(self, rollout: Rollout, prompts: Sequence[Prompt], step: int) -> PendingRollout:
         """Sends this process's answers to the judge."""
         every = self.options.check_every
         checked = bool(every) and (step + 1) % every == 0
-        own = distributed.share(len(rollout.answers), "the number of answers")
-        formats = list(self.format_rewards(rollout)[own.start : own.stop])
-        answers = rollout.judgeable()[own.start : own.stop]
+        answers, formats = rollout.judgeable(), list(self.format_rewards(rollout))
         if rollout.draft_length:
-            groups = slice(own.start // rollout.group, own.stop // rollout.group)
-            answers += draft_answers(rollout)[groups]
-            formats += [1.0] * (groups.stop - groups.start)
-        return PendingRollout(rollout, self.judge.submit(answers, formats, checked))
+            drafts = draft_answers(rollout)
+            answers, formats = [*answers, *drafts], [*formats, *([1.0] * len(drafts))]
+        return PendingRollout(rollout, tuple(prompts), self.judge.submit(answers, formats, checked))
+
+    def _refilled(
+        self, pending: PendingRollout, verdicts: Verdicts, params: Any, step: int
+    ) -> tuple[Rollout, Verdicts, int]:
+        """`refill.refill` of this process's answers, by `params`, which sampled them."""
+        mine, first = self._mine(pending.prompts)
+        key = jax.random.fold_in(self._key, step)
+        group = self.options.group
+
+        def answer(numbers: Sequence[int], attempt: int) -> Rollout:
+            self.activity = f"rolling out {len(numbers)} answers again"
+            asked = [mine[number // group] for number in numbers]
+            return roll_out(
+                dataclasses.replace(self.system, params=params), self.grammar, [one.sample for one in asked],
+                [one.images for one in asked], jax.random.fold_in(key, REFILL + attempt),
+                dataclasses.replace(self.options.rollout, group=1), layout=self.placement.layout,
+                first=[first * group + number for number in numbers],
+            )  # fmt: skip
+
+        def judge(new: Rollout) -> Verdicts:
+            self.activity = "waiting for the judge"
+            return self.judge.submit(new.judgeable(), list(self.format_rewards(new))).result()
+
+        return refill(pending.rollout, verdicts, self.options.grpo.refill, answer, judge)
 
     def _separate(self, judged: list[Judged], rollout: Rollout) -> tuple[list[Judged], list[Judged] | None]:
         """The judgements of answers and those of drafts; each process submitted its answers, then its drafts."""
@@ -444,14 +434,24 @@ class Trainer:
         """Tokens at the beginning of every answer that the policy does not learn from: drafts of a buffer."""
         return rollout.draft_length if self.options.grpo.draft_source == "buffer" else 0
 
-    def _flops(self, rollout: Rollout, scored: Scored) -> float:
-        """Operations that the mathematics of the step needs: sampling, the reference, and the updates."""
+    def _work(self, rollout: Rollout, scored: Scored) -> dict[str, float]:
+        """Tokens, and operations that their mathematics needs, of the whole step and of its two halves.
+
+        Tokens of the rollout are those sampled, tokens of the update those that the policy passes with a gradient.
+        """
         lengths = rollout.total_lengths.astype(np.float64)
         learns = lengths[self._learns(scored)]
         sampled = train_flops(self.system.config, lengths.sum(), (lengths**2).sum() / 2) / 3  # forward only
         update = train_flops(self.system.config, learns.sum(), (learns**2).sum() / 2)
         again = 1 if self.placement.layout.exact else 2  # the reference, and the old policy in training's precision
-        return sampled + update * (self.options.num_iterations + again / 3)
+        update *= self.options.num_iterations + again / 3
+        return {
+            "work_flops": sampled + update,
+            "work_rollout_tokens": float(rollout.samples.lengths.sum()),
+            "work_rollout_flops": sampled,
+            "work_update_tokens": learns.sum() * self.options.num_iterations,
+            "work_update_flops": update,
+        }
 
     def _write_gallery(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
         count = max(1, self.options.gallery_answers // rollout.group) * rollout.group

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ivr_jax import sharding
-from ivr_jax.config import NotNegative, OneOf, Positive, Section
+from ivr_jax.config import Count, NotNegative, OneOf, Positive, Section
 from ivr_jax.models.layers import project_gathered
 from ivr_jax.protocol.grammar import ILLEGAL, Tables
 from ivr_jax.sampling.logits_processors import MASKED, SamplingOptions, log_probabilities
@@ -138,6 +138,8 @@ class GrpoOptions(Section, name="grpo"):
         from, a token's gain is multiplied by the trainer's probability over the sampler's, at most this; 0: off.
       skip_equal_groups: leave groups whose advantages are all 0 out of the passes.  Without a KL term the update is the
         same; with one their answers add nothing to it.
+      refill: how often new answers are asked for in place of those whose judgement is missing; 0: these leave their
+        group.
       drop_truncated: leave answers that were cut at the answer length out of the update.
       group: "trajectory": the answers to a prompt are compared; "draft": the continuations of one first image.
       drafts: first images a prompt, for draft groups.
@@ -156,6 +158,7 @@ class GrpoOptions(Section, name="grpo"):
     dr_grpo_length: Positive = 256
     tis_cap: NotNegative = 2.0
     skip_equal_groups: bool = True
+    refill: Count = 0
     drop_truncated: bool = False
     group: Annotated[str, OneOf("trajectory", "draft")] = "trajectory"
     drafts: Positive = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import io
@@ -33,10 +34,10 @@ class Prompt(NamedTuple):
 
 
 class Tasks(NamedTuple):
-    """The prompts of one step, and those of the next one where rollouts are sampled ahead (else ())."""
+    """The prompts of one step, and those of each of the next ones for which rollouts are sampled ahead."""
 
     now: tuple[Prompt, ...]
-    upcoming: tuple[Prompt, ...] = ()
+    upcoming: tuple[tuple[Prompt, ...], ...] = ()
 
 
 class Memory(Protocol):
@@ -153,27 +154,25 @@ class PromptIterator:
 
     Args:
       batches: iterator of lists of prompts with JSON state.
-      ahead: whether each element also shows the prompts of the next.
+      ahead: of how many further steps each element also shows the prompts.
     """
 
-    def __init__(self, batches: Any, memory: Memory, ahead: bool = False):
+    def __init__(self, batches: Any, memory: Memory, ahead: int = 0):
         self._batches, self._memory, self._ahead = batches, memory, ahead
-        self._next: tuple[Prompt, ...] | None = None
-        self._position: Any = None
+        self._shown: collections.deque[tuple[Any, tuple[Prompt, ...]]] = collections.deque()  # each after its position
 
     def __next__(self) -> Tasks:
-        now = tuple(next(self._batches)) if self._next is None else self._next
-        if not self._ahead:
-            return Tasks(now)
-        self._position = self._batches.get_state()  # a resumed run's next call starts here
-        self._next = tuple(next(self._batches))
-        return Tasks(now, self._next)
+        while len(self._shown) <= self._ahead:
+            position = self._batches.get_state() if self._ahead else None
+            self._shown.append((position, tuple(next(self._batches))))
+        _, now = self._shown.popleft()
+        return Tasks(now, tuple(prompts for _, prompts in self._shown))
 
     def get_state(self) -> dict[str, Any]:
-        position = self._batches.get_state() if self._next is None else self._position
+        position = self._shown[0][0] if self._shown else self._batches.get_state()  # a resumed run's next call
         return {"prompts": position, "memory": self._memory.get_state()}
 
     def set_state(self, state: Any) -> None:
         self._batches.set_state(state["prompts"])
         self._memory.set_state(state["memory"])
-        self._next = None
+        self._shown.clear()

@@ -29,7 +29,7 @@ class RLOptions:
       steps: steps of the run, each with one rollout; seed: of rollouts and of the order of groups.
       num_iterations: times that a rollout is learnt from; num_minibatches: optimiser steps each time, on
         disjoint parts of the groups.
-      overlap: sample the next rollout while the last one is judged.
+      overlap: steps that rollouts are sampled ahead of learning, while earlier ones are judged; 0: none.
       check_every: steps between checks of the judge, 0 for none.
       gallery_every, gallery_answers: steps between galleries, 0 for none, and how many answers one shows.
     """
@@ -48,7 +48,7 @@ class RLOptions:
     steps: int = 1
     num_iterations: int = 1
     num_minibatches: int = 1
-    overlap: bool = False
+    overlap: int = 0
     check_every: int = 0
     gallery_every: int = 0
     gallery_answers: int = 16
@@ -71,6 +71,11 @@ class RLOptions:
                 "Steps are >= 0 (0: never), answers >= 1.",
             )
 
+        if self.overlap < 0:
+            raise UserError(f"config.overlap is {self.overlap}.", "Rollouts run 0 or more steps ahead.")
+        if self.grpo.group == "draft" and self.grpo.refill:
+            raise UserError("grpo.refill replaces single answers, but those of draft groups share a draft.",
+                            "Set grpo.refill to 0, or use grpo.group=trajectory.")
         if self.grpo.group == "draft" and not self.may_reflect:
             raise UserError(
                 "grpo.group is draft, but the grammar lets no answer reflect on its first image.",

@@ -81,7 +81,7 @@ def build(
         source, config.prompts_per_step, config.seed, functools.partial(_latent_size, system)
     )
     return Stage(
-        grpo.OverlapState(*state, jax.tree.map(jnp.copy, lora.split(state.params)[0])) if options.overlap else state,
+        grpo.OverlapState.begin(state, options.overlap) if options.overlap else state,
         PromptIterator(batches, monitor, options.overlap),
         trainer.step,
         meta,

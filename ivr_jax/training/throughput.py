@@ -12,6 +12,7 @@ import jax
 from ivr_jax.errors import UserError
 from ivr_jax.models.backbone_config import BackboneConfig
 
+HALVES = ("rollout", "update")  # of an RL step, which take turns
 # Dense bfloat16 operations a second of one device, as published; patterns are tried in order on its lower-case kind.
 PEAK = {
     r"tpu v4": 275e12, r"tpu v5 ?(lite|e)": 197e12, r"tpu v5": 459e12, r"tpu v6": 918e12, r"tpu ?v?7": 2307e12,
@@ -42,7 +43,8 @@ def train_flops(config: BackboneConfig, tokens: float, attended: float) -> float
 class Throughput:
     """Turns what steps counted into rates.
 
-    A stage's steps may return "work_tokens" and "work_flops", sums over all devices of one step.
+    A stage's steps may return "work_tokens" and "work_flops", sums over all devices of one step, and for each of
+    `HALVES` "work_HALF_tokens", "work_HALF_flops" and "HALF_seconds".
     """
 
     def __init__(self, peak: float | None = None, devices: int = 1):
@@ -53,18 +55,26 @@ class Throughput:
     def row(self, means: Mapping[str, float], seconds: float) -> dict[str, float]:
         """Rates of a log line, from the means of the metrics of its steps, and the seconds that one took.
 
-        tokens_per_second; mfu (share of the peak of the devices in use) where the peak is known; device_gib and
-        device_peak_gib of the fullest device of this process, where the platform tells.
+        tokens_per_second; mfu (share of the peak of the devices in use) where the peak is known; both of each half
+        under "HALF_…"; device_gib and device_peak_gib of the fullest device of this process, where the platform tells.
         """
-        rates = {}
-        if "work_tokens" in means:
-            rates["tokens_per_second"] = means["work_tokens"] / seconds
-        if "work_flops" in means and self._peak:
-            rates["mfu"] = means["work_flops"] / (seconds * self._peak * self._devices)
+        rates = self._rates(means, "", seconds)
+        for half in HALVES:
+            if means.get(f"{half}_seconds"):
+                rates |= self._rates(means, f"{half}_", means[f"{half}_seconds"])
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         for name, key in (("device_gib", "bytes_in_use"), ("device_peak_gib", "peak_bytes_in_use")):
             if all(key in s for s in stats):
                 rates[name] = max(s[key] for s in stats) / 2**30
+        return rates
+
+
+    def _rates(self, means: Mapping[str, float], prefix: str, seconds: float) -> dict[str, float]:
+        rates = {}
+        if f"work_{prefix}tokens" in means:
+            rates[f"{prefix}tokens_per_second"] = means[f"work_{prefix}tokens"] / seconds
+        if f"work_{prefix}flops" in means and self._peak:
+            rates[f"{prefix}mfu"] = means[f"work_{prefix}flops"] / (seconds * self._peak * self._devices)
         return rates
 
 

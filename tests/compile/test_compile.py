@@ -200,6 +200,28 @@ def test_advice_for_sft_is_one_change_that_is_predicted_to_fit():
     assert not flags_of(none) and "--topology=v5e:" in none
 
 
+@pytest.mark.parametrize(
+    "topology, shape, factor",
+    [
+        ("v4:4x4x4", {}, 1.3),
+        ("v6e:2x4", {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28}, 1.0),
+        ("v5e:4x8", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 40}, 1.2),
+    ],
+)
+def test_advice_for_shapes_of_no_table_leads_to_a_fit_in_one_step(topology, shape, factor):
+    """A compiler that needs `factor` times the memory that is predicted beside what is exact."""
+    flags, topology = [f"--config.model.{name}={value}" for name, value in shape.items()], parse_topology(topology)
+    config = cli.config_from_argv(["--config=emu35_sft", *flags])
+
+    def compiled(config) -> float:
+        return search.predicted(config, topology).corrected(factor).total
+
+    assert compiled(config) > topology.chip.hbm, "the case needs no advice"
+    said = flags_of(advice.advice("sft", config, topology, search.predicted(config, topology).corrected(factor).kinds))
+    assert said
+    assert compiled(cli.config_from_argv(["--config=emu35_sft", *flags, *said])) <= topology.chip.hbm
+
+
 def test_advice_for_other_programs_comes_from_what_fills_the_memory():
     topology = parse_topology("v6e:2x4")
     config = load_config("emu35_rl")
@@ -261,7 +283,7 @@ def test_the_rl_plan_holds_the_policy_before_and_the_rollout():
     model = load_config("micro_sft")
     config.model, config.text_tokenizer, config.micro_batch = model.model, "micro", 32
     plain = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident
-    config.overlap, config.num_minibatches = True, 2
+    config.overlap, config.num_minibatches = 1, 2
     resident = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident
     assert plain["previous policy"] == 0 and resident["previous policy"] == resident["parameters"] > 0
     assert resident["rollout"] == resident["batch"] * (8 * 8 // 32 - 1)

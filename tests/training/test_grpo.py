@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import copy
 import dataclasses
 import functools
@@ -58,16 +59,16 @@ class LocalJudge:
 @functools.cache
 def trainer() -> grpo.Trainer:
     grammar = GrammarOptions(modes=("direct", "reflection"), max_reflections=1, text_cap=2)
-    options = RLOptions(grammar, GROUP, 72, 8, (128,), 64, seed=2, overlap=True)
+    options = RLOptions(grammar, GROUP, 72, 8, (128,), 64, seed=2, overlap=1)
     return grpo.Trainer(system(PARAMS), JudgeService(same(LocalJudge())), options, optax.sgd(0.05))
 
 
-def like(overlap: bool = False, steps: int = 1, **attributes) -> grpo.Trainer:
+def like(overlap: int = 0, steps: int = 1, **attributes) -> grpo.Trainer:
     """The same trainer, its compiled functions included, with something changed."""
     other = copy.copy(trainer())
     other.options = dataclasses.replace(other.options, overlap=overlap, steps=steps)
     other.monitor = Monitor(MonitorOptions(), other.options.grammar.modes)
-    other._pending = None
+    other._pending = collections.deque()
     for name, value in attributes.items():
         setattr(other, name, value)
     return other
@@ -80,7 +81,7 @@ def fresh_state() -> TrainState:
 
 def tasks(step: int) -> Tasks:
     batch = lambda k: tuple(PROMPTS[2 * k % 12 : 2 * k % 12 + 2])  # noqa: E731
-    return Tasks(batch(step), batch(step + 1))
+    return Tasks(batch(step), tuple(batch(step + later) for later in (1, 2)))
 
 
 def same_bits(a, b) -> bool:
@@ -196,31 +197,64 @@ def test_prompts_that_are_not_of_the_world_need_another_judge():
 # -- rollouts drawn ahead ---------------------------------------------------------------------------------------------
 
 
-def test_overlapped_runs_are_one_update_behind_and_resume_bit_for_bit():
-    steps = 3
-    start = fresh_state()
-    state = grpo.OverlapState(*start, jax.tree.map(jnp.copy, start.params))
-    learner, states, rows = like(overlap=True, steps=steps), [state], []
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_overlapped_runs_are_so_many_updates_behind_and_resume_bit_for_bit(ahead):
+    steps = ahead + 2
+    state = grpo.OverlapState.begin(fresh_state(), ahead)
+    learner, states, rows, sampled = like(overlap=ahead, steps=steps), [state], [], []
+
+    def collect_rollout(params, prompts, step):
+        sampled.append((step, params))
+        return grpo.Trainer.collect_rollout(learner, params, prompts, step)
+
+    learner.collect_rollout = collect_rollout
     for step in range(steps):
         state, metrics = learner.step(jax.tree.map(jnp.copy, state), tasks(step), step)
         states.append(state)
         rows.append(metrics)
-    assert learner._pending is None  # nothing is drawn for a step that will not come
-    assert same_bits(states[1].previous, PARAMS) and same_bits(states[2].previous, states[1].params)
-    assert float(rows[0]["max_ratio_deviation"]) < 1e-3 < float(rows[2]["max_ratio_deviation"])
+    assert not learner._pending  # nothing is drawn for a step that will not come
+    assert [step for step, _ in sampled] == list(range(steps))
+    for step, params in sampled:
+        assert same_bits(params, states[max(0, step - ahead)].params)
+    assert len(states[1].previous) == ahead and same_bits(states[steps].previous[-1], states[steps - 1].params)
+    assert float(rows[0]["max_ratio_deviation"]) < 1e-3 < float(rows[steps - 1]["max_ratio_deviation"])
 
     plain = like()
     first, _ = plain.step(fresh_state(), tasks(0), 0)
     assert same_bits(first.params, states[1].params)  # the first step is on-policy either way
-    rollout = plain.collect_rollout(states[1].params, tasks(2).now, 2)
-    np.testing.assert_array_equal(rollout.samples.lengths.sum(), rows[2]["answer_tokens"][0])
 
-    again = like(overlap=True, steps=steps)  # another process, after the first checkpoint
+    again = like(overlap=ahead, steps=steps)  # another process, after the first checkpoint
     state = jax.tree.map(jnp.copy, states[1])
     for step in range(1, steps):
         state, metrics = again.step(state, tasks(step), step)
         assert float(metrics["loss"][0]) == float(rows[step]["loss"][0])
     assert same_bits(state, states[steps])
+
+
+def test_answers_that_the_judge_failed_at_are_replaced_by_new_ones_of_the_same_policy():
+    class Failing(LocalJudge):
+        """Fails at every third question of the first rollout's, and then no more."""
+
+        asked = 0
+
+        async def evaluate(self, *args):
+            self.asked += 1
+            if self.asked <= 8 and self.asked % 3 == 0:
+                raise ServiceFailed("busy.", "")
+            return await super().evaluate(*args)
+
+    rows = {}
+    for refill in (0, 2):
+        learner = like(judge=JudgeService(same(Failing())))
+        learner.options = dataclasses.replace(
+            learner.options, grpo=dataclasses.replace(learner.options.grpo, refill=refill)
+        )
+        _, rows[refill] = learner.step(fresh_state(), tasks(0), 0)
+    assert rows[0]["missing"] > 0 == rows[2]["missing"] and "refilled" not in rows[0]
+    assert rows[2]["refilled"] == rows[0]["missing"]
+    assert rows[2]["judge_calls"] > rows[0]["judge_calls"]
+    assert float(rows[2]["max_ratio_deviation"]) < 1e-3  # what was learnt from is what this policy sampled
+    assert rows[2]["reward"][1] == 2 * GROUP
 
 
 class Patient(LocalJudge):
@@ -238,8 +272,7 @@ class Patient(LocalJudge):
 
 def test_the_next_rollout_is_drawn_while_the_last_one_is_judged():
     judge = Patient()
-    start = fresh_state()
-    learner = like(overlap=True, steps=2, judge=JudgeService(same(judge)))
+    learner = like(overlap=1, steps=2, judge=JudgeService(same(judge)))
 
     def collect_rollout(params, prompts, step):
         if step:
@@ -253,7 +286,7 @@ def test_the_next_rollout_is_drawn_while_the_last_one_is_judged():
         return rollout
 
     learner.collect_rollout = collect_rollout
-    state = grpo.OverlapState(*start, jax.tree.map(jnp.copy, start.params))
+    state = grpo.OverlapState.begin(fresh_state(), 1)
     _, metrics = learner.step(state, tasks(0), 0)
     assert metrics["missing"] == 0 and judge.early > 0
 

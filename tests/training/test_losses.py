@@ -386,6 +386,23 @@ def test_a_group_without_contrast_skips_the_passes_and_changes_no_update(loss_ty
     assert summary(rollout, scored)["groups_skipped"] == (1.0, 2.0)
 
 
+def test_skipping_a_group_without_contrast_is_bit_equal_where_passes_hold_the_same_answers():
+    """With one answer a pass, that of an answer without advantage adds exact zeros."""
+    rollout, scored = rolled()
+    advantages = np.where(np.arange(2)[:, None] == 1, 0.0, [[1.0, -1.0, 0.5, -0.5]]).astype(np.float32)
+    scored = dataclasses.replace(scored, used=np.ones((2, 4), bool), advantages=advantages)
+    learners = [trainer(1, grpo=GrpoOptions(beta=0.0, skip_equal_groups=skip)) for skip in (True, False)]
+    assert [len(learner.prepare(rollout, scored)) for learner in learners] == [4, 8]
+    (skipped, metrics), (whole, expected) = (
+        learner.learn(fresh_state(learner.optimizer), rollout, scored, 0, on_policy=True) for learner in learners
+    )
+    for ours, theirs in zip(*map(jax.tree.leaves, (skipped, whole)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert [float(x) for x in metrics["loss"]] == [float(x) for x in expected["loss"]]
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), skipped.params, PARAMS)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
 def test_an_answer_longer_than_every_bucket_is_refused():
     rollout, scored = rolled()
     learner = trainer(buckets=(32, 64))

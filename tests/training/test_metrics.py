@@ -58,6 +58,8 @@ def test_utilisation_by_hand():
     rates = Throughput(peak=1e6).row({"work_tokens": 50.0, "work_flops": 2e6}, 4.0)
     assert rates["mfu"] == 0.5 and rates["tokens_per_second"] == 12.5  # of one device, however many the host has
     assert Throughput(peak=1e6, devices=4).row({"work_flops": 2e6}, 4.0)["mfu"] == 0.125
+    halves = {"work_rollout_tokens": 30.0, "work_update_tokens": 40.0, "work_update_flops": 1e6, "update_seconds": 2.0}
+    assert Throughput(peak=1e6).row(halves, 4.0) == {"update_tokens_per_second": 20.0, "update_mfu": 0.5}
     assert "mfu" not in Throughput().row({"work_tokens": 50.0, "work_flops": 2e6}, 4.0)  # nobody knows a CPU's peak
     assert peak_flops("TPU v5 lite") == 197e12 and peak_flops("TPU v5") == 459e12 and peak_flops("TPU v6e") == 918e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("cpu") is None

@@ -20,6 +20,8 @@ from absl import flags
 
 from ivr_jax import cli, distributed
 from ivr_jax.cloud import inputs
+from ivr_jax.cluster import engine as cluster
+from ivr_jax.cluster.part import Part
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import registry
 from ivr_jax.evaluate.benchmarks.comparison import compare_runs
@@ -32,6 +34,7 @@ CONFIG = "benchmark"
 
 def add_flags(values: flags.FlagValues) -> None:
     distributed.add_flags(values)
+    cluster.add_flags(values)
 
     def text(name: str, meaning: str) -> None:
         flags.DEFINE_string(name, None, meaning, flag_values=values)
@@ -96,6 +99,16 @@ def main(call: cli.Call) -> None:
     if call.workdir is None:
         raise UserError("no work directory was named.", "Add --workdir=runs/NAME; it is made when it does not exist.")
     session.run()
+
+
+def generate_part(argv: Sequence[str], part: Part) -> None:
+    """`Session.generate_part` of the run that the command line asks for."""
+    Session(cli.parse(argv, config=True, workdir=False, add_flags=add_flags)).generate_part(part)
+
+
+def judge_part(argv: Sequence[str], part: Part) -> None:
+    """`Session.judge_part` of the run that the command line asks for."""
+    Session(cli.parse(argv, config=True, workdir=False, add_flags=add_flags)).judge_part(part)
 
 
 def entry() -> None:

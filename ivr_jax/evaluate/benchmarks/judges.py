@@ -24,6 +24,7 @@ from ivr_jax.interfaces import ServiceDown, ServiceFailed
 from ivr_jax.services import replies
 from ivr_jax.services.build import service_from_config
 from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.limits import LimitsOf, ProcessLimits
 from ivr_jax.services.replies import Unusable
 from ivr_jax.services.service import Question as ServiceQuestion
 from ivr_jax.services.service import Records, Service
@@ -82,6 +83,7 @@ class ChatJudge:
       version: of the model, as its provider names it; "" takes the model's name.
       own_prompts: a folder of templates that replace the installed ones.
       environment: where keys are looked up.
+      limits: makes what grants the service's calls.
     """
 
     form = "chat"
@@ -94,9 +96,10 @@ class ChatJudge:
         version: str = "",
         own_prompts: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        limits: LimitsOf = ProcessLimits,
     ):
         self._benchmark, self._own = benchmark, own_prompts
-        self.service: Service = service_from_config(config, records, environment=environment)
+        self.service: Service = service_from_config(config, records, False, environment, limits)
         self.in_flight = config.in_flight
         self.identity = {
             "name": config.name,

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from tqdm import tqdm
 from ivr_jax import cli, distributed, files, sharding
 from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.cluster import engine as cluster
+from ivr_jax.cluster.part import Part
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import (
@@ -41,10 +45,13 @@ from ivr_jax.sampling.layout import RolloutLayout, load_sampler
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.journal import Journal
+from ivr_jax.services.limits import LimitsOf, ProcessLimits
 from ivr_jax.trajectory import MAX_REFLECTIONS, MAX_STEPS
 from ivr_jax.trajectory import Mode as AnswerMode
 
 CACHE, SCRATCH = "judge_cache", "references"
+PARTS = "parts"  # of a run on a cluster: what each part has judged, until it is taken over
+COMMAND = "ivr_jax.evaluate.benchmarks.command"
 _SMALL = 1 << 20  # bytes up to which a checkpoint's file counts with its content
 
 
@@ -53,7 +60,8 @@ class Session:
 
     def __init__(self, call: cli.Call, judge: Judge | None = None):
         """`judge`: takes the place of the one that the flags name."""
-        self.config, self.flags, self.workdir = call.config, call.flags, call.workdir
+        self.config, self.flags, self.workdir, self._argv = call.config, call.flags, call.workdir, call.argv
+        self.engine = cluster.from_call(call)
         wanted = call.flags
         self.benchmark = registry.load(wanted.benchmark)
         if not wanted.data:
@@ -141,9 +149,7 @@ class Session:
         if not wanted.checkpoint:
             raise UserError("--checkpoint is missing.", "Name one, or judge images that are there: --judge_only.")
         path = store.resolve(wanted.checkpoint)
-        plan = generation.GenerationPlan(
-            self.samples, config.seed, config.batch, config.image_area, config.answer_length
-        )
+        plan = self._plan()
         part = {
             "checkpoint": store.name_of(wanted.checkpoint),
             "checkpoint_hash": checkpoint_hash(path),
@@ -164,16 +170,30 @@ class Session:
         missing = generation.missing_answers(self.workdir, self.items, self.samples)
         if not missing:
             return
+        total, done = len(self.items) * self.samples, (len(self.items) - len(missing)) * self.samples
+        with tqdm(desc="generate", unit="answer", total=total, initial=done, disable=not primary) as bar:
+            if self.engine is None:
+                self._draw(plan, (jax.process_index(), jax.process_count()), bar)
+            else:
+                open_ = sorted({number % self.engine.parts for number, _ in missing})
+                self.engine.run(f"{COMMAND}:generate_part", self._argv, self.workdir, bar, open_)
+
+    def _plan(self) -> generation.GenerationPlan:
+        config = self.config
+        return generation.GenerationPlan(
+            self.samples, config.seed, config.batch, config.image_area, config.answer_length
+        )
+
+    def _draw(self, plan: generation.GenerationPlan, share: tuple[int, int], bar: tqdm) -> None:
+        """Draws the missing answers of a share of the items: part i of n."""
+        config = self.config
         with self._system() as (system, mesh):
             grammar = Grammar(system.tokenizer, grammar_options(system, tuple(config.modes), config.text_cap))
-            share = (jax.process_index(), jax.process_count())
-            total, done = len(self.items) * self.samples, (len(self.items) - len(missing)) * self.samples
-            with tqdm(desc="generate", unit="answer", total=total, initial=done, disable=not primary) as bar:
-                generation.generate(
-                    system, grammar, self.benchmark, self.items, self.data, self.workdir, plan,
-                    as_dataclass(SamplingOptions, config.sampling), as_dataclass(EngineOptions, config.engine),
-                    self.prompts, share, mesh, bar.update,
-                )  # fmt: skip
+            generation.generate(
+                system, grammar, self.benchmark, self.items, self.data, self.workdir, plan,
+                as_dataclass(SamplingOptions, config.sampling), as_dataclass(EngineOptions, config.engine),
+                self.prompts, share, mesh, bar.update,
+            )  # fmt: skip
 
     @contextlib.contextmanager
     def _system(self) -> Iterator[tuple[systems.System, jax.sharding.Mesh | None]]:
@@ -196,7 +216,7 @@ class Session:
 
     # -- judgements --
 
-    def make_judge(self, journal: Journal | None) -> Judge:
+    def make_judge(self, journal: Journal | None, limits: LimitsOf = ProcessLimits) -> Judge:
         if self._given is not None:
             return self._given
         if self.form == NoJudge.form:
@@ -211,7 +231,9 @@ class Session:
         if service is None:
             detector = " or --detector=FOLDER" if "detector" in self.benchmark.judges else ""
             raise UserError("no judge was named.", f"Add --config.judge.model=NAME{detector}.")
-        return ChatJudge(self.benchmark, service, journal, self.config.judge_version, self.own_prompts)
+        return ChatJudge(
+            self.benchmark, service, journal, self.config.judge_version, self.own_prompts, limits=limits
+        )
 
     def judge(self) -> dict[str, Any]:
         """Judges what is there, and writes everything that follows from it."""
@@ -222,7 +244,7 @@ class Session:
         with contextlib.closing(Journal(self.workdir / CACHE)) as journal:
             judge = self.make_judge(journal)
             run = self._with_judge(run, judge)
-            results, checked = asyncio.run(self._ask(judge, found))
+            results, checked = asyncio.run(self._ask(judge, found, journal))
         run["sanity"] = checked
         run_folder.claim(self.workdir, run)
         if checked not in (sanity.PASSED, sanity.SKIPPED, sanity.NOT_RUN):
@@ -263,7 +285,9 @@ class Session:
         run_folder.claim(self.workdir, run)
         return run
 
-    async def _ask(self, judge: Judge, found: run_folder.Found) -> tuple[dict[Any, Judgement], str]:
+    async def _ask(
+        self, judge: Judge, found: run_folder.Found, journal: Journal
+    ) -> tuple[dict[Any, Judgement], str]:
         """All judgements, and the outcome of the sanity check; nothing is judged when that fails."""
         try:
             checked = sanity.SKIPPED
@@ -276,22 +300,85 @@ class Session:
                     return {}, checked
             elif judge.form == "world":
                 checked = sanity.PASSED  # exact by construction
-            recorded = {
-                address: judgement
-                for address, judgement in judgements.read(self.workdir).items()
-                if judgement.state not in self.retried
-            }
             asked = list(judging.tasks(self.benchmark, self.items, found, judge.form, self.modes))
             with tqdm(desc="judge", unit="call", total=len(asked)) as bar:
-                try:
-                    results = await judging.judge_all(
-                        asked, judge, self.data, self.workdir, recorded, lambda _: bar.update()
-                    )
-                except BaseExceptionGroup as group:
-                    raise judging.first_error(group) from None
+                if self.engine is not None:
+                    open_ = self._open_parts(asked, label(judge))
+                    run = functools.partial(self.engine.run, f"{COMMAND}:judge_part", self._argv, self.workdir, bar)
+                    await asyncio.to_thread(run, open_)
+                    bar.reset(total=len(asked))
+                taken = self._take_parts(journal)
+                results = await self._judge_all(asked, judge, self.workdir, self._recorded() | taken, bar)
+            shutil.rmtree(self.workdir / PARTS, ignore_errors=True)  # taken
             return results, checked
         finally:
             await judge.close()
+
+    async def _judge_all(
+        self, asked: Sequence[judging.Task], judge: Judge, folder: Path, recorded: Mapping[Any, Judgement], bar: tqdm
+    ) -> dict[Any, Judgement]:
+        try:
+            return await judging.judge_all(asked, judge, self.data, folder, recorded, lambda _: bar.update())
+        except BaseExceptionGroup as group:
+            raise judging.first_error(group) from None
+
+    def _recorded(self) -> dict[Any, Judgement]:
+        """Judgements on record that are not asked for again."""
+        known = judgements.read(self.workdir)
+        return {address: judgement for address, judgement in known.items() if judgement.state not in self.retried}
+
+    # -- parts on a cluster --
+
+    def judge_part(self, part: Part) -> None:
+        """Judges the items of one part, into a folder of its own."""
+        images = Path(self.flags.answers) if self.flags.answers else self.workdir / run_folder.IMAGES
+        found = run_folder.find_images(self.benchmark, images, self.items, self.samples)
+        folder = self.workdir / PARTS / f"{part.index:05d}"
+        mine = {item.key for item in self.items[part.index :: part.count]}
+
+        async def ask(judge: Judge) -> None:
+            asked = [
+                task
+                for task in judging.tasks(self.benchmark, self.items, found, judge.form, self.modes)
+                if task.item.key in mine
+            ]
+            part.bar.reset(total=len(asked))
+            try:
+                await self._judge_all(asked, judge, folder, self._recorded() | judgements.read(folder), part.bar)
+            finally:
+                await judge.close()
+
+        with contextlib.closing(Journal(folder / CACHE)) as journal:
+            asyncio.run(ask(self.make_judge(journal, part.limits)))
+
+    def generate_part(self, part: Part) -> None:
+        """Draws the answers of one part."""
+        part.bar.reset(total=len(self.items[part.index :: part.count]) * self.samples)
+        missing = generation.missing_answers(self.workdir, self.items, self.samples)
+        left = sum(number % part.count == part.index for number, _ in missing) * self.samples
+        part.bar.update(part.bar.total - left)
+        if left:
+            self._draw(self._plan(), (part.index, part.count), part.bar)
+
+    def _open_parts(self, asked: Sequence[judging.Task], judge: str) -> list[int]:
+        """The parts in which something is not on record."""
+        known, numbers = self._recorded(), {item.key: number for number, item in enumerate(self.items)}
+        wanted = [(task.item.key, task.sample, task.question.metric, judge) for task in asked]
+        return sorted({numbers[address[0]] % self.engine.parts for address in wanted if address not in known})
+
+    def _take_parts(self, journal: Journal) -> dict[Any, Judgement]:
+        """Takes over what parts have judged and their services have answered; returns these judgements."""
+        taken: dict[Any, Judgement] = {}
+        known = judgements.read(self.workdir)
+        for folder in sorted((self.workdir / PARTS).glob("*")):
+            with contextlib.closing(Journal(folder / CACHE)) as part:
+                journal.take(part)
+            taken |= judgements.read(folder)
+        with judgements.Writer(self.workdir) as writer:
+            for address, judgement in taken.items():
+                if known.get(address) != judgement:
+                    writer.add(judgement)
+        return taken
 
     def _shown_path(self, path: Path) -> str:
         """How result files name an image: below the work directory, or in full."""

@@ -1,0 +1,184 @@
+"""Commands in parts on a real Ray cluster of two nodes on this machine, of which one is killed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import benchmark_fixtures as fixtures
+import commands
+import pytest
+from benchmark_model import SETTINGS, write_model
+from benchmark_runs import judge_flags, judging, summary_of
+from construct_worker import KEY, arguments, contents, recorded, write_samples
+from openai_service import Behaviour, OpenAIService, serving
+
+pytest.importorskip("ray")
+STORE = 80 << 20
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+
+
+@contextlib.contextmanager
+def cluster(nodes: int) -> Iterator[object]:
+    """A Ray cluster of so many nodes of one core each; every process of it has ended afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (commands.environment() | QUIET | {"TEST_KEY": KEY}).items():
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        made = Cluster()
+        try:
+            for _ in range(nodes):
+                made.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+            yield made
+        finally:
+            made.shutdown()
+
+
+@contextlib.contextmanager
+def started(module: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process of its own, which is killed when it has not ended by itself."""
+    command = [sys.executable, "-m", f"ivr_jax.{module}", *map(str, arguments)]
+    environment = commands.environment() | QUIET | {"TEST_KEY": KEY}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def processes_of_ray() -> set[int]:
+    """Process ids of the nodes' servers on this machine."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if words and words[0].endswith((b"/raylet", b"/gcs_server")):
+                found.add(int(entry.name))
+    return found
+
+
+def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    before = processes_of_ray()
+    samples, service = write_samples(tmp_path, 20), OpenAIService(Behaviour(key=KEY))
+    limits = {"services": {"in_flight": 2}}
+    with serving(service) as url:
+        commands.succeed("construct", *arguments(url, samples, tmp_path / "one", **limits))
+        calls = sum(service.log.answered.values())
+        service.log.most_in_flight, service.behaviour.latency = 0, 0.03
+        with cluster(2) as nodes:
+            more = service.log.more(calls // 4)
+            workdir = tmp_path / "ray"
+            command = arguments(url, samples, workdir, **limits)
+            on_ray = ("--engine=ray", "--shards=4", f"--ray_address={nodes.address}")
+            with started("construct", *command, *on_ray) as running:
+                wait_for(more, running)
+                assert len(list(workdir.glob("parts/*"))) == 2
+                nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
+                out, err = running.communicate(timeout=180)
+    assert running.returncode == 0, err
+    assert int(re.findall(r"(\d+) run again", err)[-1]) >= 1
+    assert contents(tmp_path / "ray" / "dataset") == contents(tmp_path / "one" / "dataset")
+    assert "kept direct" in out and not (tmp_path / "ray" / "parts").exists()
+    # Two services, two calls each, whatever the number of parts; two more may have been under way when the node died.
+    assert service.log.most_in_flight <= 6
+    assert processes_of_ray() == before
+
+
+def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    samples, service = write_samples(tmp_path, 12), OpenAIService(Behaviour(key=KEY, latency=0.05))
+    with serving(service) as url:
+        command = arguments(url, samples, tmp_path / "run", services={"in_flight": 4})
+        with cluster(1) as nodes:
+            address = nodes.address
+            more = service.log.more(60)
+            with started("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}") as running:
+                wait_for(more, running)
+                nodes.remove_node(nodes.head_node, allow_graceful=False)
+                out, err = running.communicate(timeout=120)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert running.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
+        assert not (tmp_path / "run" / "dataset").exists()
+        paid = {name for folder in (tmp_path / "run" / "parts").iterdir() for name in recorded(folder / "journal")}
+        before = service.log.answered.copy()
+        gone = commands.run("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}")
+        assert address in gone.complaint  # nobody is there any more
+        service.behaviour.latency = 0.0
+        commands.succeed("construct", *command)  # without a cluster, say
+        commands.succeed("construct", *arguments(url, samples, tmp_path / "one"))
+    asked_again = {name for name, count in (service.log.answered - before).items() if name in paid and count > 1}
+    assert paid and not asked_again  # once more in the run to compare with, and in no other
+    assert contents(tmp_path / "run" / "dataset") == contents(tmp_path / "one" / "dataset")
+
+
+def test_evaluation_and_tokenising_in_parts_are_those_of_one_process(tmp_path):
+    model = write_model(tmp_path / "model")
+    fixtures.WRITERS["wise"](tmp_path / "data")
+    examples = ["tokenise", tmp_path / "model/dataset", f"--image_tokenizer={tmp_path / 'model/image_tokenizer'}"]
+    commands.succeed(*examples, f"--out={tmp_path / 'one/examples'}")
+    with judging() as (service, url), cluster(1) as nodes:
+        on_ray = ("--engine=ray", "--shards=3", f"--ray_address={nodes.address}")
+
+        def evaluate(name: str) -> list[str]:
+            return ["--benchmark=wise", f"--data={tmp_path / 'data'}", f"--workdir={tmp_path / name / 'run'}",
+                    f"--checkpoint={model}", "--samples=1", "--skip_sanity", *SETTINGS, *judge_flags(url)]  # fmt: skip
+
+        assert commands.run("evaluate", *evaluate("one")).returncode == 0
+        asked = service.log.answered.copy()
+        for words in (["evaluate", *evaluate("ray")], [*examples, f"--out={tmp_path / 'ray/examples'}"]):
+            with started(*words, *on_ray) as running:
+                _, err = running.communicate(timeout=300)
+            assert running.returncode == 0 and "3 of 3 parts ended" in err, err
+    assert service.log.answered == asked + asked
+    one, other = contents(tmp_path / "one"), contents(tmp_path / "ray")
+    same = [name for name in one if name.partition("/")[0] == "examples" or "/images/" in name or "/results/" in name]
+    assert len(same) > 8 and all(one[name] == other[name] for name in same)
+    assert one.keys() == other.keys()
+    summaries = [summary_of(tmp_path / name / "run") for name in ("one", "ray")]
+    assert summaries[0]["figures"] == summaries[1]["figures"]
+    assert not list(tmp_path.rglob("parts")) and not list(tmp_path.rglob(".examples*"))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--engine=ray", "--ray_address=127.0.0.1:1"), "127.0.0.1:1"),
+        (("--shards=3",), "--engine=ray"),
+        (("--engine=ray", "--shard_resources=CPU=many"), "CPU=many"),
+        (("--engine=ray", "--shard=0/2"), "--shard"),
+    ],
+)
+def test_what_cannot_run_on_ray_is_said_in_one_line(tmp_path, words, said):
+    done = commands.run("construct", "--config=micro_construct", f"--workdir={tmp_path / 'run'}", *words)
+    assert said in done.complaint
+    assert not (tmp_path / "run" / "dataset").exists()
+
+
+def test_a_run_is_not_continued_with_another_number_of_parts_or_without_what_it_paid_for(tmp_path, monkeypatch):
+    samples, service = write_samples(tmp_path, 4), OpenAIService(Behaviour(key=KEY))
+    monkeypatch.setenv("TEST_KEY", KEY)
+    with serving(service) as url:
+        command = arguments(url, samples, tmp_path / "run")
+        (tmp_path / "run" / "parts" / "00000-of-00007").mkdir(parents=True)
+        assert "--shards=7" in commands.run("construct", *command, "--engine=ray", "--shards=3").complaint
+        shutil.rmtree(tmp_path / "run")
+        commands.succeed("construct", *command)
+        shutil.rmtree(tmp_path / "run" / "dataset")
+        assert "--engine=ray" in commands.run("construct", *command, "--engine=ray").complaint
