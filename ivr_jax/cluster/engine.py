@@ -28,7 +28,7 @@ from ivr_jax.errors import UserError
 
 LOCAL, RAY = "local", "ray"
 _STORE = 100 << 20  # bytes of Ray's object store on this machine: what passes through it are counts
-_POLL = 1.0  # seconds between two looks at the parts
+_POLL, _LAST_LOOK = 1.0, 10.0  # seconds between two looks at the parts, and for the last one
 _HEAD_SILENT = 20.0  # seconds without an answer of the head after which the run ends
 _AGAIN = "Give the same command again: what is finished is kept."
 
@@ -133,6 +133,7 @@ class Engine:
         task = ray.remote(run_part).options(max_retries=self.retries, scheduling_strategy="SPREAD", **options)
         open_ = {task.remote(command, index, coordinator): index for index in wanted}
         results: dict[int, Any] = {}
+        asked = coordinator.progress.remote()
         head = self.address if self.address.startswith("ray://") else ray.get_runtime_context().gcs_address
         heard = time.monotonic()
         while open_:
@@ -145,8 +146,12 @@ class Engine:
             for ref in ended:
                 index = open_.pop(ref)
                 results[index] = _value(ray, ref, index, self.retries)
-            with contextlib.suppress(ray.exceptions.RayError):  # the actor is being restarted, or slow to answer
-                _show(bar, ray.get(coordinator.progress.remote(), timeout=_POLL), len(results), len(wanted))
+            if ray.wait([asked], timeout=0)[0]:
+                with contextlib.suppress(ray.exceptions.RayError):  # the actor is being started anew
+                    _show(bar, ray.get(asked), len(results), len(wanted))
+                asked = coordinator.progress.remote()
+        with contextlib.suppress(ray.exceptions.RayError):
+            _show(bar, ray.get(asked, timeout=_LAST_LOOK), len(results), len(wanted))
         return results
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import benchmark_fixtures as fixtures
 import commands
@@ -24,21 +25,30 @@ STORE = 80 << 20
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
 
 
+NODE = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "include_log_monitor": False}
+
+
 @contextlib.contextmanager
-def cluster(nodes: int) -> Iterator[object]:
-    """A Ray cluster of so many nodes of one core each; every process of it has ended afterwards."""
+def running_cluster() -> Iterator[Any]:
+    """A Ray cluster of one node of one core; every process of it has ended afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (commands.environment() | QUIET | {"TEST_KEY": KEY}).items():
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
-        made = Cluster()
+        made = Cluster(initialize_head=True, head_node_args=NODE | {"no_monitor": True})
         try:
-            for _ in range(nodes):
-                made.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
             yield made
         finally:
             made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    before = processes_of_ray()
+    with running_cluster() as made:
+        yield made
+    assert processes_of_ray() == before
 
 
 @contextlib.contextmanager
@@ -73,32 +83,27 @@ def processes_of_ray() -> set[int]:
     return found
 
 
-def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monkeypatch):
+def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monkeypatch, cluster):
     monkeypatch.setenv("TEST_KEY", KEY)
-    before = processes_of_ray()
-    samples, service = write_samples(tmp_path, 20), OpenAIService(Behaviour(key=KEY))
+    samples, service = write_samples(tmp_path, 16), OpenAIService(Behaviour(key=KEY))
     limits = {"services": {"in_flight": 2}}
     with serving(service) as url:
         commands.succeed("construct", *arguments(url, samples, tmp_path / "one", **limits))
         calls = sum(service.log.answered.values())
         service.log.most_in_flight, service.behaviour.latency = 0, 0.03
-        with cluster(2) as nodes:
-            more = service.log.more(calls // 4)
-            workdir = tmp_path / "ray"
-            command = arguments(url, samples, workdir, **limits)
-            on_ray = ("--engine=ray", "--shards=4", f"--ray_address={nodes.address}")
-            with started("construct", *command, *on_ray) as running:
-                wait_for(more, running)
-                assert len(list(workdir.glob("parts/*"))) == 2
-                nodes.remove_node(nodes.worker_nodes.copy().pop(), allow_graceful=False)
-                out, err = running.communicate(timeout=180)
+        lost, workdir = cluster.add_node(**NODE), tmp_path / "ray"
+        more = service.log.more(calls // 4)
+        on_ray = ("--engine=ray", "--shards=4", f"--ray_address={cluster.address}")
+        with started("construct", *arguments(url, samples, workdir, **limits), *on_ray) as running:
+            wait_for(lambda: more() and len(list(workdir.glob("parts/*"))) == 2, running)
+            cluster.remove_node(lost, allow_graceful=False)
+            out, err = running.communicate(timeout=180)
     assert running.returncode == 0, err
     assert int(re.findall(r"(\d+) run again", err)[-1]) >= 1
     assert contents(tmp_path / "ray" / "dataset") == contents(tmp_path / "one" / "dataset")
     assert "kept direct" in out and not (tmp_path / "ray" / "parts").exists()
     # Two services, two calls each, whatever the number of parts; two more may have been under way when the node died.
     assert service.log.most_in_flight <= 6
-    assert processes_of_ray() == before
 
 
 def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_path, monkeypatch):
@@ -106,7 +111,7 @@ def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_p
     samples, service = write_samples(tmp_path, 12), OpenAIService(Behaviour(key=KEY, latency=0.05))
     with serving(service) as url:
         command = arguments(url, samples, tmp_path / "run", services={"in_flight": 4})
-        with cluster(1) as nodes:
+        with running_cluster() as nodes:
             address = nodes.address
             more = service.log.more(60)
             with started("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}") as running:
@@ -128,13 +133,13 @@ def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_p
     assert contents(tmp_path / "run" / "dataset") == contents(tmp_path / "one" / "dataset")
 
 
-def test_evaluation_and_tokenising_in_parts_are_those_of_one_process(tmp_path):
+def test_evaluation_and_tokenising_in_parts_are_those_of_one_process(tmp_path, cluster):
     model = write_model(tmp_path / "model")
     fixtures.WRITERS["wise"](tmp_path / "data")
     examples = ["tokenise", tmp_path / "model/dataset", f"--image_tokenizer={tmp_path / 'model/image_tokenizer'}"]
     commands.succeed(*examples, f"--out={tmp_path / 'one/examples'}")
-    with judging() as (service, url), cluster(1) as nodes:
-        on_ray = ("--engine=ray", "--shards=3", f"--ray_address={nodes.address}")
+    with judging() as (service, url):
+        on_ray = ("--engine=ray", "--shards=3", f"--ray_address={cluster.address}")
 
         def evaluate(name: str) -> list[str]:
             return ["--benchmark=wise", f"--data={tmp_path / 'data'}", f"--workdir={tmp_path / name / 'run'}",
