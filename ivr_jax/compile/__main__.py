@@ -97,8 +97,9 @@ def _search(call: cli.Call, topologies: list[Topology], console: Console) -> int
     report.show_search(console, topology, found)
     if not found:
         return 1
+    best, outcome = found[0]
+    console.print(f"flags of the first row: {best.flags() or 'none'}", soft_wrap=True, highlight=False)
     if out is not None:
-        best, outcome = found[0]
         _write(out, report.config_file(best.apply(config), topology, outcome))
         console.print(f"config of the first row: {out}")
     return 0
