@@ -97,9 +97,12 @@ def _covered(spans: Iterable[tuple[int, int]]) -> int:
 
 
 def exceeded(message: str) -> tuple[float, float] | None:
-    """(bytes wanted, bytes there are) of a compiler error that says a program does not fit, else None."""
+    """(bytes wanted, bytes there are) of a compiler error that says a program does not fit into HBM, else None.
+
+    A kernel that needs more of another memory (vmem) than a core has is no matter of the config.
+    """
     match = _EXCEEDED.search(message)
-    if match is None:
+    if match is None or re.search(r"memory space (?!hbm)\w+", message):
         return None
     return float(match.group(1)) * _UNITS[match.group(2)], float(match.group(3)) * _UNITS[match.group(4)]
 

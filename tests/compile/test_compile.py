@@ -158,6 +158,8 @@ def test_errors_of_the_compiler_about_memory_are_read():
     assert memory.exceeded(message) == (120.31 * GIB, 95.74 * GIB)
     message = "required for HLO temporaries (98.59G) exceeds available HBM (95.73G). HLO module: jit_step."
     assert memory.exceeded(message) == (98.59 * GIB, 95.73 * GIB)
+    message = "Ran out of memory in memory space vmem. Used 17.12M of 16.00M vmem. Exceeded vmem capacity by 1.12M."
+    assert memory.exceeded(message) is None  # of one core, whatever the config
     assert memory.exceeded("something else") is None
 
 
