@@ -12,7 +12,9 @@ import dataclasses
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +99,7 @@ class Engine:
             import ray
         except ModuleNotFoundError:
             raise UserError("Ray is not installed.", "Run pip install 'ivr_jax[ray]'.") from None
+        stopped_by = signal.getsignal(signal.SIGTERM)
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         if not self.address:
             here = {"object_store_memory": _STORE, "_node_ip_address": "127.0.0.1"}
@@ -120,6 +123,8 @@ class Engine:
             yield ray
         finally:
             ray.shutdown()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, stopped_by)  # Ray has put its own in place
 
     def _results(self, ray: Any, command: Command, wanted: Sequence[int], bar: tqdm) -> dict[int, Any]:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(

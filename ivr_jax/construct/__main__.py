@@ -232,7 +232,7 @@ def main(call: cli.Call) -> int | None:
         return None
     if engine is not None:
         _on_cluster(call, engine, begun)
-    parts = sorted(map(str, workdir.glob(f"{_PARTS}/*")))
+    parts = [str(part) for part in sorted(workdir.glob(f"{_PARTS}/*")) if saved_config(part) is not None]
     with (
         Journal(workdir / "journal") as journal,
         tqdm(desc="construct", unit="sample", mininterval=1.0) as bar,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,11 +37,13 @@ def running_cluster() -> Iterator[Any]:
             patch.setenv(name, value)
         from ray.cluster_utils import Cluster
 
+        stopped_by = signal.getsignal(signal.SIGTERM)
         made = Cluster(initialize_head=True, head_node_args=NODE | {"no_monitor": True})
         try:
             yield made
         finally:
             made.shutdown()
+            signal.signal(signal.SIGTERM, stopped_by)  # Ray has put its own in place
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def processes_of_ray() -> set[int]:
 
 def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monkeypatch, cluster):
     monkeypatch.setenv("TEST_KEY", KEY)
-    samples, service = write_samples(tmp_path, 16), OpenAIService(Behaviour(key=KEY))
+    samples, service = write_samples(tmp_path, 12), OpenAIService(Behaviour(key=KEY))
     limits = {"services": {"in_flight": 2}}
     with serving(service) as url:
         commands.succeed("construct", *arguments(url, samples, tmp_path / "one", **limits))
@@ -93,9 +96,9 @@ def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monke
         service.log.most_in_flight, service.behaviour.latency = 0, 0.03
         lost, workdir = cluster.add_node(**NODE), tmp_path / "ray"
         more = service.log.more(calls // 4)
-        on_ray = ("--engine=ray", "--shards=4", f"--ray_address={cluster.address}")
+        on_ray = ("--engine=ray", "--shards=3", f"--ray_address={cluster.address}")
         with started("construct", *arguments(url, samples, workdir, **limits), *on_ray) as running:
-            wait_for(lambda: more() and len(list(workdir.glob("parts/*"))) == 2, running)
+            wait_for(lambda: more() and len(list(workdir.glob("parts/*"))) >= 2, running)
             cluster.remove_node(lost, allow_graceful=False)
             out, err = running.communicate(timeout=180)
     assert running.returncode == 0, err
@@ -108,12 +111,12 @@ def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monke
 
 def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_KEY", KEY)
-    samples, service = write_samples(tmp_path, 12), OpenAIService(Behaviour(key=KEY, latency=0.05))
+    samples, service = write_samples(tmp_path, 8), OpenAIService(Behaviour(key=KEY, latency=0.1))
     with serving(service) as url:
         command = arguments(url, samples, tmp_path / "run", services={"in_flight": 4})
         with running_cluster() as nodes:
             address = nodes.address
-            more = service.log.more(60)
+            more = service.log.more(40)
             with started("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}") as running:
                 wait_for(more, running)
                 nodes.remove_node(nodes.head_node, allow_graceful=False)
