@@ -9,11 +9,12 @@ def lessons() -> ConfigDict:
         {
             "level": 0,
             "lessons": {"direct": 4.5, "judge": 5.5, "reflection": 0.0, "multi_step": 0.0},
-            "drawn_edits": (8.0, 2.0, 1.0, 1.0),
+            "drawn_edits": (10.0, 3.0, 0.0, 0.0),
             "read_edits": (1.0, 1.0, 1.0, 1.0),
             "right": 0.15,
             "dense": 0.4,
             "misread": 0.4,
+            "later_wrong": 0.25,
             # Edits that look in one cell for what belongs in another are rare in requests, and the last to be learnt.
             "kinds": {
                 "put": 0.6,

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.stage = "sft"
     config.seed = 0
     config.steps = 2600
-    config.batch = 6
+    config.batch = 5
     config.grad_accum_steps = 1
     config.gradient_dtype = "float32"  # of the sum over micro-batches
     config.loss_chunk_tokens = 4096
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
             "head_dim": 32,
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e4,
-            "max_position_embeddings": 640,
+            "max_position_embeddings": 768,
             "remat": "none",
             "unroll": 4,
             "fsdp_over_tensor": False,
@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
         {
             "path": "",
             "held_out": "",  # a dataset whose loss is logged as held_out_loss; "": none
-            "length": 256,
+            "length": 320,
             "too_long": "error",  # for trajectories of more than `length` tokens: "error", or "drop" leaves them out
             "mix": {"direct": 1.0, "reflection": 0.0, "multi_step": 0.0},
             "streams": 1,  # independent packings; on several hosts as many as rows, so that each reads its share

@@ -17,9 +17,9 @@ def get_config() -> ConfigDict:
     config.steps = 12
     config.prompts_per_step = 8
     config.group = 8
-    config.answer_length = 448
+    config.answer_length = 624
     config.micro_batch = 32
-    config.buckets = (160, 256, 384, 512)
+    config.buckets = (192, 320, 480, 704)
     config.num_iterations = 1  # times that a rollout is learnt from
     config.num_minibatches = 1  # optimiser steps each time, on disjoint parts of its groups
     config.overlap = 0  # steps that rollouts are drawn ahead while others are judged; so many updates behind they are
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
             "max_reflections": 3,
             "max_steps": 4,
             "follow_verdict": True,
-            "text_cap": 72,
+            "text_cap": 96,
         }
     )
     config.reward = ConfigDict(

@@ -15,11 +15,11 @@ from . import micro_base
 def get_config() -> ConfigDict:
     config = micro_base.get_config()
     config.steps = 1000
-    config.data.length = 576
+    config.data.length = 704
     config.data.practice_share = 0.0
-    config.data.practice.lessons = ConfigDict({"direct": 2.0, "judge": 2.0, "reflection": 1.5, "multi_step": 1.5})
-    config.batch = 5
-    config.data.mix = ConfigDict({"direct": 2.0, "reflection": 1.0, "multi_step": 2.0})
+    config.data.practice.lessons = ConfigDict({"direct": 1.0, "judge": 2.0, "reflection": 1.5, "multi_step": 2.5})
+    config.batch = 4
+    config.data.mix = ConfigDict({"direct": 2.0, "reflection": 1.0, "multi_step": 3.0})
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_ratio = 0.1
     return config

@@ -16,7 +16,6 @@ from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.world.practice import Lesson, PracticeOptions, draw_lesson
 from ivr_jax.world.render import render
 
-DRAWING = 1 + codec.PARTS.index("G")  # the loss flag of a target that is part of a drawing
 CHUNK = 64  # lessons whose images are encoded together: one by one takes eight times as long
 KEPT = 4  # chunks, for readers that do not go in step
 
@@ -60,6 +59,8 @@ class LessonExamples:
     def _example(self, lesson: Lesson, codes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         encoded = codec.encode_trajectory(self._tokenizer, lesson.trajectory, codes)
         loss = encoded.target_parts()
-        if not lesson.drawn:
-            loss[loss == DRAWING] = 0
+        rounds = lesson.trajectory.rounds
+        for segment in encoded.segments:
+            if segment.part == "G" and rounds[segment.round - 1].image in lesson.given:
+                loss[encoded.answer_start + segment.start : encoded.answer_start + segment.end] = 0
         return {"tokens": encoded.tokens, "loss": loss}

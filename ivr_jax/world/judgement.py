@@ -111,25 +111,26 @@ def faults(view: View, canvas: Scene, target: Scene, touches: Mapping[int, int],
 
 
 def observe(view: View, canvas: Scene, edits: Sequence[Edit], references: Sequence[Scene], level: int) -> str:
-    """What can be said of an image before it is judged: what each edit changes, then place by place what the request
-    wants there, what the image shows, and whether they agree (`language.Observation` in words).
+    """What can be said of an image before it is judged: each edit and what it changes, then place by place what the
+    request wants there, what the image shows, and whether they agree (`language.Observation` in words).
 
     Attributes of the whole image are places where the level has several values of them.
     """
-    rules, changed, scene = level_of(level), [], canvas
+    rules, said, scene = level_of(level), [], canvas
     for edit in edits:
         after = edit.apply(scene, references)
-        changed += [(after.places[i], value_words(after.values[i])) for i in changes(scene, after)]
+        changed = tuple((after.places[i], value_words(after.values[i])) for i in changes(scene, after))
+        said.append((language.clause(edit), changed))
         scene = after
     if view.scene is None:
-        return language.observation(language.Observation(tuple(changed), (), (language.SIZE,)))
+        return language.observation(language.Observation(tuple(said), (), (language.SIZE,)))
     count = len(scene.cells)
     shown = [*range(count), *(count + i for i, values in enumerate((rules.backgrounds, rules.styles, rules.tones))
                               if len(values) > 1)]
     pairs = [(scene.values[i], view.scene.values[i]) for i in shown]
     places = tuple((value_words(wanted), value_words(seen), wanted == seen) for wanted, seen in pairs)
     broken = () if view.ruler else (language.RULER,)
-    return language.observation(language.Observation(tuple(changed), places, broken))
+    return language.observation(language.Observation(tuple(said), places, broken))
 
 
 def content_words(target: Scene, name: str) -> str:

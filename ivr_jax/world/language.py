@@ -219,7 +219,7 @@ def parse_plan(text: str) -> tuple[tuple[str, str], ...] | None:
 
 # -- observations -----------------------------------------------------------------------------------------------------
 
-CHANGES, CELLS = "Changes", ". Wanted, seen:"
+CELLS = ". Wanted, seen:"
 SAME, DIFFERENT = "matches.", "differs."  # the mark that closes what is said of a cell
 BLOT = "unknown blot"  # what a cell shows that holds no object of the world
 _SEEN = rf"{_CONTENT}|{BLOT}"
@@ -232,43 +232,52 @@ class Observation:
     """What an evaluation writes down before its verdicts.
 
     Attributes:
-      changes: (place, content) for every change that the request makes, edit by edit; a later change of the same
-        place replaces an earlier one.
+      edits: for every edit of the request, in order, its canonical clause and the (place, content) of each change that
+        it makes; a later change of the same place replaces an earlier one.
       places: (wanted content, seen content, whether they agree) for every place in reading order.
       broken: what else is wrong: the ruler, or the size of the image, of which then no place can be said.
     """
 
-    changes: tuple[tuple[str, str], ...]
+    edits: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     places: tuple[tuple[str, str, bool], ...]
     broken: tuple[str, ...] = ()
 
+    @property
+    def changes(self) -> tuple[tuple[str, str], ...]:
+        """The changes of all edits, in order."""
+        return tuple(change for _, changes in self.edits for change in changes)
+
 
 def observation(found: Observation) -> str:
-    """"Changes b2 red circle a1 empty. Wanted, seen: empty empty matches. red circle empty differs. ..." """
-    changes = "".join(f" {place} {content}" for place, content in found.changes)
+    """"Put a red circle at b2, b2 red circle. Clear a1, a1 empty. Wanted, seen: empty red circle differs. ..." """
+    edits = (said + ("," + "".join(f" {place} {content}" for place, content in changes) if changes else "")
+             for said, changes in found.edits)
     places = "".join(f" {wanted} {seen} {SAME if same else DIFFERENT}" for wanted, seen, same in found.places)
-    return f"{CHANGES}{changes}{CELLS}{places}" + "".join(f" {name} {DIFFERENT}" for name in found.broken)
+    return f"{NEXT.join(edits)}{CELLS}{places}" + "".join(f" {name} {DIFFERENT}" for name in found.broken)
 
 
 def parse_observation(text: str) -> Observation | None:
     """The inverse of `observation`; None when the text is something else."""
     head, separator, body = text.partition(CELLS)
-    if not separator or not head.startswith(CHANGES):
+    if not separator:
         return None
-    changes = _matches(_CHANGE, head.removeprefix(CHANGES))
+    edits = []
+    for part in head.split(NEXT):
+        said, _, listed = part.partition(",")
+        changes = _matches(_CHANGE, listed)
+        if parse_clause(said) is None or changes is None:
+            return None
+        edits.append((said, tuple((m["place"], m["content"]) for m in changes)))
     broken = []
     for name in (SIZE, RULER):
         if body.endswith(ending := f" {name} {DIFFERENT}"):
             body = body.removesuffix(ending)
             broken.insert(0, name)
     places = _matches(_CELL_ROW, body)
-    if changes is None or places is None:
+    if places is None:
         return None
-    return Observation(
-        tuple((m["place"], m["content"]) for m in changes),
-        tuple((m["wanted"], m["seen"], m["mark"] == "matches") for m in places),
-        tuple(broken),
-    )
+    rows = tuple((m["wanted"], m["seen"], m["mark"] == "matches") for m in places)
+    return Observation(tuple(edits), rows, tuple(broken))
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> list[re.Match[str]] | None:
@@ -304,7 +313,7 @@ def _phrases() -> tuple[str, ...]:
              *BACKGROUNDS, *STYLES, *TONES, *ATTRIBUTES, EMPTY, REDRAWN, RULER, SIZE]
     cells = [f" {letter}{i + 1}" for i in range(MAX_SIDE) for letter in COLUMN_LETTERS]
     fixed = [FULL_STOP, NEXT, STEP_END, ",", PASSED, WRONG, MORE, *(f"{fault} at" for fault in FAULTS), "Make",
-             NO_FAULT, NO_PLAN, CHANGES, CELLS, f" {SAME}", f" {DIFFERENT}", f" {BLOT}"]
+             NO_FAULT, NO_PLAN, "Changes", CELLS, f" {SAME}", f" {DIFFERENT}", f" {BLOT}"]
     # Colour and shape in one piece, so that what a cell holds is one token.
     fixed += [f" {colour} {shape}" for colour in COLOURS for shape in SHAPES + LETTERS]
     fixed += [f" {colour} {things} in" for colour in COLOURS for things in _SINGULAR]

@@ -1,13 +1,15 @@
 """Practice: endless trajectories made of scenes alone, without pixels, for a base model that understands.
 
-A lesson is a trajectory (`ivr_jax.trajectory`) with the scene of each of its images, and whether its first drawing is a
-target.  Faults are made up, and there are many of them at once in some images: a model learns to compare cell by cell
+A lesson is a trajectory (`ivr_jax.trajectory`) with the scene of each of its images, and which of them are given: judged,
+but no targets of drawing.  Faults are made up, and there are many of them at once in some images: a model learns to compare cell by cell
 from boards that are wrong in every second place much sooner than from boards that are wrong in one.
 
     direct       the exact answer, drawn and judged
     judge        an image that is given, right or wrong, and its evaluation
-    reflection   a wrong image, its evaluation, the critique, and the exact answer
-    multi_step   a wrong image, its evaluation, and one step an edit
+    reflection   a wrong image, its evaluation, the critique, and the exact answer; or, given, other wrong images first
+    multi_step   a wrong image, its evaluation, and one step an edit; or, given, a wrong image after some of the steps
+
+Without given images in later rounds a model learns that the second image always passes, whatever it shows.
 
 Lessons are drawn by index, independent of each other; none is a held-out task of `ivr_jax.world.sampler`.
 """
@@ -49,6 +51,8 @@ class PracticeOptions:
       right: share of the images to judge that are right.
       dense, misread: shares of the wrong images in which many cells are redrawn at random, and in which edits were left
         out or misunderstood; the others are wrong in one or two cells.
+      later_wrong: probability that a second or third image of a reflection lesson, or a step's image, is wrong, given
+        to be judged.
       kinds: relative frequency of kinds of edits where it differs from the level's own.
     """
 
@@ -59,6 +63,7 @@ class PracticeOptions:
     right: float = 0.2
     dense: float = 0.5
     misread: float = 0.3
+    later_wrong: float = 0.2
     kinds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,6 +81,8 @@ class PracticeOptions:
         if min(self.right, self.dense, self.misread) < 0 or max(self.right, self.dense + self.misread) > 1:
             raise UserError("practice.right, dense and misread are shares of images.",
                             "Let each be at least 0, and right and dense + misread 1 at most.")
+        if not 0 <= self.later_wrong <= 1:
+            raise UserError(f"practice.later_wrong is {self.later_wrong}.", "Give a probability from 0 to 1.")
         if self.lessons.get("multi_step") and not any(self.read_edits[1:]):
             raise UserError("steps need several edits.", "Give practice.read_edits weights for two edits or more.")
 
@@ -90,11 +97,20 @@ class PracticeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """A trajectory, the scene of each image by name, and whether a first image that passes is a target."""
+    """A trajectory, the scene of each image by name, and the names of those drawn images that are no targets."""
 
     trajectory: Trajectory
     scenes: dict[str, Scene]
-    drawn: bool
+    given: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Image:
+    """An image of a lesson: what led to it, what it shows, and whether it is given rather than a target."""
+
+    cause: Reflection | Step | None
+    scene: Scene
+    given: bool
 
 
 def draw_lesson(options: PracticeOptions, seed: int, index: int) -> Lesson:
@@ -105,34 +121,60 @@ def draw_lesson(options: PracticeOptions, seed: int, index: int) -> Lesson:
     if kind == "multi_step":
         weights[1] = 0.0
     facts, prompt = sample_facts(rng, options.rules, _weighted(rng, weights))
-    right = kind == "direct" or kind == "judge" and rng.random() < options.right
-    first = facts.target if right else wrong_scene(rng, facts, options)
-    names = tuple(f"{SOURCE}{i + 1}" for i in range(len(facts.sources)))
-    sample = Sample(f"practice{options.level}-{seed}-{index}", prompt, names)
-    later: list[tuple[Reflection | Step, Scene]] = []
+    if kind == "direct" or kind == "judge" and rng.random() < options.right:
+        images = [_Image(None, facts.target, kind == "judge")]
+    else:
+        images = [_Image(None, wrong_scene(rng, facts, options), True)]
     if kind == "reflection":
-        later = [(ANALYZER.reflect_view(facts, judgement.View(first, ruler=True)), facts.target)]
+        images += _reflections(rng, facts, images[0].scene, options)
     elif kind == "multi_step":
-        later = _steps(facts)
-    drawn = [(None, first), *later]
-    rounds = tuple(Round(cause, f"{DRAWN}{k}", ANALYZER.evaluate_view(facts, judgement.View(scene, ruler=True)))
-                   for k, (cause, scene) in enumerate(drawn, 1))
-    scenes = dict(zip(names, facts.sources, strict=True)) | {f"{DRAWN}{k}": s for k, (_, s) in enumerate(drawn, 1)}
-    return Lesson(Trajectory(sample, rounds), scenes, kind != "judge")
+        images += _steps(rng, facts, options)
+    sources = tuple(f"{SOURCE}{i + 1}" for i in range(len(facts.sources)))
+    sample = Sample(f"practice{options.level}-{seed}-{index}", prompt, sources)
+    names = [f"{DRAWN}{k}" for k in range(1, len(images) + 1)]
+    rounds = tuple(
+        Round(image.cause, name, ANALYZER.evaluate_view(facts, judgement.View(image.scene, ruler=True)))
+        for name, image in zip(names, images, strict=True)
+    )
+    scenes = dict(zip(sources, facts.sources, strict=True))
+    scenes |= {name: image.scene for name, image in zip(names, images, strict=True)}
+    given = frozenset(name for name, image in zip(names, images, strict=True) if image.given)
+    return Lesson(Trajectory(sample, rounds), scenes, given)
 
 
 ANALYZER = WorldAnalyzer(observe=True)
 
 
-def _steps(facts: Facts) -> list[tuple[Step, Scene]]:
-    """The steps from the source to the target; they end as soon as the target is reached."""
-    scene, steps = facts.canvas, []
+def _reflections(rng: np.random.Generator, facts: Facts, first: Scene, options: PracticeOptions) -> list[_Image]:
+    """Up to two images after `first`, each with the critique of the one before; they end with the first right one."""
+    images: list[_Image] = []
+    for _ in range(2):
+        last = images[-1].scene if images else first
+        critique = ANALYZER.reflect_view(facts, judgement.View(last, ruler=True))
+        wrong = rng.random() < options.later_wrong
+        images.append(_Image(critique, wrong_scene(rng, facts, options) if wrong else facts.target, wrong))
+        if not wrong:
+            break
+    return images
+
+
+def _steps(rng: np.random.Generator, facts: Facts, options: PracticeOptions) -> list[_Image]:
+    """The steps from the source to the target; they end as soon as the target is reached.
+
+    A wrong image of a step differs in one or two cells from what the step asks for, and the steps go on from it.
+    """
+    scene, images = facts.canvas, []
     for edit in step_edits(facts):
-        scene = edit.apply(scene, facts.sources)
-        steps.append((Step(language.step(edit)), scene))
+        scene = judgement.apply_safely([edit], scene, facts.sources)
+        wrong = rng.random() < options.later_wrong
+        if wrong:
+            spoilt = _few_wrong(rng, scene, options.rules)
+            wrong = spoilt != scene
+            scene = spoilt
+        images.append(_Image(Step(language.step(edit)), scene, wrong))
         if scene == facts.target:
             break
-    return steps
+    return images
 
 
 def wrong_scene(rng: np.random.Generator, facts: Facts, options: PracticeOptions) -> Scene:
@@ -145,11 +187,16 @@ def wrong_scene(rng: np.random.Generator, facts: Facts, options: PracticeOptions
         elif dice < options.dense + options.misread:
             scene = judgement.apply_safely(_misread(rng, facts.edits, rules), facts.canvas, facts.sources)
         else:
-            places = rng.permutation(len(facts.target.cells))[: 1 + int(rng.integers(2))]
-            scene = facts.target.with_values({int(place): _content(rng, rules) for place in places})
+            scene = _few_wrong(rng, facts.target, rules)
         if scene != facts.target:
             return scene
     raise UserError("no wrong image could be made up.", "Use a level with more than one kind of object.")
+
+
+def _few_wrong(rng: np.random.Generator, scene: Scene, rules: Level) -> Scene:
+    """One or two cells are drawn anew."""
+    places = rng.permutation(len(scene.cells))[: 1 + int(rng.integers(2))]
+    return scene.with_values({int(place): _content(rng, rules) for place in places})
 
 
 def _redraw(rng: np.random.Generator, scene: Scene, rules: Level, rate: float) -> Scene:

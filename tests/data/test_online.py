@@ -16,7 +16,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
 from ivr_jax.protocol import codec
 from ivr_jax.trajectory import Mode
-from ivr_jax.world import language
+from ivr_jax.world import judgement, language
 from ivr_jax.world.practice import LESSONS, PracticeOptions, draw_lesson
 from ivr_jax.world.render import render
 
@@ -72,8 +72,20 @@ def test_lessons_are_what_a_stored_dataset_gives(tmp_path, around):
     assert sorted(e["tokens"].tolist() for e in made) == sorted(e["tokens"].tolist() for e in stored)
     for example, lesson in zip(made, lessons, strict=True):
         other = next(e for e in stored if e["tokens"].tolist() == example["tokens"].tolist())
-        drawing = other["loss"] == 1 + codec.PARTS.index("G")
-        np.testing.assert_array_equal(example["loss"], np.where(drawing & (not lesson.drawn), 0, other["loss"]))
+        np.testing.assert_array_equal(example["loss"], without_given(lesson, example["tokens"], other["loss"]))
+
+
+def without_given(lesson, tokens, loss):
+    """The loss flags without those of given images, found by counting the image blocks of the answer."""
+    vocab, expected = TOKENIZER.vocab, loss.copy()
+    starts = np.flatnonzero(tokens == vocab.boi)[len(lesson.trajectory.sample.sources) :]
+    for start, name in zip(starts, lesson.trajectory.images, strict=True):
+        end = start + np.flatnonzero(tokens[start:] == vocab.eoi)[0] + 1
+        if name in lesson.given:
+            expected[start:end] = 0
+        elif len(lesson.trajectory.images) == 1:
+            assert (expected[start:end] == 1 + codec.PARTS.index("G")).all()
+    return expected
 
 
 def test_lessons_depend_on_seed_and_index_alone_and_show_what_they_say():
@@ -92,7 +104,7 @@ def test_lessons_depend_on_seed_and_index_alone_and_show_what_they_say():
             seen = language.parse_observation(round_.evaluation.observation)
             assert [row[2] for row in seen.places] == [
                 a == b for a, b in zip(lesson.scenes[round_.image].cells, target.cells, strict=True)]
-        assert rounds[-1].evaluation.passed or len(rounds) == 1
+        assert rounds[-1].evaluation.passed or rounds[-1].image in lesson.given or len(edits) < len(rounds)
     assert draw_lesson(OPTIONS, 7, 0) != draw_lesson(OPTIONS, 8, 0)
 
 
@@ -106,16 +118,43 @@ def test_shares_are_as_asked_for():
         edits = language.parse_prompt(lesson.trajectory.sample.prompt)
         if lesson.trajectory.sample.sources and "image" not in lesson.trajectory.sample.prompt:
             kinds.update(edit.kind for edit in edits)
-        counts[lesson.drawn, len(edits), lesson.trajectory.rounds[0].evaluation.passed] += 1
+        counts[not lesson.given, len(edits), lesson.trajectory.rounds[0].evaluation.passed] += 1
     assert set(counts) == {(True, 1, True), (False, 3, True), (False, 3, False)}
     assert 70 <= counts[True, 1, True] <= 130 and 50 <= counts[False, 3, True] <= 100
     assert set(kinds) == {"move"}
 
 
+def test_later_images_are_wrong_as_often_as_asked_and_the_rest_follows_from_them():
+    passes, rounds = Counter(), Counter()
+    for share in (0.0, 0.5):
+        options = dataclasses.replace(OPTIONS, lessons={"reflection": 1.0, "multi_step": 1.0}, later_wrong=share)
+        for index in range(120):
+            lesson = draw_lesson(options, 3, index)
+            mode, images = lesson.trajectory.mode, lesson.trajectory.rounds
+            assert images[0].image in lesson.given and not images[0].evaluation.passed
+            for before, round_ in zip(images, images[1:], strict=False):
+                if mode is Mode.REFLECTION:
+                    assert round_.evaluation.passed == (round_.image not in lesson.given)
+                elif round_.image not in lesson.given:
+                    first = before is images[0]
+                    last = lesson.scenes.get("source1", OPTIONS.rules.blank) if first else lesson.scenes[before.image]
+                    sources = [lesson.scenes[name] for name in lesson.trajectory.sample.sources]
+                    edit = language.parse_step(round_.cause.instruction)
+                    assert lesson.scenes[round_.image] == judgement.apply_safely([edit], last, sources)
+            rounds[share, mode, len(images)] += 1
+            passes[share, mode] += images[-1].evaluation.passed
+    for mode in (Mode.REFLECTION, Mode.MULTI_STEP):
+        lessons = {share: sum(n for (s, m, _), n in rounds.items() if (s, m) == (share, mode)) for share in (0.0, 0.5)}
+        assert passes[0.0, mode] == lessons[0.0]
+        assert 0.1 < passes[0.5, mode] / lessons[0.5] < 0.9
+    assert set(length for share, mode, length in rounds if (share, mode) == (0.0, Mode.REFLECTION)) == {2}
+    assert set(length for share, mode, length in rounds if (share, mode) == (0.5, Mode.REFLECTION)) == {2, 3}
+
+
 @pytest.mark.parametrize("wrong", [
     {"lessons": {"essay": 1.0}}, {"lessons": dict.fromkeys(LESSONS, 0.0)}, {"drawn_edits": (1.0,) * 5},
     {"read_edits": (-1.0, 1.0)}, {"right": 1.5}, {"dense": 0.7, "misread": 0.7}, {"kinds": {"dance": 1.0}},
-    {"read_edits": (1.0,)}, {"level": 9},
+    {"read_edits": (1.0,)}, {"level": 9}, {"later_wrong": -0.1},
 ])  # fmt: skip
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(UserError):

@@ -186,7 +186,8 @@ def test_critiques_and_steps_of_level_0_are_short():
 
 def test_an_observation_is_read_back():
     found = language.Observation(
-        (("b2", "red circle"), ("a1", "empty"), ("background", "sky")),
+        (("Put a red circle at b2", (("b2", "red circle"),)), ("Clear a1", ()),
+         ("Swap the cell left of b2 with c3", (("a2", "empty"), ("c3", "small red circle")))),
         (("empty", "unknown blot", False), ("small dotted red triangle pointing left", "red circle", False),
          ("empty", "empty", True), ("sky", "white", False)),
         ("the ruler",),
@@ -194,6 +195,8 @@ def test_an_observation_is_read_back():
     text = language.observation(found)
     assert language.parse_observation(text) == found
     assert language.parse_observation(text + " red circle") is None
-    assert language.parse_observation(text.replace("Changes", "Change")) is None
-    without_places = language.Observation((("c3", "empty"),), (), ("the image size",))
+    assert found.changes == (("b2", "red circle"), ("a2", "empty"), ("c3", "small red circle"))
+    assert language.parse_observation(text.replace("Clear", "Clean")) is None
+    assert language.parse_observation(text.replace("b2, b2", "b2, big")) is None
+    without_places = language.Observation((("Clear c3", (("c3", "empty"),)),), (), ("the image size",))
     assert language.parse_observation(language.observation(without_places)) == without_places
