@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "sft"
     config.seed = 0
-    config.steps = 2600
+    config.steps = 2800
     config.batch = 5
     config.grad_accum_steps = 1
     config.gradient_dtype = "float32"  # of the sum over micro-batches

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.base = ("steps=10000",)
     config.construct = ("quotas.direct=4800", "quotas.reflection=2400", "quotas.multi_step=4800")
-    config.sft = ("steps=2400", "data.practice_share=0.4")
+    config.sft = ("steps=2400", "data.practice_share=0.5")
     config.rl = ("steps=48", "optimizer.learning_rate=1e-4")
     config.evaluate = ("prompts=1024", "each_split=16")  # at temperature 1; at 0 without the splits
     config.forced = ("prompts=256",)  # answers held to one mode, for the entry gates
@@ -52,5 +52,5 @@ def get_config() -> ConfigDict:
             "all_three": (),
         }
     )
-    config.mix_sft = ("steps=900", "data.practice_share=0.4")
+    config.mix_sft = ("steps=900", "data.practice_share=0.5")
     return config

@@ -45,7 +45,7 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
         step("Construct trajectories from its own images", "construct", "micro_construct", "construct", baseline=base),
         step(
             "Fine-tune on them", "train", "micro_sft", "sft",
-            init=base, data__path=built, data__practice_share=0.4, image_tokenizer=images,
+            init=base, data__path=built, data__practice_share=0.5, image_tokenizer=images,
         ),
         step("Evaluate the fine-tuned model", "evaluate", check, "eval_sft", checkpoint=sft),
         *(
