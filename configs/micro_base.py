@@ -1,7 +1,7 @@
 r"""Base model of the micro-world: Emu3.5's decoder with 0.5 M parameters, trained to draw and to judge what is drawn.
 
-Endless lessons, made when they are read (`ivr_jax.world.practice`): a third are exact drawings, mostly of one edit; the
-rest are images, most of them wrong, to be judged after requests of one to four edits.  So the base understands more
+Endless lessons, made when they are read (`ivr_jax.world.practice`): half are exact drawings, mostly of one edit; the
+others are images, most of them wrong, to be judged after requests of one to four edits.  So the base understands more
 than it can draw, as the paper's does, and its verdicts depend on the image.  Small batches learn faster at equal
 tokens (docs/results/seeing.md).
 Command: python -m ivr_jax.train --config=configs/micro_base.py --workdir=runs/demo/base \

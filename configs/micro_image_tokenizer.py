@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.stage = "image_tokenizer"
     config.seed = 0
-    config.steps = 420
-    config.continuous_steps = 300  # then the codebook is placed by k-means on `codebook_images` images
+    config.steps = 640
+    config.continuous_steps = 440  # then the codebook is placed by k-means on `codebook_images` images
     config.codebook_images = 256
     config.batch = 16
     config.eval_images = 64
