@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.mesh = rl.mesh
     config.rollout = rl.rollout
     config.modes = ()  # modes the answers may use; empty: all of a model trained on trajectories, else interleaved
-    config.text_cap = 0  # most tokens of one free text; 0: 64 with the micro tokenizer, else 512
+    config.text_cap = 0  # most tokens of one free text; 0: 96 with the micro tokenizer, else 512
     # Temperature 0 and room for reasoning; the reply's score is what counts.
     config.judge = service("openai", temperature=0.0, max_tokens=1000, image_side=2048)
     config.judge_version = ""  # the model's version as its provider names it; empty: the model's name

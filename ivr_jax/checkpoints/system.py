@@ -70,6 +70,11 @@ class System:
         rows, columns = fitted_size(1, 1, self.area or config.resolution**2, config.factor)
         return rows // config.factor, columns // config.factor
 
+    @property
+    def longest_text(self) -> int:
+        """The usual limit of one free text, in tokens: room for an observation of the micro-world, or for prose."""
+        return 96 if self.meta.get("text_tokenizer") == MICRO else 512
+
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which programs on `params` run."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

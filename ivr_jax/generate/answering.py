@@ -129,12 +129,12 @@ def make_answering(
         trajectories, else interleaved texts and images.  "image" is one image and nothing else.
       image_area: pixels of an image, approximately; 0: the image tokenizer's resolution, squared.
       answer_length: most answer tokens; 0: enough for five images.
-      text_cap: most tokens of one free text; 0: 64 with the micro tokenizer, else 512.
+      text_cap: most tokens of one free text; 0: 96 with the micro tokenizer, else 512.
       about: settings that are recorded with every answer.
     """
     trained_here = "vocabulary" in system.meta
     modes = tuple(dict.fromkeys(modes)) or (MODES if trained_here else (INTERLEAVED,))
-    cap = text_cap or (64 if system.meta.get("text_tokenizer") == systems.MICRO else 512)
+    cap = text_cap or system.longest_text
     one_image = IMAGE in modes
     if one_image and modes != (IMAGE,):
         raise UserError(f"mode {IMAGE} does not go with others.", "Ask for it alone.")

@@ -57,7 +57,7 @@ def add_flags(values: flags.FlagValues) -> None:
     number("waiting", 64, "requests that may wait; more are refused with 429", 1)
     number("image_area", 0, "pixels of an image, about; 0: the image tokenizer's resolution, squared")
     number("answer_length", 0, "most answer tokens; 0: what the prompt leaves of the context")
-    number("text_cap", 0, "most tokens of one free text; 0: 64 with the micro tokenizer, else 512")
+    number("text_cap", 0, "most tokens of one free text; 0: 96 with the micro tokenizer, else 512")
     text("dtype", None, "of weights and activations, such as bfloat16; as in the checkpoint by default")
     flags.DEFINE_boolean("open", False, "open the page in this machine's browser", flag_values=values)
     text("mesh", None, "devices by axis, such as tensor:4 or fsdp:2,tensor:4; one device by default")

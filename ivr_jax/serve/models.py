@@ -56,14 +56,14 @@ class ServedModel:
       name: what requests call it.
       area: pixels of an image, about; 0: the image tokenizer's own.
       answer_length: most answer tokens; 0: what the prompt leaves of the context.
-      text_cap: longest free text; 0: 64 with the micro tokenizer, else 512.
+      text_cap: longest free text; 0: 96 with the micro tokenizer, else 512.
     """
 
     def __init__(self, name: str, system: System, area: int = 0, answer_length: int = 0, text_cap: int = 0):
         self.name, self.system = name, system
         self.area = area or system.codec.config.resolution**2
         self.answer_length = answer_length or system.config.max_position_embeddings
-        cap = text_cap or (64 if system.meta.get("text_tokenizer") == MICRO else 512)
+        cap = text_cap or system.longest_text
         modes = {INTERLEAVED: GrammarOptions(modes=(INTERLEAVED,), text_cap=cap)}
         if "vocabulary" in system.meta:  # trained here, on trajectories
             modes = {AUTO: GrammarOptions(text_cap=cap)}

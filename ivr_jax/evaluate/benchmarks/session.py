@@ -390,7 +390,7 @@ def grammar_options(system: systems.System, modes: tuple[str, ...], text_cap: in
     if not modes:
         trained_here = "vocabulary" in system.meta
         modes = tuple(mode.value for mode in AnswerMode) if trained_here else (INTERLEAVED,)
-    cap = text_cap or (64 if system.meta.get("text_tokenizer") == systems.MICRO else 512)
+    cap = text_cap or system.longest_text
     return GrammarOptions(modes=modes, max_reflections=MAX_REFLECTIONS, max_steps=MAX_STEPS, text_cap=cap)
 
 
