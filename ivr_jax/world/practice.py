@@ -1,8 +1,9 @@
 """Practice: endless trajectories made of scenes alone, without pixels, for a base model that understands.
 
-A lesson is a trajectory (`ivr_jax.trajectory`) with the scene of each of its images, and which of them are given: judged,
-but no targets of drawing.  Faults are made up, and there are many of them at once in some images: a model learns to compare cell by cell
-from boards that are wrong in every second place much sooner than from boards that are wrong in one.
+A lesson is a trajectory (`ivr_jax.trajectory`) with the scene of each of its images, and which of them are given:
+judged, but no targets of drawing.  Faults are made up, and there are many of them at once in some images: a model
+learns to compare cell by cell from boards that are wrong in every second place much sooner than from boards that are
+wrong in one.
 
     direct       the exact answer, drawn and judged
     judge        an image that is given, right or wrong, and its evaluation
