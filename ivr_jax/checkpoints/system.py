@@ -175,7 +175,7 @@ def load(
     config = _config(meta["model"], options, path)
     check_vocabulary(tokenizer, config, meta, path)
     like = backbone.param_shapes(config)
-    if callable(mesh):
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):  # a mesh itself is callable, too
         mesh = mesh(config)
     if mesh is not None:
         like = sharding.abstract_sharded(mesh, backbone.param_axes(config), like)

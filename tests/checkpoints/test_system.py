@@ -67,3 +67,9 @@ def test_options_of_how_it_computes_are_taken():
 def test_images_without_a_source_have_the_area_that_is_asked_for(area, cells):
     codec = types.SimpleNamespace(config=types.SimpleNamespace(resolution=64, factor=16))
     assert systems.System(CONFIG, None, None, codec, {}, area=area).cells == cells
+
+
+def test_a_mesh_is_given_as_it_is_or_by_what_the_config_asks_for():
+    mesh = sharding.local_mesh()
+    for given in (mesh, lambda config: mesh):  # a mesh can be called as well
+        assert systems.load("micro", mesh=given).mesh is mesh
