@@ -76,13 +76,14 @@ def load_sampler(
       UserError: see `system.load`; the mesh is not that of the devices.
     """
     devices = sharding.mesh_of(mesh)
-    dtype = {"dtype": rollout.dtype, "param_dtype": rollout.dtype} if rollout.dtype else {}
+    several = devices.size > 1
+    options = systems.answering_options(devices if several else None, rollout.dtype or None)
 
     def layout(config: backbone.BackboneConfig) -> Mesh:
         return RolloutLayout(config, devices, rollout.tensor).mesh
 
-    where = None if devices.size == 1 else layout
-    return systems.load(path, image_tokenizer, text_tokenizer_path=text_tokenizer, mesh=where, **dtype)
+    where = layout if several else None
+    return systems.load(path, image_tokenizer, text_tokenizer_path=text_tokenizer, mesh=where, **options)
 
 
 class RolloutLayout:
