@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 
 from ivr_jax import files
 from ivr_jax.cloud import inputs
+from ivr_jax.cloud.objects import is_url
 from ivr_jax.errors import UserError
 
 Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
@@ -56,7 +57,7 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     megapixels, or more than 32,768 pixels a side; and for samples of unknown range, which would turn black: 32-bit
     integers and floats, and 16-bit samples that use 14 bits at most, unless the file says which value is white.
     """
-    return _read(inputs.local(path), str(path))
+    return _read(inputs.local(path) if is_url(path) else Path(path), str(path))
 
 
 def decode_image(data: bytes, what: str) -> np.ndarray:

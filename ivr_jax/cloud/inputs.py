@@ -39,7 +39,7 @@ def local(path: str | os.PathLike[str], without: str = "") -> Path:
       UserError: it is not there, or the bucket cannot be read.  For a local path nothing is looked up.
     """
     if not is_url(path):
-        return Path(path).expanduser()
+        return _expanded(path)
     url = str(path).rstrip("/")
     for _ in range(_TRIES):
         try:
@@ -52,12 +52,20 @@ def local(path: str | os.PathLike[str], without: str = "") -> Path:
 def local_list(path: str | os.PathLike[str]) -> Path:
     """A file that names others beside it: `path` itself, or a copy of it with its whole folder."""
     if not is_url(path):
-        return Path(path).expanduser()
+        return _expanded(path)
     folder, _, name = str(path).rpartition("/")
     file = local(folder) / name
     if not file.is_file():
         raise UserError(f"{path} is not there.", "Check the path.")
     return file
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with the home folder for `~`; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def listed(url: str) -> Mapping[str, manifest.Entry]:

@@ -44,7 +44,7 @@ def test_a_copy_is_made_once_and_local_paths_are_left_alone(bucket):
     (first / "a").write_text("edited")
     assert inputs.local(url) == first and (inputs.local(url) / "a").read_text() == "edited"
     assert inputs.local("runs/x") == Path("runs/x") == inputs.local_list("runs/x")
-    assert inputs.local("~/x") == Path.home() / "x"
+    assert inputs.local("~/x") == Path.home() / "x" and inputs.local("~nobody at all/x") == Path("~nobody at all/x")
 
 
 def test_an_object_that_is_not_what_the_manifest_says_is_not_taken(bucket, monkeypatch):
