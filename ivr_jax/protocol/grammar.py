@@ -428,3 +428,29 @@ def advance(tables: Tables, state: GrammarState, token: Any, xp: Any) -> Grammar
     node = xp.where(in_text & was_text & (text_left <= 0), tables.capped[node], node)
     registers = (node, height, width, rows, cells, text_left, want_height, want_width)
     return GrammarState(*(x.astype(xp.int32) for x in registers))
+
+
+def image_ahead(tables: Tables, state: GrammarState, count: int, xp: Any) -> tuple[GrammarState, Any]:
+    """The registers before each of the next tokens of an image, in closed form: what `advance` would give one by one.
+
+    Args:
+      state: int32 [B]; rows whose node is not a grid are given back as they are, `count` times.
+      count: how many tokens ahead.  `xp`: numpy or jax.numpy.
+
+    Returns:
+      GrammarState of int32 [B, count], and cells int32 [B, count]: which cell of the image comes next, -1 where it is
+      EOL or EOI, and -2 beyond the image, where the registers mean nothing, and in rows without a grid.
+    """
+    whole = GrammarState(*(xp.repeat(x[:, None], count, axis=1) for x in state))
+    height, columns, line = whole.height, whole.width, xp.maximum(whole.width, 0) + 1
+    place = (height - whole.rows_left) * line + columns - whole.cells_left + xp.arange(count)[None, :]
+    row, column = place // line, place % line
+    here = (tables.kind[state.node] == GRID)[:, None] & (row < height)
+    is_cell, last = column < columns, row == height - 1
+    node = whole.node + xp.where(is_cell, 0, xp.where(last, -1, 1))  # the grid node's neighbours: EOI, END_ROW
+    ahead = whole._replace(
+        node=node, rows_left=height - row - ~is_cell, cells_left=xp.where(is_cell, columns - column, 0)
+    )
+    states = GrammarState(*(xp.where(here, new, old).astype(xp.int32) for new, old in zip(ahead, whole, strict=True)))
+    cells = xp.where(here, xp.where(is_cell, row * columns + column, -1), -2)
+    return states, cells.astype(xp.int32)

@@ -14,7 +14,7 @@ from ivr_jax.models.fused_attention import platform
 from ivr_jax.protocol.grammar import GRID
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work
-from ivr_jax.sampling.speculation import speculate
+from ivr_jax.sampling.speculation import begin, speculate
 from ivr_jax.sampling.token_choice import VocabRange, choose, extend, vocab_ranges
 
 UNSTACK_BYTES = 32 << 20, 8 << 30  # bytes of all layers
@@ -57,6 +57,8 @@ def run(
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
 
     step = _step if slots.drafts is None else speculate
+    if slots.drafts is not None:
+        slots = begin(rules, slots, visual_start)
     after, work = jax.lax.while_loop(going, call, (slots, Work(*(jnp.int32(0),) * len(Work._fields))))
     return _readable(after), work
 

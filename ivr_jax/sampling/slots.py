@@ -34,11 +34,14 @@ from ivr_jax.protocol.grammar import GRID, Grammar, GrammarState, Tables, advanc
 class Drafts(NamedTuple):
     """Guesses at coming tokens, for speculation.
 
-    count int32 [B]: window tokens after the known ones that are guesses.  reference int32 [B, cells]: visual ids of the
-    image that is being sampled, and where it has none yet, of the one before it; -1 where there is neither.
+    count int32 [B]: window tokens after the known ones that are guesses; -1 in an answer that has just arrived.
+    states [B, W]: grammar before the first token that is not known, and after each guess.
+    reference int32 [B, cells]: visual ids of the image that is being sampled, and where it has none yet, of the one
+    before it; -1 where there is neither.
     """
 
     count: Any
+    states: GrammarState
     reference: Any
 
 
@@ -137,6 +140,10 @@ def empty(
 ) -> Slots:
     """B empty slots; `key` and `state` (of one row) say what those arrays are made of, `cells` is None or `Drafts`'."""
     count = functools.partial(jnp.full, (batch,), dtype=jnp.int32)
+    drafts = None
+    if cells is not None:
+        states = GrammarState(*(jnp.zeros((batch, window), jnp.int32) for _ in GrammarState._fields))
+        drafts = Drafts(count(0), states, jnp.full((batch, cells), -1, jnp.int32))
     return Slots(
         _placed(backbone.init_cache(config, contexts * batch, slots)),
         jnp.ones((contexts, batch), jnp.int32),
@@ -150,7 +157,7 @@ def empty(
         jnp.full((batch, length + window), pad, jnp.int32),
         jnp.zeros((batch, length + window), jnp.float32),
         jnp.zeros((batch, length + window, -(-config.vocab_size // 8)), jnp.uint8) if truncates else None,
-        None if cells is None else Drafts(count(0), jnp.full((batch, cells), -1, jnp.int32)),
+        drafts,
     )
 
 
@@ -211,7 +218,9 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
         put(slots.tokens, answer),
         put(slots.log_probs, 0.0),
         None if slots.kept is None else put(slots.kept, 255),
-        slots.drafts and Drafts(put(slots.drafts.count, 0), put(slots.drafts.reference, new.reference)),
+        slots.drafts and slots.drafts._replace(
+            count=put(slots.drafts.count, -1), reference=put(slots.drafts.reference, new.reference)
+        ),
     )
 
 

@@ -10,26 +10,35 @@ most of an image stays as it was, or where there is none, the cells of the row a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from ivr_jax.protocol.grammar import ACCEPT, GRID, GrammarState, advance, legal_row
+from ivr_jax.protocol.grammar import GRID, GrammarState, advance, image_ahead
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work, is_full
-from ivr_jax.sampling.token_choice import Choice, VocabRange, choose, extend, where_rows
+from ivr_jax.sampling.token_choice import Choice, VocabRange, choose, extend, next_forced, where_rows
+
+
+def begin(rules: Rules, slots: Slots, visual_start: int) -> Slots:
+    """Guesses for the answers that have arrived since the last segment."""
+    nothing = jnp.full(slots.window.shape, -1, jnp.int32)
+    filled = _fill_window(rules, slots, slots.answered, nothing, visual_start)
+    new = slots.drafts.count < 0
+    return filled._replace(
+        window=where_rows(new, filled.window, slots.window), drafts=where_rows(new, filled.drafts, slots.drafts)
+    )
 
 
 def speculate(
     rules: Rules, ranges: tuple[VocabRange, VocabRange], hidden: jax.Array, slots: Slots, options: SamplingOptions
 ) -> tuple[Slots, Work]:
     """Samples every place of the window, from hidden [C, B, W, D], and keeps what is final."""
-    tables, width, contexts = rules.tables, slots.window.shape[1], hidden.shape[0]
+    width, contexts = slots.window.shape[1], hidden.shape[0]
     steps, active = jnp.arange(width)[None, :], ~slots.ended
     draft = jnp.take_along_axis(slots.window, jnp.minimum(slots.known[:, None] + steps, width - 1), axis=1)
-    states = [slots.state]
-    for i in range(width - 1):
-        states.append(advance(tables, states[-1], jnp.maximum(draft[:, i], 0), jnp))
-    states = jax.tree.map(lambda *x: jnp.stack(x, 1), *states)
+    states = slots.drafts.states
     at = jnp.minimum(slots.known[:, None] - 1 + steps, width - 1)
     hidden = jnp.take_along_axis(hidden, at[None, :, :, None], axis=2).reshape(contexts, -1, hidden.shape[-1])
     scored = active[:, None] & (steps <= slots.drafts.count[:, None])
@@ -41,7 +50,7 @@ def speculate(
 
     offered = active[:, None] & (steps < slots.drafts.count[:, None])
     right = jnp.cumprod((offered & (choice.token == draft)).astype(jnp.int32), axis=1)
-    accepted, in_grid = right.sum(1), tables.kind[states.node] == GRID
+    accepted, in_grid = right.sum(1), rules.tables.kind[states.node] == GRID
     last = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), accepted], (choice, states))
     moved = _record(slots, choice, right > 0)
     moved = moved._replace(
@@ -50,21 +59,17 @@ def speculate(
     )
     cells = slots.drafts.reference.shape[1]
     committed = active[:, None] & in_grid & (steps <= accepted[:, None])
-    cell = jnp.where(committed, jnp.minimum(_cell(states), cells), cells)
+    cell = (states.height - states.rows_left) * states.width + states.width - states.cells_left
+    cell = jnp.where(committed, jnp.minimum(cell, cells), cells)
     rows = jnp.arange(accepted.shape[0])[:, None]
     reference = slots.drafts.reference.at[rows, cell].set(choice.token, mode="drop")
     after = extend(rules, moved._replace(drafts=slots.drafts._replace(reference=reference)), last[0])
-    known_guesses = jnp.where(scored, choice.token, -1)
+    samples = jnp.where(scored, choice.token, -1)
     work = Work(
         1, active.sum(), (after.answered - slots.answered).sum(), committed.any(1).sum(), committed.sum(),
         (offered & in_grid & (steps <= accepted[:, None])).sum(), ((right > 0) & in_grid).sum(),
     )  # fmt: skip
-    return _fill_window(rules, after, slots.answered, known_guesses, ranges[0].first), work
-
-
-def _cell(state: GrammarState) -> jax.Array:
-    """int32: number of the cell of an image that comes next."""
-    return (state.height - state.rows_left) * state.width + state.width - state.cells_left
+    return _fill_window(rules, after, slots.answered, samples, ranges[0].first), work
 
 
 def _record(slots: Slots, choice: Choice, accepted: jax.Array) -> Slots:
@@ -78,44 +83,71 @@ def _record(slots: Slots, choice: Choice, accepted: jax.Array) -> Slots:
     )
 
 
-def _fill_window(
-    rules: Rules, slots: Slots, first: jax.Array, guesses: jax.Array, visual_start: int
-) -> Slots:
-    """Fills the window after the known tokens while an image is incomplete.
+def _fill_window(rules: Rules, slots: Slots, first: jax.Array, samples: jax.Array, visual_start: int) -> Slots:
+    """Fills the window after the known tokens with guesses: the rest of an image, and the forced tokens after it.
 
     Args:
-      guesses: int32 [B, W], samples for the answer's tokens from number `first` [B] on; -1 where there is none.
+      samples: int32 [B, W], samples of the last call for the answer's tokens from number `first` [B] on, each given
+        wrong guesses before it; -1 where there is none.
     """
-    state, answered, width = slots.state, slots.answered, slots.window.shape[1]
-    going, count, window = ~slots.ended, jnp.zeros_like(answered), slots.window
-    rows = jnp.arange(answered.shape[0])
-    for column in range(1, width):
-        before = column < slots.known
-        forced = rules.forced[legal_row(rules.tables, state, jnp)]
-        guess = guesses[rows, jnp.minimum(answered - first, width - 1)]
-        unknown = (guess < 0) | (answered - first >= width)
-        guess = jnp.where(unknown, _reference_token(slots.drafts.reference, state, visual_start), guess)
-        in_grid = rules.tables.kind[state.node] == GRID
-        going &= before | (((forced >= 0) | in_grid) & (state.node != ACCEPT))
-        adds = going & ~before
-        token = jnp.where(forced >= 0, forced, guess)
-        window = window.at[:, column].set(jnp.where(adds, token, window[:, column]))
-        state = where_rows(adds, advance(rules.tables, state, token, jnp), state)
-        answered, count = answered + adds, count + adds
-        going &= before | ~is_full(rules.tables, state, answered, slots.limit, jnp)
-    return slots._replace(window=window, drafts=slots.drafts._replace(count=count))
+    width = slots.window.shape[1]
+    rows, places = jnp.arange(len(first))[:, None], jnp.arange(width)[None, :]
+    states, cells = image_ahead(rules.tables, slots.state, width, jnp)
+    number = slots.answered[:, None] - first[:, None] + places
+    guess = jnp.take_along_axis(samples, jnp.minimum(number, width - 1), axis=1)
+    guess = jnp.where((number < width) & (guess >= 0), guess, _from_reference(slots, cells, visual_start))
+    token = jnp.where(cells >= 0, guess, jnp.maximum(rules.forced[states.node], 0))
+    room = width - slots.known
+    count = jnp.where(slots.ended, 0, jnp.minimum((cells > -2).sum(1), room))
+    column = jnp.where(places < count[:, None], slots.known[:, None] + places, width)
+    window = slots.window.at[rows, column].set(token, mode="drop")
+
+    # Behind an EOI that the window holds, what the grammar forces.
+    end = jnp.maximum(count - 1, 0)[:, None]
+    eoi, state = (jnp.take_along_axis(token, end, 1)[:, 0], jax.tree.map(lambda x: x[rows, end][:, 0], states))
+    closes = (count > 0) & (jnp.take_along_axis(cells, end, 1)[:, 0] == -1) & (state.rows_left == 0)
+    tail = _Tail(where_rows(closes, advance(rules.tables, state, eoi, jnp), state), count, window, states, closes)
+
+    def add(tail: _Tail) -> _Tail:
+        place = jnp.where(tail.going, tail.count, width)[:, None]
+        states = jax.tree.map(lambda x, y: x.at[rows, place].set(y[:, None], mode="drop"), tail.states, tail.state)
+        follows, going = next_forced(rules, tail.state)
+        full = is_full(rules.tables, tail.state, slots.answered + tail.count, slots.limit, jnp)
+        going &= tail.going & (tail.count < room) & ~full
+        column = jnp.where(going, slots.known + tail.count, width)[:, None]
+        window = tail.window.at[rows, column].set(follows[:, None], mode="drop")
+        state = where_rows(going, advance(rules.tables, tail.state, follows, jnp), tail.state)
+        return _Tail(state, tail.count + going, window, states, going)
+
+    tail = jax.lax.while_loop(lambda tail: tail.going.any(), add, tail)
+    return slots._replace(window=tail.window, drafts=slots.drafts._replace(count=tail.count, states=tail.states))
 
 
-def _reference_token(reference: jax.Array, state: GrammarState, visual_start: int) -> jax.Array:
-    """int32 [B]: a guess at the next cell of an image.
+class _Tail(NamedTuple):
+    """The loop of `_fill_window`: grammar after `count` guesses, the window, all states, and who goes on."""
 
-    That cell of the image so far or before; without one the cell above, then the one to the left, then the first code.
+    state: GrammarState
+    count: jax.Array
+    window: jax.Array
+    states: GrammarState
+    going: jax.Array
+
+
+def _from_reference(slots: Slots, cells: jax.Array, visual_start: int) -> jax.Array:
+    """int32 [B, W]: guesses at `cells` int32 [B, W] of an image.
+
+    Those cells of the image so far or before; without one the cell one row above, then two, then the cell sampled last,
+    then the first code.
     """
-    rows, cell = jnp.arange(reference.shape[0]), _cell(state)
+    reference = slots.drafts.reference
+    columns = slots.state.width[:, None]
 
-    def token(index: jax.Array) -> jax.Array:
-        return jnp.where(index >= 0, reference[rows, jnp.clip(index, 0, reference.shape[1] - 1)], -1)
+    def known(index: jax.Array) -> jax.Array:
+        inside = (index >= 0) & (index < reference.shape[1])
+        found = jnp.take_along_axis(reference, jnp.clip(index, 0, reference.shape[1] - 1), axis=1)
+        return jnp.where(inside, found, -1)
 
-    here, above, left = token(cell), token(cell - state.width), token(cell - 1)
-    guess = jnp.where(here >= 0, here, jnp.where(above >= 0, above, left))
+    guess = known(cells)
+    for other in (cells - columns, cells - 2 * columns, cells[:, :1] - 1):
+        guess = jnp.where(guess >= 0, guess, known(other))
     return jnp.maximum(guess, visual_start)

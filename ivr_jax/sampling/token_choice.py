@@ -92,22 +92,34 @@ def where_rows(flags: jax.Array, new: Any, old: Any) -> Any:
 
 def extend(rules: Rules, slots: Slots, choice: Choice) -> Slots:
     """Adds a token to each slot in use, and the forced ones that follow it, as many as the window holds."""
-    token, active, width = choice.token, ~slots.ended, slots.window.shape[1]
-    state, answered = advance(rules.tables, slots.state, token, jnp), slots.answered + 1
-    known = jnp.ones_like(answered)
-    window, going = [token], active & ~is_full(rules.tables, state, answered, slots.limit, jnp)
-    for _ in range(1, width):
-        follows = rules.forced[legal_row(rules.tables, state, jnp)]
-        going &= (follows >= 0) & (state.node != ACCEPT)
-        window.append(follows)
-        state = where_rows(going, advance(rules.tables, state, jnp.maximum(follows, 0), jnp), state)
-        answered, known = answered + going, known + going
-        going &= ~is_full(rules.tables, state, answered, slots.limit, jnp)
+    active, width = ~slots.ended, slots.window.shape[1]
+
+    def full(state: GrammarState, known: jax.Array) -> jax.Array:
+        return is_full(rules.tables, state, slots.answered + known, slots.limit, jnp)
+
+    state, known = advance(rules.tables, slots.state, choice.token, jnp), jnp.ones_like(slots.answered)
+    window = jnp.tile(choice.token[:, None], (1, width))
+    follows, going = next_forced(rules, state)
+    added = _Added(state, known, window, follows, going & active & ~full(state, known))
+
+    def more(added: _Added) -> jax.Array:
+        return added.going.any() & (added.known.max() < width)
+
+    def add(added: _Added) -> _Added:
+        column = jnp.where(added.going, added.known, width)
+        window = added.window.at[jnp.arange(len(column)), column].set(added.follows, mode="drop")
+        state = where_rows(added.going, advance(rules.tables, added.state, added.follows, jnp), added.state)
+        known = added.known + added.going
+        follows, going = next_forced(rules, state)
+        return _Added(state, known, window, follows, added.going & going & ~full(state, known))
+
+    state, known, window, *_ = jax.lax.while_loop(more, add, added)
+    answered = slots.answered + known
     steps = jnp.arange(width)[None, :]
     place = slots.answered[:, None] + steps
     place = jnp.where(active[:, None] & (steps < known[:, None]), place, slots.tokens.shape[1])
-    window, batch = jnp.stack(window, 1), jnp.arange(token.shape[0])
-    ended = (state.node == ACCEPT) | is_full(rules.tables, state, answered, slots.limit, jnp)
+    batch = jnp.arange(len(known))
+    ended = (state.node == ACCEPT) | full(state, known)
     moved = {"state": state, "answered": answered, "window": window, "known": known, "ended": ended}
     stayed = {name: getattr(slots, name) for name in moved}
     return slots._replace(
@@ -116,3 +128,19 @@ def extend(rules: Rules, slots: Slots, choice: Choice) -> Slots:
         log_probs=slots.log_probs.at[batch, place[:, 0]].set(choice.log_prob, mode="drop"),
         kept=None if slots.kept is None else slots.kept.at[batch, place[:, 0]].set(choice.kept, mode="drop"),
     )
+
+
+class _Added(NamedTuple):
+    """The loop of `extend`: grammar and number of tokens so far, the window, the next one, and whether it is added."""
+
+    state: GrammarState
+    known: jax.Array
+    window: jax.Array
+    follows: jax.Array
+    going: jax.Array
+
+
+def next_forced(rules: Rules, state: GrammarState) -> tuple[jax.Array, jax.Array]:
+    """The only legal id int32 [B], 0 where there are more, and whether it is one and the answer goes on, bool [B]."""
+    forced = rules.forced[legal_row(rules.tables, state, jnp)]
+    return jnp.maximum(forced, 0), (forced >= 0) & (state.node != ACCEPT)

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec, markers
-from ivr_jax.protocol.grammar import ACCEPT, ERROR, FREE, Grammar, GrammarOptions, Tables, advance, legal_row
+from ivr_jax.protocol.grammar import (
+    ACCEPT,
+    ERROR,
+    FREE,
+    GRID,
+    Grammar,
+    GrammarOptions,
+    Tables,
+    advance,
+    image_ahead,
+    legal_row,
+)
 from ivr_jax.protocol.interleaved import parse_interleaved
 from ivr_jax.trajectory import Reflection, Round, Sample, Step, Trajectory
 
@@ -390,3 +401,26 @@ def test_numpy_and_jax_agree_in_every_register(name):
         assert all(register.dtype == np.int32 for register in state)
     np.testing.assert_array_equal(state.node, last.node)
     assert (state.node[:3] == ACCEPT).all() and state.node[3] == ERROR
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 4), (5, 3)])
+def test_the_registers_ahead_in_an_image_are_those_of_advancing(size):
+    grammar, count, begun = grammar_of("one id a marker"), 7, 0
+    vocab, tables = grammar.tokenizer.vocab, grammar.tables
+    tokens = codec.encode_image(grammar.tokenizer, np.zeros(size, np.int32))
+    state = grammar.initial(*np.reshape(size, (2, 1)))
+    for place, token in enumerate(tokens):
+        ahead, cells = image_ahead(tables, state, count, np)
+        if tables.kind[state.node[0]] == GRID:
+            there, walked = tokens[place:][:count], state
+            assert (cells[0, : len(there)] >= 0).tolist() == [t >= vocab.visual_start for t in there]
+            assert (cells[0, len(there) :] == -2).all()
+            for step, next_token in enumerate(there):
+                assert [int(x[0, step]) for x in ahead] == [int(x[0]) for x in walked]
+                begun += 1
+                walked = advance(tables, walked, np.array([next_token]), np)
+        else:
+            assert (cells == -2).all()
+            assert all((x == y[:, None]).all() for x, y in zip(ahead, state, strict=True))
+        state = advance(tables, state, np.array([token]), np)
+    assert begun >= size[0] * size[1]

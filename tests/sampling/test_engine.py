@@ -15,7 +15,7 @@ from tiny_model import CONFIG, TOKENIZER, noisy_params, prompts_of, requests
 
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
-from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, GrammarState, advance, legal_row
+from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, advance, legal_row
 from ivr_jax.sampling import decode_loop, slots, speculation
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Samples, Usage, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
@@ -91,18 +91,29 @@ def test_speculation_draws_the_same_tokens_in_fewer_calls():
     assert "draft_acceptance" not in drawn(*AHEAD.items())[1].metrics()
 
 
-def test_guesses_come_from_the_image_before_else_from_the_row_above():
-    """A 2 x 3 image: known cells, then above, then left, then the first code (10)."""
-    visual = [14, 12, -1, -1, -1, -1]
-    reference = np.array([visual] * 6 + [list(range(20, 26))], np.int32)
-    cells = np.array([0, 1, 2, 3, 4, 5, 4])
-    rows_left, cells_left = 2 - cells // 3, 3 - cells % 3
-    blank = np.zeros(7, np.int32)
-    state = GrammarState(*(blank for _ in GrammarState._fields))._replace(
-        height=np.full(7, 2), width=np.full(7, 3), rows_left=rows_left, cells_left=cells_left
-    )
-    guesses = speculation._reference_token(jax.numpy.asarray(reference), state, 10)
-    np.testing.assert_array_equal(guesses, [14, 12, 12, 14, 12, 10, 24])
+def test_an_image_like_the_one_before_takes_one_call():
+    """A model that says one code everywhere, and a prompt whose last image consists of it: no guess is wrong."""
+    code = TOKENIZER.vocab.visual_start + 2
+    prompt = np.append(PROMPTS[0][0, : PROMPTS[1][0]], [code] * 4).astype(np.int32)
+    head = np.zeros_like(PARAMS["lm_head"])
+    head[0, code] = 5
+    args = CONFIG, {**PARAMS, "lm_head": head}, Grammar(TOKENIZER, GrammarOptions(modes=("direct",)))
+    how = EngineOptions(2, window=8, speculate=True)
+    options = RolloutOptions(LENGTH, SamplingOptions(temperature=0.0), how, size=SIZE)
+    found, usage = sample(*args, PromptBatch(prompt[None], np.array([len(prompt)])), KEYS[:1], options)
+    assert (found.tokens == code).sum() == 4
+    assert (usage.calls, usage.drafted, usage.accepted) == (1, 4, 4)
+
+
+def test_guesses_come_from_the_image_before_else_from_the_rows_above():
+    """A 2 x 3 image with two cells drawn: the cell itself, then above, then the last one drawn, then the first code."""
+    nothing = np.full(6, -1)
+    reference = np.array([[14, 12, -1, -1, -1, -1], [14, 12, 20, 21, 22, 23], nothing], np.int32)
+    cells = np.array([[2, 3, 4, 5]] * 2 + [[0, 1, 2, -1]], np.int32)
+    held = mock.Mock(drafts=mock.Mock(reference=reference), state=mock.Mock(width=np.full(3, 3)))
+    guesses = speculation._from_reference(held, cells, 10)
+    np.testing.assert_array_equal(guesses[:2], [[12, 14, 12, 12], [20, 21, 22, 23]])
+    np.testing.assert_array_equal(guesses[2, :3], [10, 10, 10])
 
 
 def calls_of_greedy_refilling(lengths: np.ndarray, slots: int) -> int:

@@ -1,0 +1,108 @@
+"""Speculative decoding of image tokens against plain decoding: the same tokens, model calls, CPU and wall time.
+
+    python benchmarks/speculation.py                                    edits and all requests of the packaged model
+    python benchmarks/speculation.py --requests=edits --slots=1,8 --windows=4,8,20 --guidance=3
+    python benchmarks/speculation.py --checkpoint=runs/demo/rl
+
+Requests are held-out tasks of the micro-world: `edits` change one source once and are answered by one image; `all` are
+the training mixture, answered in whatever mode the model chooses.  Plain and speculative decoding take turns in one
+process, after a turn that compiles; a ratio above 1 says that speculation is faster.  Tokens are compared in each turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from ivr_jax.checkpoints import system as systems
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Usage, sample
+from ivr_jax.sampling.engine import EngineOptions
+from ivr_jax.sampling.logits_processors import SamplingOptions
+from ivr_jax.sampling.rollout import encode_prompts
+from ivr_jax.world.sampler import sample_task
+
+REQUESTS: dict[str, tuple[dict[str, Any], GrammarOptions]] = {
+    "edits": ({"subset": "edit", "edits": 1}, GrammarOptions(modes=("direct",))),
+    "all": ({}, GrammarOptions(max_reflections=3, max_steps=4, text_cap=72)),
+}
+LENGTH = 448
+
+
+def workload(system: systems.System, requests: str, count: int, passes: int) -> tuple[Grammar, PromptBatch, Any]:
+    """Grammar, prompts and image size of `count` requests."""
+    which, grammar = REQUESTS[requests]
+    tasks = [sample_task(0, 11, index, held_out=True, **which) for index in range(count)]
+    batch, size = encode_prompts(system, [t.sample for t in tasks], [t.images for t in tasks], passes, system.cells)
+    return Grammar(system.tokenizer, grammar), batch, size
+
+
+def timed(draw: Any) -> tuple[np.ndarray, Usage, float, float]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    samples, usage = draw()
+    return samples.tokens, usage, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def compare(system: systems.System, requests: str, slots: int, options: argparse.Namespace) -> None:
+    """Prints a line for each window."""
+    sampling = SamplingOptions(guidance=options.guidance, temperature=options.temperature)
+    count = max(slots, options.answers)
+    grammar, prompts, size = workload(system, requests, count, sampling.passes)
+    length = 32 if requests == "edits" else LENGTH
+    arms = {0: EngineOptions(slots, window=2)}
+    arms |= {window: EngineOptions(slots, window=window, speculate=True) for window in options.windows}
+    ratios: dict[int, tuple[list[float], list[float]]] = {window: ([], []) for window in options.windows}
+    usages = {}
+    for turn in range(options.turns + 1):
+        keys = jax.random.split(jax.random.key(turn), count)
+        found = {}
+        for window, engine in arms.items():
+            how = RolloutOptions(length, sampling, engine, size=size)
+            found[window] = timed(lambda how=how, keys=keys: sample(
+                system.config, system.params, grammar, prompts, keys, how
+            ))  # fmt: skip
+            usages[window] = found[window][1]
+            np.testing.assert_array_equal(found[window][0], found[0][0])
+        for window, (cpu, wall) in ratios.items():
+            if turn:
+                cpu.append(found[0][2] / found[window][2])
+                wall.append(found[0][3] / found[window][3])
+    for window, pair in ratios.items():
+        usage = usages[window]
+        cpu, wall = (f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in pair)
+        print(f"{requests:<6} slots {slots:>3}  window {window:>3}  calls an image token "
+              f"{usage.image_calls / usage.image_tokens:.3f}  right guesses {usage.accepted / usage.drafted:.0%}  "
+              f"calls {usages[0].calls} to {usage.calls}  CPU {cpu}  wall {wall}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def numbers(text: str) -> list[int]:
+        return [int(x) for x in text.split(",")]
+
+    parser.add_argument("--checkpoint", default=systems.MICRO)
+    parser.add_argument("--requests", default="edits,all")
+    parser.add_argument("--slots", type=numbers, default=[1, 8, 64])
+    parser.add_argument("--windows", type=numbers, default=[4, 8, 20])
+    parser.add_argument("--answers", type=int, default=16, help="at least this many, more than the slots hold")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--cores", type=int, default=1)
+    options = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.cores :])
+    system = systems.load(options.checkpoint)
+    for requests in options.requests.split(","):
+        for slots in options.slots:
+            compare(system, requests, slots, options)
+
+
+if __name__ == "__main__":
+    main()
