@@ -21,10 +21,10 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
 HISTORY = HERE / "history.jsonl"
-COMMANDS = (
-    ["side_by_side.py", "--size=micro", "--cores=1"],
-    ["side_by_side.py", "--size=small", "--only=generate,sft", "--cores=1"],
-)
+COMMANDS = {
+    "micro": ["side_by_side.py", "--size=micro", "--cores=1"],
+    "small": ["side_by_side.py", "--size=small", "--only=generate,sft", "--cores=1"],
+}
 
 
 def machine() -> str:
@@ -38,10 +38,10 @@ def _lines(path: str) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def measured() -> dict[str, dict[str, float]]:
+def measured(sizes: list[str]) -> dict[str, dict[str, float]]:
     """Name -> ratio, low and high by CPU time, which other programs hardly change."""
     found: dict[str, dict[str, float]] = {}
-    for command in COMMANDS:
+    for command in (COMMANDS[size] for size in sizes):
         with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "ratios.json"
             subprocess.run([sys.executable, str(HERE / command[0]), *command[1:], f"--json={file}"], check=True)
@@ -68,11 +68,12 @@ def slower(now: dict[str, dict[str, float]], before: list[dict[str, Any]], toler
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tolerance", type=float, default=0.1, help="share by which a ratio may fall")
+    parser.add_argument("--sizes", default=",".join(COMMANDS), help="sizes of the decoder to measure")
     options = parser.parse_args()
     history = [json.loads(line) for line in _lines(str(HISTORY))]
     here = machine()
     before = [line for line in history if line["machine"] == here]
-    now = measured()
+    now = measured(options.sizes.split(","))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     with HISTORY.open("a") as file:
         file.write(json.dumps({"commit": commit, "machine": here, "ratios": now}) + "\n")

@@ -4,9 +4,10 @@
     python benchmarks/speculation.py --requests=edits --slots=1,8 --windows=4,8,20 --guidance=3
     python benchmarks/speculation.py --checkpoint=runs/demo/rl
 
-Requests are held-out tasks of the micro-world: `edits` change one source once and are answered by one image; `all` are
-the training mixture, answered in whatever mode the model chooses.  Plain and speculative decoding take turns in one
-process, after a turn that compiles; a ratio above 1 says that speculation is faster.  Tokens are compared in each turn.
+Requests are held-out tasks of the micro-world: `edits` change one source once, and the answer's first image is drawn;
+`all` are the training mixture, answered in whatever mode the model chooses.  Plain and speculative decoding take turns
+in one process, after a turn that compiles; a ratio above 1 says that speculation is faster.  Tokens are compared in
+each turn.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax
 import numpy as np
 
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Usage, sample
 from ivr_jax.sampling.engine import EngineOptions
@@ -54,7 +56,8 @@ def compare(system: systems.System, requests: str, slots: int, options: argparse
     sampling = SamplingOptions(guidance=options.guidance, temperature=options.temperature)
     count = max(slots, options.answers)
     grammar, prompts, size = workload(system, requests, count, sampling.passes)
-    length = 32 if requests == "edits" else LENGTH
+    image = len(codec.encode_image(system.tokenizer, np.zeros(size, np.int32)))
+    length = image if requests == "edits" else LENGTH
     arms = {0: EngineOptions(slots, window=2)}
     arms |= {window: EngineOptions(slots, window=window, speculate=True) for window in options.windows}
     ratios: dict[int, tuple[list[float], list[float]]] = {window: ([], []) for window in options.windows}

@@ -99,7 +99,7 @@ def test_an_image_like_the_one_before_takes_one_call():
     head[0, code] = 5
     args = CONFIG, {**PARAMS, "lm_head": head}, Grammar(TOKENIZER, GrammarOptions(modes=("direct",)))
     how = EngineOptions(2, window=8, speculate=True)
-    options = RolloutOptions(LENGTH, SamplingOptions(temperature=0.0), how, size=SIZE)
+    options = RolloutOptions(11, SamplingOptions(temperature=0.0), how, size=SIZE)  # up to the image's end
     found, usage = sample(*args, PromptBatch(prompt[None], np.array([len(prompt)])), KEYS[:1], options)
     assert (found.tokens == code).sum() == 4
     assert (usage.calls, usage.drafted, usage.accepted) == (1, 4, 4)
