@@ -154,9 +154,6 @@ def test_what_was_trained_goes_back_to_transformers_with_equal_logits(walk, adap
 def reviewed(walk) -> Path:
     """Constructed over HTTP with faults, the import drawing the first images; then reviewed by two people."""
     samples = construct_worker.write_samples(walk / "mine", 4, side=64, ends=("direct", "reflection 1", "multi 1"))
-    entries = json.loads(samples.read_text())
-    entries[0]["src_path"] = None
-    samples.write_text(json.dumps(entries))
     service = OpenAIService(Behaviour(key=construct_worker.KEY, fault_rate=0.2, hang=0.3, seed=2))
     own = {"image_area": 4096, "image_multiple": 16, "batch": 4, "baseline": walk / "decoder_import",
            "image_tokenizer": walk / "images_import", "text_tokenizer": walk / "text"}  # fmt: skip
@@ -182,7 +179,6 @@ def test_construction_starts_from_its_drawings_and_two_people_review_the_result(
         first = dataset.image(trajectory.images[0])
         again = codec.decode(codec.encode([first]))[0]
         assert first.shape == again.shape == (64, 64, 3)
-    assert not dataset[0].sample.sources and dataset[1].sample.sources
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +213,7 @@ def test_rl_over_http_draws_whole_answers_and_learns_in_float32(walk, reinforced
 
 def test_its_answers_to_own_prompts_are_judged(walk, reinforced):
     Image.fromarray(photographs.photograph("chelsea", 64)).save(walk / "cat.png")
-    lines = [{"prompt": "Mirror the cat.", "image": "cat.png"}, {"prompt": "A cup."}]
+    lines = [{"prompt": "Mirror the cat.", "image": "cat.png"}, {"prompt": "Turn the cat.", "image": "cat.png"}]
     (walk / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with judging() as (_, url):
         commands.succeed(
