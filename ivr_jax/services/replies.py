@@ -282,6 +282,7 @@ _NOT_A_SCORE = re.compile(
 )
 _GOES_ON = re.compile(
     rf"[\w%+½]|\.\d|\s*(?:[-–—/~&:=]|\bto\b|\bor\b|\band\b|\.\.+|,)\s*{_NUMERAL}|{_OUT_OF}\w|\s*\?"
+    rf"|[\s,([]*(?:points?\s+|stars?\s+)?(?:out\s+)?of\s+{_NUMERAL}"
     r"|[\s,(]*(?:percent|per cent|would|could|might|if|needs?|requires?|means?|maybe|perhaps|possibly|or|at most"
     r"|at least|at best)\b",
     re.IGNORECASE,
@@ -289,7 +290,7 @@ _GOES_ON = re.compile(
 # Another scale, named anywhere beside the score: its end is one of the groups.
 _SCALE = re.compile(
     rf"\bscale\b\D{{0,24}}?(?:{_NUMERAL}\s*(?:[-–—]|to\b|through\b|and\b)\s*)?({_NUMERAL})"
-    rf"|\b(?:out\s+)?of\s+({_NUMERAL})\b|({_NUMERAL})[\s-]*points?\b\s*scale"
+    rf"|\bout\s+of\s+({_NUMERAL})\b|({_NUMERAL})[\s-]*points?\b\s*scale"
     rf"|[([]\s*{_NUMERAL}\s*(?:[-–—]|to\b)\s*({_NUMERAL})\s*[)\]]",
     re.IGNORECASE,
 )
@@ -302,7 +303,7 @@ def _score_in_prose(text: str, key: str, low: float, high: float) -> float:
       Unusable: none, several, or a mention that is no plain score (negated, a span, another scale).
     """
     for scale in _SCALE.finditer(text):
-        if _number(next(end for end in scale.groups() if end)) != high and not _is_a_score_of(scale, key):
+        if _number(next(end for end in scale.groups() if end)) != high:
             raise Unusable(f"the answer's score is on another scale: {_shown(scale.group())}")
     between = rf"[\s*_\"'`]*(?:\({low:g}\s*(?:[-–—]|to)\s*{high:g}\))?[\s*_\"'`]*(?:[:=]|\bis\b|\bof\b)?[\s*_\"'`]*"
     mention = re.compile(
@@ -324,12 +325,6 @@ def _score_in_prose(text: str, key: str, low: float, high: float) -> float:
     if len(scores) != 1:
         raise Unusable(f"the answer states {len(scores) or 'no'} scores: {_shown(text)}")
     return scores.pop()
-
-
-def _is_a_score_of(scale: re.Match[str], key: str) -> bool:
-    """Whether "of 4" belongs to "a score of 4"."""
-    before = scale.string[: scale.start()]
-    return scale.group(2) is not None and re.search(rf"{re.escape(key)}\w*\s*\Z", before, re.IGNORECASE) is not None
 
 
 # -- texts --

@@ -99,6 +99,7 @@ def test_a_tag_in_a_string_of_the_answer_is_text():
         ("Overall score = 3.5 - good", 3.5),
         ("Score (1-5): 4", 4),
         ("It has a score of 4.", 4),
+        ("Score: 4. One of two cups leans on the third of three books.", 4),
     ],
 )
 def test_scores_are_read_however_they_are_written(text, score):
@@ -129,7 +130,7 @@ def test_scores_are_read_however_they_are_written(text, score):
         "Score: -4", "Score: 4.5.1", "The score is not 5.", "The highest score is 5.", "2024/5",
         "It could be 4/5.", "A score of 5 would need a hat.",
         "Score: 3 (out of 4)", "Score: 4 (out of 10)", "Score: 4 on a scale of 10", "Score: 4 on a 10-point scale",
-        "Score: 4. The scale is 1 to 10.", "Score: 4 points of 10", "Score: 4 (scale: 0-10)", "Score (0-10): 4",
+        "Score: 4. The scale is 1 to 10.", "Score: 4 points of 10", "Score: 4 [of 10]", "Score: 4 (scale: 0-10)", "Score (0-10): 4",
         "Score 1: 4", "Score: 4, maybe 5", "Score: 4?", "between 3 and 4", "Score: between 3 and 4", "7/10",
         '{"score": 4, "out of": 10, "reason": "x"}', '{"score": 4, "maxScore": 10, "reason": "x"}',
         '{"score": 4, "range": "1-10", "reason": "x"}', '{"score": "4.", "score ": 5, "reason": "x"}',
