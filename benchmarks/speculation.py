@@ -3,6 +3,7 @@
     python benchmarks/speculation.py                                    edits and all requests of the packaged model
     python benchmarks/speculation.py --requests=edits --slots=1,8 --windows=4,8,20 --guidance=3
     python benchmarks/speculation.py --checkpoint=runs/demo/rl
+    python benchmarks/speculation.py --calls                            CPU time of one call of the model alone
 
 Requests are held-out tasks of the micro-world: `edits` change one source once, and the answer's first image is drawn;
 `all` are the training mixture, answered in whatever mode the model chooses.  Plain and speculative decoding take turns
@@ -19,9 +20,11 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.models import backbone
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Usage, sample
@@ -84,12 +87,38 @@ def compare(system: systems.System, requests: str, slots: int, options: argparse
               f"calls {usages[0].calls} to {usage.calls}  CPU {cpu}  wall {wall}", flush=True)  # fmt: skip
 
 
+def calls(system: systems.System) -> None:
+    """Prints the CPU time of a call of the model for each number of slots and of tokens in a slot's window."""
+    config, repeats = system.config, 50
+
+    @jax.jit
+    def run(params: Any, cache: backbone.KVCache, tokens: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]) + 40, tokens.shape)
+
+        def call(_: int, carry: tuple[backbone.KVCache, jax.Array]) -> tuple[backbone.KVCache, jax.Array]:
+            hidden, cache = backbone.apply(config, params, tokens + carry[1], positions, cache=carry[0])
+            return cache, (hidden.sum() > 1e9).astype(jnp.int32)  # each call needs the one before
+
+        return jax.lax.fori_loop(0, repeats, call, (cache, jnp.int32(0)))[1]
+
+    for slots in (1, 8):
+        for window in (1, 2, 4, 8, 20):
+            cache, tokens = backbone.init_cache(config, slots, 128), jnp.ones((slots, window), jnp.int32)
+            seconds = []
+            for _ in range(6):
+                start = time.process_time()
+                run(system.params, cache, tokens).block_until_ready()
+                seconds.append(time.process_time() - start)
+            print(f"slots {slots}  window {window:>2}  {1e3 * min(seconds[1:]) / repeats:.3f} ms a call", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def numbers(text: str) -> list[int]:
         return [int(x) for x in text.split(",")]
 
+    parser.add_argument("--calls", action="store_true", help="measure calls of the model alone")
     parser.add_argument("--checkpoint", default=systems.MICRO)
     parser.add_argument("--requests", default="edits,all")
     parser.add_argument("--slots", type=numbers, default=[1, 8, 64])
@@ -102,6 +131,9 @@ def main() -> None:
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.cores :])
     system = systems.load(options.checkpoint)
+    if options.calls:
+        calls(system)
+        return
     for requests in options.requests.split(","):
         for slots in options.slots:
             compare(system, requests, slots, options)
