@@ -262,7 +262,7 @@ def read_params(
         for name in set(padded) & restore_args["params"].keys():
             restore_args["params"][name] = dataclasses.replace(restore_args["params"][name], strict=False)
         handler = ocp.PyTreeCheckpointHandler(
-            restore_concurrent_gb=_gigabytes_at_once(wanted, meta)  # type: ignore[arg-type]  # it is only multiplied
+            restore_concurrent_gb=_gigabytes_at_once(wanted, meta)  # it is only multiplied
         )
         with ocp.Checkpointer(handler) as checkpointer:
             found = checkpointer.restore(

@@ -259,8 +259,8 @@ def _nearby(path: str | os.PathLike, recorded: str | os.PathLike, which: str) ->
     if recorded_path.exists():
         return recorded_path
     if is_url(path):
-        run = re.sub(rf"/{store.FOLDER}/\d+/?$", "", str(path).rstrip("/"))
-        return f"{run.rpartition('/')[0]}/{recorded_path.name}"
+        address = re.sub(rf"/{store.FOLDER}/\d+/?$", "", str(path).rstrip("/"))
+        return f"{address.rpartition('/')[0]}/{recorded_path.name}"
     folder = store.resolve(path)
     run = folder.parent.parent if folder.parent.name == store.FOLDER else folder
     beside = run.parent / recorded_path.name

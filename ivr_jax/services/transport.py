@@ -327,7 +327,7 @@ def proxy_note(url: str) -> str:
     """
     parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies_environment()
     name = next((name for name in (parts.scheme, "all") if proxies.get(name)), "")
-    if not name or urllib.request.proxy_bypass_environment(parts.hostname or "", proxies):
+    if not name or urllib.request.proxy_bypass(parts.hostname or ""):
         return ""
     proxy = proxies[name] if "://" in proxies[name] else f"http://{proxies[name]}"
     try:
