@@ -77,7 +77,7 @@ def add_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "cast the weights to this as they are read, and compute "
                       "in it; by default as the checkpoint says", flag_values=values)
     number("seed", 0, "of the draw; the same seed gives the same answer")
-    number("answer_length", 0, "most answer tokens; 0: five images' worth, 384 at least, as far as the context goes")
+    number("answer_length", 0, "most answer tokens; 0: five images' worth, 640 at least, as far as the context goes")
     number("text_cap", 0, "most tokens of one free text; 0: 96 with the micro tokenizer, else 512")
 
 

@@ -205,7 +205,7 @@ def unfinished_size(tokenizer: TextTokenizer, tokens: np.ndarray) -> tuple[int, 
 
 
 def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
-    """Answer tokens: `wanted` (0: enough for five images, at least 384), or what the prompt leaves of the context.
+    """Answer tokens: `wanted` (0: enough for five images, at least 640), or what the prompt leaves of the context.
 
     An image whose size the model chooses is expected to be as large as its own images are (`_own_area`).
 
@@ -224,7 +224,7 @@ def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
     if prepared.size == FREE:
         side = round(max(area, _own_area(system)) ** 0.5) // config.factor
         image = max(image, image_tokens(side, side))
-    return min(wanted or max(384, 5 * image), left)
+    return min(wanted or max(640, 5 * image), left)
 
 
 def _own_area(system: System) -> int:

@@ -33,7 +33,7 @@ from ivr_jax.sampling.requests import image_tokens, output_size
 from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.trajectory import Sample, sample_to_json
 
-_LEAST_ANSWER, _IMAGES_OF_ROOM = 384, 5  # tokens of an answer when no length is given: five images' worth
+_LEAST_ANSWER, _IMAGES_OF_ROOM = 640, 5  # tokens of an answer when no length is given: five images' worth
 _WINDOW = 8  # batches whose references are held in memory at a time
 
 
