@@ -42,7 +42,7 @@ from ivr_jax.models.image_tokenizer import ImageTokenizerConfig  # noqa: E402
 VOCABULARY, CODES, AREA = 282_926, 131_072, 64 * 64
 SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096, "rope_theta": 1e6,
 }  # fmt: skip
 IMAGES = ImageTokenizerConfig(
     ch=32, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=1, attn_resolutions=(16,), in_channels=3, resolution=256,
@@ -69,10 +69,19 @@ def write_downloads(folder: Path) -> None:
     text.mkdir(parents=True)
     shutil.copy(Path(found.origin).parent / "resources" / "qwen.tiktoken", text / "emu3.tiktoken")
     (text / "emu3_vision_tokens.txt").write_text("\n".join(vision_lines(CODES)) + "\n")
-    config = BackboneConfig(vocab_size=VOCABULARY, rope_theta=1e6, **SIZES)
+    config = BackboneConfig(vocab_size=VOCABULARY, **SIZES)
     params = backbone.init_params(config, jax.random.key(1))
     hf.export_backbone(config, params, folder / "decoder", model_type="Emu3", dtype="bfloat16")
     hf.export_image_tokenizer(IMAGES, random_tree(image_tokenizer.param_shapes(IMAGES), 2), folder / "images")
+
+
+def resident_peak(process: int) -> float:
+    """VmHWM of a process, in GiB; 0 when it has just ended.  (`ru_maxrss` would begin at that of its parent.)"""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**20
+    return 0.0
 
 
 class Walk:
@@ -86,12 +95,13 @@ class Walk:
     def run(self, name: str, module: str, *arguments: object) -> None:
         """Runs `python -m ivr_jax.MODULE`; raises SystemExit with its output when it fails."""
         command = [sys.executable, "-m", f"ivr_jax.{module}", *map(str, arguments)]
-        began = time.perf_counter()
+        began, peak = time.perf_counter(), 0.0
         with open(self.folder / "output.txt", "wb") as output:
             process = subprocess.Popen(command, env=self._environment, stdout=output, stderr=subprocess.STDOUT)
-            _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        measured = Measured(name, time.perf_counter() - began, used.ru_maxrss / 2**20, process.returncode)
+            while process.poll() is None:
+                peak = max(peak, resident_peak(process.pid))
+                time.sleep(0.1)
+        measured = Measured(name, time.perf_counter() - began, peak, process.returncode)
         self.results.append(measured)
         print(f"{name:32s} {measured.seconds:7.1f} s {measured.peak_gib:6.2f} GiB", flush=True)
         if process.returncode:
