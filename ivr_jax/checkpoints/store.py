@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -165,26 +165,36 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
 
 
 def _resolve_url(url: str) -> pathlib.Path:
-    """`resolve` in a bucket: in gs:// a step is read where it is, shard by shard; from s3:// it is copied.
-
-    What a command copied there counts by its manifest; what Orbax wrote into gs:// by Orbax's mark.
-    """
-    known, direct = inputs.listed(url), bool(written_directly(url))
-    by_manifest = any(entry.size >= 0 for entry in known.values())
-    names = set(known) if by_manifest else set(Objects(url).names())
-
-    def is_complete(step: str) -> bool:
-        parts = all(any(name.startswith(f"{step}{part}/") for name in names) for part in ("meta", "state"))
-        return parts and (by_manifest or not direct or f"{step}{_COMMITTED}" in names)
-
-    if is_complete(""):
-        return _epath(url) if direct else inputs.local(url)
-    found = {match[0] for name in names if (match := re.match(rf"{FOLDER}/\d+/", name)) and is_complete(match[0])}
-    if not found:
+    """`resolve` in a bucket: in gs:// a step is read where it is, shard by shard; from s3:// it is copied."""
+    direct = bool(written_directly(url))
+    copied = inputs.listed(url)
+    by_manifest = any(entry.size >= 0 for entry in copied.values())
+    step = _newest_step(copied, marked=direct and not by_manifest)
+    if step is None and direct:  # what Orbax wrote there itself is in no manifest
+        step = _newest_step(Objects(url).names(), marked=True)
+    if step is None:
         raise UserError(f"no checkpoint in {url!r}.",
                         "Name a workdir of ivr_jax.train, or one of its checkpoints/<step> folders.")
-    step = max(found, key=lambda name: int(name.split("/")[1])).rstrip("/")
-    return _epath(url) / step if direct else inputs.local(f"{url}/{step}")
+    place = f"{url}/{step}".rstrip("/")
+    return _epath(place) if direct else inputs.local(place)
+
+
+def _newest_step(names: Iterable[str], marked: bool) -> str | None:
+    """Of the objects of a run or of one step: "checkpoints/<step>", "" for the step itself, None without a whole one.
+
+    `marked`: a step counts only with Orbax's mark, which is written last.
+    """
+    every = set(names)
+
+    def is_complete(step: str) -> bool:
+        parts = all(any(name.startswith(f"{step}{part}/") for name in every) for part in ("meta", "state"))
+        return parts and (not marked or f"{step}{_COMMITTED}" in every)
+
+    if is_complete(""):
+        return ""
+    found = {match[0] for name in every if (match := re.match(rf"{FOLDER}/\d+/", name))}
+    whole = sorted((step for step in found if is_complete(step)), key=lambda step: int(step.split("/")[1]))
+    return whole[-1].rstrip("/") if whole else None
 
 
 def _epath(url: str) -> pathlib.Path:

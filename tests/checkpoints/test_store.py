@@ -68,3 +68,15 @@ def test_staging_memory_is_bounded(tmp_path, monkeypatch):
         np.testing.assert_array_equal(checkpointer.restore(state(0)).state["w"], np.full((4, 8), 5.0))
         checkpointer.close()
     assert told == [1, None]
+
+
+def test_the_newest_whole_step_among_the_objects_of_a_bucket():
+    def step(number: int, *more: str) -> list[str]:
+        return [f"checkpoints/{number}/{name}" for name in ("meta/metadata", "state/manifest.ocdbt", *more)]
+
+    names = ["metrics.jsonl", *step(2, "commit_success.txt"), *step(10), "checkpoints/12/meta/metadata"]
+    assert store._newest_step(names, marked=True) == "checkpoints/2"  # Orbax has not marked the others as complete
+    assert store._newest_step(names, marked=False) == "checkpoints/10"  # the twelfth is half there
+    assert store._newest_step(["meta/metadata", "state/x"], marked=False) == ""
+    assert store._newest_step(["meta/metadata", "state/x"], marked=True) is None
+    assert store._newest_step(["metrics.jsonl"], marked=False) is None

@@ -10,17 +10,26 @@ import sys
 import time
 from pathlib import Path
 
+import bucket_servers
 import commands
 import numpy as np
 import pytest
 from tiny_runs import assert_same_run, metrics, newest_checkpoint, prepare, rl_settings, sft_settings, trained
 
 from ivr_jax import distributed
+from ivr_jax.checkpoints import store
+from ivr_jax.cloud import inputs
+from ivr_jax.cloud.inputs import CACHE_VARIABLE
 from ivr_jax.errors import UserError
 
 
-def processes(argv: list[str], workdir: Path, count: int = 2) -> list[subprocess.Popen]:
-    """Starts the command as `count` processes that find each other on a free port."""
+def processes(
+    argv: list[str], workdir: Path | str, count: int = 2, caches: Path | None = None
+) -> list[subprocess.Popen]:
+    """Starts the command as `count` processes that find each other on a free port.
+
+    `caches`: where each has a cache folder of its own for buckets, as on machines of their own.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -28,7 +37,8 @@ def processes(argv: list[str], workdir: Path, count: int = 2) -> list[subprocess
                "--config.mesh.data=-1", f"--coordinator=localhost:{port}", f"--process_count={count}"]  # fmt: skip
     return [
         subprocess.Popen(
-            [*command, f"--process_id={index}"], env=commands.environment(measured=index == 0),
+            [*command, f"--process_id={index}"],
+            env=commands.environment(measured=index == 0) | ({CACHE_VARIABLE: f"{caches}/{index}"} if caches else {}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for index in range(count)
@@ -84,9 +94,24 @@ def test_two_processes_compute_what_one_does_and_one_that_is_killed_costs_nothin
     assert saved["mesh"]["data"] == -1
 
 
+def test_two_processes_with_disks_of_their_own_share_a_work_directory_in_a_bucket(runs, alone, tmp_path, monkeypatch):
+    """Process 0 alone tokenises; the other one has its examples from the bucket.  Orbax writes from both."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "third machine"))
+    with bucket_servers.server("gs"):
+        url = f"gs://{bucket_servers.BUCKET}/both"
+        first, second = finish(processes(alone, url, caches=tmp_path))
+        assert "examples:" in first and "examples:" not in second
+        ours = metrics(inputs.local(f"{url}/metrics.jsonl").parent)
+        assert [row["step"] for row in ours] == list(range(1, 9))
+        for row, expected in zip(ours, metrics(runs / "alone"), strict=True):
+            np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+        assert list((tmp_path / "1" / "written").glob("*/both/examples/examples.json"))
+        assert f"{url}/checkpoints/8" == str(store.resolve(url))
+
+
 def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
     """Each draws the answers to its own prompt, on its own device; rewards and losses are of all of them."""
-    changes = {"steps": 2, "log_every": 1, "group": 4, "micro_batch": 4, "gallery.every": 2, "overlap": 1}
+    changes = {"steps": 2, "log_every": 1, "group": 4, "micro_batch": 4, "gallery.every": 2, "overlap": True}
     argv = trained(runs / "rl alone", "micro_rl", rl_settings(runs / "alone") | changes)
     outputs = finish(processes(argv, runs / "rl both"))
     theirs, ours = metrics(runs / "rl alone"), metrics(runs / "rl both")
