@@ -73,6 +73,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if any(not isinstance(size, int) or size < -1 or size == 0 for size in sizes) or sizes.count(-1) > 1:
         raise UserError(f"the mesh {shape} is not possible.", "Give positive sizes; one axis may be -1, the rest.")
     known = math.prod(size for size in sizes if size != -1)
+    if known > len(devices):
+        raise UserError(f"the mesh {shape} needs {known} devices at least, there are {len(devices)}.",
+                        "Lower its sizes: 1 for an axis that is not to be split.")
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise UserError(f"the mesh {dict(zip(MESH_AXES, sizes, strict=True))} wants {math.prod(sizes)} devices, "

@@ -196,13 +196,13 @@ def answering_options(mesh: jax.sharding.Mesh | None, dtype: str | None) -> dict
 def _config(model: Mapping[str, Any], options: Mapping[str, Any], path: str | os.PathLike) -> BackboneConfig:
     """The checkpoint's config with `options`.  Raises UserError for an option that its weights do not allow."""
     stored, config = BackboneConfig(**_tuples(model)), BackboneConfig(**_tuples({**model, **options}))
-    for name in options:
-        if name not in MAY_DIFFER and getattr(stored, name) != getattr(config, name):
-            raise UserError(
-                f"model.{name} is {options[name]!r}, and the checkpoint {str(path)!r} was made with "
-                f"{getattr(stored, name)!r}.",
-                "Give the checkpoint's value, or start from another checkpoint.",
-            )
+    others = [n for n in options if n not in MAY_DIFFER and getattr(stored, n) != getattr(config, n)]
+    if others:
+        wanted = ", ".join(f"model.{name}={getattr(stored, name)!r} (not {options[name]!r})" for name in others)
+        raise UserError(
+            f"the checkpoint {str(path)!r} was made with {wanted}.",
+            "Give the checkpoint's values, or start from another checkpoint.",
+        )
     return config
 
 
