@@ -15,7 +15,7 @@ from typing import Any
 
 import commands
 import pytest
-from construct_worker import KEY, arguments, contents, write_samples
+from construct_worker import KEY, arguments, contents, recorded, write_samples
 from openai_service import Behaviour, OpenAIService, serving
 
 pytest.importorskip("ray")
@@ -104,6 +104,33 @@ def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monke
     assert "kept direct" in out and not (tmp_path / "ray" / "parts").exists()
     # Two services, two calls each, whatever the number of parts; two more may have been under way when the node died.
     assert service.log.most_in_flight <= 6
+
+
+def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    samples, service = write_samples(tmp_path, 8), OpenAIService(Behaviour(key=KEY, latency=0.1))
+    with serving(service) as url:
+        command = arguments(url, samples, tmp_path / "run", services={"in_flight": 4})
+        with running_cluster() as nodes:
+            address = nodes.address
+            more = service.log.more(40)
+            with started("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}") as running:
+                wait_for(more, running)
+                nodes.remove_node(nodes.head_node, allow_graceful=False)
+                out, err = running.communicate(timeout=120)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert running.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
+        assert not (tmp_path / "run" / "dataset").exists()
+        paid = {name for folder in (tmp_path / "run" / "parts").iterdir() for name in recorded(folder / "journal")}
+        before = service.log.answered.copy()
+        gone = commands.run("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}")
+        assert address in gone.complaint  # nobody is there any more
+        service.behaviour.latency = 0.0
+        commands.succeed("construct", *command)  # without a cluster, say
+        commands.succeed("construct", *arguments(url, samples, tmp_path / "one"))
+    asked_again = {name for name, count in (service.log.answered - before).items() if name in paid and count > 1}
+    assert paid and not asked_again  # once more in the run to compare with, and in no other
+    assert contents(tmp_path / "run" / "dataset") == contents(tmp_path / "one" / "dataset")
 
 
 @pytest.mark.parametrize(
