@@ -95,7 +95,7 @@ def calls(record: Mapping[str, Any]) -> tuple[Call, ...]:
                 found.append(Call("reflection_score", _question("reflection_score", text, facts), shown))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"a rollout record lacks a field, or has one of the wrong kind ({error}).", "Mend the record."
+            f"a rollout record lacks a field, or has one of the wrong kind ({error}).", "Correct the record."
         ) from error
     return tuple(found)
 

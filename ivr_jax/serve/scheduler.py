@@ -286,7 +286,7 @@ class Scheduler:
         try:
             self._segment(session, stopped)
         except Exception:
-            _LOG.exception("an engine failed; its answers are lost, the server goes on")
+            _LOG.exception("an engine failed; its answers are lost, the server continues")
             del self._sessions[key]
             for running in session.running.values():
                 self._end(running.job, FAILED, error="The server failed on this answer. Try again.")

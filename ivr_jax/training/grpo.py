@@ -8,18 +8,20 @@ What differs from the paper, or is left open there (all of it in the config):
   * tokens that the grammar forces count nowhere: their probability is 1 under every policy;
   * groups whose answers all earn the same are left out of the passes (`grpo.skip_equal_groups`).
 
-`Trainer.step` is the whole of it; four files hold its parts (`rl_stage.py` makes a trainer of a config):
-  here                `collect_rollout` (answers by the policy), `submit` (to the judge), `learn` (updates)
-  scoring.py          `score_rollout`: judgements to rewards, bonus, advantages (formulas: rewards/functions.py)
-  refill.py           new answers in place of those without a judgement
-  policy_logprobs.py  answers as batches, their log-probabilities, `policy_gradient` of the objective in losses.py
+`Trainer.step` calls them in that order; each line leads to the next file to read (`rl_stage.py` makes a trainer of a
+config, `refill.py` samples new answers in place of those without a judgement):
+  roll out  `Trainer.collect_rollout`: sampling/rollout.py, `roll_out`
+  judge     `Trainer.submit`: rewards/judge.py, `judge_answer` (scheduled by rewards/judge_service.py)
+  score     scoring.py, `score_rollout`: rewards/functions.py, `score_groups` and `complexity_bonus`
+  learn     `Trainer.learn`: policy_logprobs.py, `policy_gradient`, of the objective losses.py, `grpo_loss`
 
 One sampling contract: the policy *is* the sampled distribution.  Policy, sampler and reference are all compared under
 the sampler's grammar mask and options (`logits_processors.log_probabilities`): guidance runs its second pass, and top-k
 and top-p keep the ids that they kept when the answer was sampled.  So the importance ratio before the first update is
 1, and the run checks that.  Where answers are sampled in another precision than they are learnt from (`rollout.dtype`,
-or a model in bfloat16), the ratio is taken against the log-probabilities that the policy of then gives in training; how
-far the sampler was from them is measured, bounded, and weighed (`grpo.tis_cap`).
+or a model in bfloat16), the ratio is taken against the log-probabilities that the parameters which sampled the rollout
+give in training's precision; how far the sampler was from them is measured (`sampler_kl`), bounded
+(`policy_logprobs.SAMPLER_TOLERANCE`), and corrected for (`grpo.tis_cap`).
 
 With `overlap=n`, rollouts are sampled n steps ahead, while the judge still looks at earlier ones.  They then come from
 the policy of n updates earlier; the ratio is taken against the log-probabilities stored with them, which makes that
@@ -62,6 +64,8 @@ from ivr_jax.training.policy_logprobs import (
     PolicyGradient,
     add_gradients,
     answer_batch,
+    assert_on_policy,
+    assert_same_distribution,
     policy_gradient,
     policy_logprobs,
 )
@@ -72,11 +76,12 @@ from ivr_jax.training.rl_state import OverlapState, PendingRollout, Placement, P
 from ivr_jax.training.scoring import Scored, draft_answers, score_rollout, summary, token_advantages
 from ivr_jax.training.state import TrainState, apply_gradients
 from ivr_jax.training.stored_rollouts import write_gallery
-from ivr_jax.training.throughput import train_flops
+from ivr_jax.training.throughput import rl_work
 
-DRAFTS, REFILL = 0xD4AF7, 0x4EF11  # folded into a step's key for its drafts, and with the round for new answers
-RATIO_TOLERANCE = 1e-3
-SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
+# Folded into a step's key for its drafts, and with the round for new answers.
+DRAFTS = 0xD4AF7
+REFILL = 0x4EF11
+SHUFFLE = 0x5011  # part of the seed that shuffles groups into minibatches
 
 
 class Trainer:
@@ -121,10 +126,11 @@ class Trainer:
             functools.partial(policy_logprobs, system.config, grammar=self.grammar, options=options)
         )
         replicated = sharding.replicated(self.placement.mesh)
-        shards = self.placement.state
-        trained = shards and shards._replace(params=lora.split(shards.params)[0])
-        gradients = PolicyGradient(trained and trained.params, replicated, replicated)
-        self._gradient = policy_gradient(system.config, self.grammar, options, gradients)
+        trained = self.placement.state  # shardings of what the optimiser updates; None on one device
+        if trained is not None:
+            trained = trained._replace(params=lora.split(trained.params)[0])
+        gradient_shardings = PolicyGradient(None if trained is None else trained.params, replicated, replicated)
+        self._gradient = policy_gradient(system.config, self.grammar, options, gradient_shardings)
         self._apply = update_function(optimizer, options, (trained, replicated))
 
     # -- one step ---------------------------------------------------------------------------------------------------
@@ -134,14 +140,20 @@ class Trainer:
 
         The state is a `TrainState`, with `overlap` an `OverlapState`.
         """
-        options, behaviours = self.options, self._behaviours(state)
+        options = self.options
+        behaviours = self._behaviours(state)
+        behaviour = behaviours[0]
         on_policy = not options.overlap or step == 0
         resumed = not on_policy and not self._pending
-        for later in range(len(self._pending), min(options.overlap + 1, options.steps - step)):
+
+        # Roll out: this step's answers, unless they were sampled ahead, and those of the `overlap` steps after it.
+        for later in range(len(self._pending), min(options.overlap + 1, max(options.steps - step, 1))):
             wanted = (prompts.now, *prompts.upcoming)[later]
             sampled = self.collect_rollout(behaviours[later], wanted, step + later)
             self._pending.append(self.submit(sampled, wanted, step + later))
-        pending, behaviour = self._pending.popleft(), behaviours[0]
+
+        # Judge: it has worked since `submit`.
+        pending = self._pending.popleft()
         self.activity = "waiting for the judge"
         clock = time.perf_counter()
         verdicts = pending.verdicts.result()
@@ -152,11 +164,13 @@ class Trainer:
         if resumed:  # its update cannot check the ratio
             self.check_logprobs(behaviour, rollout)
 
+        # Score.
         judged, drafts = self._separate(verdicts.judged, rollout)
         scored = score_rollout(rollout, judged, options.reward, options.grpo, drafts)
-        missing = sum(not judged.present for judged in scored.judged)
+        missing = sum(not answer.present for answer in scored.judged)
         self.monitor.count_missing(missing, len(scored.judged), verdicts.usage.reasons)
 
+        # Learn.
         self.activity = "learning"
         clock = time.perf_counter()
         learner = TrainState(state.params, state.opt_state)
@@ -176,19 +190,33 @@ class Trainer:
         }
         if options.grpo.refill:
             metrics["refilled"] = float(sum(distributed.gather(refilled)))
-        metrics |= self.monitor.observe(step + 1, metrics)
-        due = [probe for probe in self.probes if (step + 1) % probe.every == 0]
-        if due:
-            self.activity = "measuring the policy"
-            metrics |= self._measured(due, learner.params, step + 1)
-        shows = self.gallery and options.gallery_every and (step + 1) % options.gallery_every == 0
-        if shows and distributed.is_primary():
-            self._write_gallery(rollout, [prompt.sample for prompt in self._of_groups(prompts.now)], scored, step + 1)
-        self.activity = ""
+        metrics |= self._observed(metrics, learner, rollout, scored, prompts, step)
         if options.overlap:
             previous = (*state.previous[1:], lora.split(state.params)[0])
             return OverlapState(learner.params, learner.opt_state, previous), metrics
         return learner, metrics
+
+    def _observed(
+        self,
+        metrics: Mapping[str, Any],
+        learner: TrainState,
+        rollout: Rollout,
+        scored: Scored,
+        prompts: Tasks,
+        step: int,
+    ) -> dict[str, Any]:
+        """Alarms, and after some steps probes of the policy and a gallery: further metrics."""
+        options = self.options
+        further = dict(self.monitor.observe(step + 1, metrics))
+        due = [probe for probe in self.probes if (step + 1) % probe.every == 0]
+        if due:
+            self.activity = "measuring the policy"
+            further |= self._measured(due, learner.params, step + 1)
+        shows = self.gallery and options.gallery_every and (step + 1) % options.gallery_every == 0
+        if shows and distributed.is_primary():
+            self._write_gallery(rollout, [prompt.sample for prompt in self._of_groups(prompts.now)], scored, step + 1)
+        self.activity = ""
+        return further
 
     def _behaviours(self, state: Any) -> list[Any]:
         """The parameters that sample the rollouts of this step and of those that are sampled ahead."""
@@ -251,7 +279,7 @@ class Trainer:
     def _drafts(self, system: systems.System, prompts: Sequence[Prompt], key: jax.Array, first: int) -> Drafts:
         """A draft for each of `prompts`, by the policy, or by the checkpoint that the run starts from and stored."""
         samples, images = [p.sample for p in prompts], [p.images for p in prompts]
-        keys = [prompt.sample.key for prompt in prompts[:: self.options.group_count]]
+        keys = [prompt.sample.key for prompt in prompts[:: self.options.group_count]]  # of each distinct prompt
         sampled = functools.partial(
             sample_drafts, grammar=self.grammar, samples=samples, images=images, key=key, options=self.options.rollout,
             layout=self.placement.layout, first=first,
@@ -270,7 +298,8 @@ class Trainer:
         answers, formats = rollout.judgeable(), list(self.format_rewards(rollout))
         if rollout.draft_length:
             drafts = draft_answers(rollout)
-            answers, formats = [*answers, *drafts], [*formats, *([1.0] * len(drafts))]
+            answers = [*answers, *drafts]
+            formats = [*formats, *([1.0] * len(drafts))]  # a draft is one image: it has no format to break
         return PendingRollout(rollout, tuple(prompts), self.judge.submit(answers, formats, checked))
 
     def _refilled(
@@ -302,9 +331,9 @@ class Trainer:
         if not rollout.draft_length:
             return judged, None
         answers = len(rollout.answers) // jax.process_count()
-        each = answers + answers // rollout.group
-        parts = [judged[start : start + each] for start in range(0, len(judged), each)]
-        return [j for part in parts for j in part[:answers]], [j for part in parts for j in part[answers:]]
+        drafts = answers // rollout.group
+        by_process = [judged[start : start + answers + drafts] for start in range(0, len(judged), answers + drafts)]
+        return [j for part in by_process for j in part[:answers]], [j for part in by_process for j in part[answers:]]
 
     def format_rewards(self, rollout: Rollout) -> np.ndarray:
         """R_f float32 [P * M]."""
@@ -340,23 +369,26 @@ class Trainer:
         """The answers that take part, whole groups shuffled into `num_minibatches` parts of about equal size."""
         groups = np.arange(len(scored.used))
         if self.options.num_minibatches > 1:
-            groups = np.random.default_rng((self.options.seed, step, 0x5011)).permutation(groups)
+            groups = np.random.default_rng((self.options.seed, step, SHUFFLE)).permutation(groups)
         numbers = np.arange(scored.used.size).reshape(scored.used.shape)
         return [numbers[part][scored.used[part]] for part in np.array_split(groups, self.options.num_minibatches)]
 
-    def _learns(self, scored: Scored) -> np.ndarray:
+    def _in_passes(self, scored: Scored) -> np.ndarray:
         """bool [P * M]: answers that go through the passes."""
-        used = scored.used & scored.has_contrast[:, None] if self.options.grpo.skip_equal_groups else scored.used
+        used = scored.used
+        if self.options.grpo.skip_equal_groups:
+            used = used & scored.has_contrast[:, None]
         return used.reshape(-1)
 
     def _left_out(self, rollout: Rollout, scored: Scored, answers: np.ndarray) -> float:
-        """What those of `answers` that skip the passes would add to the loss's denominator; to its sum they add 0."""
-        skipped = answers[~self._learns(scored)[answers]]
+        """What those of `answers` that skip the passes add to the loss's denominator; to its sum they add 0."""
+        skipped = answers[~self._in_passes(scored)[answers]]
         samples = rollout.samples
-        place = np.arange(samples.rows.shape[1])
-        inside = (place >= self._context_length(rollout)) & (place < samples.lengths[skipped, None])
-        chosen = ((self._forced[samples.rows[skipped]] < 0) & inside).sum(1)
-        return float(chosen.sum() if self.options.grpo.loss_type == "bnpo" else (chosen > 0).sum())
+        position = np.arange(samples.rows.shape[1])
+        inside = (position >= self._context_length(rollout)) & (position < samples.lengths[skipped, None])
+        is_chosen = self._forced[samples.rows[skipped]] < 0  # more than one id was legal
+        tokens = (is_chosen & inside).sum(1)
+        return float(tokens.sum() if self.options.grpo.loss_type == "bnpo" else (tokens > 0).sum())
 
     def prepare(
         self, rollout: Rollout, scored: Scored, answers: np.ndarray | None = None, behaviour: Any = None
@@ -369,7 +401,7 @@ class Trainer:
             raise UserError("top-k or top-p is on, but the rollout did not record which ids were kept.",
                             "Switch them off in config.sampling.")
         answers = np.flatnonzero(scored.used.reshape(-1)) if answers is None else answers
-        answers = answers[self._learns(scored)[answers]]
+        answers = answers[self._in_passes(scored)[answers]]
         answers = answers[np.argsort(rollout.total_lengths[answers], kind="stable")]
         reference = lora.base(behaviour) if self.reference is None else self.reference
         visual_start = self.grammar.tokenizer.vocab.visual_start
@@ -380,7 +412,9 @@ class Trainer:
             batch = self._batch(rollout, advantages, answers[start : start + size])
             batch["reference"] = self._logprobs(reference, batch).log_probs
             if not self.placement.layout.exact:
-                batch |= {"sampler": batch["old"], "old": self._logprobs(behaviour, batch).log_probs}
+                # The ratio is taken in training's precision; the sampler's log-probabilities stay for `tis_cap`.
+                batch["sampler"] = batch["old"]
+                batch["old"] = self._logprobs(behaviour, batch).log_probs
             batches.append(batch)
         return batches
 
@@ -396,16 +430,17 @@ class Trainer:
             total = add_gradients(total, self._gradient(trained, frozen, batch))
         metrics, tokens = total.metrics, total.metrics["tokens"]
         if check_ratio:
-            _check_ratio(float(metrics["max_ratio_deviation"]))
+            assert_on_policy(float(metrics["max_ratio_deviation"]))
             if "sampler_kl" in metrics:
-                _check_sampler(float(metrics["sampler_kl"] / tokens))
+                assert_same_distribution(float(metrics["sampler_kl"] / tokens))
         loss, denominator = total.loss[0], total.loss[1] + left_out
         after, norm = self._apply(TrainState(trained, state.opt_state), total.gradients, denominator)
-        means = {"kl": "kl", "clipped": "clip_fraction", "ratio": "ratio", "approx_kl": "approx_kl"}
-        means |= {name: name for name in ("sampler_kl",) if name in metrics}
+        logged_as = {"kl": "kl", "clipped": "clip_fraction", "ratio": "ratio", "approx_kl": "approx_kl"}
+        if "sampler_kl" in metrics:
+            logged_as["sampler_kl"] = "sampler_kl"
         return TrainState(lora.join(after.params, frozen), after.opt_state), {
             "loss": (loss, denominator),
-            **{shown: (metrics[name], tokens) for name, shown in means.items()},
+            **{shown: (metrics[name], tokens) for name, shown in logged_as.items()},
             "grad_norm": (norm, 1.0),
             "max_ratio_deviation": metrics["max_ratio_deviation"],
             "text_entropy": (metrics["text_entropy"], metrics["text_tokens"]),
@@ -419,9 +454,10 @@ class Trainer:
         batch = self._batch(rollout, np.zeros(len(rollout.answers), np.float32), answers)
         difference = (self._logprobs(params, batch).log_probs - batch["old"]) * batch["mask"]
         if self.placement.layout.exact:
-            _check_ratio(float(jnp.abs(jnp.expm1(difference)).max()))
+            assert_on_policy(float(jnp.abs(jnp.expm1(difference)).max()))
         else:
-            _check_sampler(float((jnp.expm1(difference) - difference).sum() / batch["mask"].sum()))
+            k3 = jnp.expm1(difference) - difference  # estimate of the KL divergence, nats a token
+            assert_same_distribution(float(k3.sum() / batch["mask"].sum()))
 
     def _batch(self, rollout: Rollout, advantages: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
         """`policy_logprobs.answer_batch` on the mesh."""
@@ -435,23 +471,13 @@ class Trainer:
         return rollout.draft_length if self.options.grpo.draft_source == "buffer" else 0
 
     def _work(self, rollout: Rollout, scored: Scored) -> dict[str, float]:
-        """Tokens, and operations that their mathematics needs, of the whole step and of its two halves.
-
-        Tokens of the rollout are those sampled, tokens of the update those that the policy passes with a gradient.
-        """
-        lengths = rollout.total_lengths.astype(np.float64)
-        learns = lengths[self._learns(scored)]
-        sampled = train_flops(self.system.config, lengths.sum(), (lengths**2).sum() / 2) / 3  # forward only
-        update = train_flops(self.system.config, learns.sum(), (learns**2).sum() / 2)
-        again = 1 if self.placement.layout.exact else 2  # the reference, and the old policy in training's precision
-        update *= self.options.num_iterations + again / 3
-        return {
-            "work_flops": sampled + update,
-            "work_rollout_tokens": float(rollout.samples.lengths.sum()),
-            "work_rollout_flops": sampled,
-            "work_update_tokens": learns.sum() * self.options.num_iterations,
-            "work_update_flops": update,
-        }
+        """`throughput.rl_work` of a step."""
+        lengths = rollout.total_lengths
+        in_passes = lengths[self._in_passes(scored)]
+        # The reference, and the old policy in training's precision.
+        forward_passes = 1 if self.placement.layout.exact else 2
+        sampled = int(rollout.samples.lengths.sum())
+        return rl_work(self.system.config, lengths, sampled, in_passes, self.options.num_iterations, forward_passes)
 
     def _write_gallery(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
         count = max(1, self.options.gallery_answers // rollout.group) * rollout.group
@@ -466,24 +492,11 @@ def update_function(optimizer: optax.GradientTransformation, options: RLOptions,
     return jax.jit(apply, donate_argnums=() if options.overlap else (0,), out_shardings=out_shardings)
 
 
-def _check_ratio(deviation: float) -> None:
-    if not deviation <= RATIO_TOLERANCE:
-        raise RuntimeError(
-            f"importance ratio deviates from 1 by {deviation:.2e} before the first update: "
-            "the trainer does not compute the sampler's distribution"
-        )
-
-
-def _check_sampler(divergence: float) -> None:
-    if not divergence <= SAMPLER_TOLERANCE:
-        raise RuntimeError(
-            f"sampler and trainer are {divergence:.2e} nats a token apart before the first update, more than rounding "
-            "explains: the trainer does not compute the sampler's distribution"
-        )
-
-
 def _joined(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics of several updates: pairs and skipped updates add up; the ratio's deviation is that of the first."""
+    """Metrics of several updates: pairs and skipped updates add up; the ratio's deviation is that of the first.
+
+    With several updates `ratio_largest` is the largest of their deviations.
+    """
     joined: dict[str, Any] = {}
     for metrics in updates:
         for name, value in metrics.items():

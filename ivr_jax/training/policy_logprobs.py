@@ -21,6 +21,8 @@ from ivr_jax.sampling.slots import rules_of
 from ivr_jax.training.losses import TokenStatistics, grpo_loss, token_statistics
 from ivr_jax.training.rl_options import RLOptions
 
+RATIO_TOLERANCE = 1e-3  # of |ratio - 1| before the first update
+SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
 TOKEN_ARRAYS = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32, "advantages": np.float32}
 
 
@@ -180,3 +182,21 @@ def _sum(total: PolicyGradient, more: PolicyGradient) -> PolicyGradient:
 
 
 _add = jax.jit(_sum, donate_argnums=0)
+
+
+def assert_on_policy(deviation: float) -> None:
+    """Raises RuntimeError when the ratio deviates from 1 by more than rounding, before the first update."""
+    if not deviation <= RATIO_TOLERANCE:
+        raise RuntimeError(
+            f"importance ratio deviates from 1 by {deviation:.2e} before the first update: "
+            "the trainer does not compute the sampler's distribution"
+        )
+
+
+def assert_same_distribution(divergence: float) -> None:
+    """Raises RuntimeError when the sampler is more nats a token from the trainer than their precisions explain."""
+    if not divergence <= SAMPLER_TOLERANCE:
+        raise RuntimeError(
+            f"sampler and trainer are {divergence:.2e} nats a token apart before the first update, more than rounding "
+            "explains: the trainer does not compute the sampler's distribution"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from ivr_jax.errors import UserError
 from ivr_jax.models.backbone_config import BackboneConfig
@@ -111,3 +112,36 @@ class Profile:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
+
+
+def rl_work(
+    config: BackboneConfig,
+    lengths: np.ndarray,
+    sampled: int,
+    in_passes: np.ndarray,
+    iterations: int,
+    forward_passes: int,
+) -> dict[str, float]:
+    """Tokens, and operations that their mathematics needs, of an RL step and of its two halves.
+
+    Args:
+      lengths: int [P * M], tokens of every prompt and answer; sampled: of the answers alone.
+      in_passes: int [N], those of the answers that the update learns from.
+      iterations: times that it learns from them; forward_passes: further passes over them, without a gradient.
+
+    Returns:
+      `work_rollout_…`: what was sampled; `work_update_…`: what the policy passes with a gradient; `work_flops`: both.
+    """
+    lengths = lengths.astype(np.float64)
+    in_passes = in_passes.astype(np.float64)
+    # A training step is three forward passes: one forward, and twice that much backward.
+    rollout = train_flops(config, lengths.sum(), (lengths**2).sum() / 2) / 3
+    training = train_flops(config, in_passes.sum(), (in_passes**2).sum() / 2)
+    update = training * (iterations + forward_passes / 3)
+    return {
+        "work_flops": rollout + update,
+        "work_rollout_tokens": float(sampled),
+        "work_rollout_flops": rollout,
+        "work_update_tokens": in_passes.sum() * iterations,
+        "work_update_flops": update,
+    }

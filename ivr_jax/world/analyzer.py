@@ -123,7 +123,7 @@ class WorldAnalyzer:
                              previous: Sequence[Pixels]) -> float:
         """See `Analyzer.judge_reasoning`.
 
-        A failure analysis is graded by the F1 of the places it names, an improvement plan by the places it mends less
+        A failure analysis is graded by the F1 of the places it names, an improvement plan by the places it repairs less
         those it spoils, a step by how it continues from the last image (`judgement.step_value`); the first step
         starts again from the source.  Text outside the language is worth 0.
         """

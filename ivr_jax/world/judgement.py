@@ -154,7 +154,7 @@ def f1(named: Sequence[str], truth: Sequence[str]) -> float:
 
 
 def plan_value(entries: Sequence[tuple[str, str]], target: Scene, wrong: Sequence[str]) -> float:
-    """The share of wrong places that a plan mends, less what it would spoil, in [0, 1]."""
+    """The share of wrong places that a plan repairs, less what it would spoil, in [0, 1]."""
     if not wrong:
         return float(not entries)
     right = {name for name, content in entries if name in wrong and content == content_words(target, name)}

@@ -270,7 +270,7 @@ def test_rollouts_of_lower_precision_are_learnt_from_by_the_trainers_own_numbers
     assert 1e-4 < own < 0.5
     with pytest.raises(RuntimeError):  # weights that are no rounding of the policy's
         learner.check_logprobs(noisy_params(seed=1), rollout)
-    monkeypatch.setattr(grpo, "SAMPLER_TOLERANCE", 1e-9)
+    monkeypatch.setattr("ivr_jax.training.policy_logprobs.SAMPLER_TOLERANCE", 1e-9)
     with pytest.raises(RuntimeError):
         learner.learn(state_of(PARAMS), rollout, scored_by(rollout), 0, on_policy=True)
 
