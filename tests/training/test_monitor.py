@@ -135,12 +135,15 @@ class Counting:
         self.at = state["at"]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", [0, 1, 2])
 def test_prompts_go_on_where_they_were_with_a_look_ahead_or_without(ahead):
     def fresh() -> PromptIterator:
         return PromptIterator(Counting(), Monitor(OPTIONS, MODES), ahead)
 
-    expected = [Tasks((k, k + 1), (k + 2, k + 3) if ahead else ()) for k in range(0, 10, 2)]
+    def upcoming(k: int) -> tuple[tuple[int, int], ...]:
+        return tuple((k + 2 * later, k + 2 * later + 1) for later in range(1, ahead + 1))
+
+    expected = [Tasks((k, k + 1), upcoming(k)) for k in range(0, 10, 2)]
     whole = fresh()
     assert [next(whole) for _ in range(5)] == expected
     for cut in range(5):

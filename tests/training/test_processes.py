@@ -111,7 +111,7 @@ def test_two_processes_with_disks_of_their_own_share_a_work_directory_in_a_bucke
 
 def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
     """Each draws the answers to its own prompt, on its own device; rewards and losses are of all of them."""
-    changes = {"steps": 2, "log_every": 1, "group": 4, "micro_batch": 4, "gallery.every": 2, "overlap": True}
+    changes = {"steps": 2, "log_every": 1, "group": 4, "micro_batch": 4, "gallery.every": 2, "overlap": 1}
     argv = trained(runs / "rl alone", "micro_rl", rl_settings(runs / "alone") | changes)
     outputs = finish(processes(argv, runs / "rl both"))
     theirs, ours = metrics(runs / "rl alone"), metrics(runs / "rl both")
