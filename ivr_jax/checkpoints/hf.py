@@ -41,7 +41,7 @@ SHARD_BYTES = 5_000_000_000
 Keys = tuple[str, ...]
 
 
-class Slot(NamedTuple):
+class TensorPlace(NamedTuple):
     """Where a tensor of theirs sits among our parameters.
 
     Attributes:
@@ -65,30 +65,30 @@ _LAYER_NAMES = {
 }  # fmt: skip
 
 
-def backbone_slots(config: BackboneConfig) -> dict[str, Slot]:
+def backbone_slots(config: BackboneConfig) -> dict[str, TensorPlace]:
     """Every tensor name of the decoder in a transformers checkpoint, with its place here; padding left out."""
     rows, width = config.vocab_size, config.hidden_size
-    slots = {"model.embed_tokens.weight": Slot(("embed",), None, (0, 1), (rows, width))}
+    slots = {"model.embed_tokens.weight": TensorPlace(("embed",), None, (0, 1), (rows, width))}
     stacked = backbone.param_shapes(config)["layers"]
     for layer in range(config.num_hidden_layers):
         for path, name in _LAYER_NAMES.items():
             ours = _get(stacked, path).shape[1:]
             order = tuple(reversed(range(len(ours))))
-            slots[f"model.layers.{layer}.{name}.weight"] = Slot(("layers", *path), layer, order, ours[::-1])
-    slots["model.norm.weight"] = Slot(("final_norm",), None, (0,), (width,))
+            slots[f"model.layers.{layer}.{name}.weight"] = TensorPlace(("layers", *path), layer, order, ours[::-1])
+    slots["model.norm.weight"] = TensorPlace(("final_norm",), None, (0,), (width,))
     if not config.tie_word_embeddings:
-        slots["lm_head.weight"] = Slot(("lm_head",), None, (1, 0), (rows, width))
+        slots["lm_head.weight"] = TensorPlace(("lm_head",), None, (1, 0), (rows, width))
     return slots
 
 
-def image_tokenizer_slots(config: ImageTokenizerConfig) -> dict[str, Slot]:
+def image_tokenizer_slots(config: ImageTokenizerConfig) -> dict[str, TensorPlace]:
     """Every tensor name of the image tokenizer in a PyTorch checkpoint, with its place here."""
     slots = {}
     for path, shape in _leaves(image_tokenizer.param_shapes(config)):
         leaf = "weight" if path[-1] in ("kernel", "scale") else path[-1]
         order = (2, 3, 1, 0) if len(shape.shape) == 4 else tuple(range(len(shape.shape)))
         theirs = tuple(shape.shape[order.index(axis)] for axis in range(len(order)))
-        slots[".".join((*path[:-1], leaf))] = Slot(path, None, order, theirs)
+        slots[".".join((*path[:-1], leaf))] = TensorPlace(path, None, order, theirs)
     return slots
 
 
@@ -225,14 +225,14 @@ def open_weights(directory: Path) -> Mapping[str, Any]:
     return {name: tensor for name, tensor in stored.items() if not name.startswith("loss.")}
 
 
-def planned_tensors(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:
+def planned_tensors(slots: Mapping[str, TensorPlace], params: Mapping[str, Any], dtype: str) -> list[PlannedTensor]:
     """Our parameters as their tensors, fetched a part at a time: names, order of axes and `dtype` as a file would hold.
 
     A leaf of `params` needs `shape`, `dtype` and indexing by slices: numpy and JAX arrays, and LazyArrays.
     """
     target = jnp.dtype(dtype)
 
-    def fetcher(slot: Slot) -> Callable[[int, int], np.ndarray]:
+    def fetcher(slot: TensorPlace) -> Callable[[int, int], np.ndarray]:
         def fetch(start: int, stop: int) -> np.ndarray:
             leaf, theirs = _get(params, slot.path), (slice(start, stop), *(slice(size) for size in slot.shape[1:]))
             index = tuple(theirs[axis] for axis in slot.order)  # the vocabulary's padding stays outside
@@ -246,7 +246,7 @@ def planned_tensors(slots: Mapping[str, Slot], params: Mapping[str, Any], dtype:
     return [PlannedTensor(name, target, slot.shape, fetcher(slot), slot.path) for name, slot in slots.items()]
 
 
-def _checked(slots: Mapping[str, Slot], stored: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+def _checked(slots: Mapping[str, TensorPlace], stored: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """`stored`, whose names and shapes are exactly those of `slots`; else a UserError that says which are not."""
     missing, unexpected = sorted(slots.keys() - stored.keys()), sorted(stored.keys() - slots.keys())
     for names, what in ((missing, "lacks"), (unexpected, "has the unexpected")):
@@ -261,7 +261,9 @@ def _checked(slots: Mapping[str, Slot], stored: Mapping[str, Any], where: Path) 
     return stored
 
 
-def _lazy_tree(slots: Mapping[str, Slot], stored: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
+def _lazy_tree(
+    slots: Mapping[str, TensorPlace], stored: Mapping[str, Any], shapes: Mapping[str, Any]
+) -> dict[str, Any]:
     """Our tree, each array a view of their tensors."""
     parts: dict[Keys, list[str]] = {}
     for name, slot in slots.items():
@@ -272,7 +274,7 @@ def _lazy_tree(slots: Mapping[str, Slot], stored: Mapping[str, Any], shapes: Map
     return tree
 
 
-def _lazy(ours: jax.ShapeDtypeStruct, sources: Sequence[tuple[Any, Slot]]) -> LazyArray:
+def _lazy(ours: jax.ShapeDtypeStruct, sources: Sequence[tuple[Any, TensorPlace]]) -> LazyArray:
     """One array of our tree: one tensor of theirs, or those of all layers in order."""
     stacked = sources[0][1].layer is not None
 
@@ -285,7 +287,7 @@ def _lazy(ours: jax.ShapeDtypeStruct, sources: Sequence[tuple[Any, Slot]]) -> La
                 fill(target, *source, index[1:])
         return found
 
-    def fill(target: np.ndarray, tensor: Any, slot: Slot, index: Index) -> None:
+    def fill(target: np.ndarray, tensor: Any, slot: TensorPlace, index: Index) -> None:
         theirs = [slice(0, 0)] * len(index)
         for part, axis in zip(index, slot.order, strict=True):  # zeros stay where the vocabulary is padded
             theirs[axis] = slice(min(part.start, slot.shape[axis]), min(part.stop, slot.shape[axis]))

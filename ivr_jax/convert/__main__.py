@@ -77,7 +77,7 @@ class Model:
     companions: tuple[Path, ...] = ()
 
     @property
-    def slots(self) -> dict[str, hf.Slot]:
+    def slots(self) -> dict[str, hf.TensorPlace]:
         """Every tensor name of an export, with its place in `params`."""
         if isinstance(self.config, BackboneConfig):
             return hf.backbone_slots(self.config)

@@ -56,8 +56,8 @@ def run(
         after, counts = step(rules, ranges, hidden, now._replace(cache=cache), options)
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
 
-    step = _step if slots.drafts is None else speculate
-    if slots.drafts is not None:
+    step = _step if slots.guesses is None else speculate
+    if slots.guesses is not None:
         slots = begin(rules, slots, visual_start)
     after, work = jax.lax.while_loop(going, call, (slots, Work(*(jnp.int32(0),) * len(Work._fields))))
     return _readable(after), work

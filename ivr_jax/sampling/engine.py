@@ -62,7 +62,7 @@ class Admission(NamedTuple):
     starts int32 [C]: position of its first token in each context.
     opening int32 [O]: its first tokens, which the prefilled prompts already hold; state: the grammar after them, arrays
     of one value; last: the last token of its prompt and opening; limit: most answer tokens, the opening included.
-    reference int32 [cells]: see `slots.Drafts`; None without speculation.
+    reference int32 [cells]: see `slots.Guesses`; None without speculation.
     """
 
     answer: Hashable

@@ -31,7 +31,7 @@ from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import GRID, Grammar, GrammarState, Tables, advance, legal_row
 
 
-class Drafts(NamedTuple):
+class Guesses(NamedTuple):
     """Guesses at coming tokens, for speculation.
 
     count int32 [B]: window tokens after the known ones that are guesses; -1 in an answer that has just arrived.
@@ -54,7 +54,7 @@ class Slots(NamedTuple):
     which is answer token `answered - 1`.
     limit int32 [B]: most tokens of each answer; ended bool [B]: complete, cut, or empty.
     tokens int32, log_probs float32 [B, A + W]: the answer.  kept uint8 [B, A + W, ceil(V / 8)]:
-    `logits_processors.pack_kept` of each sampled token, None where nothing is left out.  drafts: None without
+    `logits_processors.pack_kept` of each sampled token, None where nothing is left out.  guesses: None without
     speculation.
     """
 
@@ -70,7 +70,7 @@ class Slots(NamedTuple):
     tokens: Any
     log_probs: Any
     kept: Any
-    drafts: Drafts | None
+    guesses: Guesses | None
 
 
 class Rules(NamedTuple):
@@ -138,12 +138,15 @@ def empty(
     truncates: bool,
     cells: int | None,
 ) -> Slots:
-    """B empty slots; `key` and `state` (of one row) say what those arrays are made of, `cells` is None or `Drafts`'."""
+    """B empty slots.
+
+    `key` and `state` (of one row) say what those arrays are made of; `cells` is None or that of `Guesses`.
+    """
     count = functools.partial(jnp.full, (batch,), dtype=jnp.int32)
-    drafts = None
+    guesses = None
     if cells is not None:
         states = GrammarState(*(jnp.zeros((batch, window), jnp.int32) for _ in GrammarState._fields))
-        drafts = Drafts(count(0), states, jnp.full((batch, cells), -1, jnp.int32))
+        guesses = Guesses(count(0), states, jnp.full((batch, cells), -1, jnp.int32))
     return Slots(
         _placed(backbone.init_cache(config, contexts * batch, slots)),
         jnp.ones((contexts, batch), jnp.int32),
@@ -157,7 +160,7 @@ def empty(
         jnp.full((batch, length + window), pad, jnp.int32),
         jnp.zeros((batch, length + window), jnp.float32),
         jnp.zeros((batch, length + window, -(-config.vocab_size // 8)), jnp.uint8) if truncates else None,
-        drafts,
+        guesses,
     )
 
 
@@ -168,7 +171,7 @@ class Arrivals(NamedTuple):
     opening int32 [R, O], right-padded: the answer's first tokens, which the prompts already hold (forced ones, or those
     of an answer that is continued); opened int32 [R]: their number; state [R]: grammar after them;
     last int32 [R]: the last token of each prompt, which the first call reads again; limit int32 [R]; ended bool [R];
-    reference int32 [R, cells], see `Drafts`, or None.
+    reference int32 [R, cells], see `Guesses`, or None.
     """
 
     slot: Any
@@ -218,8 +221,8 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
         put(slots.tokens, answer),
         put(slots.log_probs, 0.0),
         None if slots.kept is None else put(slots.kept, 255),
-        slots.drafts and slots.drafts._replace(
-            count=put(slots.drafts.count, -1), reference=put(slots.drafts.reference, new.reference)
+        slots.guesses and slots.guesses._replace(
+            count=put(slots.guesses.count, -1), reference=put(slots.guesses.reference, new.reference)
         ),
     )
 

@@ -25,9 +25,9 @@ def begin(rules: Rules, slots: Slots, visual_start: int) -> Slots:
     """Guesses for the answers that have arrived since the last segment."""
     nothing = jnp.full(slots.window.shape, -1, jnp.int32)
     filled = _fill_window(rules, slots, slots.answered, nothing, visual_start)
-    new = slots.drafts.count < 0
+    new = slots.guesses.count < 0
     return filled._replace(
-        window=where_rows(new, filled.window, slots.window), drafts=where_rows(new, filled.drafts, slots.drafts)
+        window=where_rows(new, filled.window, slots.window), guesses=where_rows(new, filled.guesses, slots.guesses)
     )
 
 
@@ -38,17 +38,17 @@ def speculate(
     width, contexts = slots.window.shape[1], hidden.shape[0]
     steps, active = jnp.arange(width)[None, :], ~slots.ended
     draft = jnp.take_along_axis(slots.window, jnp.minimum(slots.known[:, None] + steps, width - 1), axis=1)
-    states = slots.drafts.states
+    states = slots.guesses.states
     at = jnp.minimum(slots.known[:, None] - 1 + steps, width - 1)
     hidden = jnp.take_along_axis(hidden, at[None, :, :, None], axis=2).reshape(contexts, -1, hidden.shape[-1])
-    scored = active[:, None] & (steps <= slots.drafts.count[:, None])
+    scored = active[:, None] & (steps <= slots.guesses.count[:, None])
     place = slots.answered[:, None] + steps
     keys = jnp.broadcast_to(slots.keys[:, None], scored.shape).reshape(-1)
     flat_states = jax.tree.map(jnp.ravel, states)
     choice = choose(rules, ranges, hidden, flat_states, keys, place.ravel(), scored.ravel(), options)
     choice = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), choice)
 
-    offered = active[:, None] & (steps < slots.drafts.count[:, None])
+    offered = active[:, None] & (steps < slots.guesses.count[:, None])
     right = jnp.cumprod((offered & (choice.token == draft)).astype(jnp.int32), axis=1)
     accepted, in_grid = right.sum(1), rules.tables.kind[states.node] == GRID
     last = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), accepted], (choice, states))
@@ -57,13 +57,13 @@ def speculate(
         state=where_rows(active, last[1], slots.state),
         answered=slots.answered + accepted,
     )
-    cells = slots.drafts.reference.shape[1]
+    cells = slots.guesses.reference.shape[1]
     committed = active[:, None] & in_grid & (steps <= accepted[:, None])
     cell = (states.height - states.rows_left) * states.width + states.width - states.cells_left
     cell = jnp.where(committed, jnp.minimum(cell, cells), cells)
     rows = jnp.arange(accepted.shape[0])[:, None]
-    reference = slots.drafts.reference.at[rows, cell].set(choice.token, mode="drop")
-    after = extend(rules, moved._replace(drafts=slots.drafts._replace(reference=reference)), last[0])
+    reference = slots.guesses.reference.at[rows, cell].set(choice.token, mode="drop")
+    after = extend(rules, moved._replace(guesses=slots.guesses._replace(reference=reference)), last[0])
     samples = jnp.where(scored, choice.token, -1)
     work = Work(
         1, active.sum(), (after.answered - slots.answered).sum(), committed.any(1).sum(), committed.sum(),
@@ -120,7 +120,7 @@ def _fill_window(rules: Rules, slots: Slots, first: jax.Array, samples: jax.Arra
         return _Tail(state, tail.count + going, window, states, going)
 
     tail = jax.lax.while_loop(lambda tail: tail.going.any(), add, tail)
-    return slots._replace(window=tail.window, drafts=slots.drafts._replace(count=tail.count, states=tail.states))
+    return slots._replace(window=tail.window, guesses=slots.guesses._replace(count=tail.count, states=tail.states))
 
 
 class _Tail(NamedTuple):
@@ -139,7 +139,7 @@ def _from_reference(slots: Slots, cells: jax.Array, visual_start: int) -> jax.Ar
     Those cells of the image so far or before; without one the cell one row above, then two, then the cell sampled last,
     then the first code.
     """
-    reference = slots.drafts.reference
+    reference = slots.guesses.reference
     columns = slots.state.width[:, None]
 
     def known(index: jax.Array) -> jax.Array:
