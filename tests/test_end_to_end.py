@@ -52,22 +52,23 @@ ANSWERS = settings(
     grammar__max_reflections=1, grammar__max_steps=2, grammar__text_cap=4, answer_length=224, engine__growth=1
 )
 PROMPTS = settings(prompts=4, each_split=0, batch=16)
+ALL_PARTS = settings(each_split=1, probe_prompts=8, paired_prompts=8)
 OVERRIDES = {
     "image_tokenizer": IMAGES,
     "base": (*TRAIN, *MODEL),
-    "eval_base": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
+    "eval_base": (*ANSWERS, *PROMPTS, *ALL_PARTS),
     "eval_kinds": (*ANSWERS, *settings(prompts=1, each_kind=1, batch=16)),
     # An untrained model never draws a right first image, so nothing can fill a quota of direct answers.
     "construct": settings(
         batch=8, concurrency=4, quotas__direct=0, quotas__reflection=4, quotas__multi_step=4, quotas__evaluation=4
     ),
     "sft": (*TRAIN, *MODEL),
-    "eval_sft": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
+    "eval_sft": (*ANSWERS, *PROMPTS, *ALL_PARTS),
     "eval_direct": (*ANSWERS, *PROMPTS),
     "eval_multi_step": (*ANSWERS, *PROMPTS),
     "rl": (*ANSWERS, *settings(steps=2, prompts_per_step=2, group=2, micro_batch=2, buckets=(384,))),
     "eval_typed": (*ANSWERS, *settings(batch=16)),
-    "eval_rl": (*ANSWERS, *PROMPTS, *settings(each_split=1)),
+    "eval_rl": (*ANSWERS, *PROMPTS, *ALL_PARTS),
 }
 TRAINED = ("image_tokenizer", "base", "sft", "rl")
 EVALUATED = ("eval_base", "eval_sft", "eval_direct", "eval_multi_step", "eval_rl")
