@@ -110,7 +110,7 @@ def test_guesses_come_from_the_image_before_else_from_the_rows_above():
     nothing = np.full(6, -1)
     reference = np.array([[14, 12, -1, -1, -1, -1], [14, 12, 20, 21, 22, 23], nothing], np.int32)
     cells = np.array([[2, 3, 4, 5]] * 2 + [[0, 1, 2, -1]], np.int32)
-    held = mock.Mock(drafts=mock.Mock(reference=reference), state=mock.Mock(width=np.full(3, 3)))
+    held = mock.Mock(guesses=mock.Mock(reference=reference), state=mock.Mock(width=np.full(3, 3)))
     guesses = speculation._from_reference(held, cells, 10)
     np.testing.assert_array_equal(guesses[:2], [[12, 14, 12, 12], [20, 21, 22, 23]])
     np.testing.assert_array_equal(guesses[2, :3], [10, 10, 10])
