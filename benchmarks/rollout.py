@@ -78,7 +78,7 @@ def workload() -> tuple[Any, ...]:
         for index in range(FLAGS.prompts):
             task = sample_task(0, 3, index)
             names = task.sample.sources
-            codes = dict(zip(names, system.codec.encode([task.images[name] for name in names]), strict=True))
+            codes = dict(zip(names, system.image_codec.encode([task.images[name] for name in names]), strict=True))
             tokens.append(codec.encode_prompt(tokenizer, task.sample, codes))
     return config, params, Grammar(tokenizer, GRAMMAR), *pad_prompts(tokens, tokenizer.vocab.pad)
 

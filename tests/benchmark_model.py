@@ -19,8 +19,8 @@ SETTINGS = ("--config.text_cap=3", "--config.answer_length=384", "--config.engin
 def write_model(folder: Path) -> Path:
     """Returns the workdir of the backbone."""
     tiny_runs.prepare(folder)
-    codec = systems.load_image_codec(folder / "image_tokenizer")
-    tokenizer = systems.text_tokenizer(systems.MICRO, codec.config.n_embed)
+    image_codec = systems.load_image_codec(folder / "image_tokenizer")
+    tokenizer = systems.text_tokenizer(systems.MICRO, image_codec.config.n_embed)
     config = BackboneConfig(
         vocab_size=tokenizer.vocab.size, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
@@ -28,7 +28,7 @@ def write_model(folder: Path) -> Path:
     params = random_tree(backbone.param_shapes(config), 3)
     scaled = dict(params)
     scaled["lm_head"] = np.asarray(params["lm_head"]) * 0.2
-    meta = systems.backbone_meta(config, systems.MICRO, tokenizer, folder / "image_tokenizer", codec, {})
+    meta = systems.backbone_meta(config, systems.MICRO, tokenizer, folder / "image_tokenizer", image_codec, {})
     checkpointer = store.Checkpointer(folder / "backbone")
     checkpointer.save(0, {"params": scaled}, None, meta)
     checkpointer.wait()

@@ -174,10 +174,10 @@ def reviewed(walk) -> Path:
 def test_construction_starts_from_its_drawings_and_two_people_review_the_result(walk, reviewed):
     dataset = TrajectoryDataset(reviewed)
     assert [trajectory.mode.value for trajectory in dataset] == ["direct", "reflection", "multi_step", "direct"]
-    codec = systems.load_image_codec(walk / "images_import")
+    image_codec = systems.load_image_codec(walk / "images_import")
     for trajectory in dataset:
         first = dataset.image(trajectory.images[0])
-        again = codec.decode(codec.encode([first]))[0]
+        again = image_codec.decode(image_codec.encode([first]))[0]
         assert first.shape == again.shape == (64, 64, 3)
 
 

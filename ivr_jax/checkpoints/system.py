@@ -51,6 +51,7 @@ class System:
 
     Attributes:
       params: the backbone's pytree; meta: its checkpoint's metadata.
+      tokenizer: of texts; image_codec: the image tokenizer with its weights, from pixels to codes and back.
       mesh: where `params` are sharded; None: on one device.
       area: pixels of an image that no source gives a size; 0: the image tokenizer's training resolution, squared.
     """
@@ -58,7 +59,7 @@ class System:
     config: BackboneConfig
     params: Any
     tokenizer: TextTokenizer
-    codec: ImageCodec
+    image_codec: ImageCodec
     meta: dict[str, Any]
     mesh: jax.sharding.Mesh | None = None
     area: int = 0
@@ -66,7 +67,7 @@ class System:
     @property
     def cells(self) -> tuple[int, int]:
         """Latent rows and columns of an image that no source gives a size: a square."""
-        config = self.codec.config
+        config = self.image_codec.config
         rows, columns = fitted_size(1, 1, self.area or config.resolution**2, config.factor)
         return rows // config.factor, columns // config.factor
 
@@ -130,7 +131,7 @@ def load_image_codec(path: str | os.PathLike) -> ImageCodec:
 def load(
     path: str | os.PathLike,
     image_tokenizer_path: str | os.PathLike | None = None,
-    codec: ImageCodec | None = None,
+    image_codec: ImageCodec | None = None,
     text_tokenizer_path: str | os.PathLike | None = None,
     mesh: jax.sharding.Mesh | Callable[[BackboneConfig], jax.sharding.Mesh] | None = None,
     **options: Any,
@@ -140,7 +141,7 @@ def load(
     Args:
       path: a workdir or step folder; a packed folder, or "micro" for the model that the package carries.
       image_tokenizer_path: where its image tokenizer is now, if it was moved or never recorded.
-      codec: an image tokenizer already loaded.
+      image_codec: an image tokenizer already loaded.
       text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
       mesh: where the parameters go, shard by shard, or what says it of the model's config; one device by default.
       options: fields of BackboneConfig.  Those of `MAY_DIFFER` replace the checkpoint's: it computes in `dtype`, its
@@ -156,22 +157,22 @@ def load(
         )
     text_kind = text_tokenizer_path or meta.get("text_tokenizer")
     image_path = image_tokenizer_path or folder or meta.get("image_tokenizer")
-    if not text_kind or not (codec or image_path):
+    if not text_kind or not (image_codec or image_path):
         raise UserError(
             f"the checkpoint {str(path)!r} does not say which tokenizers it was trained with.",
             "It was imported: name both with --text_tokenizer=FOLDER --image_tokenizer=WORKDIR (where there are "
             "no such flags, --config.text_tokenizer and --config.image_tokenizer); what it trains knows them.",
         )
-    codec = codec or load_image_codec(image_tokenizer_path or folder or _nearby(path, image_path, "image"))
+    image_codec = image_codec or load_image_codec(image_tokenizer_path or folder or _nearby(path, image_path, "image"))
     recorded = meta.get("image_tokenizer_fingerprint")
-    if recorded is not None and recorded != fingerprint(codec.params):
+    if recorded is not None and recorded != fingerprint(image_codec.params):
         raise UserError(
             f"{str(path)!r} was trained with another image tokenizer.",
             "Name the right one with --image_tokenizer=WORKDIR.",
         )
     if not text_tokenizer_path and text_kind != MICRO:
         text_kind = _nearby(path, text_kind, "text")
-    tokenizer = text_tokenizer(str(text_kind), codec.config.n_embed)
+    tokenizer = text_tokenizer(str(text_kind), image_codec.config.n_embed)
     config = _config(meta["model"], options, path)
     check_vocabulary(tokenizer, config, meta, path)
     like = backbone.param_shapes(config)
@@ -183,7 +184,7 @@ def load(
         params = packed.read_params(folder, BACKBONE, like, VOCABULARY)
     else:
         params, meta = store.read_params(path, BACKBONE, like, VOCABULARY)
-    return System(config, params, tokenizer, codec, meta, mesh)
+    return System(config, params, tokenizer, image_codec, meta, mesh)
 
 
 def answering_options(mesh: jax.sharding.Mesh | None, dtype: str | None) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def backbone_meta(
     tokenizer_kind: str,
     tokenizer: TextTokenizer,
     image_tokenizer_path: str | os.PathLike,
-    codec: ImageCodec,
+    image_codec: ImageCodec,
     run: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Metadata of a backbone checkpoint: what `load` needs, and the run's config for the record."""
@@ -221,7 +222,7 @@ def backbone_meta(
         "text_tokenizer": tokenizer_kind if tokenizer_kind == MICRO else absolute(tokenizer_kind),
         "vocabulary": tokenizer.fingerprint,
         "image_tokenizer": absolute(image_tokenizer_path),
-        "image_tokenizer_fingerprint": fingerprint(codec.params),
+        "image_tokenizer_fingerprint": fingerprint(image_codec.params),
         "run": dict(run),
     }
 

@@ -103,7 +103,7 @@ class Baseline:
 
     def _fitted(self, request: Request) -> Request:
         """The request over sources of the size that the model draws."""
-        factor = self.system.codec.config.factor
+        factor = self.system.image_codec.config.factor
         fitted = [fit(request.images[name], self.area, factor) for name in request.sample.sources]
         names = tuple(image_name(pixels) for pixels in fitted)
         return dataclasses.replace(

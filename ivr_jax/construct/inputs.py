@@ -104,7 +104,7 @@ def source(
     if not config.baseline:
         return Source(lambda: _each(read()), quarantined, count)
     system = load_system(config, config.baseline)
-    area = config.image_area if config.samples else system.codec.config.resolution**2
+    area = config.image_area if config.samples else system.image_codec.config.resolution**2
     baseline = Baseline(system, as_dataclass(SamplingOptions, config.sampling), config.seed, config.batch, area)
 
     def is_known(entry: Entry) -> bool:

@@ -28,9 +28,9 @@ def pack_model(source: str | None, target: str | None, figures: str | None, made
     system = systems.load(source)
     if system.meta.get("text_tokenizer") != systems.MICRO:
         raise UserError(f"{source} has a text tokenizer of its own.", "Only models of the micro-world are packed.")
-    codec = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(system.codec.config)}
+    images = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(system.image_codec.config)}
     kept = {key: value for key, value in system.meta.items() if key not in ("image_tokenizer", "run")}
-    networks = {systems.BACKBONE: (kept, system.params), systems.IMAGE_TOKENIZER: (codec, system.codec.params)}
+    networks = {systems.BACKBONE: (kept, system.params), systems.IMAGE_TOKENIZER: (images, system.image_codec.params)}
     folder = Path(target).expanduser()
     size = packed.write(folder, networks, origin_of(source, system.meta, figures, made_by))
     if size > packed.MAX_BYTES and folder.resolve() == packed.FOLDER.resolve():

@@ -166,8 +166,8 @@ def world_cases(
     """
     tokenizer = system.tokenizer
     rows = [row for row in rows if rollout.answers[row] is not None]
-    exact = system.codec.encode([tasks[row].target_image for row in rows])
-    faults = system.codec.encode([one_wrong_cell(tasks[row], seed, row) for row in rows])
+    exact = system.image_codec.encode([tasks[row].target_image for row in rows])
+    faults = system.image_codec.encode([one_wrong_cell(tasks[row], seed, row) for row in rows])
     cases = []
     for row, exact_codes, fault_codes in zip(rows, exact, faults, strict=True):
         task, answer = tasks[row], rollout.answers[row]

@@ -54,7 +54,7 @@ def probe(
         for outcome in asyncio.run(_outcomes(tasks, first, level, rules, observe)):
             if outcome.trajectory is not None and outcome.trajectory.mode is not Mode.DIRECT:
                 names = list(dict.fromkeys((*outcome.sample.sources, *outcome.trajectory.images)))
-                codes = dict(zip(names, system.codec.encode([outcome.images[n] for n in names]), strict=True))
+                codes = dict(zip(names, system.image_codec.encode([outcome.images[n] for n in names]), strict=True))
                 encoded.append(codec.encode_trajectory(system.tokenizer, outcome.trajectory, codes))
     right = _texts_right(system, encoded, batch)
     return {name: share([hit for found in part for hit in found]) for name, part in right.items()}

@@ -106,7 +106,7 @@ def swap_cases(system: System, dataset: TrajectoryDataset, trajectories: Sequenc
     cases = []
     for trajectory in trajectories:
         images = dataset.images(trajectory)
-        codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
+        codes = dict(zip(images, system.image_codec.encode(list(images.values())), strict=True))
         prompt = codec.encode_prompt(system.tokenizer, trajectory.sample, codes)
         right, wrong = codes[trajectory.images[-1]], codes[trajectory.images[0]]
         cases.append(

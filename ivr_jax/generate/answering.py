@@ -77,12 +77,12 @@ class Answering:
         _check_scores(drafts.log_probs)
         tokens = drafts.tokens[0]
         part = Part(interleaved.IMAGE, "", decode_image(self.system.tokenizer, tokens), 0, len(tokens))
-        drawn = self.system.codec.decode([part.codes])
+        drawn = self.system.image_codec.decode([part.codes])
         return InterleavedAnswer(prepared.sample, (part,), tuple(drawn), True, prepared.images), len(tokens)
 
     def _interleaved(self, prepared: Prepared, tokens: np.ndarray, length: int) -> InterleavedAnswer:
         parts, finished = interleaved.parse_interleaved(self.system.tokenizer, tokens)
-        drawn = self.system.codec.decode([part.codes for part in parts if part.codes is not None])
+        drawn = self.system.image_codec.decode([part.codes for part in parts if part.codes is not None])
         if not finished and not drawn:
             what = f"the answer was cut after {len(tokens):,} tokens, before its first image."
             raise self._cut(tokens, length) or UserError(what, "Raise --answer_length, or ask for --mode=image.")

@@ -132,7 +132,7 @@ def _dataset_items(dataset: TrajectoryDataset, system: System, first: int, key: 
 def encode(trajectory: Trajectory, images: Images, system: System, title: str, position: int = 0) -> Encoded:
     """A trajectory as the trainer reads it."""
     names = list(dict.fromkeys((*trajectory.sample.sources, *trajectory.images)))
-    codes = dict(zip(names, system.codec.encode([images[name] for name in names]), strict=True))
+    codes = dict(zip(names, system.image_codec.encode([images[name] for name in names]), strict=True))
     made = codec.encode_trajectory(system.tokenizer, trajectory, codes)
     loss = made.loss_mask()
     values = {"position": position, **_values(trajectory), "tokens": len(made.tokens), "loss": int(loss.sum())}

@@ -130,7 +130,7 @@ def images_of(
         following = ends[ends > start]
         if len(following):
             blocks.append((int(start), int(following[0]) + 1))
-    pixels = system.codec.decode([codec.decode_image(system.tokenizer, tokens[a:b], a) for a, b in blocks])
+    pixels = system.image_codec.decode([codec.decode_image(system.tokenizer, tokens[a:b], a) for a, b in blocks])
     drawn = {answer_start + s.start: s.name for s in segments if s.part == "G"}
     found, sources = [], 0
     for (start, end), image in zip(blocks, pixels, strict=True):

@@ -149,7 +149,7 @@ def prepare(request: Request, system: System, area: int = 0) -> Prepared:
     size to the model, and none gives a square.  (A model whose images have fewer than ten cells a side cannot write a
     size in two digits, so there the first of several references decides.)
     """
-    config = system.codec.config
+    config = system.image_codec.config
     area = area or config.resolution**2
     images, names, shapes = {}, [], []
     for file in request.images:
@@ -166,7 +166,7 @@ def prepare(request: Request, system: System, area: int = 0) -> Prepared:
         shapes.append((rows, columns))
         images[names[-1]] = pixels
     sample = Sample(request.key, request.prompt, tuple(names), task_word=request.task)
-    codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
+    codes = dict(zip(images, system.image_codec.encode(list(images.values())), strict=True))
     tokens, _ = pad_prompts([codec_lib.encode_prompt(system.tokenizer, sample, codes)], system.tokenizer.vocab.pad)
     return Prepared(sample, images, output_size(request.aspect_ratio, shapes, area, config.factor), tokens.shape[1])
 
@@ -211,7 +211,7 @@ def room(prepared: Prepared, system: System, wanted: int, area: int = 0) -> int:
 
     Raises UserError when that is less than one image.
     """
-    config, context = system.codec.config, system.config.max_position_embeddings
+    config, context = system.image_codec.config, system.config.max_position_embeddings
     side = round((area or config.resolution**2) ** 0.5) // config.factor
     rows, columns = (side, side) if prepared.size == FREE else prepared.size
     left, image = context - prepared.prompt_tokens, image_tokens(rows, columns)

@@ -236,7 +236,7 @@ def _source_codes(
 ) -> list[dict[str, np.ndarray]]:
     """Codes of each sample's sources by name, all encoded together: the image tokenizer works in batches."""
     names = list(dict.fromkeys((i, name) for i, s in enumerate(samples) for name in s.sources))
-    codes = dict(zip(names, system.codec.encode([images[i][name] for i, name in names]), strict=True))
+    codes = dict(zip(names, system.image_codec.encode([images[i][name] for i, name in names]), strict=True))
     return [{name: codes[i, name] for name in s.sources} for i, s in enumerate(samples)]
 
 
@@ -268,7 +268,7 @@ def _parse(
         except UserError as error:
             parsed.append(None)
             errors.append(str(error))
-    pixels = iter(system.codec.decode([grid for p in parsed if p for grid in p.codes.values()]))
+    pixels = iter(system.image_codec.decode([grid for p in parsed if p for grid in p.codes.values()]))
     answers = []
     for number, answer in enumerate(parsed):
         if answer is None:
@@ -297,4 +297,4 @@ def draw_first_images(
     """
     how = RolloutOptions(0, options or SamplingOptions(), engine or EngineOptions(), size=size)
     _, sampled, _ = _sample(system, Grammar(system.tokenizer), samples, images, key, how, only_image=True)
-    return system.codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in sampled.tokens])
+    return system.image_codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in sampled.tokens])

@@ -139,8 +139,8 @@ def main(call: cli.Call) -> None:
             system = systems.load(path, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh,
                                   **loading)  # fmt: skip
             # Previews come and go: a small cache, or memory would grow with every row that was ever shown.
-            codec = ImageCodec(system.codec.config, system.codec.params, CACHE_BYTES)
-            system = dataclasses.replace(system, codec=codec)
+            image_codec = ImageCodec(system.image_codec.config, system.image_codec.params, CACHE_BYTES)
+            system = dataclasses.replace(system, image_codec=image_codec)
             models[name] = ServedModel(name, system, wanted.image_area, wanted.answer_length, wanted.text_cap)
         short = max(m.system.config.max_position_embeddings for m in models.values()) <= SHORT_CONTEXT
         options = EngineOptions(slots=wanted.slots, growth=1 if short else 2, shrink=False)

@@ -61,7 +61,7 @@ class ServedModel:
 
     def __init__(self, name: str, system: System, area: int = 0, answer_length: int = 0, text_cap: int = 0):
         self.name, self.system = name, system
-        self.area = area or system.codec.config.resolution**2
+        self.area = area or system.image_codec.config.resolution**2
         self.answer_length = answer_length or system.config.max_position_embeddings
         cap = text_cap or system.longest_text
         modes = {INTERLEAVED: GrammarOptions(modes=(INTERLEAVED,), text_cap=cap)}
@@ -96,7 +96,7 @@ class ServedModel:
         """Fits and encodes the references, and settles size and room.  Raises UserError when it does not fit."""
         prepared = self._fitted(request)
         with self._lock:
-            codes = self.system.codec.encode(list(prepared.images.values()))
+            codes = self.system.image_codec.encode(list(prepared.images.values()))
         by_name = dict(zip(prepared.images, codes, strict=True))
         tokenizer, sample = self.system.tokenizer, prepared.sample
         prompts = [codec.encode_prompt(tokenizer, sample, by_name)]
@@ -130,7 +130,7 @@ class ServedModel:
     def pictures(self, parts: Sequence[Part]) -> list[np.ndarray]:
         """Pixels of image parts, uint8 [height, width, 3], grey where nothing is drawn yet; decoded together."""
         with self._lock:
-            decoded = self.system.codec.decode([filled(part.codes) for part in parts])
+            decoded = self.system.image_codec.decode([filled(part.codes) for part in parts])
         return [masked(pixels, part.codes) for pixels, part in zip(decoded, parts, strict=True)]
 
     def warm_up_pictures(self, size: tuple[int, int], most: int) -> None:
@@ -140,21 +140,21 @@ class ServedModel:
             if count <= most:
                 grids = [np.full((rows, columns), n, np.int32) for n in range(1, count + 1)]
                 with self._lock:
-                    self.system.codec.decode(grids)
+                    self.system.image_codec.decode(grids)
 
     def _cells(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of an image: `size`, or those of the model's own area where it is free."""
-        side = round(self.area**0.5) // self.system.codec.config.factor
+        side = round(self.area**0.5) // self.system.image_codec.config.factor
         return size if min(size) > 0 else (side, side)
 
     def codes_of(self, pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
         """Codes int32 [rows, columns] of an image that takes the place of a drawn one: resized to its size."""
-        factor = self.system.codec.config.factor
+        factor = self.system.image_codec.config.factor
         if pixels.shape[:2] != (rows * factor, columns * factor):
             size = (columns * factor, rows * factor)
             pixels = np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
         with self._lock:
-            return self.system.codec.encode([pixels])[0]
+            return self.system.image_codec.encode([pixels])[0]
 
     # -- finished answers -------------------------------------------------------------------------------------------
 

@@ -85,13 +85,13 @@ class CheckpointGenerator:
         """Nothing to end."""
 
     def _draw(self, sample: Sample, text: str, sources: Sequence[Pixels], digest: str) -> Pixels:
-        codec = self._system.codec.config
-        area = self._area or codec.resolution**2
-        fitted = [fit(pixels, area, codec.factor) for pixels in sources]
+        config = self._system.image_codec.config
+        area = self._area or config.resolution**2
+        fitted = [fit(pixels, area, config.factor) for pixels in sources]
         names = tuple(image_name(pixels) for pixels in fitted)
         asked = dataclasses.replace(sample, prompt=text, sources=names)
         key = jax.random.fold_in(jax.random.key(self._seed), int(digest[:8], 16))
         images = dict(zip(names, fitted, strict=True))
-        height, width = fitted[0].shape[:2] if fitted else fitted_size(*self._shape, area, codec.factor)
-        cells = (height // codec.factor, width // codec.factor)
+        height, width = fitted[0].shape[:2] if fitted else fitted_size(*self._shape, area, config.factor)
+        cells = (height // config.factor, width // config.factor)
         return draw_first_images(self._system, [asked], [images], key, self._options, size=cells)[0]

@@ -62,22 +62,22 @@ def main(call: cli.Call) -> None:
     dataset, out = open_dataset(given.source), Path(given.out).expanduser()
     if examples.read_manifest(out) is None and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and holds no token examples.", "Name a new folder: SFT_WORKDIR/examples.")
-    codec, tokenizer = _tokenizers(given)
+    image_codec, tokenizer = _tokenizers(given)
     part, parts = jax.process_index(), jax.process_count()
     longest, left_out = given.length or _ANY_LENGTH, frozenset()
     if given.length:  # every process reads the headers of all images: they are a small part of the work
-        left_out = examples.too_long(dataset, tokenizer, codec.config.factor, longest, given.too_long == "drop")
+        left_out = examples.too_long(dataset, tokenizer, image_codec.config.factor, longest, given.too_long == "drop")
     if engine is not None:
-        fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
+        fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(image_codec.params))
         _report(out, _on_cluster(call, engine, out, fingerprint, longest, left_out, len(dataset)))
         return
     folder = files.NewFolder(out, overwrite=True) if distributed.is_primary() else None
     distributed.barrier("begin")
     partial = files.partial_folder(out)
-    examples.write_part(dataset, tokenizer, codec.encode, partial, longest, part, parts, left_out=left_out)
+    examples.write_part(dataset, tokenizer, image_codec.encode, partial, longest, part, parts, left_out=left_out)
     distributed.barrier("parts")
     if folder is not None:
-        fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
+        fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(image_codec.params))
         manifest = examples.join_parts(partial, fingerprint, longest, parts)
         folder.publish()
         _report(out, manifest)
@@ -85,8 +85,8 @@ def main(call: cli.Call) -> None:
 
 
 def _tokenizers(given: flags.FlagValues) -> tuple[ImageCodec, TextTokenizer]:
-    codec = systems.load_image_codec(given.image_tokenizer)
-    return codec, systems.text_tokenizer(given.text_tokenizer, codec.config.n_embed)
+    image_codec = systems.load_image_codec(given.image_tokenizer)
+    return image_codec, systems.text_tokenizer(given.text_tokenizer, image_codec.config.n_embed)
 
 
 def _report(out: Path, manifest: dict[str, Any]) -> None:
@@ -130,14 +130,14 @@ def run_part(argv: Sequence[str], part: Part) -> None:
     given = cli.parse(argv, config=False, workdir=False, add_flags=add_flags).flags
     kept, dataset = _parts_folder(Path(given.out).expanduser()), open_dataset(given.source)
     plan = files.read_json(kept / _PLAN)
-    codec, tokenizer = _tokenizers(given)
+    image_codec, tokenizer = _tokenizers(given)
     chunks = range(part.index * examples.CHUNK, len(dataset), part.count * examples.CHUNK)
     part.bar.reset(total=sum(min(examples.CHUNK, len(dataset) - start) for start in chunks))
     lock = kept / f"lock.{part.index}"
     lock.touch()
     with files.Lock(lock):  # a machine that was taken for lost may still write
         examples.write_part(
-            dataset, tokenizer, codec.encode, kept, plan["longest"], part.index, part.count,
+            dataset, tokenizer, image_codec.encode, kept, plan["longest"], part.index, part.count,
             left_out=frozenset(plan["left_out"]), on_chunk=part.bar.update,
         )  # fmt: skip
 

@@ -58,7 +58,7 @@ def build(
     system = systems.load(config.init, config.image_tokenizer or None, text_tokenizer_path=text, mesh=mesh, **dtype)
     system = dataclasses.replace(system, area=config.prompts.image_area)
     longest = min(max(options.buckets), system.config.max_position_embeddings)
-    factor = system.codec.config.factor
+    factor = system.image_codec.config.factor
     sizes = image_sizes(config.prompts, config.prompts.seed)
     check_lengths(sizes, system.tokenizer, factor, options.answer_length, longest)
     if distributed.is_primary() and (note := room_note(options, system)):
@@ -95,7 +95,7 @@ def _meta(config: Any, system: systems.System) -> dict[str, Any]:
     """Metadata of the run's checkpoints: those of `init`, and the tokenizers, which an import does not record."""
     text = config.text_tokenizer or system.meta["text_tokenizer"]
     images = config.image_tokenizer or packed.folder_of(config.init) or system.meta["image_tokenizer"]
-    made = systems.backbone_meta(system.config, text, system.tokenizer, images, system.codec, config.to_dict())
+    made = systems.backbone_meta(system.config, text, system.tokenizer, images, system.image_codec, config.to_dict())
     return {**system.meta, **made}
 
 
@@ -122,4 +122,4 @@ def _latent_size(system: systems.System, prompt: Prompt) -> tuple[int, int]:
     if not prompt.sample.sources:
         return system.cells
     height, width, _ = prompt.images[prompt.sample.sources[0]].shape
-    return height // system.codec.config.factor, width // system.codec.config.factor
+    return height // system.image_codec.config.factor, width // system.image_codec.config.factor

@@ -150,14 +150,16 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     part = config.batch // config.grad_accum_steps
     sharding.check_batch(mesh, part, "config.batch / config.grad_accum_steps", config.model.fsdp_over_tensor)
     optimizer = make_optimizer(config.optimizer, config.steps)  # before the images are tokenised: it may be refused
-    codec = systems.load_image_codec(config.image_tokenizer)
-    tokenizer = systems.text_tokenizer(config.text_tokenizer, codec.config.n_embed)
+    image_codec = systems.load_image_codec(config.image_tokenizer)
+    tokenizer = systems.text_tokenizer(config.text_tokenizer, image_codec.config.n_embed)
     options = as_dataclass(lora.LoraOptions, config.lora)
     if config.init:
         text = config.text_tokenizer
         # a config that names no dtype trains in float32, as one that starts from nothing does, whatever the import's is
         model_options = {"dtype": "float32", "param_dtype": "float32", **config.model}
-        initial = systems.load(config.init, codec=codec, text_tokenizer_path=text, mesh=mesh, **model_options)
+        initial = systems.load(
+            config.init, image_codec=image_codec, text_tokenizer_path=text, mesh=mesh, **model_options
+        )
         model, params = initial.config, initial.params
     elif options.rank:
         raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
@@ -172,7 +174,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     if options.rank:
         params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)
     rows = sharding.local_rows(mesh, config.batch)
-    found = _examples(config, workdir, tokenizer, codec, model.max_position_embeddings)
+    found = _examples(config, workdir, tokenizer, image_codec, model.max_position_embeddings)
     data = pipeline.packed_batches(
         found, config.batch, config.data.length, config.seed, config.data.streams, rows
     )
@@ -189,7 +191,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         config.seed,
     )
     meta = systems.backbone_meta(
-        model, config.text_tokenizer, tokenizer, config.image_tokenizer, codec, config.to_dict()
+        model, config.text_tokenizer, tokenizer, config.image_tokenizer, image_codec, config.to_dict()
     )
     if options.rank:
         meta["lora"] = dataclasses.asdict(options)
@@ -199,7 +201,7 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
 
     summary = None
     if config.data.held_out:
-        held_out = _held_out_batches(config, workdir, mesh, tokenizer, codec, model.max_position_embeddings)
+        held_out = _held_out_batches(config, workdir, mesh, tokenizer, image_codec, model.max_position_embeddings)
         summary = held_out_loss(model, config.loss_chunk_tokens, start, mesh, held_out)
     return Stage(state, data, placed_step, meta, summary)
 
@@ -224,14 +226,14 @@ def held_out_loss(
 
 
 def _held_out_batches(
-    config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, tokenizer: TextTokenizer, codec: ImageCodec,
+    config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh, tokenizer: TextTokenizer, image_codec: ImageCodec,
     longest: int,
 ) -> list[dict[str, jax.Array]]:  # fmt: skip
     """The first `HELD_OUT_BATCHES` packed batches of the dataset `data.held_out`, all its modes as often as they are
     in it."""
     folder, length = workdir / "held_out_examples", min(config.data.length, longest)
     if distributed.is_primary():
-        _make_examples(open_dataset(config.data.held_out), folder, tokenizer, codec, length, config.data.too_long)
+        _make_examples(open_dataset(config.data.held_out), folder, tokenizer, image_codec, length, config.data.too_long)
     distributed.share_folder(workdir, "held-out examples")
     mix = {mode: float(count) for mode, count in examples.read_manifest(folder)["counts"].items()}
     stored = pipeline.stored_examples(folder, mix, config.data.length, config.seed)
@@ -248,38 +250,38 @@ def _say(text: str) -> None:
 
 
 def _examples(
-    config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
+    config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, image_codec: ImageCodec, longest: int
 ) -> grain.MapDataset:
     """The token examples of the dataset, of practice, or of both, none longer than a row and `longest`."""
     length, share, parts = min(config.data.length, longest), config.data.practice_share, []
     if share < 1:
         folder = workdir / "examples"
         if distributed.is_primary():
-            _prepare(config, workdir, tokenizer, codec, length)
+            _prepare(config, workdir, tokenizer, image_codec, length)
         distributed.share_folder(workdir, "token examples")
         manifest = examples.read_manifest(folder)
         _say(f"examples: {manifest['counts']}, {manifest['tokens']:,} tokens, longest {manifest['longest']}")
         parts.append((pipeline.stored_examples(folder, config.data.mix, config.data.length, config.seed), 1 - share))
     if share > 0:
         options = as_dataclass(PracticeOptions, config.data.practice)
-        lessons = online.LessonExamples(tokenizer, codec.encode, options, config.seed)
+        lessons = online.LessonExamples(tokenizer, image_codec.encode, options, config.seed)
         parts.append((pipeline.made_examples(lessons, length), share))
     datasets, weights = zip(*parts, strict=True)
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
 def _prepare(
-    config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int
+    config: Any, workdir: pathlib.Path, tokenizer: TextTokenizer, image_codec: ImageCodec, longest: int
 ) -> None:
     """Token examples and the report's training samples, made once."""
     dataset = open_dataset(config.data.path)
-    _make_examples(dataset, workdir / "examples", tokenizer, codec, longest, config.data.too_long)
+    _make_examples(dataset, workdir / "examples", tokenizer, image_codec, longest, config.data.too_long)
     if not (workdir / "training_samples").exists():
-        write_training_samples(workdir / "training_samples", dataset, tokenizer, codec.encode)
+        write_training_samples(workdir / "training_samples", dataset, tokenizer, image_codec.encode)
 
 
 def _make_examples(
-    dataset: TrajectorySource, folder: pathlib.Path, tokenizer: TextTokenizer, codec: ImageCodec, longest: int,
+    dataset: TrajectorySource, folder: pathlib.Path, tokenizer: TextTokenizer, image_codec: ImageCodec, longest: int,
     too_long: str,
 ) -> None:  # fmt: skip
     """Token examples of a dataset, unless the folder holds those of the same content already.
@@ -288,8 +290,8 @@ def _make_examples(
     """
     check_value("data.too_long", too_long, Annotated[str, OneOf("error", "drop")])
     drop = too_long == "drop"
-    fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(codec.params))
+    fingerprint = examples.source_fingerprint(dataset, tokenizer, systems.fingerprint(image_codec.params))
     manifest = examples.read_manifest(folder)
     if not examples.are_current(manifest, fingerprint, longest, drop):
-        left_out = examples.too_long(dataset, tokenizer, codec.config.factor, longest, drop)
-        examples.make_examples(dataset, tokenizer, codec.encode, folder, longest, fingerprint, left_out=left_out)
+        left_out = examples.too_long(dataset, tokenizer, image_codec.config.factor, longest, drop)
+        examples.make_examples(dataset, tokenizer, image_codec.encode, folder, longest, fingerprint, left_out=left_out)

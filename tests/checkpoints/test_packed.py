@@ -27,11 +27,12 @@ from ivr_jax.trajectory import Mode, Sample
 def run(tmp_path_factory) -> Path:
     """A workdir with a backbone of random weights, and the image tokenizer it names."""
     root = tiny_runs.prepare(tmp_path_factory.mktemp("packed"))
-    codec = systems.load_image_codec(root / "image_tokenizer")
-    tokenizer = systems.text_tokenizer(systems.MICRO, codec.config.n_embed)
+    image_codec = systems.load_image_codec(root / "image_tokenizer")
+    tokenizer = systems.text_tokenizer(systems.MICRO, image_codec.config.n_embed)
     config = BackboneConfig(vocab_size=tokenizer.vocab.size, max_position_embeddings=128, **tiny_runs.MODEL)
     meta = systems.backbone_meta(
-        config, systems.MICRO, tokenizer, root / "image_tokenizer", codec, {"seed": 7, "data": {"path": "/far/away/d"}}
+        config, systems.MICRO, tokenizer, root / "image_tokenizer", image_codec,
+        {"seed": 7, "data": {"path": "/far/away/d"}},
     )
     checkpointer = store.Checkpointer(root / "model")
     checkpointer.save(12, {"params": random_tree(backbone.param_shapes(config))}, None, meta)
@@ -53,9 +54,9 @@ def folder(run) -> Path:
 
 def test_a_packed_model_is_the_one_it_was_made_of(run, folder):
     before, after = systems.load(run), systems.load(folder)
-    assert after.config == before.config and after.codec.config == before.codec.config
+    assert after.config == before.config and after.image_codec.config == before.image_codec.config
     assert after.tokenizer.fingerprint == before.tokenizer.fingerprint
-    for pair in ((before.params, after.params), (before.codec.params, after.codec.params)):
+    for pair in ((before.params, after.params), (before.image_codec.params, after.image_codec.params)):
         assert jax.tree.structure(pair[0]) == jax.tree.structure(pair[1])
         for old, new in zip(*map(jax.tree.leaves, pair), strict=True):
             assert new.dtype == old.dtype
@@ -102,7 +103,7 @@ def test_the_package_carries_a_small_model_that_answers():
     origin = packed.read_record(packed.FOLDER)["origin"]
     assert origin["command"] and len(origin["commit"]) == 40 and origin["step"] > 0
     system = systems.load("micro")
-    system.codec.decode([np.zeros((4, 4), np.int32)])
+    system.image_codec.decode([np.zeros((4, 4), np.int32)])
     found = roll_out(system, Grammar(system.tokenizer, GrammarOptions(modes=("direct",), text_cap=64)),
                      [Sample("one", "Put a red circle at b2.")], [{}], jax.random.key(0),
                      RolloutOptions(answer_length=250))  # fmt: skip

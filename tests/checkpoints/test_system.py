@@ -65,8 +65,8 @@ def test_options_of_how_it_computes_are_taken():
 
 @pytest.mark.parametrize(("area", "cells"), [(0, (4, 4)), (512 * 512, (32, 32)), (100 * 100, (6, 6))])
 def test_images_without_a_source_have_the_area_that_is_asked_for(area, cells):
-    codec = types.SimpleNamespace(config=types.SimpleNamespace(resolution=64, factor=16))
-    assert systems.System(CONFIG, None, None, codec, {}, area=area).cells == cells
+    image_codec = types.SimpleNamespace(config=types.SimpleNamespace(resolution=64, factor=16))
+    assert systems.System(CONFIG, None, None, image_codec, {}, area=area).cells == cells
 
 
 def test_a_mesh_is_given_as_it_is_or_by_what_the_config_asks_for():

@@ -21,7 +21,7 @@ from ivr_jax.services.caller import Caller, Reply
 from ivr_jax.services.checkpoint import CheckpointGenerator
 
 SYSTEM = tiny_model.system()
-AREA = SYSTEM.codec.config.resolution**2
+AREA = SYSTEM.image_codec.config.resolution**2
 
 
 def collected(made: Baseline, entries: list[Entry], **options) -> list[Entry]:
@@ -156,7 +156,7 @@ def test_a_model_edits_photographs_at_the_area_of_the_dataset(drawings, monkeypa
     for size in ("auto", "128x64", "1024x2048"):
         generator = CheckpointGenerator(SYSTEM, "tiny", SamplingOptions(), 5, None, 64 * 128, size)
         asyncio.run(generator.generate(text_only, sample.prompt, []))
-    factor = SYSTEM.codec.config.factor
+    factor = SYSTEM.image_codec.config.factor
     side = round((64 * 128) ** 0.5 / factor)
     assert cells[2:] == [(side, side), (side, side), (64 // factor, 128 // factor), (128 // factor, 64 // factor)]
     with pytest.raises(UserError):

@@ -40,11 +40,11 @@ def test_the_first_image_is_the_wrong_one_and_the_last_the_right_one(tmp_path):
     chosen = known_pairs(stored, 8)
     assert [trajectory.mode for trajectory in chosen] == [Mode.REFLECTION, Mode.MULTI_STEP]
     assert len(known_pairs(stored, 1)) == 1
-    codec = SmallCodec()
-    cases = swap_cases(System(None, None, TOKENIZER, codec, {}), stored, chosen)
+    image_codec = SmallCodec()
+    cases = swap_cases(System(None, None, TOKENIZER, image_codec, {}), stored, chosen)
     for case, trajectory in zip(cases, chosen, strict=True):
         images = stored.images(trajectory)
-        right, wrong = (codec.encode([images[trajectory.images[i]]])[0] for i in (-1, 0))
+        right, wrong = (image_codec.encode([images[trajectory.images[i]]])[0] for i in (-1, 0))
         assert np.array_equal(case.images[EXACT], right) and np.array_equal(case.images[OWN], wrong)
         assert not case.own_right and case.groups["by_mode"] == (trajectory.mode.value,)
     result = paired_test(

@@ -44,7 +44,7 @@ def test_a_sample_is_shown_as_the_trainer_reads_it(runs, system):
     for item, trajectory in zip(items, dataset, strict=True):
         shown = item.inspected(system)
         images = dataset.images(trajectory)
-        codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
+        codes = dict(zip(images, system.image_codec.encode(list(images.values())), strict=True))
         made = codec.encode_trajectory(system.tokenizer, trajectory, codes)
         assert [token.id for token in shown.tokens] == made.tokens.tolist()
         assert [token.loss for token in shown.tokens] == made.loss_mask().tolist()
@@ -55,12 +55,12 @@ def test_a_sample_is_shown_as_the_trainer_reads_it(runs, system):
             assert {token.segment for token in tokens} == {segment.name}
         assert [image.name for image in shown.images] == [f"G{n}" for n in range(1, len(trajectory.rounds) + 1)]
         for image, name in zip(shown.images, trajectory.images, strict=True):
-            np.testing.assert_array_equal(image.pixels, system.codec.decode([codes[name]])[0])
+            np.testing.assert_array_equal(image.pixels, system.image_codec.decode([codes[name]])[0])
 
 
 def test_token_examples_and_answers_show_the_same(runs, system, tmp_path):
     dataset = TrajectoryDataset(runs / "dataset")
-    make_examples(dataset, system.tokenizer, system.codec.encode, tmp_path / "examples", 512, "test")
+    make_examples(dataset, system.tokenizer, system.image_codec.encode, tmp_path / "examples", 512, "test")
     stored = list(sources.items(runs / "dataset", system))
     examples = list(sources.items(tmp_path / "examples", system))
     assert len(examples) == len(stored)
@@ -71,7 +71,7 @@ def test_token_examples_and_answers_show_the_same(runs, system, tmp_path):
         assert example.values["mode"] == item.values["mode"]
     trajectory = dataset[1]
     images = dataset.images(trajectory)
-    codes = dict(zip(images, system.codec.encode(list(images.values())), strict=True))
+    codes = dict(zip(images, system.image_codec.encode(list(images.values())), strict=True))
     made = codec.encode_trajectory(system.tokenizer, trajectory, codes)
     write_answer(tmp_path / "answer", Answer(trajectory, images, made.segments), {})
     (answer,) = sources.items(tmp_path / "answer", system)

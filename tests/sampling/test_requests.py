@@ -14,8 +14,8 @@ from ivr_jax.trajectory import Sample
 
 def model(context: int = 32768, **meta):
     """What `room` reads of a system: an image tokenizer trained at 256 x 256, cells of 16 pixels."""
-    codec = SimpleNamespace(config=SimpleNamespace(resolution=256, factor=16))
-    return SimpleNamespace(codec=codec, config=SimpleNamespace(max_position_embeddings=context), meta=meta)
+    image_codec = SimpleNamespace(config=SimpleNamespace(resolution=256, factor=16))
+    return SimpleNamespace(image_codec=image_codec, config=SimpleNamespace(max_position_embeddings=context), meta=meta)
 
 
 def prepared(size: tuple[int, int], prompt: int = 100) -> Prepared:

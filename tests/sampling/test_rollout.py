@@ -382,7 +382,7 @@ def test_a_rollout_returns_parsed_answers_with_their_pixels_and_says_why_one_is_
         assert error == "" and answer.trajectory.sample == samples[row // 4]
         (name,) = answer.trajectory.images
         assert answer.images[name].shape == (32, 32, 3) and set(images[row // 4]) <= set(answer.images)
-        codes = system(PARAMS).codec.encode([answer.images[name]])[0]
+        codes = system(PARAMS).image_codec.encode([answer.images[name]])[0]
         assert codec.encode_image(TOKENIZER, codes) == spoken[:11].tolist()
     assert short.answers == (None,) * 8 and all("at token 20 of 20" in error for error in short.errors)
     assert found.total_lengths.tolist() == [len(found.prompt(r)) + len(found.answer_tokens(r)) for r in range(8)]

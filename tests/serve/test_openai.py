@@ -49,7 +49,7 @@ def drawn_alone(model, prompt: str, seed: int, mode: str = "direct") -> list[np.
     drawn, _ = sample(system.config, system.params, grammar, PromptBatch(*rows), keys, options)
     count = drawn.lengths[0]
     answer = codec.parse_answer(grammar, request, drawn.tokens[0, :count], drawn.nodes[0, : count + 1])
-    return system.codec.decode(list(answer.codes.values()))
+    return system.image_codec.decode(list(answer.codes.values()))
 
 
 def test_models_are_listed(client):

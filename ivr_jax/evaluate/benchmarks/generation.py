@@ -143,7 +143,7 @@ def _prepare(
     system: System, todo: Sequence[tuple[int, Item]], data: Path, plan: GenerationPlan, prompts: Mapping[str, str]
 ) -> tuple[list[_Prepared], list[tuple[Item, str]]]:
     """Prompts as the engine takes them; and those whose prompt leaves no room for an image, with the reason."""
-    config = system.codec.config
+    config = system.image_codec.config
     area = plan.image_area or config.resolution**2
     loaded = []
     for number, item in todo:
@@ -159,7 +159,7 @@ def _prepare(
         asked, names = prompts.get(item.key, item.prompt), tuple(name for name, _ in shapes)
         sample = Sample(item.key, asked, names, task_word=item.task)
         loaded.append((number, item, sample, images, size, square))
-    codes = iter(system.codec.encode([pixels for *_, images, _, _ in loaded for pixels in images.values()]))
+    codes = iter(system.image_codec.encode([pixels for *_, images, _, _ in loaded for pixels in images.values()]))
     prepared, refused = [], []
     for number, item, sample, images, size, square in loaded:
         known = {name: next(codes) for name in images}
@@ -212,7 +212,7 @@ def _record(
             parts, finished = interleaved.parse_interleaved(system.tokenizer, rollout.answer_tokens(row))
         except UserError as error:
             return AnswerRecord(key, sample, "invalid", 0, tokens, error=error.what), []
-        drawn = system.codec.decode([part.codes for part in parts if part.codes is not None])
+        drawn = system.image_codec.decode([part.codes for part in parts if part.codes is not None])
         content = {"sample": sample_to_json(one.sample), "parts": _parts(parts), "finished": finished}
         error = "" if drawn else "the answer holds no whole image"
         mode = "interleaved" if drawn else "invalid"
