@@ -151,7 +151,7 @@ class Walk:
             self.run(
                 "rl, judge over HTTP", "train", "--config=micro_rl", f"--workdir={self.folder / 'rl'}",
                 f"--config.init={self.folder / 'sft'}", f"--config.prompts.source={dataset}", "--config.steps=1",
-                "--config.prompts_per_step=1", "--config.group=4", "--config.micro_batch=2",
+                "--config.prompts_per_step=1", "--config.group_size=4", "--config.micro_batch=2",
                 "--config.answer_length=640", "--config.buckets=(1024,)", "--config.loss_chunk_tokens=256",
                 "--config.grammar.text_cap=8", "--config.grammar.max_reflections=1", "--config.grammar.max_steps=1",
                 f"--config.prompts.image_area={AREA}", "--config.judge.outcome.kind=openai",

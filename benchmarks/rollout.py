@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("checkpoint", None, "workdir of a trained micro model")
 flags.DEFINE_string("image_tokenizer", None, "workdir of its image tokenizer, if it was moved")
 flags.DEFINE_integer("prompts", 8, "prompts", lower_bound=1)
-flags.DEFINE_integer("group", 8, "answers to a prompt", lower_bound=1)
+flags.DEFINE_integer("group_size", 8, "answers to a prompt", lower_bound=1)
 flags.DEFINE_integer("slots", 32, "slots of the arms with refilling", lower_bound=1)
 flags.DEFINE_integer("answer_length", 288, "most tokens of an answer", lower_bound=1)
 flags.DEFINE_string("only", "", "measure the arms whose name contains this, and the reference")
@@ -97,9 +97,9 @@ def timed(draw: Callable[[], Any]) -> tuple[Any, float, float, float]:
 
 def main(_: list[str]) -> None:
     config, params, grammar, prompts, lengths = workload()
-    count = FLAGS.prompts * FLAGS.group
+    count = FLAGS.prompts * FLAGS.group_size
     keys = jax.random.split(jax.random.key(1), count)
-    fixed = (config, params, grammar, prompts, lengths, SIZE, keys, FLAGS.answer_length, None, FLAGS.group)
+    fixed = (config, params, grammar, prompts, lengths, SIZE, keys, FLAGS.answer_length, None, FLAGS.group_size)
     reference, first, base, wall = timed(lambda: jax.tree.map(np.asarray, plain_sample(*fixed)))
     images = (reference.tokens == grammar.tokenizer.vocab.boi).sum(1)
     print(f"{count} answers of {images.min()} to {images.max()} images, {np.mean(reference.lengths):.0f} tokens on "
@@ -123,7 +123,7 @@ def main(_: list[str]) -> None:
             continue
         (samples, usage), first, cpu, wall = timed(lambda engine=engine: sample(
             config, params, grammar, PromptBatch(prompts, lengths), keys,
-            RolloutOptions(FLAGS.answer_length, engine=engine, group=FLAGS.group, size=SIZE),
+            RolloutOptions(FLAGS.answer_length, engine=engine, group_size=FLAGS.group_size, size=SIZE),
         ))  # fmt: skip
         same = (samples.tokens == reference.tokens).all(1).mean()
         print(row(name, first, cpu, wall, base, usage, same), flush=True)

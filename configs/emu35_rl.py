@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config = micro_rl.get_config()
     config.steps = 782
     config.prompts_per_step = 64
-    config.group = 8
+    config.group_size = 8
     config.answer_length = 7168
     config.micro_batch = 64
     config.buckets = (2048, 4096, 9216)  # the longest answer, and a prompt with one source image

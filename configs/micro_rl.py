@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.steps = 12
     config.prompts_per_step = 8
-    config.group = 8
+    config.group_size = 8
     config.answer_length = 624
     config.micro_batch = 32
     config.buckets = (192, 320, 480, 704)
@@ -85,9 +85,9 @@ def get_config() -> ConfigDict:
             "skip_equal_groups": True,  # groups whose answers earn the same are left out of the passes
             "refill": 0,  # how often answers without a judgement are replaced by new ones; 0: they leave their group
             "drop_truncated": False,  # leave answers that were cut at answer_length out of the update
-            # what is compared: "trajectory" the answers to a prompt, "draft" the continuations of one first image
-            "group": "trajectory",
-            "drafts": 2,  # first images a prompt, each with `group` continuations
+            # what is compared: "prompt" the answers to a prompt, "draft" the continuations of one first image
+            "group_by": "prompt",
+            "drafts": 2,  # first images a prompt, each with `group_size` continuations
             "draft_source": "rollout",  # who samples them: "rollout" the policy, "buffer" the checkpoint of `init`
             "credit": "local",  # "local" or "broadcast": whether drafts and continuations share their advantages
             "modality_advantages": False,  # image tokens by the outcome alone, text tokens by the whole reward

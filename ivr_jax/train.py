@@ -40,7 +40,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 COUNTS = (
     "steps", "batch", "grad_accum_steps", "loss_chunk_tokens", "log_every", "checkpoint_every", "codebook_images",
-    "eval_images", "prompts_per_step", "group", "answer_length", "micro_batch", "num_iterations", "num_minibatches",
+    "eval_images", "prompts_per_step", "group_size", "answer_length", "micro_batch", "num_iterations",
+    "num_minibatches",
 )  # fmt: skip
 NOT_NEGATIVE = ("max_checkpoints", "staging_gib", "continuous_steps")
 

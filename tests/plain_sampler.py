@@ -39,20 +39,20 @@ def plain_sample(
     keys: jax.Array,
     answer_length: int,
     options: SamplingOptions | None = None,
-    group: int = 1,
+    group_size: int = 1,
     unconditional: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> Samples:
-    """Draws `group` answers to each prompt.
+    """Draws `group_size` answers to each prompt.
 
     Args:
       prompts: int32 [P, T] right-padded prompt tokens; prompt_lengths: int32 [P].
       size: forced image size in latent cells (rows, columns), or `grammar.FREE` when the model chooses.
-      keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
+      keys: PRNG keys [P * group_size]; those of one prompt are adjacent and share its prefill.
       answer_length: most answer tokens, EOS included.
       unconditional: (prompts [P, T'], lengths [P]) of each of guidance's unconditional passes (`options.passes`).
     """
     options = options or SamplingOptions()
-    batch = len(prompts) * group
+    batch = len(prompts) * group_size
     if len(keys) != batch:
         raise ValueError(f"{len(keys)} keys for {batch} answers")
     state = grammar.initial(np.full(batch, size[0]), np.full(batch, size[1]))
@@ -69,13 +69,13 @@ def plain_sample(
         config=config,
         answer_length=answer_length,
         options=options,
-        group=group,
+        group_size=group_size,
         pad=grammar.tokenizer.vocab.pad,
         visual_start=grammar.tokenizer.vocab.visual_start,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "answer_length", "options", "group", "pad", "visual_start"))
+@functools.partial(jax.jit, static_argnames=("config", "answer_length", "options", "group_size", "pad", "visual_start"))
 def _sample(
     params: Any,
     tables: Tables,
@@ -88,7 +88,7 @@ def _sample(
     config: backbone.BackboneConfig,
     answer_length: int,
     options: SamplingOptions,
-    group: int,
+    group_size: int,
     pad: int,
     visual_start: int,
 ) -> Samples:
@@ -96,8 +96,8 @@ def _sample(
     state = GrammarState(*map(jnp.asarray, state))
     for other in unconditional:  # one batch: conditional rows, then the rows of each unconditional pass
         prompts, prompt_lengths = _join(prompts, prompt_lengths, *other, pad)
-    logits, cache = _prefill(config, params, prompts, prompt_lengths, prompts.shape[1] + answer_length, group)
-    lengths = jnp.repeat(prompt_lengths, group)
+    logits, cache = _prefill(config, params, prompts, prompt_lengths, prompts.shape[1] + answer_length, group_size)
+    lengths = jnp.repeat(prompt_lengths, group_size)
     batch = state.node.shape[0]
     samples = Samples(
         jnp.full((batch, answer_length), pad, jnp.int32),
@@ -141,15 +141,15 @@ def _sample(
 
 
 def _prefill(
-    config: backbone.BackboneConfig, params: Any, prompts: jax.Array, lengths: jax.Array, slots: int, group: int
+    config: backbone.BackboneConfig, params: Any, prompts: jax.Array, lengths: jax.Array, slots: int, group_size: int
 ) -> tuple[jax.Array, Any]:
-    """Logits after the last prompt token float [B, V], and the filled cache, both repeated `group` times."""
+    """Logits after the last prompt token float [B, V], and the filled cache, both repeated `group_size` times."""
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     cache = backbone.init_cache(config, prompts.shape[0], slots)
     hidden, cache = backbone.apply(config, params, prompts, positions, cache=cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = backbone.logits(config, params, last)
-    return jnp.repeat(logits, group, axis=0), jax.tree.map(lambda x: jnp.repeat(x, group, axis=1), cache)
+    return jnp.repeat(logits, group_size, axis=0), jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=1), cache)
 
 
 def _join(

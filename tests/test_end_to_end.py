@@ -66,7 +66,7 @@ OVERRIDES = {
     "eval_sft": (*ANSWERS, *PROMPTS, *ALL_PARTS),
     "eval_direct": (*ANSWERS, *PROMPTS),
     "eval_multi_step": (*ANSWERS, *PROMPTS),
-    "rl": (*ANSWERS, *settings(steps=2, prompts_per_step=2, group=2, micro_batch=2, buckets=(384,))),
+    "rl": (*ANSWERS, *settings(steps=2, prompts_per_step=2, group_size=2, micro_batch=2, buckets=(384,))),
     "eval_typed": (*ANSWERS, *settings(batch=16)),
     "eval_rl": (*ANSWERS, *PROMPTS, *ALL_PARTS),
 }

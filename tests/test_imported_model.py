@@ -189,7 +189,7 @@ def reinforced(walk, reviewed) -> Path:
         commands.succeed(
             "train", "--config=micro_rl", f"--workdir={walk / 'rl'}", f"--config.init={walk / 'decoder_import'}",
             f"--config.image_tokenizer={walk / 'images_import'}", f"--config.prompts.source={reviewed}",
-            "--config.steps=1", "--config.prompts_per_step=1", "--config.group=4", "--config.micro_batch=2",
+            "--config.steps=1", "--config.prompts_per_step=1", "--config.group_size=4", "--config.micro_batch=2",
             "--config.answer_length=700", "--config.buckets=(1024,)", "--config.loss_chunk_tokens=256",
             "--config.grammar.text_cap=3", "--config.grammar.max_reflections=1", "--config.grammar.max_steps=1",
             "--config.grammar.modes=('reflection', 'multi_step')", "--config.log_every=1",

@@ -83,7 +83,7 @@ def sft_settings(runs: Path) -> dict:
 
 def rl_settings(sft_run: Path) -> dict:
     return {
-        "steps": 8, "prompts_per_step": 2, "group": 2, "answer_length": 128, "micro_batch": 2, "buckets": (384,),
+        "steps": 8, "prompts_per_step": 2, "group_size": 2, "answer_length": 128, "micro_batch": 2, "buckets": (384,),
         "loss_chunk_tokens": 256, "log_every": 3, "checkpoint_every": 2, "init": sft_run, "grammar.text_cap": 3,
         "grammar.max_reflections": 1, "grammar.max_steps": 1, "optimizer.learning_rate": 1e-2,
     }  # fmt: skip

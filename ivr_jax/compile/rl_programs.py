@@ -39,7 +39,7 @@ def policy_gradient(setup: Setup) -> Program:
     if not layout.exact:
         kinds["sampler"] = jnp.float32
     batch = {name: setup.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
-    batches = -(-config.prompts_per_step * config.group // rows)
+    batches = -(-config.prompts_per_step * config.group_size // rows)
     resident = {
         "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(setup.params),
         "previous policy": bytes_a_chip(trained) * options.overlap, "moments": bytes_a_chip(state.opt_state),

@@ -5,7 +5,7 @@
     python -m ivr_jax.inspect runs/demo/sft/examples --checkpoint=runs/demo/sft --html=example.html
     python -m ivr_jax.inspect runs/answers/ID --checkpoint=runs/demo/rl --figures
     python -m ivr_jax.inspect runs/demo/rl --checkpoint=runs/demo/rl --filter="advantage>0" --figures
-    python -m ivr_jax.inspect --rollout --checkpoint=runs/demo/rl --task=3 --group=4
+    python -m ivr_jax.inspect --rollout --checkpoint=runs/demo/rl --task=3 --group_size=4
 
 Shows position, id, text, segment (G an image, E its evaluation, R a reflection, S a step) and whether it carries loss;
 with --figures log-probability and entropy under the model, and of a rollout reward and advantage too.  An RL run stores
@@ -54,7 +54,7 @@ def add_flags(values: flags.FlagValues) -> None:
     switch("all_tokens", "a line for every image token in the terminal too")
     switch("rollout", "sample a group of answers to a request of the micro-world")
     number("task", 0, "number of that request")
-    number("group", 4, "answers of the group", 1)
+    number("group_size", 4, "answers of the group", 1)
     number("seed", 0, "of request and answers")
     text("html", None, "write one HTML page to this file")
 
@@ -63,7 +63,7 @@ def chosen(call: cli.Call, system: systems.System) -> list[Inspected]:
     """What the flags ask for.  Raises UserError when nothing passes the filters."""
     wanted = call.flags
     if wanted.rollout:
-        return rollouts.inspect_group(system, wanted.task, wanted.group, wanted.seed)
+        return rollouts.inspect_group(system, wanted.task, wanted.group_size, wanted.seed)
     filters = [sources.parse_filter(text) for text in wanted.filter]
     every = sources.items(Path(wanted.source).expanduser(), system, wanted.index, wanted.key)
     passing = (item for item in every if all(passes(item) for passes in filters))

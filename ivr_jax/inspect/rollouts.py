@@ -25,8 +25,8 @@ from ivr_jax.world.sampler import sample_task
 CONFIG = "micro_rl"  # whose grammar and reward apply
 
 
-def inspect_group(system: System, task: int, group: int, seed: int) -> list[Inspected]:
-    """`group` answers to task number `task` of the world, each with its tokens' figures and its reward.
+def inspect_group(system: System, task: int, group_size: int, seed: int) -> list[Inspected]:
+    """`group_size` answers to task number `task` of the world, each with its tokens' figures and its reward.
 
     Log-probabilities are the sampler's, entropies those of the model under the grammar; an answer's advantage is that
     of all its tokens.  Raises UserError for a model that does not speak the micro-world's language.
@@ -37,13 +37,13 @@ def inspect_group(system: System, task: int, group: int, seed: int) -> list[Insp
     config = load_config(CONFIG)
     made = sample_task(config.prompts.level, seed, task)
     grammar = Grammar(system.tokenizer, as_dataclass(GrammarOptions, config.grammar))
-    options = RolloutOptions(_room(system, config.answer_length), group=group)
+    options = RolloutOptions(_room(system, config.answer_length), group_size=group_size)
     rollout = roll_out(system, grammar, [made.sample], [made.images], jax.random.key(seed), options)
     reward = as_dataclass(RewardOptions, config.reward)
     judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), True, reward))
     scored = score_rollout(rollout, judged, reward)
     visual_start = system.tokenizer.vocab.visual_start
-    stored = stored_answers(rollout, [made.sample], scored, range(group), GrpoOptions(), visual_start)
+    stored = stored_answers(rollout, [made.sample], scored, range(group_size), GrpoOptions(), visual_start)
     found = []
     for number, answer in enumerate(stored):
         item = encode_rollout(answer, system, f"task {task}", number)

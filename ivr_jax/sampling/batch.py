@@ -117,7 +117,7 @@ class RolloutOptions:
       answer_length: most answer tokens, EOS included.  An image is never cut: where its cells no longer fit, the answer
         stops before them.
       sampling: the distribution; engine: how many answers at a time, which changes no token.
-      group: answers to each prompt.
+      group_size: answers to each prompt.
       size: latent rows and columns of every generated image, or `grammar.FREE` when the model chooses; None in
         `rollout.roll_out`: those of the first source, or of the image tokenizer's training resolution.
     """
@@ -125,7 +125,7 @@ class RolloutOptions:
     answer_length: int
     sampling: SamplingOptions = SamplingOptions()
     engine: EngineOptions = EngineOptions()
-    group: int = 1
+    group_size: int = 1
     size: tuple[int, int] | None = None
 
 
@@ -139,18 +139,18 @@ def sample(
     on_ended: Callable[[int], None] | None = None,
     on_usage: Callable[[Usage], None] | None = None,
 ) -> tuple[Samples, Usage]:
-    """Samples `options.group` answers to each prompt.
+    """Samples `options.group_size` answers to each prompt.
 
     Args:
-      keys: PRNG keys [P * group]; rows p * group ... (p + 1) * group - 1 answer prompt p and share its prefill.
+      keys: PRNG keys [P * group_size]; those of one prompt are adjacent and share its prefill.
       on_ended: called with the number of answers that have just ended.
       on_usage: called with the cost so far, every `REPORTED` model calls at least.
 
     Returns:
       Samples as numpy arrays, and what they cost.
     """
-    if len(keys) != len(prompts.tokens) * options.group:
-        raise ValueError(f"{len(keys)} keys for {len(prompts.tokens) * options.group} answers")
+    if len(keys) != len(prompts.tokens) * options.group_size:
+        raise ValueError(f"{len(keys)} keys for {len(prompts.tokens) * options.group_size} answers")
     if prompts.tokens.shape[1] + options.answer_length > config.max_position_embeddings:
         raise UserError(
             f"a prompt of {prompts.tokens.shape[1]} and an answer of {options.answer_length} tokens do not fit a "
@@ -175,7 +175,7 @@ class _Batch:
         keys: jax.Array,
         options: RolloutOptions,
     ):
-        self.grammar, self.keys, self.options, self.group = grammar, keys, options, options.group
+        self.grammar, self.keys, self.options, self.group_size = grammar, keys, options, options.group_size
         rows, columns = options.size
         self.initial = grammar.initial(np.full(1, rows), np.full(1, columns))
         count, length, engine = len(keys), options.answer_length, options.engine
@@ -195,7 +195,7 @@ class _Batch:
         together = count <= batch  # all fit: one prefill; else as many as a refill takes
         self.quantum = batch if together else max(1, int(batch * engine.refill))
         wave = max(self.quantum, batch // WAVE)  # fewer prompts at a time would keep the device idle
-        self.wave_size = min(len(prompts.tokens), -(-wave // self.group))
+        self.wave_size = min(len(prompts.tokens), -(-wave // self.group_size))
         self.usage, self.next = Usage(), 0
         self.wave: tuple[int, Any] | None = None
         self.tokens = np.full((count, length), grammar.tokenizer.vocab.pad, np.int32)
@@ -242,8 +242,8 @@ class _Batch:
     def _fill(self) -> None:
         """Moves waiting answers into free slots, those of one prefilled wave of prompts at a time."""
         while self.next < len(self.keys) and (free := self.engine.free):
-            first = self._prefilled(self.next // self.group)
-            last = min(len(self.keys), (first + self.wave_size) * self.group, self.next + min(free, self.quantum))
+            first = self._prefilled(self.next // self.group_size)
+            last = min(len(self.keys), (first + self.wave_size) * self.group_size, self.next + min(free, self.quantum))
             arrivals = [self._admission(answer, first) for answer in range(self.next, last)]
             padded = np.minimum(np.arange(self.next, self.next + self.quantum), last - 1)
             self.engine.admit(self.wave[1], arrivals, self.keys[padded])
@@ -260,7 +260,7 @@ class _Batch:
         return self.wave[0]
 
     def _admission(self, answer: int, first: int) -> Admission:
-        prompt = answer // self.group
+        prompt = answer // self.group_size
         opening, state = self.openings[prompt]
         starts = self.starts[:, prompt]
         read = self.prompts[0, prompt, : starts[0] + len(opening)]

@@ -36,7 +36,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """`group` answers to each of P prompts, groups adjacent; None where an answer is not well-formed.
+    """`group_size` answers to each of P prompts, groups adjacent; None where an answer is not well-formed.
 
     Attributes:
       prompts: int32 [P, T], right-padded; prompt_lengths: int32 [P].
@@ -52,7 +52,7 @@ class Rollout:
     samples: Samples
     answers: tuple[Answer | None, ...]
     errors: tuple[str, ...]
-    group: int
+    group_size: int
     unconditional: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     usage: Usage = dataclasses.field(default_factory=Usage)
     seconds: float = 0.0
@@ -60,18 +60,18 @@ class Rollout:
 
     @property
     def total_lengths(self) -> np.ndarray:
-        """int32 [P * group]: prompt and answer tokens."""
-        return np.repeat(self.prompt_lengths, self.group) + self.samples.lengths
+        """int32 [P * group_size]: prompt and answer tokens."""
+        return np.repeat(self.prompt_lengths, self.group_size) + self.samples.lengths
 
     @property
     def truncated(self) -> np.ndarray:
-        """bool [P * group]: answers that were cut at the answer length."""
+        """bool [P * group_size]: answers that were cut at the answer length."""
         last = self.samples.nodes[np.arange(len(self.samples.lengths)), self.samples.lengths]
         return last != ACCEPT
 
     def prompt(self, number: int) -> np.ndarray:
         """Prompt tokens of an answer, without padding."""
-        return self.prompts[number // self.group, : self.prompt_lengths[number // self.group]]
+        return self.prompts[number // self.group_size, : self.prompt_lengths[number // self.group_size]]
 
     def answer_tokens(self, number: int) -> np.ndarray:
         """Tokens of an answer, EOS included."""
@@ -113,7 +113,7 @@ def roll_out(
     on_ended: Callable[[int], None] | None = None,
     on_usage: Callable[[Usage], None] | None = None,
 ) -> Rollout:
-    """Samples and parses `options.group` answers to each sample.
+    """Samples and parses `options.group_size` answers to each sample.
 
     Args:
       images: pixels of each sample's sources, by name; sides must be multiples of the tokenizer's factor.
@@ -130,15 +130,15 @@ def roll_out(
         system, grammar, samples, images, key, options, layout, first, given, on_ended=on_ended, on_usage=on_usage
     )
     if drafts is not None:
-        sampled = _with_drafts(sampled, drafts, options.group)
-    answers, errors = _parse(system, grammar, samples, images, sampled, options.group)
+        sampled = _with_drafts(sampled, drafts, options.group_size)
+    answers, errors = _parse(system, grammar, samples, images, sampled, options.group_size)
     return Rollout(
         prompts.tokens,
         prompts.lengths,
         sampled,
         answers,
         errors,
-        options.group,
+        options.group_size,
         prompts.unconditional,
         usage,
         seconds=time.perf_counter() - clock,
@@ -166,12 +166,12 @@ def _sample(
     options = dataclasses.replace(options, size=size)
     if only_image:
         length = len(codec.encode_image(system.tokenizer, np.zeros(size, np.int32)))
-        options = dataclasses.replace(options, answer_length=length, group=1)
+        options = dataclasses.replace(options, answer_length=length, group_size=1)
     noise, kind = np.asarray(jax.random.key_data(key)), jax.random.key_impl(key)  # a key is bound to its mesh
     with jax.set_mesh(layout.mesh) if layout else system.on_mesh():
         key = jax.random.wrap_key_data(noise, impl=kind)
         starts = first + np.arange(len(samples)) if isinstance(first, int) else np.asarray(first)
-        numbers = (starts[:, None] * options.group + np.arange(options.group)).reshape(-1)
+        numbers = (starts[:, None] * options.group_size + np.arange(options.group_size)).reshape(-1)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
         prompts = prompts._replace(given=given)
         sampled, usage = sample(system.config, system.params, grammar, prompts, keys, options, **callbacks)
@@ -194,15 +194,15 @@ def sample_drafts(
     return Drafts(sampled.tokens, sampled.log_probs, sampled.kept)
 
 
-def _with_drafts(sampled: Samples, drafts: Drafts, group: int) -> Samples:
+def _with_drafts(sampled: Samples, drafts: Drafts, group_size: int) -> Samples:
     """Samples whose drafts, which were only read here, carry what was noted when they were sampled."""
     length = drafts.tokens.shape[1]
     log_probs = sampled.log_probs.copy()
-    log_probs[:, :length] = np.repeat(drafts.log_probs, group, axis=0)
+    log_probs[:, :length] = np.repeat(drafts.log_probs, group_size, axis=0)
     kept = sampled.kept
     if kept is not None:
         kept = kept.copy()
-        kept[:, :length] = np.repeat(drafts.kept, group, axis=0)
+        kept[:, :length] = np.repeat(drafts.kept, group_size, axis=0)
     return sampled._replace(log_probs=log_probs, kept=kept)
 
 
@@ -255,7 +255,7 @@ def _parse(
     samples: Sequence[Sample],
     images: Sequence[Images],
     sampled: Samples,
-    group: int,
+    group_size: int,
 ) -> tuple[tuple[Answer | None, ...], tuple[str, ...]]:
     """What each answer says, with its images decoded, and its error."""
     parsed: list[codec.ParsedAnswer | None] = []
@@ -263,7 +263,7 @@ def _parse(
     for number, length in enumerate(sampled.lengths):
         tokens, nodes = sampled.tokens[number, :length], sampled.nodes[number, : length + 1]
         try:
-            parsed.append(codec.parse_answer(grammar, samples[number // group], tokens, nodes))
+            parsed.append(codec.parse_answer(grammar, samples[number // group_size], tokens, nodes))
             errors.append("")
         except UserError as error:
             parsed.append(None)
@@ -277,7 +277,7 @@ def _parse(
         generated = {name: next(pixels) for name in answer.codes}
         renamed = {name: image_name(x) for name, x in generated.items()}
         rounds = tuple(dataclasses.replace(r, image=renamed[r.image]) for r in answer.trajectory.rounds)
-        held = {**images[number // group], **{renamed[name]: x for name, x in generated.items()}}
+        held = {**images[number // group_size], **{renamed[name]: x for name, x in generated.items()}}
         answers.append(Answer(dataclasses.replace(answer.trajectory, rounds=rounds), held, answer.segments))
     return tuple(answers), tuple(errors)
 

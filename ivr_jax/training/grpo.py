@@ -235,18 +235,18 @@ class Trainer:
     # -- roll out and judge -----------------------------------------------------------------------------------------
 
     def collect_rollout(self, params: Any, prompts: Sequence[Prompt], step: int) -> Rollout:
-        """`group` answers by the policy `params` to each of this process's prompts.
+        """`group_size` answers by the policy `params` to each of this process's prompts.
 
-        In draft groups each prompt has several drafts, and each of these `group` continuations.
+        In draft groups each prompt has several drafts, and each of these `group_size` continuations.
         """
         system = dataclasses.replace(self.system, params=params)
         mine, first = self._mine(prompts)
         key = jax.random.fold_in(self._key, step)
         drafts = None
-        if self.options.grpo.group == "draft":
+        if self.options.grpo.group_by == "draft":
             self.activity = "sampling drafts"
             drafts = self._drafts(system, mine, jax.random.fold_in(key, DRAFTS), first)
-        ended, answers = 0, len(mine) * self.options.group
+        ended, answers = 0, len(mine) * self.options.group_size
 
         def on_ended(count: int) -> None:
             nonlocal ended
@@ -308,16 +308,16 @@ class Trainer:
         """`refill.refill` of this process's answers, by `params`, which sampled them."""
         mine, first = self._mine(pending.prompts)
         key = jax.random.fold_in(self._key, step)
-        group = self.options.group
+        group_size = self.options.group_size
 
         def answer(numbers: Sequence[int], attempt: int) -> Rollout:
             self.activity = f"rolling out {len(numbers)} answers again"
-            asked = [mine[number // group] for number in numbers]
+            asked = [mine[number // group_size] for number in numbers]
             return roll_out(
                 dataclasses.replace(self.system, params=params), self.grammar, [one.sample for one in asked],
                 [one.images for one in asked], jax.random.fold_in(key, REFILL + attempt),
-                dataclasses.replace(self.options.rollout, group=1), layout=self.placement.layout,
-                first=[first * group + number for number in numbers],
+                dataclasses.replace(self.options.rollout, group_size=1), layout=self.placement.layout,
+                first=[first * group_size + number for number in numbers],
             )  # fmt: skip
 
         def judge(new: Rollout) -> Verdicts:
@@ -331,7 +331,7 @@ class Trainer:
         if not rollout.draft_length:
             return judged, None
         answers = len(rollout.answers) // jax.process_count()
-        drafts = answers // rollout.group
+        drafts = answers // rollout.group_size
         by_process = [judged[start : start + answers + drafts] for start in range(0, len(judged), answers + drafts)]
         return [j for part in by_process for j in part[:answers]], [j for part in by_process for j in part[answers:]]
 
@@ -480,7 +480,7 @@ class Trainer:
         return rl_work(self.system.config, lengths, sampled, in_passes, self.options.num_iterations, forward_passes)
 
     def _write_gallery(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
-        count = max(1, self.options.gallery_answers // rollout.group) * rollout.group
+        count = max(1, self.options.gallery_answers // rollout.group_size) * rollout.group_size
         numbers = range(min(count, len(rollout.answers) // jax.process_count()))  # pixels stay where they were made
         visual_start = self.grammar.tokenizer.vocab.visual_start
         write_gallery(self.gallery, step, rollout, samples, scored, numbers, self.options.grpo, visual_start)

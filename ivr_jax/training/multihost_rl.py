@@ -50,7 +50,7 @@ def global_rollout(mine: Rollout, pad: int) -> Rollout:
     return Rollout(
         joined("prompts/0"), joined("lengths/0"),
         Samples(*(joined(key) if (key := f"samples/{name}") in arrays else None for name in Samples._fields)),
-        tuple(answers), tuple(error for theirs in gathered for error in theirs["errors"]), mine.group,
+        tuple(answers), tuple(error for theirs in gathered for error in theirs["errors"]), mine.group_size,
         tuple((joined(f"prompts/{k + 1}"), joined(f"lengths/{k + 1}")) for k in range(len(mine.unconditional))),
         Usage(**{name: sum(one[name] for one in usage) for name in usage[0]}),
         max(theirs["seconds"] for theirs in gathered), mine.draft_length,

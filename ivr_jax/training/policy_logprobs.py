@@ -48,7 +48,7 @@ def answer_batch(
     """
     samples, passes = rollout.samples, rollout.unconditional
     prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in passes)], axis=0)
-    length = bucket_of(int((prompts[answers // rollout.group] + samples.lengths[answers]).max()), buckets)
+    length = bucket_of(int((prompts[answers // rollout.group_size] + samples.lengths[answers]).max()), buckets)
     batch = {name: np.zeros((size, length), kind) for name, kind in TOKEN_ARRAYS.items()}
     if passes:
         batch["free_tokens"] = np.zeros((size, len(passes), length), np.int32)
@@ -66,7 +66,7 @@ def answer_batch(
         if samples.kept is not None:
             batch["kept_mask"][i, a:b] = samples.kept[number, : b - a]
         for k, (free, lengths) in enumerate(passes):
-            group = number // rollout.group
+            group = number // rollout.group_size
             f = int(lengths[group])
             batch["free_tokens"][i, k, : f + len(answer)] = np.append(free[group, :f], answer)
             batch["shifts"][i, k] = f - a

@@ -21,7 +21,7 @@ class RLOptions:
 
     Attributes:
       grammar: that answers are sampled under; reward, grpo, sampling, engine: see their classes.
-      group: M, answers to a prompt.
+      group_size: M, answers to a prompt.
       answer_length: most tokens of an answer.
       micro_batch: answers in one forward and backward pass; gradients of all passes of an update add up exactly.
       buckets: lengths that answers with their prompts are padded to.
@@ -35,7 +35,7 @@ class RLOptions:
     """
 
     grammar: GrammarOptions
-    group: int
+    group_size: int
     answer_length: int
     micro_batch: int
     buckets: tuple[int, ...]
@@ -56,11 +56,11 @@ class RLOptions:
     def __post_init__(self) -> None:
         if 0 in (self.sampling.temperature, self.sampling.image_temperature):
             raise UserError("rl cannot learn at temperature 0: its answers do not vary.", "Give a temperature > 0.")
-        if self.group < self.reward.min_valid:
+        if self.group_size < self.reward.min_valid:
             raise UserError(
-                f"config.group is {self.group}: answers are compared within their group, of at least "
+                f"config.group_size is {self.group_size}: answers are compared within their group, of at least "
                 f"reward.min_valid = {self.reward.min_valid}.",
-                "Raise config.group.",
+                "Raise config.group_size.",
             )
         if not self.buckets or min(self.buckets) < 1:
             raise UserError(f"config.buckets {self.buckets} are no lengths.", "Give at least one length in tokens.")
@@ -73,13 +73,13 @@ class RLOptions:
 
         if self.overlap < 0:
             raise UserError(f"config.overlap is {self.overlap}.", "Rollouts run 0 or more steps ahead.")
-        if self.grpo.group == "draft" and self.grpo.refill:
+        if self.grpo.group_by == "draft" and self.grpo.refill:
             raise UserError("grpo.refill replaces single answers, but those of draft groups share a draft.",
-                            "Set grpo.refill to 0, or use grpo.group=trajectory.")
-        if self.grpo.group == "draft" and not self.may_reflect:
+                            "Set grpo.refill to 0, or use grpo.group_by=prompt.")
+        if self.grpo.group_by == "draft" and not self.may_reflect:
             raise UserError(
-                "grpo.group is draft, but the grammar lets no answer reflect on its first image.",
-                'Add "reflection" to grammar.modes with max_reflections of at least 1, or use grpo.group=trajectory.',
+                "grpo.group_by is draft, but the grammar lets no answer reflect on its first image.",
+                'Add "reflection" to grammar.modes with max_reflections of at least 1, or use grpo.group_by=prompt.',
             )
 
     @property
@@ -89,7 +89,7 @@ class RLOptions:
     @property
     def group_count(self) -> int:
         """Groups a prompt: its drafts, or one."""
-        return self.grpo.drafts if self.grpo.group == "draft" else 1
+        return self.grpo.drafts if self.grpo.group_by == "draft" else 1
 
     @property
     def optimizer_steps(self) -> int:
@@ -99,7 +99,7 @@ class RLOptions:
     @property
     def rollout(self) -> RolloutOptions:
         """How a rollout is sampled."""
-        return RolloutOptions(self.answer_length, self.sampling, self.engine, self.group)
+        return RolloutOptions(self.answer_length, self.sampling, self.engine, self.group_size)
 
 
 _SECTIONS = {
@@ -110,7 +110,7 @@ _SECTIONS = {
     "grpo": GrpoOptions,
 }
 _KEYS = (
-    "seed", "steps", "group", "answer_length", "micro_batch", "num_iterations", "num_minibatches", "overlap",
+    "seed", "steps", "group_size", "answer_length", "micro_batch", "num_iterations", "num_minibatches", "overlap",
     "loss_chunk_tokens",
 )  # fmt: skip
 

@@ -47,7 +47,8 @@ def build(
     options, adapters = rl_options(config), as_dataclass(lora.LoraOptions, config.lora)
     distributed.share(config.prompts_per_step, "config.prompts_per_step")
     sharding.check_batch(mesh, config.micro_batch, "config.micro_batch")
-    sharding.check_batch(mesh, config.prompts_per_step * config.group, "config.prompts_per_step x config.group")
+    answers = config.prompts_per_step * config.group_size
+    sharding.check_batch(mesh, answers, "config.prompts_per_step x config.group_size")
     optimizer = make_optimizer(config.optimizer, options.optimizer_steps)
     monitor = Monitor(as_dataclass(MonitorOptions, config.monitor), options.grammar.modes)
     source = prompt_source(config.prompts, config.prompts.seed)
@@ -73,7 +74,7 @@ def build(
     state, (shards, _) = shard_state(mesh, axes, params, optimizer)
     layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
     drafts = None
-    if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
+    if options.grpo.group_by == "draft" and options.grpo.draft_source == "buffer":
         drafts = DraftBuffer(workdir / f"drafts-{jax.process_index()}", fingerprint)
     placement = grpo.Placement(mesh, shards, layout)
     trainer = grpo.Trainer(system, judge, options, optimizer, placement, monitor, workdir / "gallery", drafts, probes)

@@ -62,7 +62,7 @@ def score_rollout(
     grpo = grpo or GrpoOptions()
 
     def grid(values: Sequence[Any], dtype: Any = np.float32) -> np.ndarray:
-        return np.asarray(values, dtype).reshape(-1, rollout.group)
+        return np.asarray(values, dtype).reshape(-1, rollout.group_size)
 
     present = grid([j.present for j in judged], bool)
     if grpo.drop_truncated:
@@ -70,7 +70,7 @@ def score_rollout(
     floor = (1.0,) * len(AXES)
     scores = np.asarray([floor if j.scores is None else j.scores for j in judged], np.float32)
     components = reward_functions.Components(
-        scores.reshape(-1, rollout.group, len(AXES)),
+        scores.reshape(-1, rollout.group_size, len(AXES)),
         grid([j.format for j in judged]),
         grid([j.step or 0.0 for j in judged]),
         grid([j.step is not None for j in judged], bool),
@@ -109,8 +109,8 @@ def _draft_truth(drafts: Sequence[Judged], options: reward_functions.RewardOptio
 def draft_answers(rollout: Rollout) -> list[tuple[Trajectory, Images] | None]:
     """What the judge needs of each group's draft: an answer of the first image alone; None where no answer parses."""
     answers: list[tuple[Trajectory, Images] | None] = []
-    for start in range(0, len(rollout.answers), rollout.group):
-        answer = next((a for a in rollout.answers[start : start + rollout.group] if a is not None), None)
+    for start in range(0, len(rollout.answers), rollout.group_size):
+        answer = next((a for a in rollout.answers[start : start + rollout.group_size] if a is not None), None)
         if answer is None:
             answers.append(None)
             continue
@@ -186,7 +186,7 @@ def shown_answers(
     records, images = [], {}
     for number in numbers:
         answer, judged = rollout.answers[number], scored.judged[number]
-        group, member = divmod(number, rollout.group)
+        group, member = divmod(number, rollout.group_size)
         rewards = rewards_of(scored, group, member)
         if answer is None:
             records.append(Answer(samples[group], None, rollout.errors[number], rewards=rewards))

@@ -76,7 +76,7 @@ def write_gallery(
     """Page and file of the answers `numbers` of a step's rollout; other arguments as in `stored_answers`."""
     answers, images = shown_answers(rollout, samples, scored, numbers)
     items = tuple(
-        GalleryItem(f"member {n % rollout.group + 1}", answer, images)
+        GalleryItem(f"member {n % rollout.group_size + 1}", answer, images)
         for n, answer in zip(numbers, answers, strict=True)
     )
     intro = "Groups of answers that one update compared: rewards as judged, the bonus, and the advantage."
@@ -105,7 +105,7 @@ def stored_answers(
     """
     advantages, found = token_advantages(rollout, scored, grpo, visual_start), []
     for number in numbers:
-        group, member = divmod(number, rollout.group)
+        group, member = divmod(number, rollout.group_size)
         prompt, tokens, answer = rollout.prompt(number), rollout.answer_tokens(number), rollout.answers[number]
         stored = StoredAnswer(
             samples[group].prompt,

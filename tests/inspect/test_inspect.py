@@ -207,12 +207,12 @@ def run(*words: str) -> None:
 
 
 def test_the_command_with_the_model_of_the_package(tmp_path, capsys):
-    run("--rollout", "--task=3", "--group=2")
+    run("--rollout", "--task=3", "--group_size=2")
     shown = capsys.readouterr().out
     assert "member 1" in shown and "member 2" in shown and "member 3" not in shown
     assert all(word in shown for word in ("log_prob", "entropy", "advantage", "outcome", "bonus"))
     page = tmp_path / "rollout.html"
-    run("--rollout", "--task=3", "--group=2", f"--html={page}")
+    run("--rollout", "--task=3", "--group_size=2", f"--html={page}")
     assert page.read_text().count("member ") == 2
     with pytest.raises(UserError):
         run("--rollout", "--source=x")
@@ -233,7 +233,7 @@ def test_figures_are_those_of_the_sampler(monkeypatch):
         return figures
 
     monkeypatch.setattr(rollouts, "model_figures", kept)
-    members = rollouts.inspect_group(systems.load("micro"), task=3, group=2, seed=0)
+    members = rollouts.inspect_group(systems.load("micro"), task=3, group_size=2, seed=0)
     for member, forced in zip(members, seen, strict=True):
         answer = [token for token in member.tokens if token.log_prob is not None]
         sampled = np.array([token.log_prob for token in answer])

@@ -38,7 +38,7 @@ def engine(options: SamplingOptions | None = None, others=(), length: int = LENG
 
 @functools.cache
 def plain() -> Samples:
-    return jax.tree.map(np.asarray, plain_sample(CONFIG, PARAMS, GRAMMAR, *PROMPTS, SIZE, KEYS, LENGTH, group=GROUP))
+    return jax.tree.map(np.asarray, plain_sample(CONFIG, PARAMS, GRAMMAR, *PROMPTS, SIZE, KEYS, LENGTH, None, GROUP))
 
 
 def assert_same(found: Samples, expected: Samples) -> None:
@@ -74,7 +74,7 @@ def test_large_layers_are_unstacked_on_a_cpu_and_sample_the_same(monkeypatch):
     monkeypatch.setattr(decode_loop, "UNSTACK_BYTES", (1, 1 << 30))
     config = dataclasses.replace(CONFIG, unroll=2)  # a program of its own
     how = EngineOptions(**AHEAD)
-    options = RolloutOptions(LENGTH, engine=how, group=GROUP, size=SIZE)
+    options = RolloutOptions(LENGTH, engine=how, group_size=GROUP, size=SIZE)
     found, _ = sample(config, PARAMS, GRAMMAR, PromptBatch(*PROMPTS), KEYS, options)
     assert_same(found, plain())
     assert taken.called

@@ -51,10 +51,10 @@ def keys(count: int, seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), count)
 
 
-def sampled(prompts: list[list[int]], draws, group: int = 1, others: tuple = (), **options) -> Samples:
+def sampled(prompts: list[list[int]], draws, group_size: int = 1, others: tuple = (), **options) -> Samples:
     padded, lengths = pad_prompts(prompts, TOKENIZER.vocab.pad, 32)
     unconditional = tuple(pad_prompts(other, TOKENIZER.vocab.pad, 32) for other in others)
-    how = RolloutOptions(LENGTH, SamplingOptions(**options), FLAT, group, SIZE)
+    how = RolloutOptions(LENGTH, SamplingOptions(**options), FLAT, group_size, SIZE)
     return sample(CONFIG, PARAMS, GRAMMAR, PromptBatch(padded, lengths, unconditional), draws, how)[0]
 
 
@@ -64,7 +64,7 @@ PROMPTS = prompts_of(*requests(3))
 @functools.cache
 def group_of_four() -> Samples:
     """Four answers to each of three prompts of different lengths."""
-    return sampled(PROMPTS, keys(12), group=4)
+    return sampled(PROMPTS, keys(12), group_size=4)
 
 
 def answers(samples: Samples):
@@ -100,13 +100,13 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_a_shared_prefill():
     np.testing.assert_array_equal(alone.tokens, together.tokens)
     np.testing.assert_allclose(alone.log_probs, together.log_probs, atol=1e-5)
     order = np.array([2, 0, 1])
-    shuffled = sampled([PROMPTS[i] for i in order], keys(12).reshape(3, 4)[order].reshape(12), group=4)
+    shuffled = sampled([PROMPTS[i] for i in order], keys(12).reshape(3, 4)[order].reshape(12), group_size=4)
     np.testing.assert_array_equal(shuffled.tokens.reshape(3, 4, -1), together.tokens.reshape(3, 4, -1)[order])
     np.testing.assert_array_equal(shuffled.lengths.reshape(3, 4), together.lengths.reshape(3, 4)[order])
 
 
 def test_the_same_keys_draw_the_same_and_others_do_not():
-    again, other = sampled(PROMPTS, keys(12), group=4), sampled(PROMPTS, keys(12, seed=1), group=4)
+    again, other = sampled(PROMPTS, keys(12), group_size=4), sampled(PROMPTS, keys(12, seed=1), group_size=4)
     np.testing.assert_array_equal(again.tokens, group_of_four().tokens)
     assert (other.tokens != again.tokens).any(1).all()
 
@@ -172,7 +172,7 @@ def test_greedy_with_guidance_is_the_plain_references_answer(image_guidance):
 
 
 def test_greedy_text_may_go_with_sampled_images():
-    drawn = sampled(PROMPTS[:1], keys(16), group=16, temperature=0.0, image_temperature=1.0)
+    drawn = sampled(PROMPTS[:1], keys(16), group_size=16, temperature=0.0, image_temperature=1.0)
     first = [answer[5:10] for answer in answers(drawn)]  # the first grid
     assert len({tuple(grid) for grid in first}) > 1
     for answer in answers(drawn)[:4]:
@@ -203,7 +203,7 @@ def free_sized() -> Samples:
     head[:, [vocab.boi, vocab.eos]] *= 0.3
     head[0, [ord("1"), ord("0"), vocab.boi, vocab.eos]] = 40, 50, 0, 0  # images of about 10 x 10 cells
     params = {**PARAMS, "lm_head": head}
-    options = RolloutOptions(200, engine=FLAT, group=64, size=FREE)
+    options = RolloutOptions(200, engine=FLAT, group_size=64, size=FREE)
     return sample(CONFIG, params, grammar, PromptBatch(prompts, lengths), keys(64), options)[0]
 
 
@@ -375,8 +375,8 @@ def test_options_that_no_distribution_has_are_refused_by_name(field, value):
 def test_a_rollout_returns_parsed_answers_with_their_pixels_and_says_why_one_is_missing():
     samples, images = requests(2, sources=1)
     free = Grammar(TOKENIZER, GrammarOptions(modes=("direct",), text_cap=2))
-    found = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), RolloutOptions(48, group=4))
-    short = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), RolloutOptions(20, group=4))
+    found = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), RolloutOptions(48, group_size=4))
+    short = roll_out(system(PARAMS), free, samples, images, jax.random.key(0), RolloutOptions(20, group_size=4))
     for row, (answer, error) in enumerate(zip(found.answers, found.errors, strict=True)):
         spoken = found.answer_tokens(row)
         assert error == "" and answer.trajectory.sample == samples[row // 4]

@@ -82,7 +82,7 @@ def test_a_run_of_adapters_resumes_exactly_and_its_checkpoint_is_an_ordinary_mod
         "lora.rank": 2,
         "lora.targets": ("q", "o"),
         "mesh.data": 1,
-        "group": 4,  # enough answers that some differ in reward
+        "group_size": 4,  # enough answers that some differ in reward
     }
     settings = rl_settings(runs / "sft") | changes
     trained(runs / "whole", "micro_rl", settings)

@@ -78,7 +78,7 @@ def state_of(params) -> TrainState:
 
 def scored_by(rollout, seed: int = 0) -> Scored:
     """Made-up advantages; the last member of each group takes no part."""
-    shape = (len(rollout.prompts), rollout.group)
+    shape = (len(rollout.prompts), rollout.group_size)
     used = np.ones(shape, bool)
     used[:, -1] = False
     gains = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -187,7 +187,7 @@ def torch_objective(model, reference, name: str, scored: Scored):
 
             found = scores(rollout.prompt(row))
             for free, lengths in rollout.unconditional:
-                p = row // rollout.group
+                p = row // rollout.group_size
                 c, u = (torch.log_softmax(s, -1) for s in (found, scores(free[p, : lengths[p]])))
                 found = torch.where(visual[:, None], u + options.guidance * (c - u), found)
             kept = legal
@@ -281,7 +281,7 @@ def test_splits_deal_whole_groups_and_every_one_once():
     scored = scored_by(rollout)
     parts = learner._minibatches(scored, step=3)
     assert sorted(np.concatenate(parts).tolist()) == np.flatnonzero(scored.used.reshape(-1)).tolist()
-    assert all(len(set(part // rollout.group)) == 1 for part in parts)
+    assert all(len(set(part // rollout.group_size)) == 1 for part in parts)
     orders = set()
     for seed in range(8):  # the order of groups depends on the seed of the run
         learner.options = dataclasses.replace(learner.options, seed=seed)

@@ -111,7 +111,7 @@ def test_two_processes_with_disks_of_their_own_share_a_work_directory_in_a_bucke
 
 def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
     """Each draws the answers to its own prompt, on its own device; rewards and losses are of all of them."""
-    changes = {"steps": 2, "log_every": 1, "group": 4, "micro_batch": 4, "gallery.every": 2, "overlap": 1}
+    changes = {"steps": 2, "log_every": 1, "group_size": 4, "micro_batch": 4, "gallery.every": 2, "overlap": 1}
     argv = trained(runs / "rl alone", "micro_rl", rl_settings(runs / "alone") | changes)
     outputs = finish(processes(argv, runs / "rl both"))
     theirs, ours = metrics(runs / "rl alone"), metrics(runs / "rl both")
@@ -124,7 +124,7 @@ def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
             if name not in ("slot_utilisation", "tokens_per_call", "calls_per_image_token", "max_ratio_deviation"):
                 np.testing.assert_allclose(row[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
     assert (runs / "rl both" / "gallery" / "step_000002.html").exists()
-    wrong = processes([*argv, "--config.prompts_per_step=3", "--config.group=4"], runs / "rl wrong")
+    wrong = processes([*argv, "--config.prompts_per_step=3", "--config.group_size=4"], runs / "rl wrong")
     for process in wrong:
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 2 and "which does not divide over 2 processes" in output, output
