@@ -1,10 +1,10 @@
 """What construction over HTTP stands and how fast it is, measured against the service of `openai_service`.
 
-    python tests/construct_benchmark.py faults      500 samples, 20% mixed faults: equal to the run without
-    python tests/construct_benchmark.py kills       25 kills at random moments: equal to the run without, no call twice
-    python tests/construct_benchmark.py throughput  64 calls in flight against one at a time, --latency=0.2 s a call
-    python tests/construct_benchmark.py memory      --count=20000 samples: resident memory on the way
-    python tests/construct_benchmark.py photographs hand-written prompts on scikit-image's photographs, to a gallery
+    python measurements/construction.py faults      500 samples, 20% mixed faults: equal to the run without
+    python measurements/construction.py kills       25 kills at random moments: equal to the run without, no call twice
+    python measurements/construction.py throughput  64 calls in flight against one at a time, --latency=0.2 s a call
+    python measurements/construction.py memory      --count=20000 samples: resident memory on the way
+    python measurements/construction.py photographs hand-written prompts on scikit-image's photographs, to a gallery
 
 Each prints what it measured and fails when a promise is broken; `--folder=DIR` keeps what was written.
 """
@@ -19,17 +19,21 @@ import multiprocessing
 import os
 import random
 import re
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from construct_worker import KEY, arguments, contents, kill, recorded, start, write_samples
-from openai_service import Behaviour, OpenAIService, serving
-from photographs import photograph
+# From here on what lies in the checkout is imported: the path must come first.
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("tests", "")]
 
-from ivr_jax.images import save_png
+from construct_worker import KEY, arguments, contents, kill, recorded, start, write_samples  # noqa: E402
+from openai_service import Behaviour, OpenAIService, serving  # noqa: E402
+from photographs import photograph  # noqa: E402
+
+from ivr_jax.images import save_png  # noqa: E402
 
 PHOTOGRAPHS = [
     ("portrait", "astronaut", "Turn the portrait grey and leave the pose as it is. [direct]"),
