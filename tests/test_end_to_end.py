@@ -29,8 +29,8 @@ from ivr_jax.demo import __main__ as demo
 from ivr_jax.demo import steps
 from ivr_jax.images import load_image
 from ivr_jax.models import backbone
-from ivr_jax.world.benchmarks import SPLITS
 from ivr_jax.world.levels import level_of
+from ivr_jax.world.splits import SPLITS
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,7 +21,7 @@ from ivr_jax import cli, files
 from ivr_jax.checkpoints import packed, store
 from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
-from ivr_jax.evaluate import benchmark, paired, probes, typed
+from ivr_jax.evaluate import micro_world, paired, probes, typed
 from ivr_jax.evaluate.verdicts import VerdictScorer
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import metrics, tables
@@ -54,7 +54,7 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     claim_workdir(workdir, config, resuming=False)
     system = load_sampler(config.checkpoint, config.mesh, config.rollout, config.image_tokenizer or None)
     with system.on_mesh():
-        found = benchmark.run(system, config)
+        found = micro_world.run(system, config)
         result = metrics.evaluate(found.answers, config.seed, about)
         if config.probe_prompts:
             result["probes"] = probes.probe(
@@ -68,9 +68,9 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     return result
 
 
-def paired_verdicts(system: System, config: Any, found: benchmark.Evaluated) -> dict[str, Any]:
+def paired_verdicts(system: System, config: Any, found: micro_world.Evaluated) -> dict[str, Any]:
     """The paired verdict test on the first `config.paired_prompts` prompts of the training mixture."""
-    rows = [row for row, split in enumerate(found.splits) if split == benchmark.MIXTURE][: config.paired_prompts]
+    rows = [row for row, split in enumerate(found.splits) if split == micro_world.MIXTURE][: config.paired_prompts]
     cases = paired.world_cases(system, found.tasks, found.rollout, rows, config.seed, paired.reads_request)
     grammar = as_dataclass(GrammarOptions, config.grammar)
     scorer = VerdictScorer(system, grammar, config.answer_length, config.batch)

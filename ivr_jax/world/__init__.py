@@ -37,7 +37,7 @@ Its decomposition is one step an edit: "Move a1 to b1, nothing else.", "Paint th
     facts.py        what a sample carries so that it can be judged
     draws.py        random scenes and edits
     sampler.py      tasks, seeded and indexed
-    benchmarks.py   GenEval-like, KRIS-like and OmniContext-like splits
+    splits.py       GenEval-like, KRIS-like and OmniContext-like splits
     judgement.py    comparing seen and wanted
     analyzer.py     the exact ANALYZER
     generator.py    the faulty GENERATOR

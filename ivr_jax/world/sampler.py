@@ -175,9 +175,9 @@ def make_task(rng: np.random.Generator, facts: Facts, prompt: str, key: str, spl
     return Task(sample, images, facts, target_image)
 
 
-def draw_benchmark(level: int, seed: int, index: int, split: str, stream: int,
+def draw_held_out(level: int, seed: int, index: int, split: str, stream: int,
                    request: Callable[[np.random.Generator, Level], Request]) -> Task:
-    """A held-out task for a benchmark split (see `ivr_jax.world.benchmarks`); `stream` keeps splits apart."""
+    """A held-out task for a benchmark split (see `ivr_jax.world.splits`); `stream` keeps splits apart."""
     rules = level_of(level)
     rng = np.random.default_rng([_BENCHMARK, seed, index, level, stream])
     key = f"{split.replace('/', '-')}-world{level}-{seed}-{index}"

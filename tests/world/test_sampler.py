@@ -13,11 +13,11 @@ from ivr_jax.errors import UserError
 from ivr_jax.images import image_name
 from ivr_jax.trajectory import sample_from_json, sample_to_json
 from ivr_jax.world import language
-from ivr_jax.world.benchmarks import SPLITS, benchmark_task
 from ivr_jax.world.edits import SUBCATEGORIES
 from ivr_jax.world.facts import facts_of
 from ivr_jax.world.levels import LEVELS
 from ivr_jax.world.sampler import categories, is_held_out, sample_task
+from ivr_jax.world.splits import SPLITS, split_task
 
 ALL_LEVELS = range(len(LEVELS))
 
@@ -118,7 +118,7 @@ def test_training_and_benchmarks_never_meet():
     assert not any(is_held_out(prompt, ()) for prompt, _ in training)
     for split in SPLITS:
         for index in range(20):
-            task = benchmark_task(split, 0, 0, index)
+            task = split_task(split, 0, 0, index)
             assert is_held_out(task.sample.prompt, task.facts.sources)
             assert (task.sample.prompt, task.sample.sources) not in training
 
@@ -131,7 +131,7 @@ def test_held_out_tasks_of_the_training_mixture():
 @pytest.mark.parametrize("level", ALL_LEVELS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_benchmark_tasks_are_reproducible_and_exact(split, level):
-    task, again = benchmark_task(split, level, 1, 0), benchmark_task(split, level, 1, 0)
+    task, again = split_task(split, level, 1, 0), split_task(split, level, 1, 0)
     assert task.sample == again.sample
     assert task.sample.facts["split"] == split
     assert read_scene(task.target_image, level) == (task.target, True)
@@ -139,7 +139,7 @@ def test_benchmark_tasks_are_reproducible_and_exact(split, level):
 
 def test_the_benchmarks_ask_what_they_are_named_for():
     def draw(split: str):
-        return [benchmark_task(split, 0, 2, index) for index in range(12)]
+        return [split_task(split, 0, 2, index) for index in range(12)]
 
     def objects(task):
         return [cell for cell in task.target.cells if cell]
@@ -170,9 +170,9 @@ def test_level_0_benchmarks_use_the_vocabulary_of_training():
 
     trained = words(sample_task(0, 0, index) for index in range(1500))
     for split in SPLITS:
-        assert words(benchmark_task(split, 0, 3, index) for index in range(15)) <= trained
+        assert words(split_task(split, 0, 3, index) for index in range(15)) <= trained
 
 
 def test_an_unknown_split_is_a_user_error():
     with pytest.raises(UserError, match="geneval/single"):
-        benchmark_task("geneval", 0, 0, 0)
+        split_task("geneval", 0, 0, 0)

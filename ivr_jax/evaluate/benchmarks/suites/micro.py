@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 
 from ivr_jax import files
 from ivr_jax.errors import UserError
-from ivr_jax.evaluate.benchmark import held_out_tasks
 from ivr_jax.evaluate.benchmarks import datafiles
 from ivr_jax.evaluate.benchmarks.figures import Figure, Score, flat
 from ivr_jax.evaluate.benchmarks.interface import ANSWER, Benchmark, Item, Judged, Kind, Picture, Question
+from ivr_jax.evaluate.micro_world import held_out_tasks
 from ivr_jax.images import save_png
 from ivr_jax.trajectory import AXES, sample_to_json
 

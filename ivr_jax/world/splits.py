@@ -25,7 +25,7 @@ import numpy as np
 from ivr_jax.errors import UserError
 from ivr_jax.world.draws import Request, Weights
 from ivr_jax.world.levels import Level
-from ivr_jax.world.sampler import Task, draw_benchmark
+from ivr_jax.world.sampler import Task, draw_held_out
 from ivr_jax.world.scene import LETTERS
 
 SPLITS = (
@@ -39,13 +39,13 @@ _FACTUAL = ("put", "clear", "recolour", "replace", "texture", "resize", "pose", 
 _CONCEPTUAL = ("line", "duplicate", "keep", "complete", "fix", "mirror", "rotate", "slide", "fall")
 
 
-def benchmark_task(split: str, level: int, seed: int, index: int) -> Task:
+def split_task(split: str, level: int, seed: int, index: int) -> Task:
     """A held-out task of one of `SPLITS`; raises UserError for any other split."""
     if split not in SPLITS:
         raise UserError(f"the micro-world has no benchmark split {split!r}.", f"Choose one of {', '.join(SPLITS)}.")
     benchmark, name = split.split("/")
     request = {"geneval": _geneval, "kris": _kris, "omnicontext": _omnicontext}[benchmark]
-    return draw_benchmark(level, seed, index, split, SPLITS.index(split), lambda rng, rules: request(name, rng, rules))
+    return draw_held_out(level, seed, index, split, SPLITS.index(split), lambda rng, rules: request(name, rng, rules))
 
 
 def _geneval(name: str, rng: np.random.Generator, rules: Level) -> Request:

@@ -23,11 +23,12 @@ from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Answer as DrawnAnswer
 from ivr_jax.sampling.rollout import Rollout, roll_out
 from ivr_jax.trajectory import Reflection, Step, Trajectory
-from ivr_jax.world import benchmarks, language
+from ivr_jax.world import language
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.draws import Request
 from ivr_jax.world.levels import level_of
-from ivr_jax.world.sampler import Task, draw_benchmark, sample_task
+from ivr_jax.world.sampler import Task, draw_held_out, sample_task
+from ivr_jax.world.splits import SPLITS, split_task
 
 _KIND_STREAM = 100  # streams of randomness from here on; those of the benchmark splits are below
 MIXTURE = "mixture"  # the split that is drawn like training data
@@ -45,16 +46,16 @@ def held_out_tasks(config: Any) -> list[tuple[Task, str]]:
         (sample_task(config.level, config.seed, i, edits=1 + i % most, held_out=True), MIXTURE)
         for i in range(config.prompts)
     ]
-    for split in benchmarks.SPLITS:
+    for split in SPLITS:
         tasks += [
-            (benchmarks.benchmark_task(split, config.level, config.seed, i), split) for i in range(config.each_split)
+            (split_task(split, config.level, config.seed, i), split) for i in range(config.each_split)
         ]
     for kind in level_of(config.level).all_kinds:
         tasks += [(_single_edit(kind, config.level, config.seed, i), f"kind/{kind}") for i in range(config.each_kind)]
     if config.typed:
         tasks += [(task, typed.TYPED) for task in typed.read_tasks(config.typed, config.level)]
     if not tasks:
-        raise UserError("the benchmark is empty.", "Raise config.prompts or config.each_split, or set config.typed.")
+        raise UserError("there are no prompts.", "Raise config.prompts or config.each_split, or set config.typed.")
     return tasks
 
 
@@ -63,7 +64,7 @@ def _single_edit(kind: str, level: int, seed: int, index: int) -> Task:
     rules = level_of(level)
     request = Request(2 if kind in rules.reference_kinds else 1, (((kind, 1.0),),), rules.relational)
     stream = _KIND_STREAM + rules.all_kinds.index(kind)
-    return draw_benchmark(level, seed, index, f"kind/{kind}", stream, lambda rng, rules: request)
+    return draw_held_out(level, seed, index, f"kind/{kind}", stream, lambda rng, rules: request)
 
 
 class Evaluated(NamedTuple):
