@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ivr_jax.images import image_name
-from ivr_jax.report.answers import Answer, Segment, write_answers
+from ivr_jax.report.answers import EvaluatedAnswer, SegmentRecord, write_answers
 from ivr_jax.report.gates import entry_gates, write_gates
 from ivr_jax.report.intervals import share
 from ivr_jax.report.metrics import evaluate, write_evaluation
@@ -53,7 +53,7 @@ class Studio:
         self.rng = np.random.default_rng(seed)
         self.images: dict[str, np.ndarray] = {}
 
-    def answer(self, task: Task, character: Character, split: str) -> Answer:
+    def answer(self, task: Task, character: Character, split: str) -> EvaluatedAnswer:
         """One answer to `task`; a failure is mended as `character` has it."""
         rng, total = self.rng, len(task.edits)
         done = total - int((rng.random(total) > character.edit_right).sum())
@@ -70,7 +70,9 @@ class Studio:
                 scenes.append(task.target if rng.random() < 0.6 else scenes[0])
         return self.record(task, causes, scenes, character, split)
 
-    def record(self, task: Task, causes: list, scenes: list[Scene], character: Character, split: str) -> Answer:
+    def record(
+        self, task: Task, causes: list, scenes: list[Scene], character: Character, split: str
+    ) -> EvaluatedAnswer:
         """The answer in which `causes` led to `scenes`; a wrong image may be passed by mistake, but only at the end."""
         self.images |= task.images
         truth = tuple(judge(scene, task) for scene in scenes)
@@ -88,20 +90,24 @@ class Studio:
             rewards["step"] = float(self.rng.choice([0.5, 1.0]))
         step = rewards.get("step", 1.0)
         rewards["total"] = 0.7 * outcome + 0.1 * rewards["format"] + 0.2 * step
-        return Answer(task.sample, trajectory, "" if own[-1].passed else "it ends on a failed verdict with rounds left",
-                      trajectory.images, truth, tuple(scene == task.target for scene in scenes), rewards,
-                      segments_of(trajectory, trained=False), split, trajectory.mode if own[-1].passed else None)
+        return EvaluatedAnswer(
+            task.sample, trajectory, "" if own[-1].passed else "it ends on a failed verdict with rounds left",
+            trajectory.images, truth, tuple(scene == task.target for scene in scenes), rewards,
+            segments_of(trajectory, trained=False), split, trajectory.mode if own[-1].passed else None,
+        )  # fmt: skip
 
-    def garbled(self, task: Task, text: str) -> Answer:
+    def garbled(self, task: Task, text: str) -> EvaluatedAnswer:
         """An answer that broke off after one image and some text that is no evaluation."""
         self.images |= task.images
         name = self.draw(task, self.after(task, 0))
         truth = judge(self.after(task, 0), task)
-        segments = (Segment("G1", "", name, IMAGE_TOKENS, False), Segment("text", text, None, 12, False))
-        return Answer(task.sample, None, "token 27: expected <Evaluate>", (name,), (truth,), (False,),
-                      {"outcome": sum(truth.scores) / 20, "format": 0.0}, segments, "kris/procedural", None)
+        segments = (SegmentRecord("G1", "", name, IMAGE_TOKENS, False), SegmentRecord("text", text, None, 12, False))
+        return EvaluatedAnswer(
+            task.sample, None, "token 27: expected <Evaluate>", (name,), (truth,), (False,),
+            {"outcome": sum(truth.scores) / 20, "format": 0.0}, segments, "kris/procedural", None,
+        )  # fmt: skip
 
-    def training_sample(self, task: Task, mode: Mode) -> Answer:
+    def training_sample(self, task: Task, mode: Mode) -> EvaluatedAnswer:
         """A constructed training sample of `mode`, with the paper's loss segments."""
         self.images |= task.images
         total = len(task.edits)
@@ -117,8 +123,10 @@ class Studio:
                        for cause, scene, evaluation in zip(causes, scenes, truth, strict=True))
         trajectory = Trajectory(task.sample, rounds)
         exact = tuple(scene == task.target for scene in scenes)
-        return Answer(task.sample, trajectory, "", trajectory.images, truth, exact, {},
-                      segments_of(trajectory, trained=True), "train", mode)
+        return EvaluatedAnswer(
+            task.sample, trajectory, "", trajectory.images, truth, exact, {},
+            segments_of(trajectory, trained=True), "train", mode,
+        )  # fmt: skip
 
     def after(self, task: Task, edits: int) -> Scene:
         """The scene after the first `edits` edits of `task`."""
@@ -164,7 +172,7 @@ def reflection_on(scene: Scene, task: Task) -> Reflection:
     return Reflection(language.failure_analysis({"Under-editing": places}), language.plan(entries))
 
 
-def segments_of(trajectory: Trajectory, trained: bool) -> tuple[Segment, ...]:
+def segments_of(trajectory: Trajectory, trained: bool) -> tuple[SegmentRecord, ...]:
     """The token stream of `trajectory`; when `trained`, loss on the segments that the paper trains."""
     last, mode = len(trajectory.rounds), trajectory.mode
     segments = []
@@ -172,13 +180,13 @@ def segments_of(trajectory: Trajectory, trained: bool) -> tuple[Segment, ...]:
         late = {Mode.DIRECT: True, Mode.REFLECTION: number >= last - 1, Mode.MULTI_STEP: True}[mode]
         if isinstance(round_.cause, Reflection):
             text = f"{round_.cause.failure_analysis} {round_.cause.improvement_plan}"
-            segments.append(Segment(f"R{number - 1}", text, None, REFLECTION_TOKENS, trained and number == last))
+            segments.append(SegmentRecord(f"R{number - 1}", text, None, REFLECTION_TOKENS, trained and number == last))
         elif isinstance(round_.cause, Step):
-            segments.append(Segment(f"S{number}", round_.cause.instruction, None, STEP_TOKENS, trained))
+            segments.append(SegmentRecord(f"S{number}", round_.cause.instruction, None, STEP_TOKENS, trained))
         drawn = number == last or (mode is Mode.MULTI_STEP and number > 1)
-        segments.append(Segment(f"G{number}", "", round_.image, IMAGE_TOKENS, trained and drawn))
+        segments.append(SegmentRecord(f"G{number}", "", round_.image, IMAGE_TOKENS, trained and drawn))
         reasons = " ".join(verdict.reason for verdict in round_.evaluation.axes)
-        segments.append(Segment(f"E{number}", reasons, None, EVALUATION_TOKENS, trained and late))
+        segments.append(SegmentRecord(f"E{number}", reasons, None, EVALUATION_TOKENS, trained and late))
     return tuple(segments)
 
 
@@ -188,7 +196,7 @@ def tasks(count: int, seed: int = 3) -> list[Task]:
 
 
 def plain_answer(images: int = 1, exact: bool = True, key: str = "k", passes: bool = True, edits: int | None = None,
-                 split: str = "") -> Answer:
+                 split: str = "") -> EvaluatedAnswer:
     """A bare answer of a given shape, for figures that can be worked out by hand: only the last image may be right."""
     good = Evaluation(*(AxisVerdict(True, "fine", 5.0) for _ in AXES))
     bad = dataclasses.replace(good, instruction=AxisVerdict(False, "wrong", 1.0))
@@ -197,8 +205,10 @@ def plain_answer(images: int = 1, exact: bool = True, key: str = "k", passes: bo
     rounds = tuple(Round(Step("Go on.") if i else None, f"{key}-{i}", own[i]) for i in range(images))
     right = tuple(i == images - 1 and exact for i in range(images))
     trajectory = Trajectory(sample, rounds)
-    return Answer(sample, trajectory, "", trajectory.images, tuple(good if r else bad for r in right), right, {},
-                  split=split, mode=trajectory.mode)
+    truth = tuple(good if r else bad for r in right)
+    return EvaluatedAnswer(
+        sample, trajectory, "", trajectory.images, truth, right, {}, split=split, mode=trajectory.mode
+    )
 
 
 def write_workdir(root: Path, count: int, seed: int = 3) -> None:

@@ -14,14 +14,13 @@ from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate import typed
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
-from ivr_jax.report.answers import Answer, make_answer
+from ivr_jax.report.answers import EvaluatedAnswer, make_answer
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged, components, judge_answers
 from ivr_jax.sampling.batch import RolloutOptions
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
-from ivr_jax.sampling.rollout import Answer as DrawnAnswer
-from ivr_jax.sampling.rollout import Rollout, roll_out
+from ivr_jax.sampling.rollout import Answer, Rollout, roll_out
 from ivr_jax.trajectory import Reflection, Step, Trajectory
 from ivr_jax.world import language
 from ivr_jax.world.analyzer import WorldAnalyzer
@@ -73,7 +72,7 @@ class Evaluated(NamedTuple):
     `rollout` holds one answer to each of `tasks`; `splits` says which part of the benchmark each belongs to.
     """
 
-    answers: list[Answer]
+    answers: list[EvaluatedAnswer]
     images: dict[str, np.ndarray]
     tasks: list[Task]
     splits: list[str]
@@ -107,14 +106,14 @@ def run(system: System, config: Any) -> Evaluated:
 def to_answer(
     task: Task,
     split: str,
-    drawn: DrawnAnswer | None,
+    drawn: Answer | None,
     error: str,
     judged: Judged,
     rewards: reward_functions.RewardOptions,
-) -> Answer:
+) -> EvaluatedAnswer:
     """One judged answer as the record that metrics and report read."""
     if drawn is None:
-        return Answer(task.sample, None, error, rewards={"format": 0.0}, split=split)
+        return EvaluatedAnswer(task.sample, None, error, rewards={"format": 0.0}, split=split)
     trajectory = drawn.trajectory
     parts = {name: value for name, value in components(judged, rewards).items() if value is not None}
     exact = WorldAnalyzer().exact_all(

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from ivr_jax import files
 from ivr_jax.errors import UserError
-from ivr_jax.report.answers import Answer
+from ivr_jax.report.answers import EvaluatedAnswer
 from ivr_jax.world import language
 from ivr_jax.world.facts import make_facts
 from ivr_jax.world.levels import level_of
@@ -58,7 +58,7 @@ def _scene(board: dict[str, str], level: int) -> Scene:
     return blank.with_values({blank.index(name): object_from_words(words) for name, words in board.items()})
 
 
-def print_answers(answers: Sequence[Answer], console: Console | None = None) -> None:
+def print_answers(answers: Sequence[EvaluatedAnswer], console: Console | None = None) -> None:
     """A line for each typed request: right or wrong, images drawn, garbled texts; then how many are right."""
     typed = [answer for answer in answers if answer.split == TYPED]
     output = console or Console()

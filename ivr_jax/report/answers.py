@@ -47,7 +47,7 @@ _REMEDY = "Run the evaluation again, or remove the folder."
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
+class SegmentRecord:
     """A stretch of the token stream.
 
     Attributes:
@@ -70,7 +70,7 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class EvaluatedAnswer:
     """One answer of a model to one sample (or a constructed one, when training samples are shown).
 
     Attributes:
@@ -96,7 +96,7 @@ class Answer:
     truth: tuple[Evaluation | None, ...] = ()
     exact: tuple[bool, ...] = ()
     rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[SegmentRecord, ...] = ()
     split: str = ""
     mode: Mode | None = None
     garbled: tuple[str, ...] = ()
@@ -158,7 +158,7 @@ def make_answer(
     split: str = "",
     trained: bool = False,
     garbled: Sequence[str] = (),
-) -> Answer:
+) -> EvaluatedAnswer:
     """The record of an answer that parsed.
 
     Args:
@@ -169,7 +169,7 @@ def make_answer(
       trained: it is a training sample, so that the segments' loss is shown; an answer of a model trains nothing.
     """
     unjudged = len(trajectory.images) - len(truth) if truth else 0
-    return Answer(
+    return EvaluatedAnswer(
         sample=trajectory.sample,
         trajectory=trajectory,
         error=error,
@@ -184,7 +184,7 @@ def make_answer(
     )
 
 
-def _segment(trajectory: Trajectory, segment: codec.Segment, trained: bool) -> Segment:
+def _segment(trajectory: Trajectory, segment: codec.Segment, trained: bool) -> SegmentRecord:
     """A segment of the codec with the text or image that it carries."""
     round_ = trajectory.rounds[segment.round - 1]
     cause, text = round_.cause, ""
@@ -197,7 +197,7 @@ def _segment(trajectory: Trajectory, segment: codec.Segment, trained: bool) -> S
         said = round_.evaluation.observation
         text = "; ".join([said, *verdicts] if said else verdicts)
     image = round_.image if segment.part == "G" else None
-    return Segment(segment.name, text, image, segment.end - segment.start, trained and segment.loss)
+    return SegmentRecord(segment.name, text, image, segment.end - segment.start, trained and segment.loss)
 
 
 class StoredImages(Mapping[str, np.ndarray]):
@@ -226,7 +226,7 @@ def file_name(name: str) -> str:
     return encoded
 
 
-def answer_to_json(answer: Answer) -> dict[str, Any]:
+def answer_to_json(answer: EvaluatedAnswer) -> dict[str, Any]:
     """Plain JSON values; `answer_from_json` is the exact inverse."""
     trajectory = answer.trajectory
     return {
@@ -244,14 +244,14 @@ def answer_to_json(answer: Answer) -> dict[str, Any]:
     }
 
 
-def answer_from_json(value: Mapping[str, Any]) -> Answer:
+def answer_from_json(value: Mapping[str, Any]) -> EvaluatedAnswer:
     """Raises UserError naming the fault when `value` is not what `answer_to_json` writes."""
-    known = {f.name for f in dataclasses.fields(Answer)} - {"trajectory"} | {"rounds"}
+    known = {f.name for f in dataclasses.fields(EvaluatedAnswer)} - {"trajectory"} | {"rounds"}
     complete = isinstance(value, Mapping) and set(value) | {"garbled"} == known  # older records lack it
     _require(complete, f"an answer record needs exactly {sorted(known)}.")
     try:
         rounds, mode = value["rounds"], value["mode"]
-        return Answer(
+        return EvaluatedAnswer(
             sample=sample_from_json(value["sample"]),
             trajectory=None if rounds is None else trajectory_from_json({"sample": value["sample"], "rounds": rounds}),
             error=value["error"],
@@ -259,7 +259,7 @@ def answer_from_json(value: Mapping[str, Any]) -> Answer:
             truth=tuple(None if truth is None else evaluation_from_json(truth) for truth in value["truth"]),
             exact=tuple(value["exact"]),
             rewards=dict(value["rewards"]),
-            segments=tuple(Segment(**segment) for segment in value["segments"]),
+            segments=tuple(SegmentRecord(**segment) for segment in value["segments"]),
             split=value["split"],
             mode=None if mode is None else Mode(mode),
             garbled=tuple(value.get("garbled", ())),
@@ -268,7 +268,9 @@ def answer_from_json(value: Mapping[str, Any]) -> Answer:
         raise UserError(f"an answer record is malformed: {error}.", _REMEDY) from None
 
 
-def write_answers(folder: str | os.PathLike[str], answers: Sequence[Answer], images: Mapping[str, np.ndarray]) -> None:
+def write_answers(
+    folder: str | os.PathLike[str], answers: Sequence[EvaluatedAnswer], images: Mapping[str, np.ndarray]
+) -> None:
     """Writes `answers.jsonl` and `images/` into `folder` (made when missing), replacing what was there.
 
     Images (uint8 [height, width, 3]) go first and every file is put in place atomically, so that a killed run
@@ -290,7 +292,7 @@ def write_answers(folder: str | os.PathLike[str], answers: Sequence[Answer], ima
         raise UserError(f"Cannot write answers into {folder}: {error}.", "Choose a folder you can write to.") from None
 
 
-def read_answers(folder: str | os.PathLike[str]) -> tuple[Answer, ...]:
+def read_answers(folder: str | os.PathLike[str]) -> tuple[EvaluatedAnswer, ...]:
     """Reads `answers.jsonl`.  Raises UserError with file and line for anything that is not an answer."""
     answers = []
     for where, value in files.read_json_lines(Path(folder) / ANSWERS_FILE, _REMEDY):

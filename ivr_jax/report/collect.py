@@ -25,7 +25,7 @@ import numpy as np
 
 from ivr_jax import files
 from ivr_jax.errors import UserError
-from ivr_jax.report.answers import ANSWERS_FILE, Answer, StoredImages, read_answers, read_images
+from ivr_jax.report.answers import ANSWERS_FILE, EvaluatedAnswer, StoredImages, read_answers, read_images
 from ivr_jax.report.gallery import GalleryItem, GallerySection, choose
 from ivr_jax.report.gates import GATES_FILE, Gate, read_gates
 from ivr_jax.report.metrics import EVALUATION_FILE, mode_of, read_evaluation
@@ -148,7 +148,7 @@ def _read_config(path: Path, title: str, notes: list[str]) -> Mapping[str, Any]:
 
 def _arms(
     root: Path, notes: list[str]
-) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[Answer, ...], StoredImages]]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, tuple[tuple[EvaluatedAnswer, ...], StoredImages]]]:
     """Evaluations and answers by arm title."""
     known = {folder.name for folder in root.glob("eval_*") if folder.is_dir()}
     names = sorted(known - set(ARMS))
@@ -171,7 +171,7 @@ def _training_samples(folder: Path, stage: str, seed: int) -> GallerySection:
     """Training samples of one stage, the modes in turn."""
     answers, images = read_answers(folder), read_images(folder)
     order = np.random.default_rng(seed).permutation(len(answers))
-    by_mode: dict[str, list[Answer]] = {}
+    by_mode: dict[str, list[EvaluatedAnswer]] = {}
     for index in order:
         by_mode.setdefault(mode_of(answers[index]), []).append(answers[index])
     turns = [group[turn] for turn in range(len(answers)) for group in by_mode.values() if turn < len(group)]

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ivr_jax.images import data_uri
-from ivr_jax.report.answers import Answer, Segment
+from ivr_jax.report.answers import EvaluatedAnswer, SegmentRecord
 from ivr_jax.report.metrics import MODES, edits_of, mode_of
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Round
 
@@ -34,7 +34,7 @@ class GalleryItem:
     """
 
     arm: str
-    answer: Answer
+    answer: EvaluatedAnswer
     images: Mapping[str, np.ndarray]
     mode: str = ""
     notes: tuple[tuple[str, str], ...] = ()
@@ -50,7 +50,7 @@ class GallerySection:
 
 
 def choose(
-    arms: Mapping[str, tuple[Sequence[Answer], Mapping[str, np.ndarray]]],
+    arms: Mapping[str, tuple[Sequence[EvaluatedAnswer], Mapping[str, np.ndarray]]],
     prompts: int,
     seed: int,
 ) -> tuple[GalleryItem, ...]:
@@ -239,7 +239,7 @@ def _failures(own: AxisVerdict | None, truth: AxisVerdict | None) -> list[tuple[
     return [("both", said[0][1])] if len(said) == 2 and said[0][1] == said[1][1] else said
 
 
-def _segment_view(segment: Segment, any_loss: bool) -> dict[str, Any]:
+def _segment_view(segment: SegmentRecord, any_loss: bool) -> dict[str, Any]:
     carried = ("carries loss" if segment.loss else "context only") if any_loss else "no loss here"
     return {
         "kind": segment.kind,
@@ -250,7 +250,7 @@ def _segment_view(segment: Segment, any_loss: bool) -> dict[str, Any]:
     }
 
 
-def _context_only(segments: Sequence[Segment]) -> set[str]:
+def _context_only(segments: Sequence[SegmentRecord]) -> set[str]:
     """The kinds that carry no loss, when others do; empty when none does (an evaluation trains on nothing)."""
     if not any(segment.loss for segment in segments):
         return set()

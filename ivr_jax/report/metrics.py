@@ -57,7 +57,7 @@ from typing import Any, NamedTuple
 
 from ivr_jax import files
 from ivr_jax.errors import UserError
-from ivr_jax.report.answers import Answer, replace_file
+from ivr_jax.report.answers import EvaluatedAnswer, replace_file
 from ivr_jax.report.intervals import CONFIDENCE, NOTHING, Estimate, mean, share
 from ivr_jax.trajectory import AXES, Evaluation, Mode, Reflection
 
@@ -67,7 +67,9 @@ INVALID = "invalid"
 MODES = (*(mode.value for mode in Mode), INVALID)
 
 
-def evaluate(answers: Sequence[Answer], seed: int = 0, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def evaluate(
+    answers: Sequence[EvaluatedAnswer], seed: int = 0, about: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Every figure over `answers`, as the module says.
 
     Args:
@@ -88,7 +90,7 @@ def evaluate(answers: Sequence[Answer], seed: int = 0, about: Mapping[str, Any] 
         "overall": _summary(answers, seed),
     }
     for grouping, group_of in _GROUPINGS.items():
-        groups: dict[str, list[Answer]] = {}
+        groups: dict[str, list[EvaluatedAnswer]] = {}
         for answer in answers:
             group = group_of(answer)
             if group:
@@ -107,28 +109,28 @@ def read_evaluation(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return files.read_json_object(Path(folder) / EVALUATION_FILE, "Run the evaluation again.", SCHEMA)
 
 
-def edits_of(answer: Answer) -> int | None:
+def edits_of(answer: EvaluatedAnswer) -> int | None:
     """How many edits the request holds, as the micro-world's samples say; None when unknown."""
     edits = answer.sample.facts.get("edits")
     return edits if isinstance(edits, int) and not isinstance(edits, bool) else None
 
 
-def mode_of(answer: Answer) -> str:
+def mode_of(answer: EvaluatedAnswer) -> str:
     """ "direct", "reflection", "multi_step" or "invalid"."""
     return INVALID if answer.mode is None else answer.mode.value
 
 
-def is_valid(answer: Answer) -> bool:
+def is_valid(answer: EvaluatedAnswer) -> bool:
     """Structurally valid: the format reward says so where it is present, else a mode was recognised."""
     return answer.mode is not None and answer.rewards.get("format", 1.0) >= 1.0
 
 
-def _group_edits(answer: Answer) -> str:
+def _group_edits(answer: EvaluatedAnswer) -> str:
     edits = edits_of(answer)
     return "" if edits is None or "/" in answer.split else str(edits)
 
 
-_GROUPINGS: dict[str, Callable[[Answer], str]] = {
+_GROUPINGS: dict[str, Callable[[EvaluatedAnswer], str]] = {
     "by_split": lambda answer: answer.split,
     "by_suite": lambda answer: answer.split.partition("/")[0] if "/" in answer.split else "",
     "by_edits": _group_edits,
@@ -142,7 +144,7 @@ def _natural(group: str) -> tuple[bool, int, str]:
     return (not group.isdecimal(), int(group) if group.isdecimal() else 0, group)
 
 
-def _summary(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
+def _summary(answers: Sequence[EvaluatedAnswer], seed: int) -> dict[str, Any]:
     exact = [_exact(answer, -1) for answer in answers]
     first = [_exact(answer, 0) for answer in answers]
     target_known = any(answer.exact for answer in answers)
@@ -174,31 +176,31 @@ def _summary(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
     }
 
 
-def _exact(answer: Answer, index: int) -> bool | None:
+def _exact(answer: EvaluatedAnswer, index: int) -> bool | None:
     if not answer.images:
         return False
     return answer.exact[index] if answer.exact else None
 
 
-def _score(answer: Answer, axis: str) -> float | None:
+def _score(answer: EvaluatedAnswer, axis: str) -> float | None:
     if not answer.images:
         return 0.0
     truth = answer.truth[-1] if answer.truth else None
     return None if truth is None else getattr(truth, axis).score
 
 
-def _outcome(answer: Answer) -> float | None:
+def _outcome(answer: EvaluatedAnswer) -> float | None:
     scores = [_score(answer, axis) for axis in AXES]
     return None if None in scores else sum(scores) / len(AXES) / 5
 
 
-def _reflects_on_wrong(answer: Answer) -> bool:
+def _reflects_on_wrong(answer: EvaluatedAnswer) -> bool:
     """Whether the first image is not exact and the second one follows a critique of it."""
     rounds = () if answer.trajectory is None else answer.trajectory.rounds
     return len(rounds) > 1 and isinstance(rounds[1].cause, Reflection) and bool(answer.exact) and not answer.exact[0]
 
 
-def _texts(answer: Answer) -> list[bool]:
+def _texts(answer: EvaluatedAnswer) -> list[bool]:
     """For every step, critique and observation of an answer whether it is garbled."""
     names = []
     for number, round_ in enumerate(() if answer.trajectory is None else answer.trajectory.rounds, 1):
@@ -217,7 +219,7 @@ class _Judged(NamedTuple):
     truth: Evaluation | None
 
 
-def _judged(answer: Answer) -> list[_Judged]:
+def _judged(answer: EvaluatedAnswer) -> list[_Judged]:
     edits = edits_of(answer)
     kind = answer.sample.category if edits is None else edits
     pairs = zip(answer.own, answer.truth, strict=True) if answer.truth else ()

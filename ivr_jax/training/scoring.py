@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ivr_jax.images import Images
-from ivr_jax.report.answers import Answer, make_answer
+from ivr_jax.report.answers import EvaluatedAnswer, make_answer
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged
 from ivr_jax.sampling.rollout import Rollout
@@ -181,7 +181,7 @@ def calibration(rollout: Rollout, scored: Scored) -> dict[str, tuple[float, floa
 
 def shown_answers(
     rollout: Rollout, samples: Sequence[Sample], scored: Scored, numbers: Sequence[int]
-) -> tuple[list[Answer], dict[str, np.ndarray]]:
+) -> tuple[list[EvaluatedAnswer], dict[str, np.ndarray]]:
     """The answers `numbers` of a rollout as records with their rewards, and every image that they name."""
     records, images = [], {}
     for number in numbers:
@@ -189,7 +189,7 @@ def shown_answers(
         group, member = divmod(number, rollout.group_size)
         rewards = rewards_of(scored, group, member)
         if answer is None:
-            records.append(Answer(samples[group], None, rollout.errors[number], rewards=rewards))
+            records.append(EvaluatedAnswer(samples[group], None, rollout.errors[number], rewards=rewards))
             continue
         invalid = "" if judged.format > 0 else "the answer does not continue as its verdict says."
         records.append(

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ivr_jax.errors import UserError
 from ivr_jax.report.answers import (
-    Answer,
-    Segment,
+    EvaluatedAnswer,
+    SegmentRecord,
     answer_from_json,
     answer_to_json,
     file_name,
@@ -27,7 +27,7 @@ from ivr_jax.trajectory import Mode, Sample
 
 
 @pytest.fixture(scope="module")
-def recorded() -> tuple[list[Answer], dict[str, np.ndarray]]:
+def recorded() -> tuple[list[EvaluatedAnswer], dict[str, np.ndarray]]:
     """Answers of every mode, a garbled one and a training sample, with their images."""
     studio = Studio(seed=5)
     answers = [studio.answer(task, ARMS["eval_sft"], "kris/procedural") for task in tasks(24)]
@@ -142,13 +142,13 @@ def test_an_answer_is_right_by_its_target_else_by_the_analyzer_and_wrong_without
     assert dataclasses.replace(answer, exact=(False,)).right is False
     assert dataclasses.replace(answer, exact=()).right is True
     assert dataclasses.replace(answer, exact=(), truth=(None,)).right is None
-    assert Answer(answer.sample, None, "no image").right is False
+    assert EvaluatedAnswer(answer.sample, None, "no image").right is False
 
 
 def test_a_segment_needs_a_kind_and_a_length():
     for arguments in (("", "", None, 1, True), ("G1", "", "a", -1, True)):
         with pytest.raises(UserError):
-            Segment(*arguments)
+            SegmentRecord(*arguments)
 
 
 def test_the_json_form_is_plain(recorded):

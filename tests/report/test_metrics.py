@@ -11,7 +11,7 @@ from answers_fixture import ARMS, Studio, plain_answer, tasks
 
 from ivr_jax.errors import UserError
 from ivr_jax.report import intervals
-from ivr_jax.report.answers import Answer
+from ivr_jax.report.answers import EvaluatedAnswer
 from ivr_jax.report.metrics import evaluate, read_evaluation, write_evaluation
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Trajectory
 
@@ -71,7 +71,7 @@ def test_a_small_evaluation_worked_out_by_hand():
         plain_answer(1, exact=True, key="a", edits=1, split="kris/x"),  # direct, right
         plain_answer(1, exact=False, key="b", edits=1, split="kris/x"),  # direct, wrong, passes itself
         plain_answer(3, exact=True, key="c", edits=4, split="kris/y"),  # multi-step, right in the end
-        Answer(plain_answer(key="d", edits=4).sample, None, "no image at all", split="plain"),
+        EvaluatedAnswer(plain_answer(key="d", edits=4).sample, None, "no image at all", split="plain"),
     ]
     answers[1] = dataclasses.replace(answers[1], rewards={"format": 0.0, "total": 0.5})
     answers[2] = dataclasses.replace(answers[2], rewards={"total": 1.0})
@@ -115,7 +115,7 @@ def test_a_judge_that_failed_is_missing_and_not_a_bad_score():
 
 
 def test_where_no_target_is_known_nothing_is_exact_and_no_answer_wrong_by_default():
-    blank = Answer(plain_answer(key="z").sample, None, "nothing drawn")
+    blank = EvaluatedAnswer(plain_answer(key="z").sample, None, "nothing drawn")
     overall = evaluate([dataclasses.replace(plain_answer(), exact=()), blank])["overall"]
     assert overall["exact"]["n"] == overall["gain"]["n"] == 0
     assert overall["right"]["value"] == 0.5
@@ -177,7 +177,7 @@ def test_garbled_texts_are_counted_among_all_texts():
 
 
 def test_a_repair_is_a_right_second_image_after_a_critique_of_a_wrong_one():
-    def reflecting(key: str, second: bool, first: bool = False) -> Answer:
+    def reflecting(key: str, second: bool, first: bool = False) -> EvaluatedAnswer:
         answer = plain_answer(2, key=key)
         one, two = answer.trajectory.rounds
         trajectory = Trajectory(answer.sample, (one, dataclasses.replace(two, cause=Reflection("a", "b"))))

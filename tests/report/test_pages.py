@@ -20,7 +20,7 @@ from PIL import Image
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.paired import EXACT, OWN, Case, paired_test
 from ivr_jax.evaluate.verdicts import Verdict
-from ivr_jax.report.answers import Answer, Segment
+from ivr_jax.report.answers import EvaluatedAnswer, SegmentRecord
 from ivr_jax.report.gallery import LONGEST_TEXT, GalleryItem, GallerySection, choose, section_view
 from ivr_jax.report.gates import Gate
 from ivr_jax.report.metrics import evaluate
@@ -75,7 +75,7 @@ def page(title="Report", runs=(), evaluations=None, gallery=(), gates=(), notes=
 
 
 @pytest.fixture(scope="module")
-def studio() -> tuple[Studio, list[Answer]]:
+def studio() -> tuple[Studio, list[EvaluatedAnswer]]:
     made = Studio(seed=5)
     return made, [
         made.answer(task, ARMS["eval_sft"], "mixture" if i // 4 % 2 else "kris/procedural")
@@ -147,9 +147,12 @@ def evil_section() -> GallerySection:
     failed = dataclasses.replace(fine, quality=AxisVerdict(False, EVIL, 1.0))
     rounds = (Round(None, EVIL, failed), Round(Reflection(EVIL, EVIL), EVIL + "2", fine))
     trajectory = Trajectory(sample, rounds)
-    answer = Answer(sample, trajectory, EVIL, trajectory.images, (failed, failed), (False, False), {EVIL: 1.0},
-                    (Segment(EVIL, EVIL, None, 3, True),), EVIL, Mode.REFLECTION)
-    broken = Answer(sample, None, EVIL, (EVIL,), (failed,), (), {}, (Segment(EVIL, EVIL, None, 3, False),), EVIL)
+    answer = EvaluatedAnswer(
+        sample, trajectory, EVIL, trajectory.images, (failed, failed), (False, False), {EVIL: 1.0},
+        (SegmentRecord(EVIL, EVIL, None, 3, True),), EVIL, Mode.REFLECTION,
+    )  # fmt: skip
+    segments = (SegmentRecord(EVIL, EVIL, None, 3, False),)
+    broken = EvaluatedAnswer(sample, None, EVIL, (EVIL,), (failed,), (), {}, segments, EVIL)
     images = {EVIL: np.zeros((8, 8, 3), np.uint8)}
     return GallerySection(EVIL, EVIL, (GalleryItem(EVIL, answer, images), GalleryItem("x", broken, {})))
 
@@ -228,7 +231,8 @@ def test_an_answer_that_did_not_parse_shows_what_there_is():
     assert view["mode"] == "invalid" and view["error"] == "token 27: expected <Evaluate>"
     assert [text["text"] for text in view["panels"][0]["texts"]] == ["and then nothing"]
     assert all(v["own"] is None and v["truth"] is not None for v in view["panels"][0]["verdicts"])
-    empty = Answer(answer.sample, None, "nothing drawn", segments=(Segment("text", "only words", None, 3, False),))
+    segments = (SegmentRecord("text", "only words", None, 3, False),)
+    empty = EvaluatedAnswer(answer.sample, None, "nothing drawn", segments=segments)
     assert "only words" in page(gallery=[GallerySection("s", "", (GalleryItem("a", empty, made.images),))]).text
 
 

@@ -13,7 +13,7 @@ from ivr_jax.evaluate.benchmarks.figures import item_means
 from ivr_jax.evaluate.benchmarks.interface import FIXED, Benchmark, Item, Judged, for_mode
 from ivr_jax.evaluate.benchmarks.run_folder import AnswerRecord
 from ivr_jax.images import Pixels, load_image
-from ivr_jax.report.answers import Answer, Segment, answer_from_json
+from ivr_jax.report.answers import EvaluatedAnswer, SegmentRecord, answer_from_json
 from ivr_jax.report.gallery import GalleryItem, GallerySection
 from ivr_jax.trajectory import Sample, sample_from_json
 
@@ -76,7 +76,7 @@ class Run:
 
     def _answer(
         self, item: Item, record: AnswerRecord | None, scores: Mapping[str, float]
-    ) -> tuple[Answer, Mapping[str, Pixels]]:
+    ) -> tuple[EvaluatedAnswer, Mapping[str, Pixels]]:
         folder = run_folder.answer_folder(self._workdir, item, 0)
         references = [self._data / path for path in item.references]
         content = record.content if record is not None else None
@@ -93,23 +93,25 @@ class Run:
         final = self._paths.get((item.key, 0))
         images = ("final",) if final is not None else ()
         error = record.error if record is not None else ""
-        answer = Answer(sample, None, error, images, rewards=dict(scores), split=item.category)
+        answer = EvaluatedAnswer(sample, None, error, images, rewards=dict(scores), split=item.category)
         return answer, _Images({**files, **({"final": final} if final is not None else {})})
 
     def _interleaved(
         self, item: Item, record: AnswerRecord, folder: Path, files: dict[str, Path], scores: Mapping[str, float]
-    ) -> tuple[Answer, Mapping[str, Pixels]]:
+    ) -> tuple[EvaluatedAnswer, Mapping[str, Pixels]]:
         segments, images = [], []
         for part in record.content["parts"]:
             if "image" in part:
                 images.append(part["image"])
-                segments.append(Segment(f"G{len(images)}", "", part["image"], 0, False))
+                segments.append(SegmentRecord(f"G{len(images)}", "", part["image"], 0, False))
             else:
-                segments.append(Segment(part["kind"], part["text"], None, 0, False))
+                segments.append(SegmentRecord(part["kind"], part["text"], None, 0, False))
         asked = sample_from_json(record.content["sample"])
         sample = Sample(item.key, asked.prompt, tuple(files))
-        answer = Answer(sample, None, record.error, tuple(images), rewards=dict(scores), segments=tuple(segments),
-                        split=item.category)  # fmt: skip
+        answer = EvaluatedAnswer(
+            sample, None, record.error, tuple(images), rewards=dict(scores), segments=tuple(segments),
+            split=item.category,
+        )  # fmt: skip
         return answer, _Images({**files, **{name: folder / name for name in images}})
 
 

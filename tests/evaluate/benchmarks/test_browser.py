@@ -16,7 +16,7 @@ from benchmark_runs import Prepared, judge_flags, judging
 
 from ivr_jax.evaluate.benchmarks import datafiles, generation, run_folder
 from ivr_jax.images import image_name, save_png
-from ivr_jax.report.answers import Segment, answer_to_json, make_answer
+from ivr_jax.report.answers import SegmentRecord, answer_to_json, make_answer
 from ivr_jax.trajectory import Reflection, Sample, Step
 
 ARTEFACTS = Path(__file__).resolve().parents[3] / ".cache" / "screenshots"
@@ -51,7 +51,7 @@ def write_answers(prepared: Prepared, workdir: Path) -> None:
         sample = Sample(item.key, f"{item.prompt} {HOSTILE}" if number == 0 else item.prompt, names)
         shown = make_answer(dataclasses.replace(answer, sample=sample, rounds=tuple(rounds)), split=item.category)
         kinds = [f"{part}{n}" for n in range(1, len(rounds) + 1) for part in "GE"]
-        shown = dataclasses.replace(shown, segments=tuple(Segment(kind, "", None, 23, False) for kind in kinds))
+        shown = dataclasses.replace(shown, segments=tuple(SegmentRecord(kind, "", None, 23, False) for kind in kinds))
         content = answer_to_json(shown)
         record = run_folder.AnswerRecord(item.key, 0, shown.mode.value, len(rounds), 46 * len(rounds), content=content)
         run_folder.write_answer(workdir, item, record)
