@@ -31,7 +31,7 @@ PARTS = ("outcome", "step", "reasoning")
 
 
 @dataclasses.dataclass
-class Usage:
+class JudgeUsage:
     """What a submission asked: calls and missing judgements by part, and the seconds that each call took."""
 
     calls: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -95,11 +95,11 @@ class JudgeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdicts:
+class JudgeResult:
     """The result of one submission: an answer's components each, the cost, and further metrics (checks, spending)."""
 
     judged: list[Judged]
-    usage: Usage
+    usage: JudgeUsage
     seconds: float
     checks: dict[str, Any]
 
@@ -135,12 +135,12 @@ class JudgeService:
         answers: Sequence[tuple[Trajectory, Images] | None],
         format_rewards: Sequence[float] | None = None,
         checked: bool = False,
-    ) -> concurrent.futures.Future[Verdicts]:
+    ) -> concurrent.futures.Future[JudgeResult]:
         """Starts judging as soon as earlier submissions have ended.
 
         The future raises errors that are not failures of the judge.
         """
-        return _in_background(self._verdicts(answers, format_rewards, checked))
+        return _in_background(self._judge(answers, format_rewards, checked))
 
     def close(self) -> None:
         """Closes the connections of the analyzers that hold some."""
@@ -155,12 +155,12 @@ class JudgeService:
         if unique:
             _in_background(close_all()).result()
 
-    def _analyzer(self, analyzers: Mapping[str, Analyzer], usage: Usage | None = None) -> _LimitedAnalyzer:
+    def _analyzer(self, analyzers: Mapping[str, Analyzer], usage: JudgeUsage | None = None) -> _LimitedAnalyzer:
         """`analyzers` as one, under the service's limits."""
-        return _LimitedAnalyzer(analyzers, self._calls, self._options.deadline, usage or Usage())
+        return _LimitedAnalyzer(analyzers, self._calls, self._options.deadline, usage or JudgeUsage())
 
-    async def _verdicts(self, answers: Any, format_rewards: Any, checked: bool) -> Verdicts:
-        options, usage = self._options, Usage()
+    async def _judge(self, answers: Any, format_rewards: Any, checked: bool) -> JudgeResult:
+        options, usage = self._options, JudgeUsage()
         async with self._submission:  # spending can only be told of one at a time
             clock, before = time.perf_counter(), self._spent()
             analyzer = self._analyzer(self._analyzers, usage)
@@ -168,7 +168,7 @@ class JudgeService:
             seconds = time.perf_counter() - clock
             checks = await self._checks(options.check, answers, judged) if checked and options.check else {}
             spent = {name: total - before[name] for name, total in self._spent().items()}
-        return Verdicts(judged, usage, seconds, checks | spent)
+        return JudgeResult(judged, usage, seconds, checks | spent)
 
     def _spent(self) -> dict[str, float]:
         spent: collections.Counter[str] = collections.Counter()
@@ -211,7 +211,7 @@ class _LimitedAnalyzer:
     """The analyzers of the parts as one `Analyzer`, with a bound on calls at a time and on seconds, and with counts."""
 
     def __init__(
-        self, analyzers: Mapping[str, Analyzer], calls: asyncio.Semaphore, deadline: float, usage: Usage
+        self, analyzers: Mapping[str, Analyzer], calls: asyncio.Semaphore, deadline: float, usage: JudgeUsage
     ):
         self._analyzers, self._calls, self._deadline, self._usage = analyzers, calls, deadline, usage
 

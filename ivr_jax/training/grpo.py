@@ -54,12 +54,12 @@ from ivr_jax.models import lora
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge import Judged
-from ivr_jax.rewards.judge_service import JudgeService, Verdicts
+from ivr_jax.rewards.judge_service import JudgeResult, JudgeService
 from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.rollout import Drafts, Rollout, roll_out, sample_drafts
 from ivr_jax.sampling.slots import rules_of
 from ivr_jax.training.monitor import Monitor, MonitorOptions
-from ivr_jax.training.multihost_rl import global_rollout, global_verdicts
+from ivr_jax.training.multihost_rl import global_judge_result, global_rollout
 from ivr_jax.training.policy_logprobs import (
     PolicyGradient,
     add_gradients,
@@ -156,19 +156,19 @@ class Trainer:
         pending = self._pending.popleft()
         self.activity = "waiting for the judge"
         clock = time.perf_counter()
-        verdicts = pending.verdicts.result()
+        judge_result = pending.judge_result.result()
         waited = time.perf_counter() - clock
-        mine, verdicts, refilled = self._refilled(pending, verdicts, behaviour, step)
+        mine, judge_result, refilled = self._refilled(pending, judge_result, behaviour, step)
         rollout = global_rollout(mine, self.system.tokenizer.vocab.pad)
-        verdicts = global_verdicts(verdicts)
+        judge_result = global_judge_result(judge_result)
         if resumed:  # its update cannot check the ratio
             self.check_logprobs(behaviour, rollout)
 
         # Score.
-        judged, drafts = self._separate(verdicts.judged, rollout)
+        judged, drafts = self._separate(judge_result.judged, rollout)
         scored = score_rollout(rollout, judged, options.reward, options.grpo, drafts)
         missing = sum(not answer.present for answer in scored.judged)
-        self.monitor.count_missing(missing, len(scored.judged), verdicts.usage.reasons)
+        self.monitor.count_missing(missing, len(scored.judged), judge_result.usage.reasons)
 
         # Learn.
         self.activity = "learning"
@@ -179,12 +179,12 @@ class Trainer:
         metrics = {
             **summary(rollout, scored),
             **rollout.usage.metrics(),
-            **verdicts.usage.metrics(),
-            **verdicts.checks,
+            **judge_result.usage.metrics(),
+            **judge_result.checks,
             **learnt,
             **self._work(rollout, scored),
             "rollout_seconds": rollout.seconds,
-            "judge_seconds": verdicts.seconds,
+            "judge_seconds": judge_result.seconds,
             "judge_wait_seconds": waited,
             "update_seconds": time.perf_counter() - clock,
         }
@@ -303,8 +303,8 @@ class Trainer:
         return PendingRollout(rollout, tuple(prompts), self.judge.submit(answers, formats, checked))
 
     def _refilled(
-        self, pending: PendingRollout, verdicts: Verdicts, params: Any, step: int
-    ) -> tuple[Rollout, Verdicts, int]:
+        self, pending: PendingRollout, judge_result: JudgeResult, params: Any, step: int
+    ) -> tuple[Rollout, JudgeResult, int]:
         """`refill.refill` of this process's answers, by `params`, which sampled them."""
         mine, first = self._mine(pending.prompts)
         key = jax.random.fold_in(self._key, step)
@@ -320,11 +320,11 @@ class Trainer:
                 first=[first * group_size + number for number in numbers],
             )  # fmt: skip
 
-        def judge(new: Rollout) -> Verdicts:
+        def judge(new: Rollout) -> JudgeResult:
             self.activity = "waiting for the judge"
             return self.judge.submit(new.judgeable(), list(self.format_rewards(new))).result()
 
-        return refill(pending.rollout, verdicts, self.options.grpo.refill, answer, judge)
+        return refill(pending.rollout, judge_result, self.options.grpo.refill, answer, judge)
 
     def _separate(self, judged: list[Judged], rollout: Rollout) -> tuple[list[Judged], list[Judged] | None]:
         """The judgements of answers and those of drafts; each process submitted its answers, then its drafts."""

@@ -15,8 +15,7 @@ import numpy as np
 
 from ivr_jax import distributed
 from ivr_jax.rewards.judge import Judged
-from ivr_jax.rewards.judge_service import Usage as JudgeUsage
-from ivr_jax.rewards.judge_service import Verdicts
+from ivr_jax.rewards.judge_service import JudgeResult, JudgeUsage
 from ivr_jax.sampling.batch import Samples, Usage
 from ivr_jax.sampling.rollout import Answer, Rollout
 from ivr_jax.trajectory import evaluation_from_json, evaluation_to_json, trajectory_from_json, trajectory_to_json
@@ -57,7 +56,7 @@ def global_rollout(mine: Rollout, pad: int) -> Rollout:
     )  # fmt: skip
 
 
-def global_verdicts(mine: Verdicts) -> Verdicts:
+def global_judge_result(mine: JudgeResult) -> JudgeResult:
     """The judgements of all processes, in their order, with their counts and costs added up."""
     if jax.process_count() == 1:
         return mine
@@ -78,7 +77,7 @@ def global_verdicts(mine: Verdicts) -> Verdicts:
                 pair = tuple(map(sum, zip(before, pair, strict=True))) if isinstance(pair, tuple) else before + pair
             checks[name] = pair
     judged = [_from_json(one) for theirs in gathered for one in theirs["judged"]]
-    return Verdicts(judged, total, max(theirs["seconds"] for theirs in gathered), checks)
+    return JudgeResult(judged, total, max(theirs["seconds"] for theirs in gathered), checks)
 
 
 def _stacked(parts: list[np.ndarray], pad: int) -> np.ndarray:

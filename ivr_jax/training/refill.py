@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from ivr_jax.rewards.judge_service import Usage as JudgeUsage
-from ivr_jax.rewards.judge_service import Verdicts
+from ivr_jax.rewards.judge_service import JudgeResult, JudgeUsage
 from ivr_jax.sampling.batch import Samples, Usage
 from ivr_jax.sampling.rollout import Rollout
 
 
 def refill(
     rollout: Rollout,
-    verdicts: Verdicts,
+    judge_result: JudgeResult,
     rounds: int,
     answer: Callable[[Sequence[int], int], Rollout],
-    judge: Callable[[Rollout], Verdicts],
-) -> tuple[Rollout, Verdicts, int]:
+    judge: Callable[[Rollout], JudgeResult],
+) -> tuple[Rollout, JudgeResult, int]:
     """Asks anew, at most `rounds` times, where a judgement is missing.
 
     Args:
@@ -26,17 +25,17 @@ def refill(
       judge: judges these.
 
     Returns:
-      The rollout and its verdicts, with as many answers as before, and how many of them are new.
+      The rollout and the result of its judge, with as many answers as before, and how many of them are new.
     """
     replaced: set[int] = set()
     for number in range(1, rounds + 1):
-        missing = [i for i, judged in enumerate(verdicts.judged) if not judged.present]
+        missing = [i for i, judged in enumerate(judge_result.judged) if not judged.present]
         if not missing:
             break
         new = answer(missing, number)
-        rollout, verdicts = _with_answers(rollout, missing, new), _with_verdicts(verdicts, missing, judge(new))
+        rollout, judge_result = _with_answers(rollout, missing, new), _with_result(judge_result, missing, judge(new))
         replaced.update(missing)
-    return rollout, verdicts, len(replaced)
+    return rollout, judge_result, len(replaced)
 
 
 def _with_answers(rollout: Rollout, numbers: Sequence[int], new: Rollout) -> Rollout:
@@ -59,13 +58,13 @@ def _with_answers(rollout: Rollout, numbers: Sequence[int], new: Rollout) -> Rol
     )  # fmt: skip
 
 
-def _with_verdicts(verdicts: Verdicts, numbers: Sequence[int], new: Verdicts) -> Verdicts:
-    judged = list(verdicts.judged)
+def _with_result(judge_result: JudgeResult, numbers: Sequence[int], new: JudgeResult) -> JudgeResult:
+    judged = list(judge_result.judged)
     for place, one in zip(numbers, new.judged, strict=True):
         judged[place] = one
     usage = JudgeUsage(**{
-        field.name: getattr(verdicts.usage, field.name) + getattr(new.usage, field.name)
+        field.name: getattr(judge_result.usage, field.name) + getattr(new.usage, field.name)
         for field in dataclasses.fields(JudgeUsage)
     })  # fmt: skip
-    spent = {name: verdicts.checks.get(name, 0.0) + value for name, value in new.checks.items()}
-    return Verdicts(judged, usage, verdicts.seconds + new.seconds, {**verdicts.checks, **spent})
+    spent = {name: judge_result.checks.get(name, 0.0) + value for name, value in new.checks.items()}
+    return JudgeResult(judged, usage, judge_result.seconds + new.seconds, {**judge_result.checks, **spent})

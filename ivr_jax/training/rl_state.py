@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ivr_jax import sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.models import backbone, lora
-from ivr_jax.rewards.judge_service import Verdicts
+from ivr_jax.rewards.judge_service import JudgeResult
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.rollout import Rollout
 from ivr_jax.training.prompts import Prompt
@@ -42,7 +42,7 @@ class PendingRollout(NamedTuple):
 
     rollout: Rollout
     prompts: tuple[Prompt, ...]
-    verdicts: concurrent.futures.Future[Verdicts]
+    judge_result: concurrent.futures.Future[JudgeResult]
 
 
 class Placement(NamedTuple):

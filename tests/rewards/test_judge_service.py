@@ -57,12 +57,12 @@ def test_faults_are_missing_and_counted_and_nothing_waits_for_a_call_that_hangs(
     judge = JudgeService(same(Analyzer()), JudgeOptions(deadline=2.0))
     answers = [(ANSWER, images(mark)) for mark in (5, 200, 201, 202, 3)] + [None]
     clock = time.perf_counter()
-    verdicts = judge.submit(answers, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]).result()
+    result = judge.submit(answers, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]).result()
     assert time.perf_counter() - clock < 30
-    assert [j.present for j in verdicts.judged] == [True, False, False, False, True, True]
-    assert verdicts.judged[0].scores == (5.0,) * 4 and verdicts.judged[0].step == 0.75
-    assert verdicts.judged[4].format == 0.0 and verdicts.judged[5] is INVALID
-    usage = verdicts.usage
+    assert [j.present for j in result.judged] == [True, False, False, False, True, True]
+    assert result.judged[0].scores == (5.0,) * 4 and result.judged[0].step == 0.75
+    assert result.judged[4].format == 0.0 and result.judged[5] is INVALID
+    usage = result.usage
     assert usage.calls == {"outcome": 5, "reasoning": 4} and usage.missing == {"outcome": 3}
     metrics = usage.metrics()
     assert metrics["judge_calls"] == 9 and metrics["judge_missing"] == (3.0, 9.0)
@@ -145,8 +145,8 @@ def test_variance_comes_of_repeated_calls_and_the_held_out_judge_is_compared():
     judge = JudgeService(same(Analyzer()), JudgeOptions(RewardOptions(step_reward_evals="all"), check=check))
     answers = [(ANSWER, images(5))] * 4 + [None]
     assert judge.submit(answers).result().checks == {}
-    verdicts = judge.submit(answers, checked=True).result()
-    assert verdicts.checks["judge_variance"] == pytest.approx((0.64, 2.0))
-    assert verdicts.checks["held_out_outcome"] == pytest.approx((1.6, 2.0))
-    assert verdicts.checks["held_out_gap"] == pytest.approx((0.4, 2.0))
-    assert verdicts.usage.calls == {"outcome": 8, "reasoning": 8}  # the checks are not among them
+    result = judge.submit(answers, checked=True).result()
+    assert result.checks["judge_variance"] == pytest.approx((0.64, 2.0))
+    assert result.checks["held_out_outcome"] == pytest.approx((1.6, 2.0))
+    assert result.checks["held_out_gap"] == pytest.approx((0.4, 2.0))
+    assert result.usage.calls == {"outcome": 8, "reasoning": 8}  # the checks are not among them
