@@ -7,11 +7,12 @@ equal images have one name and one file.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,8 +28,9 @@ Pixels: TypeAlias = np.ndarray  # uint8 [height, width, 3]
 Images: TypeAlias = Mapping[str, Pixels]  # image name -> pixels
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000")  # not EPS: Pillow runs it
-PngImagePlugin.MAX_TEXT_CHUNK = 1 << 25  # bytes of one text in a PNG (prompts, XMP); Pillow refuses files over 1 MiB
-MAX_SAMPLE_VALUE = 281  # TIFF tag
+PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of one text in a PNG (prompts, XMP); Pillow refuses files over 1 MiB
+PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28  # bytes of all of them
+BITS_PER_SAMPLE, MAX_SAMPLE_VALUES = 258, (281, 341)  # TIFF tags
 MAX_MEGAPIXELS = 64
 MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height when it is fitted
 
@@ -85,7 +87,8 @@ def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{what} holds more than {MAX_MEGAPIXELS} megapixels.", "Scale it down.") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{what} is not an image file.", "Give a PNG, JPEG, WebP or another common image.") from error
+        raise UserError(f"{what} is no image of a known format.",
+                        f"Save it as PNG or JPEG; what can be read: {', '.join(_formats())}.") from error
     except Exception as error:  # what a decoder raises for a damaged file is not limited to a few types
         raise UserError(f"{what} cannot be read as an image ({error}).",
                         "The file is damaged, or may not be read: copy or make it again.") from error
@@ -123,29 +126,47 @@ def _to_rgb(image: Image.Image, deep: bool, what: str) -> Pixels:
         samples = np.asarray(image).astype(np.float64)
         white = _white(image, samples, what)
         grey = np.clip(samples * (256 / (white + 1)) if white > 1 else samples * 255, 0, 255).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):  # the sample that is transparent
+            grey[samples == clear] = 255
         return np.repeat(grey[..., None], 3, 2)
+    colours = np.asarray(image.convert("RGB")) if deep else None  # before white shows through
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.array(image.convert("RGB"))
-    if deep and 0 < pixels.max() < 64:
-        raise _unknown_range(what, f"16 bits a sample, of which at most {int(pixels.max()).bit_length() + 8} are used")
-    return pixels
+    if colours is not None and 0 < colours.max() < 64:
+        raise _unknown_range(what, f"16 bits a sample, of which at most {int(colours.max()).bit_length() + 8} are used")
+    return np.array(image.convert("RGB"))
 
 
 def _white(image: Image.Image, samples: np.ndarray, what: str) -> float:
     """The sample value that is white.  Raises UserError when nothing says which one it is."""
-    largest, stated = float(samples.max()), getattr(image, "tag_v2", {}).get(MAX_SAMPLE_VALUE)
-    if isinstance(stated, tuple):
-        stated = stated[0]
-    if stated and np.isfinite(stated) and samples.min() >= 0 and largest <= stated:  # the tag MaxSampleValue
-        return float(stated)
+    largest = float(samples.max())
+    for stated in _stated_whites(image):
+        is_default = stated >= 65535 and largest < stated / 4  # many writers put the largest number of the type there
+        if samples.min() >= 0 and largest <= stated and not is_default:
+            return stated
     if image.mode != "F" and samples.min() >= 0 and largest < 1 << 16:
-        if image.mode != "I" or image.format in ("PNG", "PPM"):
+        if image.format == "PPM":  # Pillow has scaled the file's own largest value to this
+            return 65535.0
+        if image.mode != "I" or image.format == "PNG":
             if largest >= 1 << 14 or largest == 0:
                 return 65535.0
             raise _unknown_range(what, f"16-bit samples up to {largest:.0f}")
     raise _unknown_range(what, f"samples from {samples.min():g} to {largest:g}")
+
+
+def _stated_whites(image: Image.Image) -> Iterator[float]:
+    """What a TIFF's tags say: MaxSampleValue, SMaxSampleValue, and what 9 to 15 bits a sample can hold."""
+    tags = getattr(image, "tag_v2", {})
+    for name in (*MAX_SAMPLE_VALUES, BITS_PER_SAMPLE):
+        value = tags.get(name)
+        value = value[0] if isinstance(value, tuple) and value else value
+        with contextlib.suppress(TypeError, ValueError, ZeroDivisionError, OverflowError):
+            number = float(value)
+            if name == BITS_PER_SAMPLE:
+                number = 2.0**number - 1 if 8 < number < 16 else 0.0
+            if number > 0 and np.isfinite(number):
+                yield number
 
 
 def _unknown_range(what: str, holds: str) -> UserError:

@@ -1,10 +1,11 @@
 """The path of someone with Emu3.5's weights, with the full vocabulary of 282,926 and small random networks.
 
-    python measurements/imported_model.py --folder=runs/imported_model --json=walk.json
+    python measurements/imported_model.py --folder=runs/imported_model
 
-Every command runs in a process of its own; its wall time (with compilation, from an empty cache) and its
-peak resident memory are printed.  The text tokenizer has the released ranks, from the wheel `dashscope`; the image
-tokenizer has the released codebook of 131,072 codes; images are 64 x 64.  Services are scripted, on loopback.
+Every command runs in a process of its own; its wall time (with compilation, from an empty cache) and its peak resident
+memory are printed, and kept in FOLDER/walk.json.  The same command continues a walk that was stopped.  The text
+tokenizer has the released ranks, from the wheel `dashscope`; the image tokenizer has the released codebook of 131,072
+codes; images are 64 x 64.  Services are scripted, on loopback.
 """
 
 from __future__ import annotations
@@ -85,15 +86,26 @@ def resident_peak(process: int) -> float:
 
 
 class Walk:
-    """The commands on `folder`, in order; `results` holds what they took."""
+    """The commands on `folder`, in order; `results` holds what they took.
 
-    def __init__(self, folder: Path):
-        self.folder, self.results = folder, list[Measured]()
+    Args:
+      folder: where everything is.
+      results: the commands that succeeded before, which are not run again.
+      limit: at most this many commands.
+    """
+
+    def __init__(self, folder: Path, results: list[Measured], limit: int | None = None):
+        self.folder, self.results, self._left = folder, results, limit
         self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "IVR_JAX_CACHE": str(folder / "cache"),
                              "TEST_KEY": construct_worker.KEY}  # fmt: skip
 
     def run(self, name: str, module: str, *arguments: object) -> None:
-        """Runs `python -m ivr_jax.MODULE`; raises SystemExit with its output when it fails."""
+        """Runs `python -m ivr_jax.MODULE`; raises SystemExit with its output when it fails, or none may be run."""
+        if self._has(name):
+            return
+        if self._left == 0:
+            raise SystemExit(f"stopped before {name!r}; the same command continues there")
+        self._left = None if self._left is None else self._left - 1
         command = [sys.executable, "-m", f"ivr_jax.{module}", *map(str, arguments)]
         began, peak = time.perf_counter(), 0.0
         with open(self.folder / "output.txt", "wb") as output:
@@ -102,10 +114,16 @@ class Walk:
                 peak = max(peak, resident_peak(process.pid))
                 time.sleep(0.1)
         measured = Measured(name, time.perf_counter() - began, peak, process.returncode)
-        self.results.append(measured)
-        print(f"{name:32s} {measured.seconds:7.1f} s {measured.peak_gib:6.2f} GiB", flush=True)
+        print(f"{name:36s} {measured.seconds:7.1f} s {measured.peak_gib:6.2f} GiB", flush=True)
+        said = (self.folder / "output.txt").read_text()
         if process.returncode:
-            raise SystemExit((self.folder / "output.txt").read_text()[-4000:])
+            raise SystemExit(said[-4000:])
+        print("".join(f"{line}\n" for line in said.splitlines() if line.startswith("  logits ")), end="")
+        self.results.append(measured)
+        save(self.results, self.folder)
+
+    def _has(self, name: str) -> bool:
+        return any(measured.name == name for measured in self.results)
 
     def whole(self) -> None:
         """Every stage, each from what the one before it left."""
@@ -129,10 +147,15 @@ class Walk:
         sizes = [f"--config.model.{key}={value}" for key, value in SIZES.items()]
         sft = ("train", "--config=micro_sft", f"--config.data.path={dataset}", *in_config, "--config.steps=2",
                "--config.batch=2", "--config.log_every=1", "--config.data.length=1024",
-               "--config.data.practice_share=0.0", *sizes)  # fmt: skip
+               "--config.data.practice_share=0.0", "--config.loss_chunk_tokens=128", *sizes)  # fmt: skip
         self.run("fine-tune", *sft, f"--workdir={at / 'sft'}", f"--config.init={decoder}")
-        self.run("fine-tune, LoRA", *sft, f"--workdir={at / 'lora'}", f"--config.init={at / 'sft'}",
-                 "--config.lora.rank=4")  # fmt: skip
+        lora = (*sft, f"--workdir={at / 'lora'}", f"--config.init={at / 'sft'}", "--config.lora.rank=4",
+                "--config.checkpoint_every=1", "--config.max_checkpoints=0")  # fmt: skip
+        self.run("fine-tune, LoRA", *lora)
+        again = "fine-tune, LoRA, resumed at step 1"
+        if not self._has(again):
+            shutil.rmtree(at / "lora" / "checkpoints" / "2", ignore_errors=True)
+        self.run(again, *lora)
         self._reinforce(dataset)
         self._evaluate()
         self.run("convert back", "convert", "--from=orbax", at / "rl", "--to=hf", at / "exported",
@@ -152,7 +175,7 @@ class Walk:
                 "rl, judge over HTTP", "train", "--config=micro_rl", f"--workdir={self.folder / 'rl'}",
                 f"--config.init={self.folder / 'sft'}", f"--config.prompts.source={dataset}", "--config.steps=1",
                 "--config.prompts_per_step=1", "--config.group_size=4", "--config.micro_batch=2",
-                "--config.answer_length=640", "--config.buckets=(1024,)", "--config.loss_chunk_tokens=256",
+                "--config.answer_length=640", "--config.buckets=(1024,)", "--config.loss_chunk_tokens=128",
                 "--config.grammar.text_cap=8", "--config.grammar.max_reflections=1", "--config.grammar.max_steps=1",
                 f"--config.prompts.image_area={AREA}", "--config.judge.outcome.kind=openai",
                 "--config.judge.outcome.model=scripted", f"--config.judge.outcome.base_url={url}",
@@ -177,24 +200,29 @@ def judge() -> Iterator[str]:
         yield url
 
 
+def save(results: list[Measured], folder: Path) -> None:
+    (folder / "walk.json").write_text(json.dumps([dataclasses.asdict(m) for m in results], indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="an empty or missing folder; 5 GB of disk")
-    parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--folder", type=Path, required=True, help="empty, missing or of a walk before; 5 GB of disk")
+    parser.add_argument("--commands", type=int, help="stop after so many; the rest is for another call")
     wanted = parser.parse_args()
     folder = wanted.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise SystemExit(f"{folder} is not empty")
-    write_downloads(folder)
-    walk = Walk(folder)
+    finished = folder / "walk.json"
+    if not finished.exists():
+        if any(folder.iterdir()):
+            raise SystemExit(f"{folder} is not empty, and no walk began there")
+        write_downloads(folder)
+        save([], folder)
+    walk = Walk(folder, [Measured(**one) for one in json.loads(finished.read_text())], wanted.commands)
     try:
         walk.whole()
     finally:
         total = sum(measured.seconds for measured in walk.results)
-        print(f"{'all':32s} {total:7.1f} s {max((m.peak_gib for m in walk.results), default=0):6.2f} GiB")
-        if wanted.json:
-            wanted.json.write_text(json.dumps([dataclasses.asdict(m) for m in walk.results], indent=1) + "\n")
+        print(f"{'all':36s} {total:7.1f} s {max((m.peak_gib for m in walk.results), default=0):6.2f} GiB")
 
 
 if __name__ == "__main__":

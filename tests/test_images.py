@@ -232,24 +232,55 @@ def test_a_black_deep_picture_is_black(tmp_path):
     assert load_image(tmp_path / "black.png").max() == 0
 
 
-def test_colours_of_12_in_16_bits_are_named(tmp_path):
-    rows = b"".join(b"\0" + (np.arange(0, 256, 4).repeat(3) * 16).astype(">u2").tobytes() for _ in range(4))
+def png(depth: int, colour_type: int, rows: np.ndarray, before: bytes = b"") -> bytes:
+    """A PNG of big-endian samples [height, width, channels], with chunks `before` its pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 4, 16, 2, 0, 0, 0))
-    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "colour.png").write_bytes(png)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, colour_type, 0, 0, 0))
+    extra = chunk(before[:4], before[4:]) if before else b""
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
+
+
+DEEP = np.tile(np.arange(0, 65536, 1024, dtype=np.uint16)[:, None], (4, 1, 1))  # [4, 64, 1]
+
+
+def test_colours_of_12_in_16_bits_are_named(tmp_path):
+    (tmp_path / "colour.png").write_bytes(png(16, 2, np.repeat(DEEP // 16, 3, 2)))
     with pytest.raises(UserError) as caught:
         load_image(tmp_path / "colour.png")
     assert "colour.png" in caught.value.what
 
 
+def test_the_transparent_sample_of_a_deep_grey_png_is_white():
+    pixels = decode_image(png(16, 0, DEEP, b"tRNS\0\0"), "deep.png")
+    assert (pixels[:, 0] == 255).all() and pixels[0, 1:, 0].tolist() == list(range(4, 256, 4))
+
+
+def test_white_behind_a_transparent_part_does_not_hide_that_the_colours_would_be_black():
+    alpha = np.where(np.arange(64)[:, None] < 32, 65535, 0).astype(np.uint16)
+    rows = np.concatenate([DEEP // 16] * 3 + [np.tile(alpha, (4, 1, 1))], axis=2)
+    with pytest.raises(UserError):
+        decode_image(png(16, 6, rows), "deep.png")
+
+
+def test_a_deep_file_that_states_its_range_is_read_and_a_type_s_largest_number_states_none(tmp_path):
+    deep = grey_ramp(np.uint16, 4095)
+    deep.save(tmp_path / "default.tif", tiffinfo={281: 65535})
+    with pytest.raises(UserError):
+        load_image(tmp_path / "default.tif")
+    grey_ramp(np.float32, 1).save(tmp_path / "stated.tif", tiffinfo={341: 1.0})
+    assert load_image(tmp_path / "stated.tif")[0, :, 0].tolist() == list(range(0, 256, 4))
+    dark = b"P5 4 1 4095\n" + struct.pack(">4H", 0, 160, 320, 480)
+    assert decode_image(dark, "dark.pgm")[0, :, 0].tolist() == [0, 10, 20, 30]
+
+
 def test_a_large_text_in_a_png_and_the_second_picture_of_an_mpo_are_left_alone(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("prompt", "a" * (4 << 20), zip=True)
-    info.add_itxt("workflow", "b" * (2 << 20), zip=True)
+    info.add_itxt("workflow", "b" * (34 << 20), zip=True)
     Image.fromarray(PIXELS).save(tmp_path / "text.png", pnginfo=info)
     np.testing.assert_array_equal(load_image(tmp_path / "text.png"), PIXELS)
     first, second = (Image.new("RGB", (32, 16), colour) for colour in ("white", "black"))

@@ -10,7 +10,16 @@ from ivr_jax.errors import UserError
 from ivr_jax.images import Images, Pixels
 from ivr_jax.interfaces import Attempt, RootCause
 from ivr_jax.services.prompts import Prompts
-from ivr_jax.services.replies import Unusable, as_choice, as_score, as_text, as_texts, read_object, read_scored
+from ivr_jax.services.replies import (
+    Unusable,
+    as_choice,
+    as_score,
+    as_text,
+    as_texts,
+    check_scale,
+    read_object,
+    read_scored,
+)
 from ivr_jax.services.service import Question, Service, first_answer
 from ivr_jax.services.transport import Picture
 from ivr_jax.thresholds import WHOLE_REQUEST, Thresholds
@@ -156,10 +165,12 @@ def _numbered(label: str, images: Sequence[Pixels]) -> tuple[Picture, ...]:
 
 def _read_step(text: str) -> Evaluation:
     value, verdicts = read_object(text, AXES), []
+    check_scale(value)
     for axis in AXES:
         given = value[axis]
         if not isinstance(given, Mapping) or "score" not in given:
             raise Unusable(f"the answer gives no score for {axis}")
+        check_scale(given)
         reason = as_text(given.get("reason"), f"reason for {axis}")
         verdicts.append(AxisVerdict(True, reason, as_score(given["score"])))
     return Evaluation(*verdicts)

@@ -6,6 +6,8 @@ aloud first.  The rules:
 
 * Text up to the last closing tag of a thought is thought, whether or not an opening tag stands before it.  A thought
   that is not closed is no answer.
+* What stands in any other tag than an answer's ("<notes>") or under the heading of a draft is left out; under a heading
+  such as "## Final answer" stands the answer.
 * One JSON object with the needed keys is the answer.  Several that differ, an object that breaks off, and an object
   that repeats a key are no answer.
 * A score is a number on the scale that was asked for.  "4/10", "3-4", "not a 5/5" and 7 are no scores.
@@ -16,10 +18,11 @@ What is no answer raises `Unusable`, and the model is asked again: a guess would
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ivr_jax.errors import UserError
@@ -39,7 +42,8 @@ _OUT_OF = r"\s*(?:/|out\s+of|of)\s*"
 _LONGEST = 20_000  # characters of a text that are kept
 _MOST_BRACES = 1000  # places where an object is looked for
 _SHOWN = 80  # characters of an answer that an error shows
-_SCALE_KEYS = ("scale", "max", "maximum", "maxscore", "maximumscore", "outof", "range", "scorescale", "scorerange")
+_SCALE_KEYS = ("scale", "max", "maximum", "maxscore", "maximumscore", "outof", "range", "scorescale",
+               "scorerange", "total", "maxpoints", "possible")  # fmt: skip
 
 # -- thoughts --
 
@@ -47,16 +51,16 @@ _THOUGHT = (  # what stands for a thought in a tag's name, with whatever stands 
     r"(?:[\w:.-]{0,40}?(?:think|thought|reason|reflection|analysis|scratch|monologue|rationale|deliberat|brainstorm|ponder"
     r"|chain[\s_-]of[\s_-]thought)[\w:.-]{0,60}(?:\sprocess)?|cot|plan(?:ning)?|internal|details)"
 )
-_LEFT, _RIGHT = r"(?:<|&lt;|◁|＜|\\u003c)\s*", r"\s*(?:>|&gt;|▷|＞|\\u003e)"
+_LEFT, _RIGHT = r"(?:<|&lt;|◁|＜|\\u003c)\s*", r"\s*(?:>|&gt;|▷|＞|\\u003e|(?=\s*\n|\s*\{|\s*\Z))"
 _BAR = r"\s*[|｜]?\s*"
 _CLOSING = re.compile(
     "|".join(
         (
-            rf"{_LEFT}{_BAR}\\?/\s*{_THOUGHT}{_BAR}{_RIGHT}",  # </think>, ◁/think▷, </seed:think>, &lt;/think&gt;
+            rf"{_LEFT}{_BAR}\\?/{_BAR}{_THOUGHT}{_BAR}{_RIGHT}",  # </think>, ◁/think▷, </seed:think>, &lt;/think&gt;
             rf"{_LEFT}{_BAR}{_THOUGHT}(?<=[_▁-])(?:end|close|stop){_BAR}{_RIGHT}",  # <|thought_end|>
             rf"{_LEFT}{_BAR}{_THOUGHT}(?<=end){_BAR}{_RIGHT}",
             rf"{_LEFT}{_BAR}{_THOUGHT}\s*/\s*{_RIGHT}",  # <think/>
-            r"\[\s*/\s*think(?:ing)?\s*\]",  # Magistral
+            rf"[\[{{]\s*/\s*{_THOUGHT}\s*[\]}}]",  # Magistral: [/THINK]
             rf"{_LEFT}{_BAR}end[\s_▁-]*(?:of[\s_▁-]*)?{_THOUGHT}{_BAR}{_RIGHT}",  # <|end_of_thought|>, <|END_THINKING|>
             r"<\|channel\|>\s*final[^<>]{0,40}<\|message\|>",  # gpt-oss
             r"<channel\|>",  # Gemma
@@ -71,7 +75,7 @@ _OPENING = re.compile(
     "|".join(
         (
             rf"{_LEFT}{_BAR}{_THOUGHT}(?:\s[^<>]{{0,80}}?)?{_BAR}{_RIGHT}",
-            r"\[\s*think(?:ing)?\s*\]",
+            rf"\[\s*{_THOUGHT}\s*\]",
             rf"{_LEFT}{_BAR}(?:begin|start)[\s_▁-]*(?:of[\s_▁-]*)?{_THOUGHT}{_BAR}{_RIGHT}",
             r"<\|channel\|>\s*(?:analysis|commentary)",
             r"<\|channel>\s*thought",
@@ -82,6 +86,29 @@ _OPENING = re.compile(
     ),
     re.IGNORECASE,
 )
+# Any other tag: what it holds is no answer, unless its name is that of an answer, a picture or a text's form.
+_TAG = re.compile(
+    r"<\s*(?P<close>/?)\s*(?P<name>[a-z][\w:.-]{0,40})(?:\s[^<>]{0,80}?)?(?P<empty>/?)\s*>", re.IGNORECASE
+)
+_ANSWER_TAG = re.compile(
+    r"[\w:.-]*(?:answer|final|output|response|result|json|eval|verdict|score|judg|assess|critique|review|rating|solution"
+    r"|conclusion|summary|feedback|report|image|source|content|text|message|code|object|tool|function|data)[\w:.-]*"
+    r"|[bipsu]|em|br|hr|li|ul|ol|h[1-6]|div|pre|span|strong|table|t[rdh]|tbody|thead|xml|img|step\w*",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(
+    r"^[ >]{0,4}(?:#{1,6}[ \t]+\**(?P<line>[^\n*:]{1,60})|(?:\*\*|__)(?P<bold>[^\n*_:]{1,60}):?(?:\*\*|__))",
+    re.MULTILINE,
+)
+_DRAFT_HEADING = re.compile(
+    r"\b(?:draft|scratch|brainstorm|thinking|thoughts?|rough|tentative|preliminary|provisional|initial|example"
+    r"|first (?:pass|impression|attempt|guess))\b",
+    re.IGNORECASE,
+)
+_END_HEADING = re.compile(
+    r"^\W*(?:end|done|finished)\b.*\b(?:draft|scratch|think|thought|reason|analysis)", re.IGNORECASE
+)
+_FINAL_HEADING = re.compile(r"\b(?:final|revised|corrected|answer)\b", re.IGNORECASE)
 _LEAKED_END = re.compile(r"(?:\s*(?:<\|[^|<>\n]{1,40}\|>|</s>|<end_of_turn>|<eos>))+\s*\Z")
 
 
@@ -102,16 +129,63 @@ def answer_text(text: str | None) -> str:
     if _HTML.match(text):
         raise Unusable(f"the answer is a web page: {_shown(text)}")
     text = _LEAKED_END.sub("", text)
-    fenced = _FENCED.fullmatch(text.strip())
-    if _is_object(fenced.group(1) if fenced else text):
+    if _is_object(_unfenced(text)):
         return text
-    thoughts = list(_CLOSING.finditer(text))
-    answer = text[thoughts[-1].end() :] if thoughts else text
+    answer = text
+    for closing in _CLOSING.finditer(text):
+        answer = text[closing.end() :]
+        if answer.lstrip()[:1] in ("{", "`") and _is_object(_unfenced(answer)):
+            return answer
     if _OPENING.search(answer):
         raise Unusable("the answer ends inside a thought")
     if not answer.strip():
         raise Unusable("the answer is a thought, and nothing after it")
+    for start, end in reversed(_asides(answer)):
+        answer = f"{answer[:start]}\n{answer[end:]}"
+    if not answer.strip():
+        raise Unusable("the answer is a draft, and nothing after it")
     return answer
+
+
+def _asides(text: str) -> list[tuple[int, int]]:
+    """Where `text` is no answer, in order: inside other tags than an answer's, and under the heading of a draft."""
+    try:
+        bounds = [bound for _, start, end in _scan(text) for bound in (start, end)]
+    except Unusable:  # whoever reads the object says so
+        bounds = []
+
+    def outside(pattern: re.Pattern[str]) -> list[re.Match[str]]:
+        """The matches that do not begin in an object."""
+        return [match for match in pattern.finditer(text) if bisect.bisect(bounds, match.start()) % 2 == 0]
+
+    found, opened = [], list[tuple[str, int]]()
+    for tag in outside(_TAG):
+        name = tag["name"].lower()
+        if tag["empty"] or _ANSWER_TAG.fullmatch(name):
+            continue
+        if not tag["close"]:
+            opened.append((name, tag.start()))
+            continue
+        while opened and name in [other for other, _ in opened] and opened[-1][0] != name:
+            opened.pop()
+        found.append((opened.pop()[1] if opened and opened[-1][0] == name else 0, tag.end()))
+    found += [(start, len(text)) for _, start in opened[:1]]
+    headings = outside(_HEADING)
+    for number, heading in enumerate(headings):
+        title = heading["line"] or heading["bold"]
+        if _END_HEADING.search(title):
+            found.append((0, heading.end()))
+        elif _DRAFT_HEADING.search(title):
+            found.append((heading.start(), headings[number + 1].start() if number + 1 < len(headings) else len(text)))
+        elif _FINAL_HEADING.search(title):
+            found.append((0, heading.start()))
+    merged = list[tuple[int, int]]()
+    for start, end in sorted(found):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 # -- objects --
@@ -126,7 +200,7 @@ def read_object(text: str | None, needed: Sequence[str]) -> dict[str, Any]:
     """
     answer = answer_text(text)
     objects = list(_objects(answer))
-    found = [value for value in objects if all(key in value for key in needed)]
+    found = [value for value in map(_with_keys(needed), objects) if all(key in value for key in needed)]
     if not found:
         if not objects:
             raise Unusable(f"the answer holds no complete JSON object: {_shown(answer)}")
@@ -137,6 +211,11 @@ def read_object(text: str | None, needed: Sequence[str]) -> dict[str, Any]:
     return found[-1]
 
 
+def _unfenced(text: str) -> str:
+    fenced = _FENCED.fullmatch(text.strip())
+    return fenced.group(1) if fenced else text
+
+
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
@@ -144,30 +223,45 @@ def _is_object(text: str) -> bool:
         return False
 
 
+def _with_keys(needed: Sequence[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Gives an object's keys the case of `needed` ("Score" is `score`); no two of its keys differ in case alone."""
+    names = {key.lower(): key for key in needed}
+    return lambda value: {names.get(key.strip().lower(), key): value[key] for key in value}
+
+
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Every outermost JSON object in `text`, strict about numbers (no NaN, no infinity).
 
     An object that is malformed but closed is passed over, unless it is the last one.
     """
+    malformed = False
+    for value, _, _ in _scan(text):
+        malformed = value is None
+        if value is not None:
+            yield value
+    if malformed:
+        raise Unusable(f"the answer's JSON is malformed: {_shown(text)}")
+
+
+def _scan(text: str) -> Iterator[tuple[dict[str, Any] | None, int, int]]:
+    """Every outermost JSON object in `text` with its start and end; None for one that is malformed but closed.
+
+    Raises Unusable for one that breaks off or repeats a key.
+    """
     decoder = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_unique_keys, strict=False)
     position = text.find("{")
-    malformed = False
     for _ in range(_MOST_BRACES):
         if position < 0:
             break
         try:
             value, end = decoder.raw_decode(text, position)
+            yield value, position, end
         except (ValueError, RecursionError):
             end = position + 1
             if re.match(r'\s*"', text[end : end + 100]):  # meant as an object
                 end = _closing_brace(text, position)
-                malformed = True
-        else:
-            malformed = False
-            yield value
+                yield None, position, end
         position = text.find("{", end)
-    if malformed:
-        raise Unusable(f"the answer's JSON is malformed: {_shown(text)}")
 
 
 def _closing_brace(text: str, position: int) -> int:
@@ -203,6 +297,7 @@ def read_scored(text: str | None) -> tuple[float, str]:
     score, value = _score_and_object(text, "score", LOWEST, HIGHEST)
     if value is None:
         return score, as_text(answer_text(text), "reason")
+    value = {key.strip().lower(): value[key] for key in value}
     reason = next((value[key] for key in ("reason", "reasoning", "explanation") if value.get(key)), None)
     return score, as_text(reason, "reason")
 
@@ -225,7 +320,7 @@ def read_scores(
       Unusable: one is missing or out of range.
     """
     value = read_object(text, keys)
-    _check_scale(value, high)
+    check_scale(value, high)
     return {key: as_score(value[key], low, high) for key in keys}
 
 
@@ -259,13 +354,15 @@ def _score_and_object(
     """The score, and the object that states it; None for the object when prose states the score."""
     answer = answer_text(text)
     if "{" not in answer:
+        if "}" in answer:
+            raise Unusable(f"the answer holds the end of a JSON object alone: {_shown(answer)}")
         return _score_in_prose(answer, key, low, high), None
     value = read_object(text, (key,))
-    _check_scale(value, high)
+    check_scale(value, high)
     return as_score(value[key], low, high), value
 
 
-def _check_scale(value: Mapping[str, Any], high: float) -> None:
+def check_scale(value: Mapping[str, Any], high: float = HIGHEST) -> None:
     """Raises Unusable when an object with a score names a scale of its own that ends elsewhere."""
     for key, scale in value.items():
         ends = re.findall(r"\d+(?:\.\d+)?", str(scale)) if re.sub(r"[\W_]+", "", key).lower() in _SCALE_KEYS else []
@@ -277,7 +374,8 @@ def _check_scale(value: Mapping[str, Any], high: float) -> None:
 _NOT_A_SCORE = re.compile(
     r"\b(?:not|no|never|hardly|less|more|below|above|under|over|almost|nearly|between|from|than|if|unless|least|most"
     r"|max|maximum|minimum|highest|lowest|best|worst|scale|range|or|to|could|might|may|maybe|perhaps|nor|neither"
-    r"|cannot|instead|rather|draft)\b|n't\b|n’t\b|[<>≤≥~]",
+    r"|cannot|instead|rather|draft|should|expected|example|previous(?:ly)?|earlier|initial(?:ly)?|prior|former|once"
+    r"|tentative|provisional|preliminary|ideally|until)\b|n't\b|n’t\b|[<>≤≥~]",
     re.IGNORECASE,
 )
 _GOES_ON = re.compile(
@@ -314,7 +412,7 @@ def _score_in_prose(text: str, key: str, low: float, high: float) -> float:
     scores = set()
     for match in mention.finditer(text):
         sentence = re.split(r"[.!?;]\s|\n", text[: match.start()])[-1]
-        sentence += match.group("link") or ""
+        sentence = _SCALE.sub("", sentence) + (match.group("link") or "")  # its end is `high`
         named = match.group("named") or match.group("rated")
         scale = match.group("scale") or match.group("high")
         attached = re.search(r"[\w./-]\Z", text[: match.start()]) is not None and match.group("rated") is not None

@@ -251,7 +251,8 @@ class _Preemption:
         while number := os.read(self._signals, 1):
             if number[0] == signal.SIGTERM:
                 left = self._began + self._seconds - time.monotonic()
-                about = f", about {max(1, round(left))} s" if self._seconds else ""
+                known = f"about {round(left)} s" if left >= 1 else "which takes longer than the one before"
+                about = f", {known}" if self._seconds else ""
                 os.write(2, f"\n{self._name}: asked to stop; saving after this step{about}.\n".encode())
 
     def __call__(self, done: int) -> bool:

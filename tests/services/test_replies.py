@@ -13,6 +13,7 @@ from ivr_jax.services.replies import (
     as_score,
     as_text,
     as_texts,
+    check_scale,
     read_object,
     read_score,
     read_scored,
@@ -55,6 +56,11 @@ FIVE = '{"reason": "first thought", "score": 5}'
         ("\\u003cthink\\u003e", "\\u003c/think\\u003e"),
         ("<unused94>thought", "<unused95>"),
         ("Here is my thought process:", "Here is my response:"),
+        ("[REASONING]", "[/REASONING]"),
+        ("<|think|>", "</|think|>"),
+        ("<think\n", "</think\n"),
+        ("<notes>", "</notes>"),  # any other name than an answer's
+        ("<hidden_work>", "</hidden_work>"),
     ],
 )
 def test_text_before_the_last_closing_tag_is_thought(opening, closing):
@@ -75,6 +81,25 @@ def test_a_tag_in_a_string_of_the_answer_is_text():
     said = json.dumps({"reason": "The wall says </think> and <think>.", "score": 3})
     assert read_scored(said) == (3, "The wall says </think> and <think>.")
     assert read_scored(f"```json\n{said}\n```")[0] == 3
+    assert read_scored(f"<think>{FIVE}</think>{said}") == (3, "The wall says </think> and <think>.")
+    with pytest.raises(Unusable):
+        read_scored(f"<think>{FIVE}</think>So: {said} That is all.")
+
+
+@pytest.mark.parametrize("text", [
+    f"## Draft\n{FIVE}\n## Final answer\n{TWO}", f"**Draft:** {FIVE}\n\n**Answer:** {TWO}",
+    f"### Assessment\n{FIVE}\n### Revised\n{TWO}", f"{FIVE}\n**End of thinking**\n{TWO}",
+    f"# Thoughts\n{FIVE}\n# JSON\n{TWO}", f"<notes>{FIVE}</notes><answer>{TWO}</answer>",
+    f"# Draft\n{FIVE}\n# Final\nScore: 2",
+])  # fmt: skip
+def test_what_stands_under_the_heading_of_a_draft_is_none(text):
+    assert read_scored(text)[0] == 2
+
+
+@pytest.mark.parametrize("text", [f"## Draft\n{FIVE}", f"{FIVE}\n## Final answer\nSee above.", f"{FIVE} </notes>"])
+def test_a_draft_alone_is_no_answer(text):
+    with pytest.raises(Unusable):
+        read_scored(text)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +115,8 @@ def test_a_tag_in_a_string_of_the_answer_is_text():
         ('{"reason": "two\nlines", "score": "four"}', 4),
         ('{"score": "4 out of 5", "reason": "x"}', 4),
         ('{"score": 4, "max_score": 5, "reason": "x"}', 4),
+        ('{"Score": 4, "Reason": "x"}', 4),
+        ("On a scale of 1 to 5, the score is 4.", 4),
         ('{"score": 4, "scale": "1-5", "reason": "x"}', 4),
         ("Score: 4. The hat is there.", 4),
         ("**Score:** 4/5\nThe hat is there.", 4),
@@ -130,6 +157,7 @@ def test_scores_are_read_however_they_are_written(text, score):
         "Score: -4", "Score: 4.5.1", "The score is not 5.", "The highest score is 5.", "2024/5",
         "It could be 4/5.", "A score of 5 would need a hat.",
         "Score: 3 (out of 4)", "Score: 4 (out of 10)", "Score: 4 on a scale of 10", "Score: 4 on a 10-point scale",
+        "The previous image had a score of 5.", '{"score": 4, "total": 10, "reason": "x"}',
         "Score: 4. The scale is 1 to 10.", "Score: 4 points of 10", "Score: 4 [of 10]", "Score: 4 (scale: 0-10)",
         "Score (0-10): 4",
         "Score 1: 4", "Score: 4, maybe 5", "Score: 4?", "between 3 and 4", "Score: between 3 and 4", "7/10",
@@ -154,6 +182,8 @@ def test_other_keys_and_scales():
         lambda: read_scores('{"a": 9, "b": "7/5"}', ("a", "b"), 0, 10),
         lambda: read_score('{"other": 3}', "step_score"),
         lambda: as_score(2, 0, 1),
+        lambda: check_scale({"score": 4, "Max": 10}),
+        lambda: check_scale({"scale": "0-10"}),
     ):
         with pytest.raises(Unusable):
             call()
