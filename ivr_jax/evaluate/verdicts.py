@@ -121,7 +121,7 @@ class VerdictScorer:
             for offset, ended in enumerate(complete):
                 row = start + offset
                 nodes = drawn.nodes[row, : int(drawn.lengths[row])]
-                written = [grammar.slots[slot].field == OBSERVATION for slot in grammar.slot_of[nodes]]
+                written = [grammar.fields[number].name == OBSERVATION for number in grammar.field_of[nodes]]
                 text = _observation(tokenizer, drawn.tokens[row, : len(nodes)][np.array(written, bool)])
                 verdicts.append(Verdict(float(np.exp(log_pass[offset].sum())) if ended else 0.0, text))
         return verdicts
@@ -142,8 +142,8 @@ def passing_grammar(grammar: Grammar) -> tuple[Grammar, dict[int, tuple[int, int
     tables = grammar.tables._replace(next_node=grammar.tables.next_node.copy(), legal=grammar.tables.legal.copy())
     pass_class, fail_class = (int(tables.class_of[token]) for token in pair)
     decisions = {}
-    for node, slot in enumerate(grammar.slot_of):
-        if grammar.slots[slot].field.endswith(".verdict") and tables.legal[node, [pass_class, fail_class]].all():
+    for node, number in enumerate(grammar.field_of):
+        if grammar.fields[number].name.endswith(".verdict") and tables.legal[node, [pass_class, fail_class]].all():
             tables.next_node[node, fail_class] = ERROR
             tables.legal[node, fail_class] = False
             decisions[node] = pair

@@ -1,4 +1,4 @@
-"""Answer a prompt, with or without images, and show how the answer unfolded.
+"""Answer a prompt, with or without images, and show the answer step by step.
 
     python -m ivr_jax.generate --checkpoint=runs/demo/rl --prompt="Put a red circle at b2." --out=runs/answer
     python -m ivr_jax.generate --checkpoint=runs/demo/rl --image=board.png --prompt="Clear a1." --out=runs/answer

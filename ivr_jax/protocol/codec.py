@@ -273,14 +273,14 @@ def parse_answer(
     runs = _runs(grammar, nodes[: len(tokens)])
     tokenizer, fields = grammar.tokenizer, {}
     codes: dict[str, np.ndarray] = {}
-    for slot, start, end in runs:
-        key = (slot.part, slot.round, slot.field)
-        if slot.part == "G":
-            codes[f"G{slot.round}"] = decode_image(tokenizer, tokens[start:end])
-        elif slot.field.endswith(".verdict"):
+    for field, start, end in runs:
+        key = (field.part, field.round, field.name)
+        if field.part == "G":
+            codes[f"G{field.round}"] = decode_image(tokenizer, tokens[start:end])
+        elif field.name.endswith(".verdict"):
             fields[key] = tuple(tokens[start:end]) == tokenizer.marker(markers.PASS)
-        elif slot.marker:
-            fields[key] = tokenizer.decode(tokens[start : end - len(tokenizer.marker(slot.marker))])
+        elif field.marker:
+            fields[key] = tokenizer.decode(tokens[start : end - len(tokenizer.marker(field.marker))])
     rounds = []
     for k in range(1, len(codes) + 1):
         axes = (AxisVerdict(fields["E", k, f"{axis}.verdict"], fields["E", k, f"{axis}.reason"]) for axis in AXES)
@@ -295,25 +295,25 @@ def parse_answer(
     return ParsedAnswer(trajectory, codes, _segments(runs, trajectory))
 
 
-def _runs(grammar: grammar_lib.Grammar, nodes: np.ndarray) -> list[tuple[grammar_lib.Slot, int, int]]:
-    """Maximal runs of one slot: (slot, start, end)."""
-    slots = grammar.slot_of[nodes]
-    starts = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist()]
-    return [(grammar.slots[slots[a]], a, b) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
+def _runs(grammar: grammar_lib.Grammar, nodes: np.ndarray) -> list[tuple[grammar_lib.AnswerField, int, int]]:
+    """Maximal runs of one field: (field, start, end)."""
+    numbers = grammar.field_of[nodes]
+    starts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist()]
+    return [(grammar.fields[numbers[a]], a, b) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
 
 
-def _segments(runs: Sequence[tuple[grammar_lib.Slot, int, int]], trajectory: Trajectory) -> tuple[Segment, ...]:
+def _segments(runs: Sequence[tuple[grammar_lib.AnswerField, int, int]], trajectory: Trajectory) -> tuple[Segment, ...]:
     """Runs joined to G, E, R, S; the tokens that choose how to go on belong to what they open, EOS to the last E."""
     selected, segments, pending = loss_parts(trajectory), [], None
-    for slot, start, end in runs:
-        if not slot.part:
+    for field, start, end in runs:
+        if not field.part:
             pending = start if pending is None else pending
             continue
-        if segments and (segments[-1].part, segments[-1].round) == (slot.part, slot.round):
+        if segments and (segments[-1].part, segments[-1].round) == (field.part, field.round):
             segments[-1] = dataclasses.replace(segments[-1], end=end)
         else:
             begin = start if pending is None else pending
-            segments.append(Segment(slot.part, slot.round, begin, end, (slot.part, slot.round) in selected))
+            segments.append(Segment(field.part, field.round, begin, end, (field.part, field.round) in selected))
         pending = None
     if trajectory.rounds[-1].evaluation.passed and pending is not None:
         segments[-1] = dataclasses.replace(segments[-1], end=runs[-1][2])

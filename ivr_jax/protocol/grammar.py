@@ -65,12 +65,12 @@ class GrammarOptions(Section, name="grammar"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """What a run of tokens is: `part` G, E, R, S or "" (end), in `round` 1, 2, ..., and which field of it."""
+class AnswerField:
+    """What a run of tokens is: `part` G, E, R, S or "" (end), in `round` 1, 2, ..., and the field's name in it."""
 
     part: str
     round: int
-    field: str
+    name: str
     marker: str = ""  # a free text's run ends with this closing marker
 
 
@@ -107,17 +107,17 @@ class Tables(NamedTuple):
 
 
 class Grammar:
-    """The automaton for one tokenizer.  `tables` holds the arrays, `slots[slot_of[node]]` says what a node reads."""
+    """The automaton for one tokenizer.  `tables` holds the arrays, `fields[field_of[node]]` says what a node reads."""
 
     def __init__(self, tokenizer: TextTokenizer, options: GrammarOptions | None = None):
         self.tokenizer = tokenizer
         self.options = options or GrammarOptions()
         self._assign_classes()
         self._transitions: list[dict[int, int]] = [{}, {}]
-        self._kinds, self._capped, self._slot_ids = [PLAIN, PLAIN], [ERROR, ERROR], [0, 0]
-        self.slots: list[Slot] = [Slot("", 0, "end")]
+        self._kinds, self._capped, self._field_ids = [PLAIN, PLAIN], [ERROR, ERROR], [0, 0]
+        self.fields: list[AnswerField] = [AnswerField("", 0, "end")]
         self.start = self._interleaved() if tuple(self.options.modes) == (INTERLEAVED,) else self._answer()
-        self.slot_of = np.array(self._slot_ids, np.int32)
+        self.field_of = np.array(self._field_ids, np.int32)
         self.tables = self._tabulate()
 
     # -- classes ------------------------------------------------------------------------------------------------
@@ -158,25 +158,25 @@ class Grammar:
 
     # -- building blocks: each takes the node that follows and returns the node to enter ---------------------------
 
-    def _node(self, slot: int, kind: int = PLAIN) -> int:
+    def _node(self, field: int, kind: int = PLAIN) -> int:
         self._transitions.append({})
         self._kinds.append(kind)
         self._capped.append(ERROR)
-        self._slot_ids.append(slot)
+        self._field_ids.append(field)
         return len(self._kinds) - 1
 
-    def _slot(self, part: str, round_: int, field: str, marker: str = "") -> int:
-        self.slots.append(Slot(part, round_, field, marker))
-        return len(self.slots) - 1
+    def _field(self, part: str, round_: int, name: str, marker: str = "") -> int:
+        self.fields.append(AnswerField(part, round_, name, marker))
+        return len(self.fields) - 1
 
-    def _choice(self, slot: int, branches: Sequence[tuple[tuple[int, ...], int]]) -> int:
+    def _choice(self, field: int, branches: Sequence[tuple[tuple[int, ...], int]]) -> int:
         """A trie over class sequences: each branch is (classes to read, node that follows)."""
-        entry = self._node(slot)
+        entry = self._node(field)
         for classes, following in branches:
             node = entry
             for class_ in classes[:-1]:
                 if class_ not in self._transitions[node]:
-                    self._transitions[node][class_] = self._node(slot)
+                    self._transitions[node][class_] = self._node(field)
                 node = self._transitions[node][class_]
             if classes[-1] in self._transitions[node]:
                 raise UserError(
@@ -186,18 +186,18 @@ class Grammar:
             self._transitions[node][classes[-1]] = following
         return entry
 
-    def _literal(self, slot: int, text: str, following: int) -> int:
-        return self._choice(slot, [(self._classes_of(text), following)])
+    def _literal(self, field: int, text: str, following: int) -> int:
+        return self._choice(field, [(self._classes_of(text), following)])
 
-    def _free_text(self, slot: int, close: str, following: int) -> int:
+    def _free_text(self, field: int, close: str, following: int) -> int:
         """At least one token, not blank, up to the closing marker (Knuth-Morris-Pratt over its classes)."""
         pattern = self._classes_of(close)
         forced = [following]  # forced[k]: read the last k tokens of the marker, then follow
         for class_ in reversed(pattern):
-            forced.append(self._choice(slot, [((class_,), forced[-1])]))
+            forced.append(self._choice(field, [((class_,), forced[-1])]))
         size = len(pattern)
-        matched = [self._node(slot, FREE_TEXT) for _ in pattern]  # some text, then j tokens of the marker
-        opening = [self._node(slot, FREE_TEXT) for _ in pattern]  # nothing but j tokens that begin like the marker
+        matched = [self._node(field, FREE_TEXT) for _ in pattern]  # some text, then j tokens of the marker
+        opening = [self._node(field, FREE_TEXT) for _ in pattern]  # nothing but j tokens that begin like the marker
         for j, node in enumerate(matched):
             self._transitions[node][ANY_TEXT] = matched[0]
             for class_ in set(pattern):
@@ -212,24 +212,24 @@ class Grammar:
             self._capped[node] = forced[size]
         return opening[0]
 
-    def _optional_text(self, slot: int, close: str, following: int) -> int:
+    def _optional_text(self, field: int, close: str, following: int) -> int:
         """A free text or nothing, up to the closing marker; a text does not begin like the marker."""
-        entry, (first, *rest) = self._free_text(slot, close, following), self._classes_of(close)
-        self._transitions[entry][first] = self._choice(slot, [(tuple(rest), following)]) if rest else following
+        entry, (first, *rest) = self._free_text(field, close, following), self._classes_of(close)
+        self._transitions[entry][first] = self._choice(field, [(tuple(rest), following)]) if rest else following
         return entry
 
     def _image(self, round_: int, following: int) -> int:
-        slot = self._slot("G", round_, "image")
-        return self._literal_token(slot, self.tokenizer.vocab.boi, self._after_boi(slot, following))
+        field = self._field("G", round_, "image")
+        return self._literal_token(field, self.tokenizer.vocab.boi, self._after_boi(field, following))
 
-    def _after_boi(self, slot: int, following: int) -> int:
+    def _after_boi(self, field: int, following: int) -> int:
         digits = range(self._digit_class, self._digit_class + 10)
-        end = self._literal_token(slot, self.tokenizer.vocab.eoi, following)
-        grid, end_row = self._node(slot, GRID), self._node(slot, END_ROW)
+        end = self._literal_token(field, self.tokenizer.vocab.eoi, following)
+        grid, end_row = self._node(field, GRID), self._node(field, END_ROW)
         assert (grid, end_row) == (end + 1, end + 2)  # `advance` relies on this order
         self._transitions[grid][VISUAL] = grid
         self._transitions[end_row][self._role(self.tokenizer.vocab.eol)] = grid
-        height, width = self._size(slot, HEIGHT), self._size(slot, WIDTH)
+        height, width = self._size(field, HEIGHT), self._size(field, WIDTH)
         for nodes, closing, target in ((height, self._star_class, width[0]), (width, self._img_class, grid)):
             first, second, last = nodes
             self._transitions[first] |= {d: second for d in digits[1:]}
@@ -237,28 +237,28 @@ class Grammar:
             self._transitions[last][closing] = target
         return height[0]
 
-    def _size(self, slot: int, kind: int) -> tuple[int, int, int]:
-        return self._node(slot, kind), self._node(slot, kind), self._node(slot, kind)
+    def _size(self, field: int, kind: int) -> tuple[int, int, int]:
+        return self._node(field, kind), self._node(field, kind), self._node(field, kind)
 
     def _role(self, token: int) -> int:
         return int(self._class_of[token])
 
-    def _literal_token(self, slot: int, token: int, following: int) -> int:
-        return self._choice(slot, [((self._role(token),), following)])
+    def _literal_token(self, field: int, token: int, following: int) -> int:
+        return self._choice(field, [((self._role(token),), following)])
 
     def _evaluation(self, round_: int, passed: int, failed: int) -> int:
         """Four axes; the table remembers whether one of them has failed."""
         after = (passed, failed)
         closes = [*(markers.AXIS[axis] for axis in AXES[1:]), markers.EVALUATE_CLOSE]
         for axis, close in reversed(list(zip(AXES, closes, strict=True))):
-            verdict = self._slot("E", round_, f"{axis}.verdict")
-            reasons = [self._slot("E", round_, f"{axis}.reason", close) for _ in range(2)]
+            verdict = self._field("E", round_, f"{axis}.verdict")
+            reasons = [self._field("E", round_, f"{axis}.reason", close) for _ in range(2)]
             texts = [self._free_text(reasons[fail], close, after[fail]) for fail in range(2)]
             one = (self._classes_of(markers.PASS), self._classes_of(markers.FAIL))
             after = tuple(self._choice(verdict, [(one[0], texts[fail]), (one[1], texts[1])]) for fail in range(2))
-        observation = self._slot("E", round_, "observation", markers.AXIS[AXES[0]])
+        observation = self._field("E", round_, "observation", markers.AXIS[AXES[0]])
         said = self._optional_text(observation, markers.AXIS[AXES[0]], after[0])
-        return self._literal(self._slot("E", round_, "open"), markers.EVALUATE_OPEN, said)
+        return self._literal(self._field("E", round_, "open"), markers.EVALUATE_OPEN, said)
 
     # -- the answer -----------------------------------------------------------------------------------------------
 
@@ -277,11 +277,11 @@ class Grammar:
 
     def _interleaved(self) -> int:
         """Texts of at most `text_cap` tokens and images in any order, then EOS; an image or EOS follows a full text."""
-        vocab, slot = self.tokenizer.vocab, self._slot("T", 1, "text")
-        text, full = self._node(slot, FREE_TEXT), self._node(slot)
+        vocab, field = self.tokenizer.vocab, self._field("T", 1, "text")
+        text, full = self._node(field, FREE_TEXT), self._node(field)
         structural = [self._role(token) for token in (vocab.boi, vocab.img, vocab.eoi, vocab.eol, vocab.eos)]
         spoken = set(range(TEXT, self._classes)) - {VISUAL, *structural}
-        go_on = {self._role(vocab.boi): self._after_boi(self._slot("G", 1, "image"), text), structural[-1]: ACCEPT}
+        go_on = {self._role(vocab.boi): self._after_boi(self._field("G", 1, "image"), text), structural[-1]: ACCEPT}
         self._transitions[text] = {class_: text for class_ in spoken} | go_on
         self._transitions[full] = go_on
         self._capped[text] = full
@@ -299,20 +299,20 @@ class Grammar:
         self, round_: int, on: list[tuple[tuple[int, ...], int]], end: tuple[int, ...], force: bool = False
     ) -> int:
         """The evaluation of a round, and where the answer may go after it."""
-        slot = self._slot("", round_, "control")
+        field = self._field("", round_, "control")
         stop = (end, ACCEPT)
         if force:
-            passed = failed = self._choice(slot, on)
+            passed = failed = self._choice(field, on)
         elif self.options.follow_verdict:
-            passed, failed = self._choice(slot, [stop]), self._choice(slot, on or [stop])
+            passed, failed = self._choice(field, [stop]), self._choice(field, on or [stop])
         else:
-            passed = failed = self._choice(slot, [stop, *on])
+            passed = failed = self._choice(field, [stop, *on])
         return self._evaluation(round_, passed, failed)
 
     def _reflection(self, round_: int, following: int) -> tuple[tuple[int, ...], int]:
-        analysis = self._slot("R", round_, "failure_analysis", markers.ANALYSIS_CLOSE)
-        opening = self._slot("R", round_, "open")
-        plan = self._slot("R", round_, "improvement_plan", markers.PLAN_CLOSE)
+        analysis = self._field("R", round_, "failure_analysis", markers.ANALYSIS_CLOSE)
+        opening = self._field("R", round_, "open")
+        plan = self._field("R", round_, "improvement_plan", markers.PLAN_CLOSE)
         plan_text = self._free_text(plan, markers.PLAN_CLOSE, following)
         analysis_text = self._free_text(
             analysis, markers.ANALYSIS_CLOSE, self._literal(opening, markers.PLAN_OPEN, plan_text)
@@ -321,7 +321,7 @@ class Grammar:
 
     def _step(self, round_: int, following: int) -> tuple[tuple[int, ...], int]:
         close = markers.STEP_CLOSE[round_]
-        text = self._slot("S", round_, "instruction", close)
+        text = self._field("S", round_, "instruction", close)
         return self._classes_of(markers.STEP_OPEN[round_]), self._free_text(text, close, following)
 
     # -- tables -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ivr_jax.protocol.grammar import ACCEPT, Grammar, GrammarState, Tables
 
 
 class JoinedGrammar:
-    """`tables`, `slots`, `slot_of` and `tokenizer` are used as those of a `Grammar`; `initial` takes the name of one.
+    """`tables`, `fields`, `field_of` and `tokenizer` are used as those of a `Grammar`; `initial` takes the name of one.
 
     Args:
       grammars: by name, all made for one tokenizer and with one `text_cap`.
@@ -28,21 +28,21 @@ class JoinedGrammar:
         first = next(iter(grammars.values()))
         self.tokenizer = first.tokenizer
         self._offsets: dict[str, int] = {}
-        self.slots = list(first.slots[:1])  # slot 0 is the end in every grammar
+        self.fields = list(first.fields[:1])  # field 0 is the end in every grammar
         tables: list[Tables] = []
-        slot_of: list[np.ndarray] = []
+        field_of: list[np.ndarray] = []
         nodes = 0
         for name, grammar in grammars.items():
             if grammar.tokenizer is not self.tokenizer:
                 raise ValueError("joined grammars need one tokenizer")
             offset = nodes if not tables else nodes - (ACCEPT + 1)
             self._offsets[name] = offset
-            tables.append(_shifted(grammar.tables, offset, keep_final=not slot_of))
-            own_slots = np.where(grammar.slot_of == 0, 0, grammar.slot_of + len(self.slots) - 1)
-            slot_of.append(own_slots if not slot_of else own_slots[ACCEPT + 1 :])
-            self.slots += grammar.slots[1:]
-            nodes += len(slot_of[-1])
-        self.slot_of = np.concatenate(slot_of).astype(np.int32)
+            tables.append(_shifted(grammar.tables, offset, keep_final=not field_of))
+            own_fields = np.where(grammar.field_of == 0, 0, grammar.field_of + len(self.fields) - 1)
+            field_of.append(own_fields if not field_of else own_fields[ACCEPT + 1 :])
+            self.fields += grammar.fields[1:]
+            nodes += len(field_of[-1])
+        self.field_of = np.concatenate(field_of).astype(np.int32)
         self.tables = _stacked(tables)
 
     def initial(self, name: str, height: Any, width: Any) -> GrammarState:

@@ -1,7 +1,8 @@
-"""A server of one or several models: a page on which answers unfold, and OpenAI's protocol (`python -m ivr_jax.serve`).
+"""A server of one or several models (`python -m ivr_jax.serve`): a page that shows answers while they are generated,
+and OpenAI's protocol.
 
     limits          how large and how long requests may be
-    unfolding       tokens so far -> the parts of an answer; edited parts -> tokens to continue from
+    partial_answer  tokens so far -> the parts of an answer; edited parts -> tokens to continue from
     jobs            one request on its way: state, parts, who watches it
     models          a loaded model with what its requests need
     scheduler       the engine thread: queue, slots of the rollout engine, segments, previews

@@ -1,4 +1,4 @@
-r"""Serve a model: a page on which answers unfold, and OpenAI's protocol.
+r"""Serve a model: a page that shows answers while they are generated, and OpenAI's protocol.
 
     python -m ivr_jax.serve --checkpoint=runs/demo/rl
     python -m ivr_jax.serve --checkpoint=micro                        the small model that comes with the package

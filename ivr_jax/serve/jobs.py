@@ -62,7 +62,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class PartView:
-    """A part of an answer as it is shown; see `unfolding.Part`.
+    """A part of an answer as it is shown; see `partial_answer.Part`.
 
     Attributes:
       number: its place in the answer.

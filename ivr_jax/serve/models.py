@@ -20,7 +20,7 @@ from ivr_jax.protocol.joined_grammar import JoinedGrammar
 from ivr_jax.sampling.requests import Prepared, Request, prepare
 from ivr_jax.sampling.rollout import Answer
 from ivr_jax.serve.jobs import AUTO, AnswerRequest, PartView
-from ivr_jax.serve.unfolding import EVALUATION, IMAGE, OBSERVATION, Part, filled, masked
+from ivr_jax.serve.partial_answer import EVALUATION, IMAGE, OBSERVATION, Part, filled, masked
 from ivr_jax.trajectory import Mode, Sample
 
 EXAMPLES = (  # of the micro-world

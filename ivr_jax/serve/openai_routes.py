@@ -36,8 +36,8 @@ from ivr_jax.serve.guard import read_body, read_json
 from ivr_jax.serve.jobs import AUTO, DONE, FAILED, AnswerRequest, ClientGone, Job, PartView, Snapshot
 from ivr_jax.serve.models import ServedModel, named, spoken_text
 from ivr_jax.serve.page_routes import Service, sampling_of
+from ivr_jax.serve.partial_answer import IMAGE
 from ivr_jax.serve.scheduler import Busy
-from ivr_jax.serve.unfolding import IMAGE
 from ivr_jax.serve.uploads import LONGEST_RATIO, decode_upload, from_data_url
 
 _SIZE = re.compile(r"(\d{2,5})x(\d{2,5})")

@@ -42,8 +42,8 @@ from ivr_jax.serve.guard import read_body, read_json
 from ivr_jax.serve.jobs import AUTO, AnswerRequest, Job, PartView
 from ivr_jax.serve.limits import Limits
 from ivr_jax.serve.models import ServedModel, named
+from ivr_jax.serve.partial_answer import IMAGE, Part, PartialAnswer, encode_part, read_tokens
 from ivr_jax.serve.scheduler import Scheduler
-from ivr_jax.serve.unfolding import IMAGE, Part, Unfolding, encode_part, read_tokens
 from ivr_jax.serve.uploads import Uploads, decode_upload
 
 PAGE = Path(__file__).parent / "page"
@@ -267,7 +267,7 @@ def _continued(
         request, prompt=before["prompt"], references=sources, aspect_ratio=before["aspect_ratio"]
     )
     tokens = record["tokens"]
-    parts = _unfolded(model, request, record["grammar"], tokens).parts()
+    parts = _partial_answer(model, request, record["grammar"], tokens).parts()
     if not 0 <= number < len(parts):
         raise UserError(f"the answer has no part {number}.", f"It has {len(parts)}.")
     part = parts[number]
@@ -276,18 +276,18 @@ def _continued(
     if edits:
         edited = _edited(service, model, part, edits)
         prefix = tokens[: part.start] + encode_part(model.system.tokenizer, edited, part.round)
-    if _unfolded(model, request, model.grammar_of(request.mode), prefix).ended:
+    if _partial_answer(model, request, model.grammar_of(request.mode), prefix).ended:
         raise UserError("the answer ends there: nothing can follow.", "Continue from an earlier part.")
     return dataclasses.replace(request, prefix=tuple(prefix))
 
 
-def _unfolded(model: ServedModel, request: AnswerRequest, grammar: str, tokens: list[int]) -> Unfolding:
+def _partial_answer(model: ServedModel, request: AnswerRequest, grammar: str, tokens: list[int]) -> PartialAnswer:
     """The tokens of an answer, read.  Raises UserError where they leave the grammar."""
     size = model.prepare(request).size
-    unfolding = Unfolding(model.grammar, model.grammar.initial(grammar, *(np.full(1, side) for side in size)))
-    read_tokens(model.grammar.tables, [unfolding], [tokens])
-    unfolding.parts()
-    return unfolding
+    partial = PartialAnswer(model.grammar, model.grammar.initial(grammar, *(np.full(1, side) for side in size)))
+    read_tokens(model.grammar.tables, [partial], [tokens])
+    partial.parts()
+    return partial
 
 
 def _edited(service: Service, model: ServedModel, part: Part, edits: Mapping[str, Any]) -> Part:

@@ -32,8 +32,8 @@ from ivr_jax.sampling.rollout import Answer
 from ivr_jax.serve.jobs import DONE, FAILED, RUNNING, STOPPED, AnswerRequest, Cost, Job, PartView, Snapshot
 from ivr_jax.serve.limits import Limits
 from ivr_jax.serve.models import PreparedRequest, ServedModel, has_picture
+from ivr_jax.serve.partial_answer import EVALUATION, IMAGE, Part, PartialAnswer, read_tokens
 from ivr_jax.serve.telemetry import Telemetry
-from ivr_jax.serve.unfolding import EVALUATION, IMAGE, Part, Unfolding, read_tokens
 
 SEGMENT = 16  # model calls between two looks at the slots
 ENGINES = 4  # that are kept, each with a cache of its own
@@ -54,7 +54,7 @@ class _Running:
     """A job in a slot; `given`: tokens of its prefix."""
 
     job: Job
-    unfolding: Unfolding
+    partial: PartialAnswer
     started: float
     given: int
     calls: int = 0
@@ -65,7 +65,7 @@ class _Running:
     def cost(self) -> Cost:
         return Cost(
             images=sum(part.kind == IMAGE and part.complete for part in self.parts),
-            tokens=len(self.unfolding.tokens) - self.given,
+            tokens=len(self.partial.tokens) - self.given,
             calls=self.calls,
             seconds=round(time.monotonic() - self.started, 3),
             waited=round(self.started - self.job.created, 3),
@@ -270,15 +270,15 @@ class Scheduler:
         prepared: PreparedRequest = job.prepared
         grammar = model.grammar_of(request.mode)
         initial = model.grammar.initial(grammar, *(np.full(1, side) for side in prepared.size))
-        unfolding = Unfolding(model.grammar, initial)
-        read_tokens(model.grammar.tables, [unfolding], [request.prefix])
-        parts = unfolding.parts()
-        if unfolding.ended:
+        partial = PartialAnswer(model.grammar, initial)
+        read_tokens(model.grammar.tables, [partial], [request.prefix])
+        parts = partial.parts()
+        if partial.ended:
             raise UserError("the answer is complete: there is nothing to continue.", "Continue from an earlier part.")
         key = jax.random.fold_in(jax.random.key(request.seed), 0)  # as `generate` draws its one answer
         session.engine.add(job.id, prepared.prompts, initial, key, prepared.limit, request.prefix)
         job.publish(state=RUNNING, grammar=grammar, prompt_tokens=len(prepared.prompts[0]))
-        return _Running(job, unfolding, time.monotonic(), len(request.prefix), parts=parts)
+        return _Running(job, partial, time.monotonic(), len(request.prefix), parts=parts)
 
     # -- one segment ------------------------------------------------------------------------------------------------
 
@@ -302,18 +302,18 @@ class Scheduler:
         work = engine.step(SEGMENT)
         everyone = list(session.running.values())
         so_far, taken = engine.tokens(), engine.take_finished()
-        fresh = [so_far[r.job.id][len(r.unfolding.tokens) :].tolist() for r in everyone]
-        read_tokens(session.model.grammar.tables, [r.unfolding for r in everyone], fresh)
+        fresh = [so_far[r.job.id][len(r.partial.tokens) :].tolist() for r in everyone]
+        read_tokens(session.model.grammar.tables, [r.partial for r in everyone], fresh)
         self._telemetry.calls.inc(work.calls)
         self._telemetry.tokens.inc(sum(map(len, fresh)))
         for running in everyone:
             running.calls += work.calls
-            running.parts = running.unfolding.parts()
+            running.parts = running.partial.parts()
         self._show(session.model, [r for r in everyone if r.job.id not in taken])
         for running in everyone:
             late = time.monotonic() - running.started > self._limits.answer_seconds
             if running.job.id in taken:
-                cut = "" if running.unfolding.ended else "The answer has no room for more."
+                cut = "" if running.partial.ended else "The answer has no room for more."
                 self._finish(session, running, DONE, cut)
             elif late:
                 self._finish(session, running, DONE, "The answer took too long and was ended.")
@@ -339,13 +339,13 @@ class Scheduler:
         """Frees the slot, and publishes the last state with all that the answer holds."""
         session.engine.cancel([running.job.id])
         del session.running[running.job.id]
-        unfolding, model, job = running.unfolding, session.model, running.job
+        partial, model, job = running.partial, session.model, running.job
         numbers = [number for number, part in enumerate(running.parts) if has_picture(part)]
         pictures = dict(zip(numbers, model.pictures([running.parts[n] for n in numbers]), strict=True))
         views = _views(running.views, running.parts, pictures)
         grammar = model.grammar_of(job.request.mode)
         answer = model.finish(
-            job.prepared, grammar, unfolding.tokens, unfolding.nodes, running.parts, pictures
+            job.prepared, grammar, partial.tokens, partial.nodes, running.parts, pictures
         )
         cost = running.cost()
         self._recent.append(cost.seconds)
@@ -353,8 +353,8 @@ class Scheduler:
         self._telemetry.images.inc(cost.images)
         mode = answer.trajectory.mode.value if isinstance(answer, Answer) else ""
         self._end(
-            job, state, answer, error=error, parts=views, cost=cost, mode=mode, finished=unfolding.ended,
-            tokens=tuple(unfolding.tokens),
+            job, state, answer, error=error, parts=views, cost=cost, mode=mode, finished=partial.ended,
+            tokens=tuple(partial.tokens),
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The page: one file that asks the network for nothing, shows every answer as it unfolded, and runs nobody's script."""
+"""The page: one file that asks the network for nothing, shows every answer round by round, and runs nobody's script."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_long_text_is_cut_and_says_so():
     assert "x" * LONGEST_TEXT + " … (50 more characters)" in text and "x" * (LONGEST_TEXT + 1) not in text
 
 
-def test_an_answer_unfolds_image_by_image_with_both_verdicts(studio):
+def test_an_answer_is_shown_image_by_image_with_both_verdicts(studio):
     made, answers = studio
     answer = next(a for a in answers if a.mode is Mode.MULTI_STEP and len(a.images) > 2)
     view = section_view(GallerySection("s", "", (GalleryItem("SFT", answer, made.images),)))["groups"][0]["answers"][0]

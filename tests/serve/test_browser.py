@@ -209,7 +209,7 @@ def test_rows_appear_and_an_answer_is_stopped_inside_an_image_and_goes_on(server
         seen.append(page.evaluate(rows))
         assert len(seen) < 120
     assert {"0 of 2 rows", "1 of 2 rows", "32 × 32 pixels"} <= set(seen)
-    keep(page, "unfolding")
+    keep(page, "partial")
     with page.expect_response("**/stop"):
         page.keyboard.press("Escape")
     calls.permits.release(1000)

@@ -1,4 +1,4 @@
-// One answer as it unfolds. Texts of models and people are only ever put in place as text (textContent).
+// One answer while it is generated. Texts of models and people are only ever put in place as text (textContent).
 export const MODES = { auto: "The model decides", direct: "Direct", reflection: "Reflection", multi_step: "Multi-step", interleaved: "Texts and images" };
 const FIELDS = { failure_analysis: "What went wrong", improvement_plan: "What to do", instruction: "Next step", text: "Text", observation: "Observation" };
 const TITLES = { image: "Image", evaluation: "Evaluation", reflection: "Reflection", step: "Step", text: "Text" };

@@ -1,4 +1,4 @@
-"""The parts of an answer as it unfolds, and the tokens of edited parts."""
+"""The parts of an answer while it is generated, and the tokens of edited parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.protocol.joined_grammar import JoinedGrammar
-from ivr_jax.serve.unfolding import Part, Unfolding, encode_part, filled, masked, partial_codes, read_tokens
+from ivr_jax.serve.partial_answer import Part, PartialAnswer, encode_part, filled, masked, partial_codes, read_tokens
 from ivr_jax.trajectory import AXES, Reflection, Step
 
 TOKENIZER = micro(visual=8)
@@ -27,12 +27,12 @@ def answer(kind: str) -> tuple[list[int], tuple[codec.Segment, ...]]:
     return codec.encode_answer(TOKENIZER, made, {r.image: CODES + k for k, r in enumerate(made.rounds)})
 
 
-def unfolding(mode: str = "auto", size=(2, 3)) -> Unfolding:
-    return Unfolding(GRAMMAR, GRAMMAR.initial(mode, *(np.full(1, side) for side in size)))
+def partial(mode: str = "auto", size=(2, 3)) -> PartialAnswer:
+    return PartialAnswer(GRAMMAR, GRAMMAR.initial(mode, *(np.full(1, side) for side in size)))
 
 
-def read(tokens, mode: str = "auto") -> Unfolding:
-    made = unfolding(mode)
+def read(tokens, mode: str = "auto") -> PartialAnswer:
+    made = partial(mode)
     read_tokens(GRAMMAR.tables, [made], [tokens])
     return made
 
@@ -79,7 +79,7 @@ def test_an_interleaved_answer_is_its_texts_and_images():
     tokens = [*images[0], *texts[0], *images[1], *images[2], *texts[1], TOKENIZER.vocab.eos]
     kinds = ["image", "text", "image", "image", "text"]
     for length in range(len(tokens) + 1):
-        made = Unfolding(grammar, grammar.initial("interleaved", np.full(1, 2), np.full(1, 3)))
+        made = PartialAnswer(grammar, grammar.initial("interleaved", np.full(1, 2), np.full(1, 3)))
         read_tokens(grammar.tables, [made], [tokens[:length]])
         parts = made.parts()
         assert [part.kind for part in parts] == kinds[: len(parts)]
@@ -93,7 +93,7 @@ def test_an_interleaved_answer_is_its_texts_and_images():
 
 def test_many_answers_are_read_together_as_one_by_one():
     answers = [answer("reflection")[0], answer("multi_step")[0][:17], []]
-    together = [unfolding(), unfolding(), unfolding("direct")]
+    together = [partial(), partial(), partial("direct")]
     for start in range(0, max(map(len, answers)), 5):
         read_tokens(GRAMMAR.tables, together, [tokens[start : start + 5] for tokens in answers])
     for one, tokens in zip(together, answers, strict=True):

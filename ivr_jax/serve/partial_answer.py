@@ -16,7 +16,7 @@ import numpy as np
 
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec, markers
-from ivr_jax.protocol.grammar import ACCEPT, ERROR, GrammarState, Slot, Tables, advance
+from ivr_jax.protocol.grammar import ACCEPT, ERROR, AnswerField, GrammarState, Tables, advance
 from ivr_jax.protocol.joined_grammar import JoinedGrammar
 from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Step
@@ -55,7 +55,7 @@ class Part:
         return all(self.verdicts.get(axis, False) for axis in AXES)
 
 
-class Unfolding:
+class PartialAnswer:
     """The tokens of one answer in progress, and the grammar's node before each and after the last."""
 
     def __init__(self, grammar: JoinedGrammar, state: GrammarState):
@@ -77,37 +77,38 @@ class Unfolding:
         parts: list[Part] = []
         at, opening = 0, 0  # `opening`: where the tokens begin that chose how to go on; they belong to what they open
         while at < len(runs):
-            slot = runs[at][0]
+            field = runs[at][0]
             last = at
-            while last + 1 < len(runs) and self._goes_on(slot, runs[last + 1]):
+            while last + 1 < len(runs) and self._goes_on(field, runs[last + 1]):
                 last += 1
-            if slot.part in _KINDS:
-                complete = last + 1 < len(runs) or self.ended or self._next_slot().part != slot.part
+            if field.part in _KINDS:
+                complete = last + 1 < len(runs) or self.ended or self._next_field().part != field.part
                 parts.append(dataclasses.replace(self._part(runs[at : last + 1], complete), start=opening))
                 opening = parts[-1].end
             at = last + 1
         return tuple(parts)
 
-    def _goes_on(self, slot: Slot, run: tuple[Slot, int, int]) -> bool:
-        """Whether a run belongs to the part that began with `slot`; BOI always begins one."""
+    def _goes_on(self, field: AnswerField, run: tuple[AnswerField, int, int]) -> bool:
+        """Whether a run belongs to the part that began with `field`; BOI always begins one."""
         boi = self.tokens[run[1]] == self._grammar.tokenizer.vocab.boi
-        return not boi and (run[0].part, run[0].round) == (slot.part, slot.round)
+        return not boi and (run[0].part, run[0].round) == (field.part, field.round)
 
-    def _next_slot(self) -> Slot:
-        return self._grammar.slots[self._grammar.slot_of[self.nodes[-1]]]
+    def _next_field(self) -> AnswerField:
+        return self._grammar.fields[self._grammar.field_of[self.nodes[-1]]]
 
-    def _runs(self) -> list[tuple[Slot, int, int]]:
-        """Maximal runs of tokens of one slot: (slot, start, end).  BOI begins one, and is of the image that it begins:
-        an interleaved answer reads it where a text could go on."""
+    def _runs(self) -> list[tuple[AnswerField, int, int]]:
+        """Maximal runs of tokens of one field: (field, start, end).  BOI begins one, and belongs to its image: an
+        interleaved answer reads it where a text could continue.
+        """
         count = len(self.tokens)
         if count == 0:
             return []
         boi = np.array(self.tokens) == self._grammar.tokenizer.vocab.boi
-        slots = self._grammar.slot_of[np.where(boi, self.nodes[1:], self.nodes[:count])]
-        starts = [0, *(np.flatnonzero((np.diff(slots) != 0) | boi[1:]) + 1).tolist()]
-        return [(self._grammar.slots[slots[a]], a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
+        numbers = self._grammar.field_of[np.where(boi, self.nodes[1:], self.nodes[:count])]
+        starts = [0, *(np.flatnonzero((np.diff(numbers) != 0) | boi[1:]) + 1).tolist()]
+        return [(self._grammar.fields[numbers[a]], a, b) for a, b in zip(starts, [*starts[1:], count], strict=True)]
 
-    def _part(self, runs: Sequence[tuple[Slot, int, int]], complete: bool) -> Part:
+    def _part(self, runs: Sequence[tuple[AnswerField, int, int]], complete: bool) -> Part:
         first, tokenizer = runs[0][0], self._grammar.tokenizer
         start, end = runs[0][1], runs[-1][2]
         kind = _KINDS[first.part]
@@ -116,14 +117,14 @@ class Unfolding:
             return Part(kind, first.round, start, end, complete, codes=codes)
         texts: dict[str, str] = {}
         verdicts: dict[str, bool] = {}
-        for slot, a, b in runs:
+        for field, a, b in runs:
             tokens = self.tokens[a:b]
-            axis, _, field = slot.field.partition(".")
-            if field == "verdict":
-                if b < len(self.tokens) or self._next_slot().field != slot.field:
+            axis, _, aspect = field.name.partition(".")
+            if aspect == "verdict":
+                if b < len(self.tokens) or self._next_field().name != field.name:
                     verdicts[axis] = tuple(tokens) == tuple(tokenizer.marker(markers.PASS))
-            elif slot.marker:
-                text = _without_marker(tokenizer, tokens, slot.marker)
+            elif field.marker:
+                text = _without_marker(tokenizer, tokens, field.marker)
                 if text or axis != OBSERVATION:
                     texts[axis] = text
             elif kind == TEXT:
@@ -131,7 +132,7 @@ class Unfolding:
         return Part(kind, first.round, start, end, complete, texts, verdicts)
 
 
-def read_tokens(tables: Tables, unfoldings: Sequence[Unfolding], fresh: Sequence[Sequence[int]]) -> None:
+def read_tokens(tables: Tables, answers: Sequence[PartialAnswer], fresh: Sequence[Sequence[int]]) -> None:
     """Appends new tokens to each answer; all answers together, token by token.
 
     Args:
@@ -144,17 +145,17 @@ def read_tokens(tables: Tables, unfoldings: Sequence[Unfolding], fresh: Sequence
     padded = np.zeros((len(fresh), longest), np.int64)
     for number, new in enumerate(fresh):
         padded[number, : len(new)] = new
-    state = GrammarState(*(np.concatenate(x) for x in zip(*(u.state for u in unfoldings), strict=True)))
+    state = GrammarState(*(np.concatenate(x) for x in zip(*(answer.state for answer in answers), strict=True)))
     nodes = np.empty(padded.shape, np.int32)
     for t in range(longest):
         after = advance(tables, state, padded[:, t], np)
         on = t < lengths
         state = GrammarState(*(np.where(on, new, old) for new, old in zip(after, state, strict=True)))
         nodes[:, t] = state.node
-    for number, (unfolding, new) in enumerate(zip(unfoldings, fresh, strict=True)):
-        unfolding.state = GrammarState(*(x[number : number + 1] for x in state))
-        unfolding.tokens += [int(token) for token in new]
-        unfolding.nodes += nodes[number, : len(new)].tolist()
+    for number, (partial, new) in enumerate(zip(answers, fresh, strict=True)):
+        partial.state = GrammarState(*(x[number : number + 1] for x in state))
+        partial.tokens += [int(token) for token in new]
+        partial.nodes += nodes[number, : len(new)].tolist()
 
 
 def partial_codes(tokenizer: TextTokenizer, tokens: Sequence[int]) -> np.ndarray | None:
