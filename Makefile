@@ -14,7 +14,7 @@ PIP_FLAGS :=
 PYTEST_FLAGS := -n 2 --dist worksteal
 
 # The TPU compiler lies apart from the environment: beside JAX it would make every command look for a TPU first.
-TPU_COMPILER = $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --target $(VENV)/libtpu 'libtpu>=0.0.52'
+TPU_COMPILER = $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --no-deps --target $(VENV)/libtpu 'libtpu>=0.0.52'
 
 # A first try that was interrupted may have left an environment without pip.
 ENSURE_PIP := @$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
@@ -40,8 +40,11 @@ reproduce: $(VENV)/.installed  ## the paper's ablation in miniature, hours on a 
 
 install: $(VENV)/.installed  ## only make the environment
 
-test: lint  ## install, lint, run the tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+# mypy takes one core for a minute: it runs beside the tests, and both decide.
+test: $(VENV)/.installed-test  ## install, lint, run the tests
+	$(BIN)/python -m ruff check .
+	@$(BIN)/python -m mypy & types=$$!; $(BIN)/python -m pytest $(PYTEST_FLAGS); tests=$$?; \
+		wait $$types || { echo "mypy found errors: make lint lists them" >&2; exit 1; }; exit $$tests
 
 coverage: $(VENV)/.installed-test  ## the tests with coverage: half as long again
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) --cov --cov-report=term
@@ -84,11 +87,11 @@ $(VENV)/.installed-serve: setup.py $(VENV)/bin/python
 
 $(VENV)/.installed: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[all]'
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) -e '.[all]'
 	@touch $(VENV)/.installed-serve $@
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) -e '.[test]'
 	@$(TPU_COMPILER) >/dev/null 2>&1 || echo "no TPU compiler for this machine: its tests will be skipped"
 	@touch $(VENV)/.installed-serve $(VENV)/.installed $@
