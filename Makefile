@@ -63,7 +63,7 @@ docs: $(VENV)/.installed-test  ## the documentation site in site/, strict
 	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed-test  ## ratios against PyTorch, stored with commit and machine; says what became slower
-	$(BIN)/python measurements/regressions.py
+	$(BIN)/python benchmarks/regressions.py
 
 clean:  ## remove the environment, caches and build files; runs/ stays
 	rm -rf $(VENV) .cache build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov

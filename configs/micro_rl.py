@@ -86,7 +86,7 @@ def get_config() -> ConfigDict:
             "refill": 0,  # how often answers without a judgement are replaced by new ones; 0: they leave their group
             "drop_truncated": False,  # leave answers that were cut at answer_length out of the update
             # what is compared: "prompt" the answers to a prompt, "draft" the continuations of one first image
-            "group_by": "prompt",
+            "group": "prompt",
             "drafts": 2,  # first images a prompt, each with `group_size` continuations
             "draft_source": "rollout",  # who samples them: "rollout" the policy, "buffer" the checkpoint of `init`
             "credit": "local",  # "local" or "broadcast": whether drafts and continuations share their advantages

@@ -223,10 +223,9 @@ RENAMED = {  # key of an earlier version -> its name now
     "watch.most_missing": "monitor.max_missing",
     "watch": "monitor",
     "group": "group_size",
-    "grpo.group": "grpo.group_by",
 }
 RENAMED_VALUES = {  # by the key's name now
-    "grpo.group_by": {"trajectory": "prompt"},
+    "grpo.group": {"trajectory": "prompt"},
     "grpo.loss_type": {"sequence": "grpo", "token": "bnpo", "constant": "dr_grpo"},
     "reward.score_map": {"fifth": "div5"},
     "reward.step_reward_evals": {"literal": "none"},

@@ -354,7 +354,7 @@ def test_a_section_takes_what_its_annotations_allow():
 @pytest.mark.parametrize(("old", "new"), [
     ("minibatch", "micro_batch"), ("optimizer.peak", "optimizer.learning_rate"), ("grpo.kl", "grpo.beta"),
     ("watch.window", "monitor.window"), ("keep", "max_checkpoints"), ("reward.scale", "reward.score_map"),
-    ("group", "group_size"), ("grpo.group", "grpo.group_by"),
+    ("group", "group_size"),
 ])  # fmt: skip
 def test_an_old_key_is_answered_with_the_new_one(old, new):
     with pytest.raises(UserError) as caught:

@@ -38,7 +38,7 @@ def test_the_tree_names_every_folder_and_root_module_and_nothing_else():
     package = ROOT / "ivr_jax"
     folders = {f"ivr_jax/{file.parent.name}/" for file in package.glob("*/__init__.py")}
     modules = {f"ivr_jax/{file.name}" for file in package.glob("*.py") if file.name != "__init__.py"}
-    beside = {"ivr_jax/", "configs/", "launch/", "tests/", "measurements/", "docs/", "examples/"}
+    beside = {"ivr_jax/", "configs/", "launch/", "tests/", "benchmarks/", "docs/", "examples/"}
     beside = {name for name in beside if (ROOT / name).is_dir()}
     assert set(tree()) == folders | modules | beside
 

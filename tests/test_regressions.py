@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-FILE = Path(__file__).resolve().parents[1] / "measurements" / "regressions.py"
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "regressions.py"
 spec = importlib.util.spec_from_file_location("regressions", FILE)
 regressions = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(regressions)

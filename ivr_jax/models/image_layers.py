@@ -32,7 +32,7 @@ class GroupNorm(nnx.Module):
     """Group norm over [height, width, channels of a group], computed in float32.
 
     `nnx.GroupNorm` reduces all axes of a group at once: 1.6 to 14 times slower forwards on a busy CPU core, and 1.5 to
-    2.4 times with the gradient (measurements/image_layers.py).
+    2.4 times with the gradient (benchmarks/image_layers.py).
     """
 
     def __init__(self, channels: int, config: Any, rngs: nnx.Rngs):

@@ -243,7 +243,7 @@ class Trainer:
         mine, first = self._mine(prompts)
         key = jax.random.fold_in(self._key, step)
         drafts = None
-        if self.options.grpo.group_by == "draft":
+        if self.options.grpo.group == "draft":
             self.activity = "sampling drafts"
             drafts = self._drafts(system, mine, jax.random.fold_in(key, DRAFTS), first)
         ended, answers = 0, len(mine) * self.options.group_size

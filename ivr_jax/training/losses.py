@@ -141,7 +141,7 @@ class GrpoOptions(Section, name="grpo"):
       refill: how often new answers are asked for in place of those whose judgement is missing; 0: these leave their
         group.
       drop_truncated: leave answers that were cut at the answer length out of the update.
-      group_by: "prompt": the answers to a prompt are compared; "draft": the continuations of one first image.
+      group: "prompt": the answers to a prompt are compared; "draft": the continuations of one first image.
       drafts: first images a prompt, for draft groups.
       draft_source: "rollout": the policy samples them, and learns from them too; "buffer": the checkpoint that the run
         starts from does, once (`sampling.drafts.DraftBuffer`), and they are context only.
@@ -160,7 +160,7 @@ class GrpoOptions(Section, name="grpo"):
     skip_equal_groups: bool = True
     refill: Count = 0
     drop_truncated: bool = False
-    group_by: Annotated[str, OneOf("prompt", "draft")] = "prompt"
+    group: Annotated[str, OneOf("prompt", "draft")] = "prompt"
     drafts: Positive = 2
     draft_source: Annotated[str, OneOf("rollout", "buffer")] = "rollout"
     credit: Annotated[str, OneOf("local", "broadcast")] = "local"

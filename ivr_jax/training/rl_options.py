@@ -73,13 +73,13 @@ class RLOptions:
 
         if self.overlap < 0:
             raise UserError(f"config.overlap is {self.overlap}.", "Rollouts run 0 or more steps ahead.")
-        if self.grpo.group_by == "draft" and self.grpo.refill:
+        if self.grpo.group == "draft" and self.grpo.refill:
             raise UserError("grpo.refill replaces single answers, but those of draft groups share a draft.",
-                            "Set grpo.refill to 0, or use grpo.group_by=prompt.")
-        if self.grpo.group_by == "draft" and not self.may_reflect:
+                            "Set grpo.refill to 0, or use grpo.group=prompt.")
+        if self.grpo.group == "draft" and not self.may_reflect:
             raise UserError(
-                "grpo.group_by is draft, but the grammar lets no answer reflect on its first image.",
-                'Add "reflection" to grammar.modes with max_reflections of at least 1, or use grpo.group_by=prompt.',
+                "grpo.group is draft, but the grammar lets no answer reflect on its first image.",
+                'Add "reflection" to grammar.modes with max_reflections of at least 1, or use grpo.group=prompt.',
             )
 
     @property
@@ -89,7 +89,7 @@ class RLOptions:
     @property
     def group_count(self) -> int:
         """Groups a prompt: its drafts, or one."""
-        return self.grpo.drafts if self.grpo.group_by == "draft" else 1
+        return self.grpo.drafts if self.grpo.group == "draft" else 1
 
     @property
     def optimizer_steps(self) -> int:

@@ -74,7 +74,7 @@ def build(
     state, (shards, _) = shard_state(mesh, axes, params, optimizer)
     layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
     drafts = None
-    if options.grpo.group_by == "draft" and options.grpo.draft_source == "buffer":
+    if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
         drafts = DraftBuffer(workdir / f"drafts-{jax.process_index()}", fingerprint)
     placement = grpo.Placement(mesh, shards, layout)
     trainer = grpo.Trainer(system, judge, options, optimizer, placement, monitor, workdir / "gallery", drafts, probes)

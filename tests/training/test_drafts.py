@@ -44,7 +44,7 @@ class Judge:
 
 
 def options(**changes) -> RLOptions:
-    return RLOptions(GRAMMAR, 2, 72, 8, (128,), 64, grpo=GrpoOptions(group_by="draft", drafts=2, **changes))
+    return RLOptions(GRAMMAR, 2, 72, 8, (128,), 64, grpo=GrpoOptions(group="draft", drafts=2, **changes))
 
 
 @functools.cache
@@ -161,11 +161,11 @@ def test_judgements_of_answers_and_drafts_of_two_processes_are_told_apart(monkey
 
 @pytest.mark.parametrize("grammar", [{"modes": ("direct",)}, {"max_reflections": 0}])
 def test_draft_groups_need_a_grammar_that_reflects(grammar):
-    with pytest.raises(UserError, match="grpo.group_by"):
+    with pytest.raises(UserError, match="grpo.group"):
         dataclasses.replace(options(), grammar=dataclasses.replace(GRAMMAR, **grammar))
 
 
-@pytest.mark.parametrize("wrong", [{"credit": "both"}, {"draft_source": "disk"}, {"drafts": 0}, {"group_by": "pair"}])
+@pytest.mark.parametrize("wrong", [{"credit": "both"}, {"draft_source": "disk"}, {"drafts": 0}, {"group": "pair"}])
 def test_draft_options_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         GrpoOptions(**wrong)

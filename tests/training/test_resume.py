@@ -99,7 +99,7 @@ def complaint(capsys, argv: list[str]) -> str:
 
 def test_rl_of_draft_groups_resumes_exactly_with_its_buffer(runs, sft, capsys, monkeypatch):
     """Stopped by an error in step 3 of 4; a folder with drafts of another checkpoint is refused."""
-    settings = rl_settings(sft[0]) | {"steps": 4, "grpo.group_by": "draft", "grpo.draft_source": "buffer"}
+    settings = rl_settings(sft[0]) | {"steps": 4, "grpo.group": "draft", "grpo.draft_source": "buffer"}
     trained(runs / "drafts straight", "micro_rl", settings)
     step = grpo.Trainer.step
 
@@ -208,7 +208,7 @@ def test_rl_needs_a_trained_backbone(runs, tmp_path, capsys):
         ({"reward.axis_weights": (1.0, 1.0)}, "reward.axis_weights .* one weight >= 0 for each of"),
         ({"reward.preset": "paper"}, "has no key `reward.preset`"),
         ({"grpo.loss_type": "mean"}, "loss_type"),
-        ({"grpo.group_by": "draft", "grammar.modes": ("direct", "multi_step")}, "grpo.group_by"),
+        ({"grpo.group": "draft", "grammar.modes": ("direct", "multi_step")}, "grpo.group"),
         ({"grammar.modes": ("thought",)}, "grammar modes .*thought.* are not among"),
         ({"sampling.image_top_p": 0.0}, "top_p"),
         ({"engine.refill": 0.0}, "`engine.refill`"),

@@ -1,6 +1,6 @@
 """Killed at random moments and resumed: the same summary to the byte, no recorded call made again.
 
-`measurements/evaluation_kills.py` does the same to judging and to generation, as often as wanted.
+`benchmarks/evaluation_kills.py` does the same to judging and to generation, as often as wanted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Time of the image tokenizer's group norm against Flax's, and of a 3 × 3 convolution against matrix products.
 
-    python measurements/image_layers.py                    both
-    python measurements/image_layers.py --only=conv        norm or conv
+    python benchmarks/image_layers.py                    both
+    python benchmarks/image_layers.py --only=conv        norm or conv
 
 Prints milliseconds, the least of 15 calls: wall time of norms that take turns, forwards and with the gradient, and CPU
 time of convolutions of 8 images, forwards.

@@ -1,6 +1,6 @@
 """Kills benchmark runs again and again at random moments, resumes them, and compares them with undisturbed runs.
 
-    python measurements/evaluation_kills.py --kills=20 --seed=0
+    python benchmarks/evaluation_kills.py --kills=20 --seed=0
 
 Ends with an error unless what the killed runs wrote is byte-equal, and no recorded call or answer was made again.
 """

@@ -1,10 +1,10 @@
 """What construction over HTTP stands and how fast it is, measured against the service of `openai_service`.
 
-    python measurements/construction.py faults      500 samples, 20% mixed faults: equal to the run without
-    python measurements/construction.py kills       25 kills at random moments: equal to the run without, no call twice
-    python measurements/construction.py throughput  64 calls in flight against one at a time, --latency=0.2 s a call
-    python measurements/construction.py memory      --count=20000 samples: resident memory on the way
-    python measurements/construction.py photographs hand-written prompts on scikit-image's photographs, to a gallery
+    python benchmarks/construction.py faults      500 samples, 20% mixed faults: equal to the run without
+    python benchmarks/construction.py kills       25 kills at random moments: equal to the run without, no call twice
+    python benchmarks/construction.py throughput  64 calls in flight against one at a time, --latency=0.2 s a call
+    python benchmarks/construction.py memory      --count=20000 samples: resident memory on the way
+    python benchmarks/construction.py photographs hand-written prompts on scikit-image's photographs, to a gallery
 
 Each prints what it measured and fails when a promise is broken; `--folder=DIR` keeps what was written.
 """

@@ -1,6 +1,6 @@
 """Fine-tuning as several real processes on this machine: against one process, killed, and asked to stop.
 
-    python measurements/processes.py --count=4
+    python benchmarks/processes.py --count=4
 
 Runs the tiny fine-tuning of the tests as one process and as `count` that find each other over loopback; kills one of
 them with SIGKILL, starts all again, sends SIGTERM to one alone, starts all again.  Prints the largest relative

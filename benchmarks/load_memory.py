@@ -1,6 +1,6 @@
 """Peak host memory while 4 GB of bfloat16 weights load onto 8 emulated devices, in the layout of rollouts.
 
-    python measurements/load_memory.py [--folder=runs/load_memory] [--layers=21] [--keep]
+    python benchmarks/load_memory.py [--folder=runs/load_memory] [--layers=21] [--keep]
 
 Writes a random checkpoint of 21 layers (hidden 2560, mlp 9728, vocabulary 32768: 2.07 B parameters), then reads it in a
 process with 8 devices as `evaluate` and `construct` do: heads, mlp width and vocabulary are split in 8, each device

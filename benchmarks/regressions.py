@@ -1,6 +1,6 @@
 """Regression guard: ratios (never times) of this commit beside those stored before, on the same kind of machine.
 
-    make bench          measures, prints what became slower than the tolerance, appends to measurements/history.jsonl
+    make bench          measures, prints what became slower than the tolerance, appends to benchmarks/history.jsonl
 
 Ratios are ours against PyTorch, or against our own simpler path, measured in one run, so that they may be compared
 between days.  A ratio is slower when it fell below the best stored median of the same machine by more than the

@@ -1,6 +1,6 @@
 """Packed tokens a second that one host reads from ArrayRecord, against what it must feed in training.
 
-    python measurements/loader.py --step_seconds=7 --hosts=32
+    python benchmarks/loader.py --step_seconds=7 --hosts=32
 
 Writes made-up token examples of the sizes that Emu3.5 has (1,055 tokens an image, two to six images, and their texts),
 and reads them as fine-tuning does: shuffled, mixed, packed first-fit into rows of 8,192 tokens.  A host of `hosts`

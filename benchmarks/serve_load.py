@@ -1,8 +1,8 @@
 """Load on a running server: requests a second and time to the first image row, one client against many; and a soak.
 
     python -m ivr_jax.serve --checkpoint=micro &
-    python measurements/serve_load.py --url=http://127.0.0.1:8322 --clients=16 --requests=48
-    python measurements/serve_load.py --url=http://127.0.0.1:8322 --soak=600
+    python benchmarks/serve_load.py --url=http://127.0.0.1:8322 --clients=16 --requests=48
+    python benchmarks/serve_load.py --url=http://127.0.0.1:8322 --soak=600
 
 The first form sends the same requests (same prompts and seeds) one after the other, then `clients` at a time, and
 compares the answers of both.  The second connects, stops and vanishes at random for so many seconds, then says how many

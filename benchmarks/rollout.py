@@ -1,7 +1,7 @@
 """What the rollout engine gains over one padded batch in lock-step, on the micro-world's model.
 
-    python measurements/rollout.py                               random weights that answer with one to five images
-    python measurements/rollout.py --checkpoint=runs/demo/sft    a trained model on its own prompts
+    python benchmarks/rollout.py                               random weights that answer with one to five images
+    python benchmarks/rollout.py --checkpoint=runs/demo/sft    a trained model on its own prompts
 
 All arms draw the same answers with the same keys in one process, each once to compile and `--repeats` times to be
 measured; the best counts.  Seconds are of CPU time (all threads of the process), which other programs on the machine

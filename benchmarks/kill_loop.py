@@ -1,6 +1,6 @@
 """Kills training again and again at random moments, and compares the run that survives with one left in peace.
 
-    python measurements/kill_loop.py --kills=20 --seed=0
+    python benchmarks/kill_loop.py --kills=20 --seed=0
 
 Runs the tiny SFT and RL of the tests, RL also with rollouts drawn ahead.  Every kill is a SIGKILL: every third one
 while a checkpoint is being written, every third at any moment of a process's first seconds (start, restoring,

@@ -1,7 +1,7 @@
 """Peak host memory of converting a random decoder from safetensors to Orbax and back, each in a process of its own.
 
-    python measurements/convert_memory.py                    4.1 GB of bfloat16 tensors; needs 15 GB of disk
-    python measurements/convert_memory.py --layers=4         a smaller one
+    python benchmarks/convert_memory.py                    4.1 GB of bfloat16 tensors; needs 15 GB of disk
+    python benchmarks/convert_memory.py --layers=4         a smaller one
 
 The peak is VmHWM of the converting process (everything resident, mapped library code included), the bound 1.5 × the
 largest stacked tensor of the files + 1.5 GB. The model that comes back must be the same bytes.

@@ -1,9 +1,9 @@
 """Ours against PyTorch and transformers, the same weights and inputs on the same cores: ratios of CPU and wall time.
 
-    python measurements/side_by_side.py                      everything at the demo's size (2.1 M with its vocabulary)
-    python measurements/side_by_side.py --size=small         a decoder of 33 M parameters; --size=large: 261 M
-    python measurements/side_by_side.py --only=generate,sft  some of generate, sft, encode, decode
-    python measurements/side_by_side.py --cores=1            each on one core: beside other programs, threads that
+    python benchmarks/side_by_side.py                      everything at the demo's size (2.1 M with its vocabulary)
+    python benchmarks/side_by_side.py --size=small         a decoder of 33 M parameters; --size=large: 261 M
+    python benchmarks/side_by_side.py --only=generate,sft  some of generate, sft, encode, decode
+    python benchmarks/side_by_side.py --cores=1            each on one core: beside other programs, threads that
                                                              wait for one another would be measured instead
 
 generate   one image of 16 × 16 cells after a prompt of 64 tokens with classifier-free guidance.  Ours batches both

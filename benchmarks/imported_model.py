@@ -1,6 +1,6 @@
 """The path of someone with Emu3.5's weights, with the full vocabulary of 282,926 and small random networks.
 
-    python measurements/imported_model.py --folder=runs/imported_model
+    python benchmarks/imported_model.py --folder=runs/imported_model
 
 Every command runs in a process of its own; its wall time (with compilation, from an empty cache) and its peak resident
 memory are printed, and kept in FOLDER/walk.json.  The same command continues a walk that was stopped.  The text

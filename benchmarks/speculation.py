@@ -1,9 +1,9 @@
 """Speculative decoding of image tokens against plain decoding: the same tokens, model calls, CPU and wall time.
 
-    python measurements/speculation.py                                    edits and all requests of the packaged model
-    python measurements/speculation.py --requests=edits --slots=1,8 --windows=4,8,20 --guidance=3
-    python measurements/speculation.py --checkpoint=runs/demo/rl
-    python measurements/speculation.py --calls                            CPU time of one call of the model alone
+    python benchmarks/speculation.py                                    edits and all requests of the packaged model
+    python benchmarks/speculation.py --requests=edits --slots=1,8 --windows=4,8,20 --guidance=3
+    python benchmarks/speculation.py --checkpoint=runs/demo/rl
+    python benchmarks/speculation.py --calls                            CPU time of one call of the model alone
 
 Requests are held-out tasks of the micro-world: `edits` change one source once, and the answer's first image is drawn;
 `all` are the training mixture, answered in whatever mode the model chooses.  Plain and speculative decoding take turns

@@ -1,7 +1,7 @@
 """How fast a public benchmark is judged, many calls in flight against one, and drawn, batched against one by one.
 
-    python measurements/evaluation_throughput.py judge --latency=0.2 --in_flight=96
-    python measurements/evaluation_throughput.py generate
+    python benchmarks/evaluation_throughput.py judge --latency=0.2 --in_flight=96
+    python benchmarks/evaluation_throughput.py generate
 
 `judge` asks a scripted judge behind HTTP, in a process of its own, `--calls` questions about small images with
 `--in_flight` calls at a time, and `--alone` of them one at a time.  `generate` draws answers of a tiny model with

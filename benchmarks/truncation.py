@@ -1,6 +1,6 @@
 """Top-k and top-p at Emu3.5's vocabulary of 282,926 ids, against sorting all logits: equal ids, and the ratio of times.
 
-    python measurements/truncation.py [--rows=8] [--repeats=5]
+    python benchmarks/truncation.py [--rows=8] [--repeats=5]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One step of fine-tuning on eight pretended devices for many meshes, compared with the same step on one device.
 
-    python measurements/mesh_sweep.py
-    python measurements/mesh_sweep.py --every=3     # a third of the meshes
+    python benchmarks/mesh_sweep.py
+    python benchmarks/mesh_sweep.py --every=3     # a third of the meshes
 
 Every data x fsdp x tensor x sequence of eight devices, and those with tensor shards once more with gathered kernels.
 Prints for each mesh the relative errors of loss, gradients and decoded hidden states, and into how many shards the
