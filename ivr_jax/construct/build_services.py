@@ -46,7 +46,7 @@ class Services:
     async def close(self) -> None:
         """Ends all connections."""
         for service in self.remote:
-            await service.transport.close()
+            await service.client.close()
 
 
 def load_system(config: Any, path: str) -> System:

@@ -72,7 +72,7 @@ async def score_file(config: Any, workdir: Path, journal: Journal) -> int | None
             results = with_bonus(rollouts, await asyncio.gather(*map(one, rollouts)), scorer.options)
     finally:
         for service in services:
-            await service.transport.close()
+            await service.client.close()
     target = workdir / "scores.jsonl"
     files.write_file(target, "".join(_line(*pair, i) for i, pair in enumerate(zip(rollouts, results, strict=True))))
     missing = sum(bool(result.missing) for result in results)

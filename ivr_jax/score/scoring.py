@@ -29,8 +29,8 @@ from ivr_jax.interfaces import ServiceFailed
 from ivr_jax.rewards import functions, released
 from ivr_jax.rewards.released import BEST, WORST, Call, Scored
 from ivr_jax.services import replies
+from ivr_jax.services.http_client import Picture, decode_base64
 from ivr_jax.services.service import Question, Service, first_answer
-from ivr_jax.services.transport import Picture, decode_base64
 from ivr_jax.trajectory import AXES
 
 PRESETS = {"paper": functions.PAPER, "released": functions.RELEASED}

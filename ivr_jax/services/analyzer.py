@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, Pixels
 from ivr_jax.interfaces import Attempt, RootCause
+from ivr_jax.services.http_client import Picture
 from ivr_jax.services.prompts import Prompts
 from ivr_jax.services.replies import (
     Unusable,
@@ -21,7 +22,6 @@ from ivr_jax.services.replies import (
     read_scored,
 )
 from ivr_jax.services.service import Question, Service, first_answer
-from ivr_jax.services.transport import Picture
 from ivr_jax.thresholds import WHOLE_REQUEST, Thresholds
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Reflection, Sample
 
@@ -133,7 +133,7 @@ class ServiceAnalyzer:
     async def close(self) -> None:
         """Ends the services' connections."""
         for service in self.services:
-            await service.transport.close()
+            await service.client.close()
 
     async def _ask(
         self,

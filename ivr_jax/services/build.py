@@ -10,13 +10,13 @@ from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.services.analyzer import ServiceAnalyzer
 from ivr_jax.services.config import ServiceConfig, secret
-from ivr_jax.services.gateway import GatewayTransport
+from ivr_jax.services.gateway_client import GatewayClient
 from ivr_jax.services.generator import ServiceGenerator
+from ivr_jax.services.http_client import HttpClient
 from ivr_jax.services.limits import LimitsOf, ProcessLimits
-from ivr_jax.services.openai_protocol import OpenAITransport
+from ivr_jax.services.openai_client import OpenAIClient
 from ivr_jax.services.prompts import Prompts
 from ivr_jax.services.service import Records, Service
-from ivr_jax.services.transport import Transport
 from ivr_jax.thresholds import WHOLE_REQUEST, Thresholds
 
 REMOTE = ("openai", "gateway")
@@ -44,14 +44,14 @@ def service_from_config(
     config = section if isinstance(section, ServiceConfig) else as_dataclass(ServiceConfig, section)
     environment = os.environ if environment is None else environment
     key = secret(config.key_variable, environment)
-    transport: Transport
+    client: HttpClient
     if config.kind == "openai":
-        transport = OpenAITransport(config, key)
+        client = OpenAIClient(config, key)
     elif config.kind == "gateway":
-        transport = GatewayTransport(config, secret(config.app_variable, environment), key)
+        client = GatewayClient(config, secret(config.app_variable, environment), key)
     else:
         raise UserError(f"unknown kind of service {config.kind!r}.", f"Use one of {REMOTE}.")
-    return Service(config, transport, records, has_fallback, limits(config))
+    return Service(config, client, records, has_fallback, limits(config))
 
 
 def analyzer_from_configs(

@@ -14,8 +14,8 @@ from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, fit, fitted_size, image_name
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import draw_first_images
+from ivr_jax.services.http_client import Picture
 from ivr_jax.services.service import Question, Recorded, Records
-from ivr_jax.services.transport import Picture
 from ivr_jax.trajectory import Reflection, Sample
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ivr_jax.images import Pixels
+from ivr_jax.services.http_client import Picture
 from ivr_jax.services.prompts import Prompts
 from ivr_jax.services.service import Question, Service
-from ivr_jax.services.transport import Picture
 from ivr_jax.trajectory import Reflection, Sample
 
 
@@ -37,4 +37,4 @@ class ServiceGenerator:
 
     async def close(self) -> None:
         """Ends the service's connections."""
-        await self.service.transport.close()
+        await self.service.client.close()

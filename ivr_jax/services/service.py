@@ -1,4 +1,4 @@
-"""One service: its transport behind a careful caller, and every answer recorded under what was asked.
+"""One service: its HTTP client behind a careful caller, and every answer recorded under what was asked.
 
 The record is content-addressed: the key of an answer is the hash of the service's identity, the prompt, the images and
 the number of the try.  A question that was answered once is never asked again, by this process or a later one.
@@ -19,9 +19,9 @@ from ivr_jax.images import Pixels, decode_image
 from ivr_jax.interfaces import ServiceDown, ServiceFailed
 from ivr_jax.services.caller import RAISE_MAX_TOKENS, Caller, CutOff, Fault, Reply
 from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.http_client import HttpClient, Picture
 from ivr_jax.services.limits import Limits
 from ivr_jax.services.replies import Unusable
-from ivr_jax.services.transport import Picture, Transport
 
 T = TypeVar("T")
 _CHARACTERS_PER_TOKEN = 3.5  # rough, for the token limit only
@@ -100,7 +100,7 @@ class Service:
 
     Args:
       config: the service's settings.
-      transport: the protocol.
+      client: of its protocol.
       records: where its answers are kept; None keeps nothing.
       has_fallback, limits: see `Caller`.
     """
@@ -108,12 +108,12 @@ class Service:
     def __init__(
         self,
         config: ServiceConfig,
-        transport: Transport,
+        client: HttpClient,
         records: Records | None,
         has_fallback: bool = False,
         limits: Limits | None = None,
     ):
-        self.config, self.transport, self.records = config, transport, records
+        self.config, self.client, self.records = config, client, records
         self.caller = Caller(config, has_fallback, limits=limits)
         self._identity = config.identity()
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -156,10 +156,10 @@ class Service:
 
     async def _ask(self, question: Question, digest: str, complaint: str) -> Reply:
         if question.top_tokens:
-            return await self.transport.first_token(question.text, question.pictures, question.top_tokens)
+            return await self.client.first_token(question.text, question.pictures, question.top_tokens)
         text = _with_complaint(question.text, complaint)
         try:
-            return await self.transport.chat(text, question.pictures, question.schema or {})
+            return await self.client.chat(text, question.pictures, question.schema or {})
         except CutOff as error:
             self._record(digest, error.reply, None, None, self.config.max_tokens)
             raise
@@ -179,7 +179,7 @@ class Service:
         digest = self.digest(question)
 
         async def draw(complaint: str) -> tuple[Pixels, Reply]:
-            reply = await self.transport.draw(question.text, question.pictures)
+            reply = await self.client.draw(question.text, question.pictures)
             if len(reply.image or b"") < _LARGE:
                 return _decoded(reply), reply
             return await asyncio.to_thread(_decoded, reply), reply

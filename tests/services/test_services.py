@@ -21,12 +21,12 @@ from openai_service import service_config as config
 
 from ivr_jax.errors import UserError
 from ivr_jax.interfaces import Attempt, RootCause, ServiceDown, ServiceFailed
-from ivr_jax.services import transport
+from ivr_jax.services import http_client
 from ivr_jax.services.build import analyzer_from_configs, generator_from_config
 from ivr_jax.services.caller import Breaker, Caller, Fault, Reply
+from ivr_jax.services.http_client import Picture, PictureEncoder, retry_after
 from ivr_jax.services.journal import Journal
 from ivr_jax.services.prompts import FOLDER, Prompts
-from ivr_jax.services.transport import Picture, PictureEncoder, retry_after
 from ivr_jax.trajectory import AXES
 
 
@@ -110,7 +110,7 @@ def test_images_are_generated_edited_and_combined(service):
 
 def test_a_picture_is_encoded_once_and_few_are_remembered(monkeypatch):
     made = []
-    monkeypatch.setattr(transport, "encode", lambda pixels, side: made.append(int(pixels[0, 0, 0])) or bytes(300))
+    monkeypatch.setattr(http_client, "encode", lambda pixels, side: made.append(int(pixels[0, 0, 0])) or bytes(300))
 
     async def run():
         encoder = PictureEncoder(512, room=1000, most=2)

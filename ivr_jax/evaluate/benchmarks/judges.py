@@ -24,11 +24,11 @@ from ivr_jax.interfaces import ServiceDown, ServiceFailed
 from ivr_jax.services import replies
 from ivr_jax.services.build import service_from_config
 from ivr_jax.services.config import ServiceConfig
+from ivr_jax.services.http_client import Picture
 from ivr_jax.services.limits import LimitsOf, ProcessLimits
 from ivr_jax.services.replies import Unusable
 from ivr_jax.services.service import Question as ServiceQuestion
 from ivr_jax.services.service import Records, Service
-from ivr_jax.services.transport import Picture
 from ivr_jax.trajectory import AXES, sample_from_json
 from ivr_jax.world.analyzer import WorldAnalyzer
 
@@ -140,7 +140,7 @@ class ChatJudge:
         return Outcome(state, value, detail)
 
     async def close(self) -> None:
-        await self.service.transport.close()
+        await self.service.client.close()
 
 
 class NoJudge:

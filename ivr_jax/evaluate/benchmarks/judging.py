@@ -30,7 +30,7 @@ from ivr_jax.evaluate.benchmarks.judgements import Writer
 from ivr_jax.evaluate.benchmarks.judges import Judge, label
 from ivr_jax.evaluate.benchmarks.run_folder import Found
 from ivr_jax.images import Pixels, image_name, load_image
-from ivr_jax.services.transport import Picture
+from ivr_jax.services.http_client import Picture
 
 _REMEMBERED = 256  # images that are kept decoded; those of one item are asked for together
 Address = tuple[str, int, str, str]

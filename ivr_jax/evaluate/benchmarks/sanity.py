@@ -19,7 +19,7 @@ from ivr_jax.evaluate.benchmarks import datafiles
 from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item, Kind, Question, State
 from ivr_jax.evaluate.benchmarks.judges import Judge
 from ivr_jax.images import Pixels, load_image
-from ivr_jax.services.transport import Picture
+from ivr_jax.services.http_client import Picture
 
 PASSED, SKIPPED, NOT_RUN = "passed", "skipped", "not run"
 _SIDE = 256

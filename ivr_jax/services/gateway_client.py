@@ -22,8 +22,7 @@ import httpx2
 from ivr_jax.errors import UserError
 from ivr_jax.services.caller import Fault, Reply
 from ivr_jax.services.config import Secrets, ServiceConfig
-from ivr_jax.services.replies import Unusable
-from ivr_jax.services.transport import (
+from ivr_jax.services.http_client import (
     Picture,
     PictureEncoder,
     chat_reply,
@@ -36,6 +35,7 @@ from ivr_jax.services.transport import (
     proxy_note,
     usage_of,
 )
+from ivr_jax.services.replies import Unusable
 
 
 def sign(secret: str, source: str, timestamp: int) -> str:
@@ -44,8 +44,8 @@ def sign(secret: str, source: str, timestamp: int) -> str:
     return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
-class GatewayTransport:
-    """See `Transport`.
+class GatewayClient:
+    """See `HttpClient`.
 
     Args:
       config: the service.

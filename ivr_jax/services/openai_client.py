@@ -18,8 +18,7 @@ import openai
 from ivr_jax.errors import UserError
 from ivr_jax.services.caller import Fault, Rejected, Reply
 from ivr_jax.services.config import Secrets, ServiceConfig
-from ivr_jax.services.replies import Unusable
-from ivr_jax.services.transport import (
+from ivr_jax.services.http_client import (
     Picture,
     PictureEncoder,
     chat_reply,
@@ -32,12 +31,13 @@ from ivr_jax.services.transport import (
     proxy_note,
     usage_of,
 )
+from ivr_jax.services.replies import Unusable
 
 _NO_KEY = "none"  # what the client sends to a server without keys
 
 
-class OpenAITransport:
-    """See `Transport`.  The client's own retries are off: the caller's are the only ones.
+class OpenAIClient:
+    """See `HttpClient`.  The client's own retries are off: the caller's are the only ones.
 
     Args:
       config: the service.

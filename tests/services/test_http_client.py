@@ -19,11 +19,11 @@ from ivr_jax.interfaces import ServiceFailed
 from ivr_jax.services.build import analyzer_from_configs
 from ivr_jax.services.caller import Fault, Rejected
 from ivr_jax.services.config import Secrets, ServiceConfig
-from ivr_jax.services.gateway import GatewayTransport
+from ivr_jax.services.gateway_client import GatewayClient
+from ivr_jax.services.http_client import check_no_error, decode_base64, message_text, refused_parameter
 from ivr_jax.services.journal import Journal
-from ivr_jax.services.openai_protocol import OpenAITransport
+from ivr_jax.services.openai_client import OpenAIClient
 from ivr_jax.services.replies import Unusable
-from ivr_jax.services.transport import check_no_error, decode_base64, message_text, refused_parameter
 from ivr_jax.trajectory import Sample
 
 SAMPLE = Sample("one", "A cat.")
@@ -289,10 +289,10 @@ def without_proxies(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("transport", [lambda config: OpenAITransport(config, ""),
-                                       lambda config: GatewayTransport(config, "app", "secret")])  # fmt: skip
+@pytest.mark.parametrize("client", [lambda config: OpenAIClient(config, ""),
+                                       lambda config: GatewayClient(config, "app", "secret")])  # fmt: skip
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy", "ALL_PROXY", "NO_PROXY"])
-def test_calls_go_through_the_proxy_of_the_environment(without_proxies, transport, variable):
+def test_calls_go_through_the_proxy_of_the_environment(without_proxies, client, variable):
     proxy, scheme = Proxy(), "https" if variable == "https_proxy" else "http"
 
     async def call():
@@ -303,7 +303,7 @@ def test_calls_go_through_the_proxy_of_the_environment(without_proxies, transpor
                 without_proxies.setenv("NO_PROXY", "judge.invalid")
             else:
                 without_proxies.setenv(variable, f"http://user:password@{address}")
-            made = transport(service_config(f"{scheme}://judge.invalid/v1", key_variable="", timeout=5.0))
+            made = client(service_config(f"{scheme}://judge.invalid/v1", key_variable="", timeout=5.0))
             try:
                 return (await made.chat("A question.", [], {})).text, address
             except Fault as fault:
@@ -324,7 +324,7 @@ def test_calls_go_through_the_proxy_of_the_environment(without_proxies, transpor
 @pytest.mark.parametrize("value", ["socks5://user:password@127.0.0.1:1080", "http://127.0.0.1:port", "http://"])
 def test_a_proxy_that_cannot_be_used_is_one_line(without_proxies, value):
     without_proxies.setenv("HTTPS_PROXY", value)
-    for made in (lambda config: OpenAITransport(config, ""), lambda config: GatewayTransport(config, "app", "secret")):
+    for made in (lambda config: OpenAIClient(config, ""), lambda config: GatewayClient(config, "app", "secret")):
         with pytest.raises(UserError) as caught:
             made(service_config("https://judge.invalid/v1", key_variable=""))
         assert "HTTPS_PROXY" in caught.value.what and "password" not in str(caught.value)

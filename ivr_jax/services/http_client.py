@@ -1,7 +1,7 @@
-"""What every protocol shares: images on the wire, errors, the shape of replies.  The HTTP clients themselves are
-`openai_protocol.py` and `gateway.py`.
+"""The interface of an HTTP client of services, and what its two implementations share: images in requests, errors,
+the shape of replies.  The implementations are `openai_client.py` and `gateway_client.py`.
 
-A transport makes one call and returns a `Reply`, or raises what the caller understands (`Fault`, `Rejected`,
+A client makes one call and returns a `Reply`, or raises what the caller understands (`Fault`, `Rejected`,
 `UserError`).  It neither waits nor retries.
 """
 
@@ -117,8 +117,8 @@ class PictureEncoder:
         return base64.b64encode(encode(picture.pixels, self._longest_side)).decode()
 
 
-class Transport(Protocol):
-    """One protocol."""
+class HttpClient(Protocol):
+    """One protocol over HTTP."""
 
     async def chat(self, text: str, pictures: Sequence[Picture], schema: Mapping[str, Any]) -> Reply:
         """Asks for a text that fits the JSON schema."""
