@@ -47,7 +47,7 @@ RULES: dict[str, Part] = {
     # parameters of the image tokenizer
     "codes": "fsdp", "code_dim": None, "kernel_height": None, "kernel_width": None, "conv_in": None, "conv_out": "fsdp",
     # activations and caches
-    "batch": ("data", "fsdp"), "length": "sequence", "slots": "sequence", "width": None,
+    "batch": ("data", "fsdp"), "length": "sequence", "cache_length": "sequence", "width": None,
     "residual": ("sequence", "tensor"),  # tokens between the halves of a layer
     "height": None, "columns": None, "channels": None,
 }  # fmt: skip
@@ -167,7 +167,7 @@ def sharding(mesh: Mesh, axes: Axes, shape: Sequence[int], name: str = "an array
         else:
             parts.append(None)
     must_split = large and _shards(mesh, ("fsdp", "tensor")) > 1
-    must_split = must_split and not {"batch", "length", "slots", "rank"} & set(axes)
+    must_split = must_split and not {"batch", "length", "cache_length", "rank"} & set(axes)
     if must_split and all(_shards(mesh, part) == 1 for part in parts):
         raise UserError(f"{name} of shape {tuple(shape)} with axes {tuple(axes)} would be replicated on every device.",
                         "Give one of its axes a mesh axis in ivr_jax/sharding.py, or use another mesh.")

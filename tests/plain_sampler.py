@@ -1,6 +1,6 @@
 """The reference for the rollout engine: one padded batch in lock-step, one token a model call for every sequence.
 
-Prompts of different lengths are right-padded; every row writes its own cache slots (slot = position), so padding is
+Prompts of different lengths are right-padded; every row writes its own cache positions, so padding is
 overwritten before it can be seen.  Row b draws token t with the key `fold_in(keys[b], t)`: what a row draws depends on
 its own key and prompt alone, not on its neighbours.
 """

@@ -77,7 +77,7 @@ def _decode(name: str, setup: Setup) -> Program:
     state = GrammarState(*(jax.ShapeDtypeStruct((), jnp.int32) for _ in GrammarState._fields))
     shapes = jax.eval_shape(
         lambda key, state: slots.empty(
-            model, key, state, batch=engine.slots, contexts=1, slots=width, length=config.answer_length,
+            model, key, state, batch=engine.slots, contexts=1, cache_length=width, length=config.answer_length,
             window=engine.window, pad=0, truncates=options.truncates, cells=None,
         ),
         jax.eval_shape(lambda: jax.random.key(0)), state,

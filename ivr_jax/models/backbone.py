@@ -14,7 +14,7 @@ Training and sampling use it functionally, with parameters as a plain nested dic
 
     params = init_params(config, key)
     hidden, _ = apply(config, params, tokens, positions, segment_ids)         training, packed rows
-    cache = init_cache(config, batch, slots)
+    cache = init_cache(config, batch, cache_length)
     hidden, cache = apply(config, params, prompts, positions, cache=cache)    prefill
     hidden, cache = apply(config, params, tokens, positions, cache=cache)     one token a row
     scores = logits(config, params, hidden)
@@ -43,13 +43,13 @@ Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of every layer and slot: k, v [L, B, K, S, h]. Slot s of a row holds its position s."""
+    """Keys (rotated) and values of every layer and cache position: k, v [L, B, K, S, h]. Cache position = position."""
 
     k: jax.Array
     v: jax.Array
 
 
-CACHE_AXES = KVCache(*(("layers", "batch", "kv_heads", "slots", "head_dim"),) * 2)
+CACHE_AXES = KVCache(*(("layers", "batch", "kv_heads", "cache_length", "head_dim"),) * 2)
 
 
 class LayerInputs(NamedTuple):
@@ -60,7 +60,7 @@ class LayerInputs(NamedTuple):
       rotary: cosines and sines, float32 [B, T, h/2] each.
       mask: bool [B or 1, T, S], which key each query sees; None where a fused kernel makes its own.
       segment_ids: int32 [B, T] of packed rows, or None.
-      slots: int32 [B, T], the cache slot that each token is written to, or None without a cache.
+      cache_positions: int32 [B, T], where in the cache each token is written, or None without a cache.
       dropout_key: None turns dropout off.
     """
 
@@ -68,7 +68,7 @@ class LayerInputs(NamedTuple):
     rotary: tuple[jax.Array, jax.Array]
     mask: jax.Array | None
     segment_ids: jax.Array | None
-    slots: jax.Array | None
+    cache_positions: jax.Array | None
     dropout_key: jax.Array | None
 
 
@@ -85,14 +85,15 @@ def layer_inputs(
     rotary = layers.rotary_tables(
         positions, config.head_dim, config.rope_theta, config.scaling, config.max_position_embeddings
     )
-    mask, slots = None, None
+    mask, cache_positions = None, None
     if cache is not None:
         count = cache.k.shape[3]
         mask = jnp.arange(count)[None, None, :] <= positions[:, :, None]
-        slots = jnp.where(positions < 0, count, positions)  # padding is written past the end, which drops it
+        # padding is written past the end, which drops it
+        cache_positions = jnp.where(positions < 0, count, positions)
     elif _kernel(config, positions.shape[1], dropout_key) == "plain":
         mask = layers.causal_mask(positions.shape[1], segment_ids)
-    return LayerInputs(positions, rotary, mask, segment_ids, slots, dropout_key)
+    return LayerInputs(positions, rotary, mask, segment_ids, cache_positions, dropout_key)
 
 
 def _kernel(config: BackboneConfig, length: int, dropout_key: jax.Array | None) -> str:
@@ -130,7 +131,7 @@ class Attention(nnx.Module):
             mixed = self._attend(q, k, v, inputs, dropout_key)
         else:
             # The whole cache is carried, so that XLA updates it in place.
-            cache = KVCache(*(_written(stored, new, layer, inputs.slots)
+            cache = KVCache(*(_written(stored, new, layer, inputs.cache_positions)
                               for stored, new in zip(cache, (k, v), strict=True)))  # fmt: skip
             if self.config.decode_kernel == "pallas" and decode_attention.fits(cache.k.shape[3], q.shape[1]):
                 mixed = decode_attention.decode_attention(q, *cache, inputs.positions, layer)
@@ -330,29 +331,29 @@ def _rematerialised(config: BackboneConfig, one_layer: Any) -> Any:
     return jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
 
 
-def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
-    """The cache [L, B, K, S, h] with `new` [B, T, K, h] of one layer at `slots` [B, T]; slots past the end are dropped.
+def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
+    """The cache [L, B, K, S, h] with `new` [B, T, K, h] of one layer at `places` [B, T], without those past the end.
 
     Each device writes its own part, rows and heads as one axis: where one update spans heads, XLA:TPU stores the heads
-    of a slot together, and copies all of a layer's cache before it can be read.
+    of a position together, and copies all of a layer's cache before it can be read.
     """
     place = sharding.spec(stored.shape, CACHE_AXES.k)
 
-    def local(stored: jax.Array, new: jax.Array, layer: jax.Array, slots: jax.Array) -> jax.Array:
+    def local(stored: jax.Array, new: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
         count, rows, heads, wide, width = stored.shape
         if place[3] is not None:
-            slots = slots - jax.lax.axis_index(place[3]) * wide
-            slots = jnp.where(slots < 0, wide, slots)
+            places = places - jax.lax.axis_index(place[3]) * wide
+            places = jnp.where(places < 0, wide, places)
         flat = stored.reshape(count, rows * heads, wide, width)
         new = new.astype(stored.dtype).swapaxes(1, 2).reshape(rows * heads, -1, width)
         index = jnp.arange(rows * heads)[:, None]
-        flat = flat.at[layer, index, jnp.repeat(slots, heads, axis=0)].set(new, mode="drop")
+        flat = flat.at[layer, index, jnp.repeat(places, heads, axis=0)].set(new, mode="drop")
         return flat.reshape(stored.shape)
 
     if jax.sharding.get_abstract_mesh().empty:
-        return local(stored, new, layer, slots)
+        return local(stored, new, layer, places)
     given = place, PartitionSpec(place[1], None, place[2]), PartitionSpec(), PartitionSpec(place[1])
-    return jax.shard_map(local, in_specs=given, out_specs=place, check_vma=False)(stored, new, layer, slots)
+    return jax.shard_map(local, in_specs=given, out_specs=place, check_vma=False)(stored, new, layer, places)
 
 
 @functools.lru_cache(maxsize=32)
@@ -382,9 +383,9 @@ def param_axes(config: BackboneConfig) -> Params:
     return nnx.to_pure_dict(held, extract_fn=lambda variable: variable.get_metadata("out_sharding"))
 
 
-def init_cache(config: BackboneConfig, batch: int, slots: int, dtype: str | None = None) -> KVCache:
-    """An empty cache of `slots` positions a row, in `dtype` (the compute dtype unless given)."""
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+def init_cache(config: BackboneConfig, batch: int, cache_length: int, dtype: str | None = None) -> KVCache:
+    """An empty cache of `cache_length` positions a row, in `dtype` (the compute dtype unless given)."""
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, cache_length, config.head_dim)
     return KVCache(*(sharding.constrain(jnp.zeros(shape, dtype or config.dtype), axes) for axes in CACHE_AXES))
 
 
@@ -405,12 +406,12 @@ def apply(
     Args:
       params: the tree of `init_params`, with adapters or without (`models/lora.py`).
       tokens: int32 [B, T].
-      positions: int32 [B, T], rotary positions. With a cache also the slot that a token is written to; a token at a
+      positions: int32 [B, T], rotary positions. With a cache also where a token is written; a token at a
         negative position is padding and written nowhere (left padding), and right padding continues the positions: its
-        slots are overwritten before any query can see them.
+        keys are overwritten before any query can see them.
       segment_ids: int32 [B, T] for packed rows (no cache): a token sees earlier tokens of its own segment only. 0 is
         padding. None: plain causal attention.
-      cache: keys and values so far; a query at position p sees the slots 0 … p.
+      cache: keys and values so far; a query at position p sees the cache positions 0 … p.
       dropout_key: turns on the configured dropout.
       grad_accum: a tree like `params["layers"]`, sums of earlier gradients: the gradient with respect to it is
         `grad_accum` plus the gradient of the layers' parameters, and that of the parameters themselves is lost

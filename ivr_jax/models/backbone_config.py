@@ -39,8 +39,8 @@ class BackboneConfig:
         results of fused attention), or all but the named ones of `KEPT`, joined by "+", as "attention+output".
       attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
         not fit), "plain", "splash" or "cudnn".
-      decode_kernel: attention of a few tokens over a cache: "plain" reads all slots of a row; "pallas" (TPU) those that
-        are filled, for caches of a multiple of 128 slots.
+      decode_kernel: attention of a few tokens over a cache: "plain" reads all of a row; "pallas" (TPU) the positions
+        that are filled, for caches of a multiple of 128.
       unroll: layers that the scan writes out at a time.
       fsdp_over_tensor: in training the tensor shards take rows of the batch of their own and gather the kernels of the
         layers, instead of splitting heads and MLP (`sharding.partition`): less waiting when there is a row for each

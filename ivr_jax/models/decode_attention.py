@@ -1,6 +1,6 @@
-"""Attention of one or a few new tokens over the slot cache, as a Pallas TPU kernel (untested on a TPU).
+"""Attention of one or a few new tokens over the KV cache, as a Pallas TPU kernel (untested on a TPU).
 
-Plain attention reads all slots of every row.  This kernel reads the blocks of slots that a row has filled, and computes
+Plain attention reads all of every row.  This kernel reads the blocks of positions that a row has filled, and computes
 softmax as it goes, so that scores are never stored: the online softmax of FlashAttention (arXiv 2205.14135).
 """
 
@@ -16,20 +16,20 @@ from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
 
-BLOCKS = (512, 256, 128)  # slots that are read at a time
+BLOCKS = (512, 256, 128)  # cache positions that are read at a time
 MASKED = -1e30  # a finite minus infinity
-AXES = ("layers", "batch", "kv_heads", "slots", "head_dim")  # of the cache
+AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")  # of the cache
 
 
-def fits(slots: int, length: int) -> bool:
-    """Whether the kernel supports a cache of `slots` slots a row and `length` new tokens."""
-    return slots % BLOCKS[-1] == 0 and length <= 8
+def fits(cache_length: int, length: int) -> bool:
+    """Whether the kernel supports `cache_length` cache positions a row and `length` new tokens."""
+    return cache_length % BLOCKS[-1] == 0 and length <= 8
 
 
 def decode_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, layer: int | jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """Attention of q over the slots 0 … position of its row.
+    """Attention of q over the cache positions 0 … position of its row.
 
     Args:
       q: [B, T, H, h].
@@ -55,9 +55,9 @@ def decode_attention(
 
 def _on_one_device(q, k, v, positions, layer, interpret: bool) -> jax.Array:
     batch, length, heads, width = q.shape
-    _, _, kv_heads, slots, _ = k.shape
+    _, _, kv_heads, cache_length, _ = k.shape
     queries = heads // kv_heads * length
-    block = next(size for size in BLOCKS if slots % size == 0)
+    block = next(size for size in BLOCKS if cache_length % size == 0)
     # [B, T, K, G, h] → [B, K, T · G, h]: the queries of a key head are the rows of one matrix product.
     grouped = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 1, 3, 4)
     grouped = grouped.reshape(batch, kv_heads, queries, width)
@@ -71,7 +71,7 @@ def _on_one_device(q, k, v, positions, layer, interpret: bool) -> jax.Array:
     cache_spec = pl.BlockSpec((1, 1, 1, block, width), cache_index)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
-        grid=(batch, kv_heads, slots // block),
+        grid=(batch, kv_heads, cache_length // block),
         in_specs=[query_spec, cache_spec, cache_spec],
         out_specs=query_spec,
         scratch_shapes=[pltpu.VMEM((queries, 1), jnp.float32), pltpu.VMEM((queries, 1), jnp.float32),
@@ -87,7 +87,7 @@ def _on_one_device(q, k, v, positions, layer, interpret: bool) -> jax.Array:
 
 
 def _kernel(layer, last, positions, q, k, v, out, largest, total, mixed, *, block: int, length: int, scale: float):
-    """One block of slots of one row and key head; `largest`, `total` and `mixed` are carried over the blocks."""
+    """One block of positions of one row and key head; `largest`, `total` and `mixed` are carried over the blocks."""
     row, step = pl.program_id(0), pl.program_id(2)
 
     @pl.when(step == 0)
@@ -101,12 +101,12 @@ def _kernel(layer, last, positions, q, k, v, out, largest, total, mixed, *, bloc
         keys, values = k[0, 0, 0], v[0, 0, 0]
         scores = jax.lax.dot_general(q[0, 0], keys.astype(q.dtype), (((1,), (1,)), ((), ())),
                                      preferred_element_type=jnp.float32) * scale  # fmt: skip
-        slot = step * block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+        key_position = step * block + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         token = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) // (scores.shape[0] // length)
         position = jnp.zeros(scores.shape, jnp.int32)
         for t in range(length):  # scalars are read one by one
             position = jnp.where(token == t, positions[row, t], position)
-        scores = jnp.where(slot <= position, scores, MASKED)
+        scores = jnp.where(key_position <= position, scores, MASKED)
         higher = jnp.maximum(largest[...], scores.max(axis=1, keepdims=True))
         weights = jnp.exp(scores - higher)
         shrink = jnp.exp(largest[...] - higher)

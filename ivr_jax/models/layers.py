@@ -2,7 +2,7 @@
 
 Axes of shapes, here and in all of the package:
 
-    B  rows of a batch     T  tokens of a row (queries)     S  cache slots (keys)     L  layers     V  vocabulary
+    B  rows of a batch     T  tokens of a row (queries)     S  keys (cache positions)  L  layers     V  vocabulary
     D  model width         F  MLP width                     h  width of a head
     H  query heads         K  key and value heads           G = H / K, queries of one key head
 """
@@ -348,17 +348,17 @@ def attention(
 def _attend(q, k, v, mask, dropout_rate, key) -> jax.Array:
     """Heads first and the G queries of a kv head side by side: one matrix product a kv head, forwards and backwards."""
     batch, length, heads, width = q.shape
-    kv_heads, slots = k.shape[2], k.shape[1]
+    kv_heads, keys = k.shape[2], k.shape[1]
     groups = heads // kv_heads
     q = (q * jnp.asarray(width**-0.5, q.dtype)).reshape(batch, length, kv_heads, groups, width)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, width)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, groups, length, slots)
+    scores = scores.reshape(batch, kv_heads, groups, length, keys)
     scores = jnp.where(mask[:, None, None, :, :], scores, MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1).reshape(batch, kv_heads, groups * length, 1)
-    weights = dropout(weights, dropout_rate, key).reshape(batch, kv_heads, groups * length, slots).astype(v.dtype)
+    weights = dropout(weights, dropout_rate, key).reshape(batch, kv_heads, groups * length, keys).astype(v.dtype)
     mixed = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32) / total
     mixed = mixed.reshape(batch, kv_heads, groups, length, width).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads, width).astype(v.dtype)

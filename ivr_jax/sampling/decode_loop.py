@@ -83,7 +83,7 @@ def first_of(slots: Slots) -> jax.Array:
 
 @jax.jit
 def reach(slots: Slots) -> jax.Array:
-    """int32 []: the cache slots that the next call needs."""
+    """int32 []: the cache positions that the next call needs."""
     return jnp.where(slots.ended, 0, first_of(slots).max(0) + slots.window.shape[1]).max()
 
 

@@ -97,7 +97,7 @@ class Engine:
       grammar: gives `tables` and `tokenizer` (a `Grammar`, or several joined ones).
       sampling: how ids are sampled; options: how many at a time, and how caches grow.
       length: most tokens of one answer; an answer's own `limit` may be lower.
-      widest: most cache slots that an answer can need; by default those of the model's context.
+      widest: most cache positions that an answer can need; by default those of the model's context.
       batch: slots, by default those of the options.
       cells: of a reference image, for speculation.
     """
@@ -204,7 +204,7 @@ class Engine:
         if self._slots is None:
             self._slots = device.empty(
                 self.config, keys[0], _one(arrivals[0].state), batch=self.batch, contexts=contexts,
-                slots=self._wide(0, self._prompt_width), length=self.length, window=self.options.window,
+                cache_length=self._wide(0, self._prompt_width), length=self.length, window=self.options.window,
                 pad=self.vocab.pad, truncates=self.sampling.truncates, cells=self._cells,
             )  # fmt: skip
         self._widen(self._prompt_width)
@@ -275,7 +275,7 @@ class Engine:
         now = self._slots.cache.k.shape[3]
         wide = self._wide(now, needed)
         if wide != now:
-            self._slots = device.widen(self._slots, slots_wide=wide)
+            self._slots = device.widen(self._slots, cache_length=wide)
 
     def _wide(self, now: int, needed: int) -> int:
         """The width of the cache: enough for `needed`, with room to grow."""

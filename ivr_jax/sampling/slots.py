@@ -14,7 +14,7 @@ Cache slot s of a row holds position s, so a row needs no bookkeeping beside its
 with the key `fold_in(key of the answer, t)`: neither the slot it sits in, nor its neighbours, nor the window change
 what is sampled.
 
-B slots, W window, C contexts (conditional, and those of guidance), A answer tokens, S cache slots, N answers.
+B slots, W window, C contexts (conditional, and those of guidance), A answer tokens, S cache positions, N answers.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array) ->
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "batch", "contexts", "slots", "length", "window", "pad", "truncates", "cells")
+    jax.jit,
+    static_argnames=("config", "batch", "contexts", "cache_length", "length", "window", "pad", "truncates", "cells"),
 )
 def empty(
     config: backbone.BackboneConfig,
@@ -131,7 +132,7 @@ def empty(
     *,
     batch: int,
     contexts: int,
-    slots: int,
+    cache_length: int,
     length: int,
     window: int,
     pad: int,
@@ -148,7 +149,7 @@ def empty(
         states = GrammarState(*(jnp.zeros((batch, window), jnp.int32) for _ in GrammarState._fields))
         guesses = Guesses(count(0), states, jnp.full((batch, cells), -1, jnp.int32))
     return Slots(
-        _placed(backbone.init_cache(config, contexts * batch, slots)),
+        _placed(backbone.init_cache(config, contexts * batch, cache_length)),
         jnp.ones((contexts, batch), jnp.int32),
         jnp.broadcast_to(key, (batch,)),
         GrammarState(*(jnp.broadcast_to(x, (batch,)) for x in state)),
@@ -233,14 +234,14 @@ def vacate(ended: jax.Array, stopped: jax.Array) -> jax.Array:
     return ended.at[stopped].set(True, mode="drop")
 
 
-def widen(slots: Slots, *, slots_wide: int) -> Slots:
-    """The same slots with `slots_wide` cache slots each."""
-    return slots._replace(cache=_widened(slots.cache, slots_wide=slots_wide))
+def widen(slots: Slots, *, cache_length: int) -> Slots:
+    """The same slots with `cache_length` cache positions each."""
+    return slots._replace(cache=_widened(slots.cache, cache_length=cache_length))
 
 
-@functools.partial(jax.jit, static_argnames=("slots_wide",))
-def _widened(cache: backbone.KVCache, *, slots_wide: int) -> backbone.KVCache:
-    more = ((0, 0), (0, 0), (0, 0), (0, slots_wide - cache.k.shape[3]), (0, 0))
+@functools.partial(jax.jit, static_argnames=("cache_length",))
+def _widened(cache: backbone.KVCache, *, cache_length: int) -> backbone.KVCache:
+    more = ((0, 0), (0, 0), (0, 0), (0, cache_length - cache.k.shape[3]), (0, 0))
     return _placed(backbone.KVCache(*(jnp.pad(x, more) for x in cache)))
 
 
