@@ -34,28 +34,37 @@ from ivr_jax.services.config import Secrets, ServiceConfig
 from ivr_jax.services.replies import Unusable
 
 _RETRIED = frozenset((408, 409, 425, 429))
-_REFUSED = {401: "the key is refused", 403: "access is forbidden", 404: "there is no such address or model"}
+_REFUSED = {
+    401: "the key is refused", 402: "payment is required", 403: "access is forbidden",
+    404: "there is no such address or model", 405: "the address takes no such call", 410: "the address or model is gone",
+}  # fmt: skip
 _MOVED = frozenset((301, 302, 303, 307, 308))  # not followed: the new address is for the user to trust
 _EXCERPT = 200
 PARAMETERS = ("max_completion_tokens", "max_tokens", "temperature", "response_format", "size")
 _UNSUPPORTED = re.compile(
     r"unsupported|not support|n[o'’]t (?:allowed|permitted|recogni[sz]ed|accept)|unknown|unrecogni[sz]ed|unexpected"
-    r"|deprecated|extra|invalid|too large|at most|maximum",
+    r"|deprecated|extra|invalid|too large|at most|maximum|\bmust\b|should be|range|between",
     re.IGNORECASE,
 )
 _TOO_LONG = re.compile(r"context (?:length|window)|(?:input|prompt) tokens|prompt is too long", re.IGNORECASE)
 _STATUS_OF_WORD = {
     "rate_limit_exceeded": 429, "rate_limit_error": 429, "resource_exhausted": 429, "insufficient_quota": 429,
+    "too_many_requests": 429, "toomanyrequests": 429, "rate_limited": 429, "quota_exceeded": 429, "throttling": 429,
     "invalid_api_key": 401, "authentication_error": 401, "unauthenticated": 401,
     "permission_error": 403, "permission_denied": 403, "model_not_found": 404, "not_found_error": 404, "not_found": 404,
     "invalid_request_error": 400, "invalid_argument": 400, "context_length_exceeded": 400,
     "unsupported_parameter": 400, "unsupported_value": 400, "content_policy_violation": 400,
-    "server_error": 500, "api_error": 500, "internal": 500, "overloaded_error": 503, "unavailable": 503,
-    "deadline_exceeded": 504,
+    "content_filter": 400, "server_error": 500, "api_error": 500, "internal": 500, "internal_error": 500,
+    "internal_server_error": 500, "overloaded_error": 503, "engine_overloaded_error": 503, "unavailable": 503,
+    "service_unavailable": 503, "deadline_exceeded": 504, "timeout": 504,
 }  # fmt: skip
+_NO_BASE64 = re.compile(r"\Ab(?=['\"])|\\[nr]|[\s\0\u200b\ufeff]+")  # what may stand in or before it
 _DATA_URI = re.compile(r"\A\W*(?:\w*\W{0,2}\(?data:[^,]*,|base64,)", re.IGNORECASE)
-_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "model_length")  # of `finish_reason`, in lower case
-_FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "image_safety")
+# Of `finish_reason`, in lower case:
+_CUT_OFF = ("length", "max_tokens", "max_output_tokens", "max_completion_tokens", "token_limit", "model_length")
+_FILTERED = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist", "spii", "image_safety",
+             "guardrail", "refusal")  # fmt: skip
+_BROKEN = ("error", "abort", "aborted", "cancelled", "insufficient_system_resource")
 _IDLE = 4.0  # seconds a connection is kept unused: uvicorn, and with it vLLM, closes them after 5
 _MOST_TOKENS = 10**12
 _MANY_PIXELS = 1 << 15  # from which a picture is encoded in a thread
@@ -151,7 +160,7 @@ def decode_base64(text: Any) -> bytes:
     if text.startswith(("http://", "https://")):
         raise Unusable("the answer is the address of an image, not an image")
     payload = urllib.parse.unquote(_DATA_URI.sub("", text)) if "%" in text else _DATA_URI.sub("", text)
-    payload = "".join(payload.replace("\\/", "/").split()).strip("\"')").rstrip("=")
+    payload = _NO_BASE64.sub("", payload.replace("\\/", "/")).strip("\"')").rstrip("=")
     payload = payload.translate(str.maketrans("-_", "+/"))
     try:
         return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
@@ -202,7 +211,8 @@ def check_no_error(reply: Any, headers: Mapping[str, str], secrets: Secrets, who
     """Raises what an error inside a reply of status 200 means, by its own code."""
     if isinstance(reply, list):  # Gemini sends a list of one
         reply = field(reply, 0)
-    error = field(reply, "error") or field(reply, "choices", 0, "error")
+    choice = field(reply, "choices", 0)
+    error = field(reply, "error") or field(choice, "error") or field(choice, "message", "error")
     is_answer = not isinstance(reply, Mapping) or any(reply.get(name) for name in ("choices", "data", "response"))
     if not error and not is_answer:
         errors = reply.get("errors")
@@ -213,22 +223,22 @@ def check_no_error(reply: Any, headers: Mapping[str, str], secrets: Secrets, who
     if not error:
         return
     message = field(error, "message") or field(error, "msg") or field(error, "detail") or error
-    codes = [field(error, name) for name in _CODES]
+    codes = [error, *(field(error, name) for name in _CODES)]
     status = next((known for known in map(_status_of, codes) if known), 0)
     body = secrets.hide(message if isinstance(message, str) else json.dumps(message, default=str))
     if not status:
-        raise Fault("error in a reply", " ".join(body.split())[:_EXCERPT])
+        raise Fault("error in a reply", " ".join(body.split())[:_EXCERPT], retry_after(headers))
     raise outcome_of_status(status, headers, body, who, str(field(error, "param") or ""))
 
 
-_CODES = ("code", "status_code", "status", "type")  # fields that may say what kind an error is of
+_CODES = ("code", "status_code", "http_status", "status", "type")  # fields that may say what kind an error is of
 
 
 def _status_of(code: Any) -> int:
     """The HTTP status that an error's code means; 0 for one that means nothing known."""
     if isinstance(code, int | str) and not isinstance(code, bool) and str(code).isdecimal():
         return int(code) if 300 <= int(code) < 600 else 0
-    return _STATUS_OF_WORD.get(code.lower(), 0) if isinstance(code, str) else 0
+    return _STATUS_OF_WORD.get(re.sub(r"[\s-]+", "_", code.strip().lower()), 0) if isinstance(code, str) else 0
 
 
 def chat_reply(completion: Any, config: ServiceConfig, secrets: Secrets) -> Reply:
@@ -242,14 +252,17 @@ def chat_reply(completion: Any, config: ServiceConfig, secrets: Secrets) -> Repl
     choice = field(completion, "choices", 0)
     message = field(choice, "message")
     tokens = usage_of(completion)
-    if refusal := field(message, "refusal"):
+    if refusal := field(message, "refusal") or _part(message, "refusal"):
         raise Rejected(f"refused: {secrets.hide(str(refusal))[:_EXCERPT]}")
-    ended = {str(field(choice, name)).lower() for name in ("finish_reason", "native_finish_reason")}
+    reasons = (field(choice, name) for name in ("finish_reason", "native_finish_reason", "stop_reason"))
+    ended = {str(reason).rpartition(".")[2].lower() for reason in reasons}  # also "FinishReason.MAX_TOKENS"
     if ended & set(_FILTERED):
         raise Rejected("stopped by the content filter")
     if ended & set(_CUT_OFF):
         limit = f"max_tokens={config.max_tokens}" if config.max_tokens else "the server's own limit (max_tokens=0)"
         raise CutOff(f"the answer was cut off at {limit}", Reply("", None, *tokens))
+    if broken := ended & set(_BROKEN):
+        raise Fault("error in a reply", f"the answer ended with finish_reason={broken.pop()}")
     if not isinstance(message, Mapping):
         said = secrets.hide(json.dumps(completion, default=str))[:_EXCERPT]
         raise Fault("unusable answer", f"the reply holds no message: {said}", sick=False)
@@ -264,6 +277,10 @@ def message_text(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, str):
         return content
+    if isinstance(content, Mapping) and "parts" in content:
+        content = content["parts"]
+    if isinstance(content, Mapping) and not content.keys() & {"type", "text", "content"}:
+        return json.dumps(content)  # the answer's own object, parsed already
     parts = content if isinstance(content, list) else [content]
     texts = []
     for part in parts:
@@ -274,6 +291,13 @@ def message_text(message: Mapping[str, Any]) -> str:
         if kind in ("text", "output_text") and isinstance(text, str) and field(part, "thought") is not True:
             texts.append(text)
     return "".join(texts)
+
+
+def _part(message: Any, kind: str) -> Any:
+    """The field `kind` of the first part of a message's content that is of this kind, or None."""
+    content = field(message, "content")
+    parts = content if isinstance(content, list) else []
+    return next((field(part, kind) for part in parts if field(part, "type") == kind), None)
 
 
 def _why_no_text(message: Mapping[str, Any], ended: Any) -> str:
@@ -295,7 +319,7 @@ def usage_of(reply: Any) -> tuple[int, int]:
 
 def _token_count(value: Any) -> int:
     """A count as a server reports it; 0 for anything that cannot be one."""
-    return value if isinstance(value, int) and 0 <= value <= _MOST_TOKENS else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS else 0
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -20,7 +20,13 @@ from ivr_jax.services.build import analyzer_from_configs
 from ivr_jax.services.caller import Fault, Rejected
 from ivr_jax.services.config import Secrets, ServiceConfig
 from ivr_jax.services.gateway_client import GatewayClient
-from ivr_jax.services.http_client import check_no_error, decode_base64, message_text, refused_parameter
+from ivr_jax.services.http_client import (
+    check_no_error,
+    decode_base64,
+    message_text,
+    outcome_of_status,
+    refused_parameter,
+)
 from ivr_jax.services.journal import Journal
 from ivr_jax.services.openai_client import OpenAIClient
 from ivr_jax.services.replies import Unusable
@@ -75,6 +81,8 @@ def ask(service: OpenAIService, journal: Journal | None = None, **settings):
         {"type": "text", "text": VERDICT},
         [{"type": "text", "content": VERDICT}],
         [VERDICT],
+        {"parts": [{"text": VERDICT}]},
+        json.loads(VERDICT),
     ],
 )
 def test_text_parts_joined_are_the_answer(service, content):
@@ -110,6 +118,9 @@ def test_what_is_no_text_is_no_answer(service, message):
         ({"choices": [{"finish_reason": "error", "error": {"message": "image too large: 502", "code": 502},
                        "message": {"content": ""}}]}, "502"),
         ({"error": "the model is loading"}, "error in a reply"),
+        ({"error": "Too many requests"}, "429"),
+        ({"error": {"message": "busy", "code": "engine_overloaded_error"}}, "503"),
+        ({"error": {"message": "busy", "http_status": 503}}, "503"),
         ({"object": "error", "message": "no room left", "code": 507}, "507"),
         ({"message": "slow down", "code": 429}, "429"),
         ({"message": "slow down", "status_code": "503"}, "503"),
@@ -207,6 +218,7 @@ def test_a_model_that_takes_no_temperature_ends_the_run_and_names_the_key(servic
         ("max_tokens: 100000 is too large; at most 8192", "", "max_tokens"),
         ("'max_tokens' is too large: this model's maximum context length is 8192 tokens", "max_tokens", ""),
         ("Invalid value for 'size'", "size", "size"),
+        ("Value error, temperature must be > 0", "", "temperature"),
         ("the image's size is not supported", "", ""),
         ("Your image was rejected", "", ""),
     ],
@@ -225,7 +237,8 @@ def test_base64_is_read_however_it_is_written():
         f"data:image/png;base64,{plain}", plain.replace("A", "A\r\n"),
         f" data:image/png;base64,{base64.encodebytes(data).decode()}", f"DATA:image/png;BASE64,{plain}",
         f"data:image/png;base64,{urllib.parse.quote(plain, safe='')}", f'"{plain}"', plain.replace("/", "\\/"),
-        f"![image](data:image/png;base64,{plain})", f"base64,{plain}",
+        f"![image](data:image/png;base64,{plain})", f"base64,{plain}", f"b'{plain}'", f"\ufeff{plain}\0",
+        plain.replace("A", "A\\n"),
     )  # fmt: skip
     assert all(decode_base64(form) == data for form in forms)
     for bad in (None, 4, " ", "http://host/x.png", "a*b", "äöü"):
@@ -245,7 +258,27 @@ def test_the_helpers_take_anything():
         assert fault.value.kind == "429" and "quota" in str(fault.value)
 
 
-@pytest.mark.parametrize("ended", ["length", "MAX_TOKENS", "max_output_tokens", "model_length"])
+@pytest.mark.parametrize(("choice", "kind"), [
+    ({"finish_reason": "error", "message": {"content": VERDICT}}, "error in a reply"),  # it may be a half
+    ({"finish_reason": "abort", "message": {"content": VERDICT}}, "error in a reply"),
+    ({"finish_reason": "stop", "message": {"content": "", "error": "upstream fell over"}}, "error in a reply"),
+    ({"finish_reason": "refusal", "message": {"content": ""}}, "rejected"),
+    ({"finish_reason": "stop", "message": {"content": [{"type": "refusal", "refusal": "I will not."}]}}, "rejected"),
+])  # fmt: skip
+def test_an_answer_that_was_broken_off_or_refused_is_none(service, choice, kind):
+    service.behaviour.raw = json.dumps({"choices": [choice]}).encode()
+    with pytest.raises(ServiceFailed) as error:
+        ask(service, tries=1)
+    assert error.value.kind == kind
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 410])
+def test_a_status_that_every_question_would_get_ends_the_run(status):
+    outcome = outcome_of_status(status, {}, "said so", "judge")
+    assert type(outcome) is UserError and "said so" in outcome.what
+
+
+@pytest.mark.parametrize("ended", ["length", "FinishReason.MAX_TOKENS", "max_output_tokens", "model_length", "token_limit"])
 def test_every_word_for_the_limit_is_a_cut_off(service, ended):
     service.behaviour.raw = json.dumps(
         {"choices": [{"finish_reason": ended, "message": {"content": VERDICT}}]}
