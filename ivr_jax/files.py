@@ -16,13 +16,13 @@ Modes follow the umask, as those of files that are simply opened.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any
@@ -80,13 +80,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one (PowerShell writes it).
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 or UTF-32 (PowerShell writes it).
 
     Raises OSError, or ValueError for another encoding.
     """
     content = Path(path).read_bytes()
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    try:
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8; save the file in that encoding") from None
 
 
 def parse_json(text: str, what: str, remedy: str = "Correct it.") -> Any:
@@ -152,11 +154,22 @@ def written_path(root: str | os.PathLike[str], written: str) -> Path:
     `images\\cat.png` is `images/cat.png`; where there is none, as for `C:\\data\\cat.png`, it is `cat.png` in `root`.
     """
     plain, windows = Path(root) / written, PureWindowsPath(written)
-    if "\\" not in written or plain.exists():
+    if is_file(plain):
         return plain
-    below = Path(root, *windows.parts[bool(windows.anchor) :])
-    by_name = Path(root) / windows.name
-    return below if below.is_file() or not by_name.is_file() else by_name
+    if "\\" in written or windows.drive:
+        below = Path(root, *windows.parts[bool(windows.anchor) :])
+        by_name = Path(root) / windows.name
+        return below if is_file(below) or not is_file(by_name) else by_name
+    forms = (Path(root) / unicodedata.normalize(form, written) for form in ("NFC", "NFD"))  # macOS takes letters apart
+    return next((path for path in forms if is_file(path)), plain)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False also for what no file can be called."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 class Lock:

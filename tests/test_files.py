@@ -152,14 +152,15 @@ def test_a_json_object_of_the_schema_is_read_with_a_byte_order_mark_and_windows_
     assert files.read_json_object(path, schema="x/1") == {"schema": "x/1", "n": 2}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32"])
 def test_texts_are_read_as_windows_saves_them(tmp_path, encoding):
-    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # JSON tells the encoding without one as well
     (tmp_path / "a.jsonl").write_bytes((mark + '{"prompt": "Größe 😀"}\r\n').encode(encoding))
     assert [value for _, value in files.read_json_lines(tmp_path / "a.jsonl")] == [{"prompt": "Größe 😀"}]
 
 
-@pytest.mark.parametrize("content", [None, b"[1]", b'{"schema": "y/1"}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [None, b"[1]", b'{"schema": "y/1"}', b"\xff\xfe", b"[" * 100_000, b"\0" * 9,
+                                     '{"é": 1}'.encode("latin-1")])  # fmt: skip
 def test_anything_else_than_a_json_object_of_the_schema_is_one_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "a.json"
     if content is not None:
@@ -184,10 +185,11 @@ def test_json_lines_end_at_newlines_alone_and_a_bad_line_is_named(tmp_path):
     ("images/cat.png", "images/cat.png"), (r"images\cat.png", "images/cat.png"),
     (r".\images\cat.png", "images/cat.png"), (r"C:\data\dog.png", "dog.png"),
     (r"\\server\share\dog.png", "dog.png"), (r"a\b.png", r"a\b.png"),
-    (r"gone\away.png", "gone/away.png"),
+    (r"gone\away.png", "gone/away.png"), ("C:/data/dog.png", "dog.png"), ("A\u0308.png", "Ä.png"),
+    ("x" * 5000, "x" * 5000), (r"C:\x" + "y" * 5000, "x" + "y" * 5000),
 ])  # fmt: skip
 def test_paths_that_were_written_on_windows_are_found(tmp_path, written, found):
     (tmp_path / "images").mkdir()
-    for name in ("images/cat.png", "dog.png", r"a\b.png"):
+    for name in ("images/cat.png", "dog.png", r"a\b.png", "Ä.png"):
         (tmp_path / name).touch()
     assert files.written_path(tmp_path, written) == tmp_path / found

@@ -191,7 +191,7 @@ def _image_path(fields: Mapping[str, Any], field: str, value: Any, where: str, r
     if not isinstance(value, str) or not value or "\0" in value:
         raise UserError(f"{where}: {field} is {fields[field]!r}.", "Give a path, or null.")
     path = files.written_path(root, value)
-    if not path.is_file():
+    if not files.is_file(path):
         raise UserError(
             f"{where}: the {field} {path} is no file.",
             "Correct the path; relative ones start at the list's own directory.",

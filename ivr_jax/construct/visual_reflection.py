@@ -22,12 +22,13 @@ import hashlib
 import json
 import os
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ivr_jax import files
-from ivr_jax.construct.released import Problem, check_final_passes
+from ivr_jax.construct.released import Problem, check_final_passes, check_storable
 from ivr_jax.construct.samples import GivenRound, InputSample, Quarantined
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
@@ -155,7 +156,7 @@ def read_visual_reflection(
     path = Path(file)
     root = Path(image_root) if image_root is not None else path.parent
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = files.read_text(path).split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.", "Check the path: --config.samples=FILE.jsonl.") from error
     samples: dict[str, InputSample] = {}
@@ -178,10 +179,7 @@ def _sample(line: str, where: str, root: Path) -> InputSample:
         if not holds:
             raise UserError(f"{where}: {what}.", "Correct the record, or leave it out.")
 
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is no JSON: {error}.", "Write one record a line.") from error
+    record = files.parse_json(line, where, "Write one record a line.")
     check(isinstance(record, dict) and set(record) == set(FIELDS), f"a record has the fields {', '.join(FIELDS)}")
     for name in ("trajectory_id", *PROVENANCE, "prompt"):
         check(isinstance(record[name], str) and bool(record[name].strip()), f"{name} is no text")
@@ -197,6 +195,7 @@ def _sample(line: str, where: str, root: Path) -> InputSample:
         last = i + 1 == len(steps)
         check(step["action"] == ("stop" if last else "continue"), f"steps[{i}].action is {step['action']!r}")
         check(bool(step["edit"].strip()) != last, f"steps[{i}].edit does not fit its action")
+    check_storable(record, f"{where}: it")
     check(record["trajectory_id"] == trajectory_id(record), "trajectory_id is not that of the record's content")
     texts = {"prompt": record["prompt"], **{f"steps[{i}].{name}": step[name] for i, step in enumerate(steps)
                                             for name in ("reflection", "edit")}}
@@ -212,20 +211,30 @@ def _sample(line: str, where: str, root: Path) -> InputSample:
     return InputSample(key, record["prompt"].strip(), candidate=paths[0], given=given, facts=facts)
 
 
+def _path_of_url(url: str) -> str:
+    """The path that a `file:` address names."""
+    parts = urllib.parse.urlsplit(url)
+    path = urllib.parse.unquote(parts.path if parts.netloc.lower() == "localhost" else parts.netloc + parts.path)
+    return path[1:] if re.match(r"/[A-Za-z]:", path) else path
+
+
 def _image_file(image: Any, where: str, root: Path) -> Path:
     if not isinstance(image, dict) or set(image) != {"uri", "sha256"}:
         raise UserError(f"{where} has not the fields uri and sha256.", "Correct the record, or leave it out.")
     uri, digest = image["uri"], image["sha256"]
     if not isinstance(uri, str) or not uri.strip() or "\0" in uri or not isinstance(digest, str):
         raise UserError(f"{where} is no reference to an image.", "Correct the record, or leave it out.")
-    if re.match(r"[a-z][a-z0-9+.-]+://", uri) and not uri.startswith("file://"):
-        raise UserError(f"{where}: {uri} is not fetched.", "Fetch the images, and name files.")
-    path = files.written_path(root, uri.removeprefix("file://"))
+    scheme = re.match(r"(?:[a-z][a-z0-9+.-]+:/|data:)", uri, re.IGNORECASE)
+    if scheme and scheme.group().lower() != "file:/":
+        raise UserError(f"{where}: {uri[:80]} is not fetched.", "Fetch the images, and name files.")
+    if not _SHA256.fullmatch(digest):
+        raise UserError(f"{where}: sha256 is {digest[:80]!r}.", "Give 64 hexadecimal digits in lower case.")
+    path = files.written_path(root, _path_of_url(uri) if scheme else uri)
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{where}: {path} cannot be read: {error.strerror}.", "Correct the path, or name "
+        raise UserError(f"{where}: {str(path)[:200]} cannot be read: {error.strerror}.", "Correct the path, or name "
                         "--config.image_root.") from error
-    if not _SHA256.fullmatch(digest) or found != digest:
+    if found != digest:
         raise UserError(f"{where}: {path} is another file than the one that sha256 names.", "Get the file again.")
     return path

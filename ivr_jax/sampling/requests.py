@@ -103,7 +103,7 @@ def _request(line: str, where: str, folder: Path, default: Request) -> Request:
             raise UserError(f"{where}: `{name}` is {value!r}.", "Correct the line.")
     given = fields.get("image", [])
     paths = [given] if isinstance(given, str) else given
-    if not all(isinstance(path, str) for path in paths):
+    if not all(isinstance(path, str) and path.strip() and "\0" not in path for path in paths):
         raise UserError(f"{where}: `image` is {given!r}.", "Name one file, or a list of files.")
     key = checked_key(fields.get("key", default.key), where)
     request = Request(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ivr_jax import cli, files
 from ivr_jax.config import as_dataclass
+from ivr_jax.construct.released import check_storable
 from ivr_jax.errors import UserError
 from ivr_jax.score.scoring import PRESETS, Result, Scorer, with_bonus
 from ivr_jax.services.build import service_from_config
@@ -83,6 +84,10 @@ async def score_file(config: Any, workdir: Path, journal: Journal) -> int | None
 
 def _line(rollout: Any, result: Result, index: int) -> str:
     name = rollout.get("id", index) if isinstance(rollout, dict) else index
+    try:
+        check_storable(name, "the id")
+    except UserError:
+        name = index
     return json.dumps({"id": name, **result.to_json()}, ensure_ascii=False) + "\n"
 
 

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from ivr_jax import files
+from ivr_jax.construct.released import check_storable
 from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, decode_image, load_image
 from ivr_jax.interfaces import ServiceFailed
@@ -166,6 +167,10 @@ def questions(rollout: Any, preset: str) -> tuple[Call, ...]:
     for field, kind in kinds.items():
         if not isinstance(rollout.get(field), kind):
             raise UserError(f"a rollout's {field} is no {kind.__name__}.", "Correct the record.")
+    for field in ("intermediate_steps", "reflections"):
+        if not all(isinstance(item, Mapping) for item in rollout[field]):
+            raise UserError(f"a rollout's {field} hold something else than objects.", "Correct the record.")
+    check_storable(rollout, "a rollout")
     asked = released.calls(rollout)
     if preset == "paper":
         axes = tuple(call for call in asked if call.key in {f"{axis}_score" for axis in AXES})
@@ -175,7 +180,8 @@ def questions(rollout: Any, preset: str) -> tuple[Call, ...]:
             raise UserError(f"a rollout lacks a field, or has one of the wrong kind ({error}).",
                             "Correct the record.") from error
     if len(asked) > _MOST_CALLS:
-        raise UserError(f"a rollout asks for {len(asked)} judgements; at most {_MOST_CALLS} are made.")
+        raise UserError(f"a rollout asks for {len(asked)} judgements; at most {_MOST_CALLS} are made.",
+                        "Leave it out, or judge fewer of its steps and reflections.")
     for call in asked:
         for name in call.images:
             if not isinstance(name, str) or not name or "\0" in name:

@@ -36,7 +36,8 @@ from ivr_jax.services.replies import Unusable
 _RETRIED = frozenset((408, 409, 425, 429))
 _REFUSED = {
     401: "the key is refused", 402: "payment is required", 403: "access is forbidden",
-    404: "there is no such address or model", 405: "the address takes no such call", 410: "the address or model is gone",
+    404: "there is no such address or model", 405: "the address takes no such call",
+    410: "the address or model is gone",
 }  # fmt: skip
 _MOVED = frozenset((301, 302, 303, 307, 308))  # not followed: the new address is for the user to trust
 _EXCERPT = 200

@@ -13,7 +13,7 @@ from photographs import photograph
 
 from ivr_jax.construct.escalation import Outcome, construct
 from ivr_jax.construct.released import load_result, write_outcome
-from ivr_jax.construct.samples import read_samples
+from ivr_jax.construct.samples import read_samples, sort_samples
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name, save_png
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation
@@ -43,6 +43,12 @@ def test_a_list_that_was_written_on_windows_names_the_same_files(folder):
     first, second = read_samples(file)
     assert first.sources == (folder / "photographs" / "coffee.png",) and first.candidate == folder / "chelsea.png"
     assert second.sources[1] == folder / "photographs" / "chelsea.png" and second.load().sample.sources
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "", ".", "http://host/a.png", "~/a.png"])
+def test_what_names_no_file_is_set_aside(folder, path):
+    samples, quarantined = sort_samples(write(folder, entry(src_path=path), entry(key="b")))
+    assert [sample.key for sample in samples] == ["b"] and [one.key for one in quarantined] == ["entry 0"]
 
 
 def test_one_source_several_and_none_with_and_without_a_candidate(folder):

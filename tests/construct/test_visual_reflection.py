@@ -108,6 +108,21 @@ def test_a_record_read_and_judged_anew_keeps_texts_images_and_provenance(exporte
     assert again == before
 
 
+@pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}", "{}"])
+def test_images_are_found_at_addresses_of_files(exported, form):
+    record = json.loads(exported.read_text().splitlines()[0])
+    (exported.parent / "a b").mkdir()
+    for image in record["images"]:
+        path = exported.parent / image["uri"]
+        path.rename(exported.parent / "a b" / path.name)
+        whole = str(exported.parent / "a b" / path.name)
+        image["uri"] = form.format(whole.replace(" ", "%20") if form != "{}" else whole)
+    record["trajectory_id"] = trajectory_id(record)
+    exported.write_bytes(json.dumps(record).encode("utf-16"))
+    samples, quarantined = read_visual_reflection(exported)
+    assert not quarantined and samples[0].load().first_image.shape[2] == 3
+
+
 def broken(record: dict, change) -> str:
     change(record)
     return json.dumps(record)
@@ -128,6 +143,10 @@ CHANGES = {
     "path": lambda r: r["images"][0].update(uri="absent.png"),
     "kind": lambda r: r.update(steps="x"),
     "control": lambda r: r.update(prompt="<|im_start|>"),
+    "inline image": lambda r: r["images"][0].update(uri="data:image/png;base64,AAAA"),
+    "bucket": lambda r: r["images"][0].update(uri="S3://bucket/a.png"),
+    "name of a hash": lambda r: r["images"][0].update(sha256="sha256:" + r["images"][0]["sha256"]),
+    "half a character": lambda r: r.update(prompt="\ud800"),
 }
 
 
@@ -140,8 +159,8 @@ def test_a_faulty_record_is_set_aside_with_its_line(exported, change, with_id):
     if with_id:
         try:
             record["trajectory_id"] = trajectory_id(record)
-        except KeyError:
-            pytest.skip("no id without its fields")
+        except (KeyError, UnicodeError):
+            pytest.skip("no id without its fields, as UTF-8")
     if with_id and change is CHANGES["content"]:
         pytest.skip("another prompt with its own id is a good record")
     exported.write_text("\ufeff" + exported.read_text() + json.dumps(record) + "\n{\n", encoding="utf-8")

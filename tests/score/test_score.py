@@ -123,7 +123,8 @@ def test_a_judgement_that_failed_is_missing_and_never_a_bad_score(images, preset
         None, [], "x", {}, rollout(final_image="absent.png"), rollout(source_images="a.png"),
         rollout(intermediate_steps=[{"image": "s.png"}]), rollout(intermediate_steps=[3]), rollout(final_image=7),
         rollout(assistant_text=None), rollout(reflections=["x"]), rollout(final_image="data:image/png;base64,AAAA"),
-        rollout(intermediate_steps=[{"instruction": "go", "image": "s.png"}] * 200),
+        rollout(intermediate_steps=[{"instruction": "go", "image": "s.png"}] * 200), rollout(instruction="\ud800"),
+        rollout(id="\ud800"), rollout(explanation=float("nan")), rollout(intermediate_steps=[None]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("preset", ["paper", "released"])
@@ -151,7 +152,7 @@ def test_an_unknown_preset_is_refused(images):
 def test_the_command_scores_a_file_and_asks_again_only_for_what_is_missing(images, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_KEY", "k" * 20)
     file = tmp_path / "rollouts.jsonl"
-    lines = [rollout(id="one"), rollout(id="two", final_image="s.png"), {"id": "bad"}]
+    lines = [rollout(id="one"), rollout(id="two", final_image="s.png"), {"id": "bad"}, {"id": "\ud800"}]
     file.write_text("\ufeff" + "\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     service = OpenAIService(Behaviour(answer='{"quality_score": 4}'))
     with serving(service) as url:
@@ -164,15 +165,15 @@ def test_the_command_scores_a_file_and_asks_again_only_for_what_is_missing(image
         first = commands.run("score", *command)
         assert first.returncode == 3
         told = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
-        assert [line["id"] for line in told] == ["one", "two", "bad"]
-        assert [len(line["missing"]) for line in told] == [3, 3, 0] and told[2]["error"]
+        assert [line["id"] for line in told] == ["one", "two", "bad", 3]
+        assert [len(line["missing"]) for line in told] == [3, 3, 0, 0] and told[2]["error"] and told[3]["error"]
         keys = ("consistency", "instruction", "quality", "knowledge")
         service.behaviour.answer = json.dumps({f"{key}_score": 5 for key in keys})
         asked = service.log.answered.total()
         commands.succeed("score", *command)
         assert service.log.answered.total() - asked == 6
     told = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
-    assert [line["total"] for line in told] == [pytest.approx((0.4 * 0.95 + 0.1) / 0.5)] * 2 + [None]
+    assert [line["total"] for line in told] == [pytest.approx((0.4 * 0.95 + 0.1) / 0.5)] * 2 + [None] * 2
 
 
 class Stuck:

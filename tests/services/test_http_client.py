@@ -278,7 +278,8 @@ def test_a_status_that_every_question_would_get_ends_the_run(status):
     assert type(outcome) is UserError and "said so" in outcome.what
 
 
-@pytest.mark.parametrize("ended", ["length", "FinishReason.MAX_TOKENS", "max_output_tokens", "model_length", "token_limit"])
+@pytest.mark.parametrize("ended", ["length", "FinishReason.MAX_TOKENS", "max_output_tokens", "model_length",
+                                   "token_limit"])  # fmt: skip
 def test_every_word_for_the_limit_is_a_cut_off(service, ended):
     service.behaviour.raw = json.dumps(
         {"choices": [{"finish_reason": ended, "message": {"content": VERDICT}}]}
