@@ -17,7 +17,7 @@ from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.rewards.judge import judge_answers
 from ivr_jax.sampling.rollout import RolloutOptions, roll_out
 from ivr_jax.training.losses import GrpoOptions
-from ivr_jax.training.scoring import score_rollout
+from ivr_jax.training.scoring import score_rollout, token_advantages
 from ivr_jax.training.stored_rollouts import INVALID, stored_answers
 from ivr_jax.world.analyzer import WorldAnalyzer
 from ivr_jax.world.sampler import sample_task
@@ -42,8 +42,8 @@ def inspect_group(system: System, task: int, group_size: int, seed: int) -> list
     reward = as_dataclass(RewardOptions, config.reward)
     judged = asyncio.run(judge_answers(WorldAnalyzer(), rollout.judgeable(), True, reward))
     scored = score_rollout(rollout, judged, reward)
-    visual_start = system.tokenizer.vocab.visual_start
-    stored = stored_answers(rollout, [made.sample], scored, range(group_size), GrpoOptions(), visual_start)
+    advantages = token_advantages(rollout, scored, GrpoOptions(), system.tokenizer.vocab.visual_start)
+    stored = stored_answers(rollout, [made.sample], scored, advantages, range(group_size))
     found = []
     for number, answer in enumerate(stored):
         item = encode_rollout(answer, system, f"task {task}", number)

@@ -53,11 +53,11 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import lora
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.rewards import functions as reward_functions
-from ivr_jax.rewards.judge import Judged
 from ivr_jax.rewards.judge_service import JudgeResult, JudgeService
 from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.rollout import Drafts, Rollout, roll_out, sample_drafts
 from ivr_jax.sampling.slots import rules_of
+from ivr_jax.training.minibatches import context_length, in_passes, join_metrics, left_out, split_groups
 from ivr_jax.training.monitor import Monitor, MonitorOptions
 from ivr_jax.training.multihost_rl import global_judge_result, global_rollout
 from ivr_jax.training.policy_logprobs import (
@@ -72,16 +72,23 @@ from ivr_jax.training.policy_logprobs import (
 from ivr_jax.training.prompts import Prompt, Tasks
 from ivr_jax.training.refill import refill
 from ivr_jax.training.rl_options import RLOptions
-from ivr_jax.training.rl_state import OverlapState, PendingRollout, Placement, Probe
-from ivr_jax.training.scoring import Scored, draft_answers, score_rollout, summary, token_advantages
-from ivr_jax.training.state import TrainState, apply_gradients
-from ivr_jax.training.stored_rollouts import write_gallery
+from ivr_jax.training.rl_state import OverlapState, PendingRollout, Placement, Probe, run_probes, update_function
+from ivr_jax.training.scoring import (
+    Scored,
+    draft_answers,
+    score_rollout,
+    separate_drafts,
+    shown_answers,
+    summary,
+    token_advantages,
+)
+from ivr_jax.training.state import TrainState
+from ivr_jax.training.stored_rollouts import stored_answers, write_gallery
 from ivr_jax.training.throughput import rl_work
 
 # Folded into a step's key for its drafts, and with the round for new answers.
 DRAFTS = 0xD4AF7
 REFILL = 0x4EF11
-SHUFFLE = 0x5011  # part of the seed that shuffles groups into minibatches
 
 
 class Trainer:
@@ -131,7 +138,7 @@ class Trainer:
             trained = trained._replace(params=lora.split(trained.params)[0])
         gradient_shardings = PolicyGradient(None if trained is None else trained.params, replicated, replicated)
         self._gradient = policy_gradient(system.config, self.grammar, options, gradient_shardings)
-        self._apply = update_function(optimizer, options, (trained, replicated))
+        self._apply = update_function(optimizer, bool(options.overlap), (trained, replicated))
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -165,7 +172,7 @@ class Trainer:
             self.check_logprobs(behaviour, rollout)
 
         # Score.
-        judged, drafts = self._separate(judge_result.judged, rollout)
+        judged, drafts = separate_drafts(judge_result.judged, rollout)
         scored = score_rollout(rollout, judged, options.reward, options.grpo, drafts)
         missing = sum(not answer.present for answer in scored.judged)
         self.monitor.count_missing(missing, len(scored.judged), judge_result.usage.reasons)
@@ -211,10 +218,10 @@ class Trainer:
         due = [probe for probe in self.probes if (step + 1) % probe.every == 0]
         if due:
             self.activity = "measuring the policy"
-            further |= self._measured(due, learner.params, step + 1)
+            further |= run_probes(due, self.system, self.placement.layout, learner.params, step + 1)
         shows = self.gallery and options.gallery_every and (step + 1) % options.gallery_every == 0
         if shows and distributed.is_primary():
-            self._write_gallery(rollout, [prompt.sample for prompt in self._of_groups(prompts.now)], scored, step + 1)
+            self._write_gallery(rollout, scored, prompts.now, step + 1)
         self.activity = ""
         return further
 
@@ -224,13 +231,6 @@ class Trainer:
             return [state.params]
         frozen = lora.split(state.params)[1]
         return [*(lora.join(previous, frozen) for previous in state.previous), state.params]
-
-    def _measured(self, probes: Sequence[Probe], params: Any, step: int) -> dict[str, float]:
-        """What `probes` measure of the policy `params`, with the weights that answers are sampled with."""
-        layout = self.placement.layout
-        system = dataclasses.replace(self.system, config=layout.config, params=layout(params), mesh=layout.mesh)
-        with jax.set_mesh(layout.mesh):
-            return {name: value for probe in probes for name, value in probe.measure(system, step).items()}
 
     # -- roll out and judge -----------------------------------------------------------------------------------------
 
@@ -326,15 +326,6 @@ class Trainer:
 
         return refill(pending.rollout, judge_result, self.options.grpo.refill, answer, judge)
 
-    def _separate(self, judged: list[Judged], rollout: Rollout) -> tuple[list[Judged], list[Judged] | None]:
-        """The judgements of answers and those of drafts; each process submitted its answers, then its drafts."""
-        if not rollout.draft_length:
-            return judged, None
-        answers = len(rollout.answers) // jax.process_count()
-        drafts = answers // rollout.group_size
-        by_process = [judged[start : start + answers + drafts] for start in range(0, len(judged), answers + drafts)]
-        return [j for part in by_process for j in part[:answers]], [j for part in by_process for j in part[answers:]]
-
     def format_rewards(self, rollout: Rollout) -> np.ndarray:
         """R_f float32 [P * M]."""
         any_size = np.zeros(len(rollout.answers), np.int32)
@@ -353,42 +344,19 @@ class Trainer:
           behaviour: the parameters that sampled it; by default the state's.
         """
         behaviour = state.params if behaviour is None else behaviour
+        options = self.options
         minibatches = [
-            (self.prepare(rollout, scored, answers, behaviour), self._left_out(rollout, scored, answers))
-            for answers in self._minibatches(scored, step)
-        ]
+            (self.prepare(rollout, scored, answers, behaviour),
+             left_out(rollout, scored, answers, options.grpo, self._forced))
+            for answers in split_groups(scored, options.num_minibatches, options.seed, step)
+        ]  # fmt: skip
         updates: list[dict[str, Any]] = []
-        for iteration in range(self.options.num_iterations):
-            for number, (batches, left_out) in enumerate(minibatches):
+        for iteration in range(options.num_iterations):
+            for number, (batches, skipped) in enumerate(minibatches):
                 check_ratio = on_policy and iteration == number == 0
-                state, metrics = self.update(state, batches, check_ratio, left_out)
+                state, metrics = self.update(state, batches, check_ratio, skipped)
                 updates.append(metrics)
-        return state, _joined(updates)
-
-    def _minibatches(self, scored: Scored, step: int) -> list[np.ndarray]:
-        """The answers that take part, whole groups shuffled into `num_minibatches` parts of about equal size."""
-        groups = np.arange(len(scored.used))
-        if self.options.num_minibatches > 1:
-            groups = np.random.default_rng((self.options.seed, step, SHUFFLE)).permutation(groups)
-        numbers = np.arange(scored.used.size).reshape(scored.used.shape)
-        return [numbers[part][scored.used[part]] for part in np.array_split(groups, self.options.num_minibatches)]
-
-    def _in_passes(self, scored: Scored) -> np.ndarray:
-        """bool [P * M]: answers that go through the passes."""
-        used = scored.used
-        if self.options.grpo.skip_equal_groups:
-            used = used & scored.has_contrast[:, None]
-        return used.reshape(-1)
-
-    def _left_out(self, rollout: Rollout, scored: Scored, answers: np.ndarray) -> float:
-        """What those of `answers` that skip the passes add to the loss's denominator; to its sum they add 0."""
-        skipped = answers[~self._in_passes(scored)[answers]]
-        samples = rollout.samples
-        position = np.arange(samples.rows.shape[1])
-        inside = (position >= self._context_length(rollout)) & (position < samples.lengths[skipped, None])
-        is_chosen = self._forced[samples.rows[skipped]] < 0  # more than one id was legal
-        tokens = (is_chosen & inside).sum(1)
-        return float(tokens.sum() if self.options.grpo.loss_type == "bnpo" else (tokens > 0).sum())
+        return state, join_metrics(updates)
 
     def prepare(
         self, rollout: Rollout, scored: Scored, answers: np.ndarray | None = None, behaviour: Any = None
@@ -401,11 +369,10 @@ class Trainer:
             raise UserError("top-k or top-p is on, but the rollout did not record which ids were kept.",
                             "Switch them off in config.sampling.")
         answers = np.flatnonzero(scored.used.reshape(-1)) if answers is None else answers
-        answers = answers[self._in_passes(scored)[answers]]
+        answers = answers[in_passes(scored, self.options.grpo)[answers]]
         answers = answers[np.argsort(rollout.total_lengths[answers], kind="stable")]
         reference = lora.base(behaviour) if self.reference is None else self.reference
-        visual_start = self.grammar.tokenizer.vocab.visual_start
-        advantages = token_advantages(rollout, scored, self.options.grpo, visual_start)
+        advantages = self._token_advantages(rollout, scored)
         size = self.options.micro_batch
         batches = []
         for start in range(0, len(answers), size):
@@ -419,9 +386,9 @@ class Trainer:
         return batches
 
     def update(
-        self, state: TrainState, batches: Sequence[Mapping[str, Any]], check_ratio: bool, left_out: float = 0.0
+        self, state: TrainState, batches: Sequence[Mapping[str, Any]], check_ratio: bool, skipped: float = 0.0
     ) -> tuple[TrainState, dict[str, Any]]:
-        """One optimiser step over micro-batches that add up exactly; `left_out` is added to the denominator."""
+        """One optimiser step over micro-batches that add up exactly; `skipped` is added to the denominator."""
         if not batches:
             return state, {"skipped_updates": 1.0}
         trained, frozen = lora.split(state.params)
@@ -433,7 +400,7 @@ class Trainer:
             assert_on_policy(float(metrics["max_ratio_deviation"]))
             if "sampler_kl" in metrics:
                 assert_same_distribution(float(metrics["sampler_kl"] / tokens))
-        loss, denominator = total.loss[0], total.loss[1] + left_out
+        loss, denominator = total.loss[0], total.loss[1] + skipped
         after, norm = self._apply(TrainState(trained, state.opt_state), total.gradients, denominator)
         logged_as = {"kl": "kl", "clipped": "clip_fraction", "ratio": "ratio", "approx_kl": "approx_kl"}
         if "sampler_kl" in metrics:
@@ -462,49 +429,27 @@ class Trainer:
     def _batch(self, rollout: Rollout, advantages: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
         """`policy_logprobs.answer_batch` on the mesh."""
         size = self.options.micro_batch
-        batch = answer_batch(rollout, advantages, answers, size, self.options.buckets, self._context_length(rollout))
+        context = context_length(rollout, self.options.grpo)
+        batch = answer_batch(rollout, advantages, answers, size, self.options.buckets, context)
         mine = sharding.local_rows(self.placement.mesh, size)
         return sharding.global_batch(self.placement.mesh, {name: x[mine] for name, x in batch.items()}, size)
 
-    def _context_length(self, rollout: Rollout) -> int:
-        """Tokens at the beginning of every answer that the policy does not learn from: drafts of a buffer."""
-        return rollout.draft_length if self.options.grpo.draft_source == "buffer" else 0
+    def _token_advantages(self, rollout: Rollout, scored: Scored) -> np.ndarray:
+        return token_advantages(rollout, scored, self.options.grpo, self.grammar.tokenizer.vocab.visual_start)
 
     def _work(self, rollout: Rollout, scored: Scored) -> dict[str, float]:
         """`throughput.rl_work` of a step."""
         lengths = rollout.total_lengths
-        in_passes = lengths[self._in_passes(scored)]
+        learnt = lengths[in_passes(scored, self.options.grpo)]
         # The reference, and the old policy in training's precision.
         forward_passes = 1 if self.placement.layout.exact else 2
         sampled = int(rollout.samples.lengths.sum())
-        return rl_work(self.system.config, lengths, sampled, in_passes, self.options.num_iterations, forward_passes)
+        return rl_work(self.system.config, lengths, sampled, learnt, self.options.num_iterations, forward_passes)
 
-    def _write_gallery(self, rollout: Rollout, samples: Sequence[Any], scored: Scored, step: int) -> None:
+    def _write_gallery(self, rollout: Rollout, scored: Scored, prompts: Sequence[Prompt], step: int) -> None:
         count = max(1, self.options.gallery_answers // rollout.group_size) * rollout.group_size
         numbers = range(min(count, len(rollout.answers) // jax.process_count()))  # pixels stay where they were made
-        visual_start = self.grammar.tokenizer.vocab.visual_start
-        write_gallery(self.gallery, step, rollout, samples, scored, numbers, self.options.grpo, visual_start)
+        samples = [prompt.sample for prompt in self._of_groups(prompts)]
+        stored = stored_answers(rollout, samples, scored, self._token_advantages(rollout, scored), numbers)
+        write_gallery(self.gallery, step, stored, *shown_answers(rollout, samples, scored, numbers))
 
-
-def update_function(optimizer: optax.GradientTransformation, options: RLOptions, out_shardings: Any = None) -> Any:
-    """`state.apply_gradients` jitted.  With `overlap` the old parameters stay: they sampled the next rollout."""
-    apply = functools.partial(apply_gradients, optimizer=optimizer)
-    return jax.jit(apply, donate_argnums=() if options.overlap else (0,), out_shardings=out_shardings)
-
-
-def _joined(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Metrics of several updates: pairs and skipped updates add up; the ratio's deviation is that of the first.
-
-    With several updates `ratio_largest` is the largest of their deviations.
-    """
-    joined: dict[str, Any] = {}
-    for metrics in updates:
-        for name, value in metrics.items():
-            if name not in joined:
-                joined[name] = value
-            elif isinstance(value, tuple):
-                joined[name] = tuple(a + b for a, b in zip(joined[name], value, strict=True))
-            elif name == "skipped_updates":
-                joined[name] += value
-    largest = [metrics["max_ratio_deviation"] for metrics in updates if "max_ratio_deviation" in metrics]
-    return joined | ({"ratio_largest": functools.reduce(jnp.maximum, largest)} if len(largest) > 1 else {})

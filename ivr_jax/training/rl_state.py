@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ivr_jax import sharding
 from ivr_jax.checkpoints import system as systems
@@ -17,7 +19,7 @@ from ivr_jax.rewards.judge_service import JudgeResult
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.rollout import Rollout
 from ivr_jax.training.prompts import Prompt
-from ivr_jax.training.state import TrainState
+from ivr_jax.training.state import TrainState, apply_gradients
 
 
 class OverlapState(NamedTuple):
@@ -35,6 +37,12 @@ class OverlapState(NamedTuple):
         """Before the first step: all rollouts that are sampled ahead come from the parameters of now."""
         previous = tuple(jax.tree.map(jnp.copy, lora.split(state.params)[0]) for _ in range(ahead))
         return cls(state.params, state.opt_state, previous)
+
+
+def update_function(optimizer: optax.GradientTransformation, keep: bool, out_shardings: Any = None) -> Any:
+    """`state.apply_gradients` jitted; `keep`: the old parameters stay, since they sampled a rollout to come."""
+    apply = functools.partial(apply_gradients, optimizer=optimizer)
+    return jax.jit(apply, donate_argnums=() if keep else (0,), out_shardings=out_shardings)
 
 
 class PendingRollout(NamedTuple):
@@ -70,3 +78,12 @@ class Probe:
 
     every: int
     measure: Callable[[systems.System, int], Mapping[str, float]]
+
+
+def run_probes(
+    probes: Sequence[Probe], system: systems.System, layout: RolloutLayout, params: Any, step: int
+) -> dict[str, float]:
+    """What `probes` measure of the policy `params`, with the weights that answers are sampled with."""
+    sampler = dataclasses.replace(system, config=layout.config, params=layout(params), mesh=layout.mesh)
+    with jax.set_mesh(layout.mesh):
+        return {name: value for probe in probes for name, value in probe.measure(sampler, step).items()}

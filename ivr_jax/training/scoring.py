@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ivr_jax.images import Images
@@ -117,6 +118,16 @@ def draft_answers(rollout: Rollout) -> list[tuple[Trajectory, Images] | None]:
         first = dataclasses.replace(answer.trajectory.rounds[0], cause=None)
         answers.append((Trajectory(answer.trajectory.sample, (first,)), answer.images))
     return answers
+
+
+def separate_drafts(judged: list[Judged], rollout: Rollout) -> tuple[list[Judged], list[Judged] | None]:
+    """The judgements of answers, and those of drafts or None; each process submitted its answers, then its drafts."""
+    if not rollout.draft_length:
+        return judged, None
+    answers = len(rollout.answers) // jax.process_count()
+    drafts = answers // rollout.group_size
+    by_process = [judged[start : start + answers + drafts] for start in range(0, len(judged), answers + drafts)]
+    return [j for part in by_process for j in part[:answers]], [j for part in by_process for j in part[answers:]]
 
 
 def token_advantages(rollout: Rollout, scored: Scored, grpo: GrpoOptions, visual_start: int) -> np.ndarray:

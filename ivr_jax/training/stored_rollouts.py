@@ -20,12 +20,13 @@ import numpy as np
 
 from ivr_jax import files
 from ivr_jax.errors import UserError
+from ivr_jax.images import Pixels
 from ivr_jax.protocol import codec
+from ivr_jax.report.answers import EvaluatedAnswer
 from ivr_jax.report.gallery import GalleryItem, GallerySection
 from ivr_jax.report.pages import write_report
 from ivr_jax.sampling.rollout import Rollout
-from ivr_jax.training.losses import GrpoOptions
-from ivr_jax.training.scoring import Scored, rewards_of, shown_answers, token_advantages
+from ivr_jax.training.scoring import Scored, rewards_of
 from ivr_jax.trajectory import Sample
 
 SUFFIX = ".npz"
@@ -66,44 +67,35 @@ class StoredAnswer:
 def write_gallery(
     folder: Path,
     step: int,
-    rollout: Rollout,
-    samples: Sequence[Sample],
-    scored: Scored,
-    numbers: Sequence[int],
-    grpo: GrpoOptions,
-    visual_start: int,
+    stored: Sequence[StoredAnswer],
+    answers: Sequence[EvaluatedAnswer],
+    images: Mapping[str, Pixels],
 ) -> None:
-    """Page and file of the answers `numbers` of a step's rollout; other arguments as in `stored_answers`."""
-    answers, images = shown_answers(rollout, samples, scored, numbers)
+    """Page and file of some answers of a step's rollout.
+
+    Args:
+      stored: the answers as `stored_answers` gives them; answers, images: the same ones as `shown_answers` does.
+    """
     items = tuple(
-        GalleryItem(f"member {n % rollout.group_size + 1}", answer, images)
-        for n, answer in zip(numbers, answers, strict=True)
+        GalleryItem(f"member {one.member + 1}", answer, images)
+        for one, answer in zip(stored, answers, strict=True)
     )
     intro = "Groups of answers that one update compared: rewards as judged, the bonus, and the advantage."
     title = f"Rollouts of step {step}"
-    section = GallerySection(title, intro, items)
-    write_answers(
-        folder / f"step_{step:06d}{SUFFIX}",
-        stored_answers(rollout, samples, scored, numbers, grpo, visual_start),
-    )
-    write_report(folder / f"step_{step:06d}.html", title, (), {}, (section,), (), ())
+    write_answers(folder / f"step_{step:06d}{SUFFIX}", stored)
+    write_report(folder / f"step_{step:06d}.html", title, (), {}, (GallerySection(title, intro, items),), (), ())
 
 
 def stored_answers(
-    rollout: Rollout,
-    samples: Sequence[Sample],
-    scored: Scored,
-    numbers: Sequence[int],
-    grpo: GrpoOptions,
-    visual_start: int,
+    rollout: Rollout, samples: Sequence[Sample], scored: Scored, advantages: np.ndarray, numbers: Sequence[int]
 ) -> list[StoredAnswer]:
     """The answers `numbers` of a rollout.
 
     Args:
       samples: the request of each group.
-      grpo: how advantages become those of tokens; visual_start: id of the first visual token.
+      advantages: float32 [N, A] of every token (`scoring.token_advantages`).
     """
-    advantages, found = token_advantages(rollout, scored, grpo, visual_start), []
+    found = []
     for number in numbers:
         group, member = divmod(number, rollout.group_size)
         prompt, tokens, answer = rollout.prompt(number), rollout.answer_tokens(number), rollout.answers[number]

@@ -17,12 +17,13 @@ from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.judge_service import JudgeService, same
 from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.rollout import Drafts
-from ivr_jax.training import grpo
+from ivr_jax.training import grpo, scoring
 from ivr_jax.training.losses import GrpoOptions
+from ivr_jax.training.minibatches import context_length
 from ivr_jax.training.policy_logprobs import answer_batch
 from ivr_jax.training.prompts import Prompt, Tasks
 from ivr_jax.training.rl_options import RLOptions
-from ivr_jax.training.scoring import Scored, draft_answers, token_advantages
+from ivr_jax.training.scoring import Scored, draft_answers, separate_drafts, token_advantages
 from ivr_jax.training.state import TrainState
 from ivr_jax.trajectory import AxisVerdict, Evaluation
 
@@ -126,7 +127,8 @@ def test_drafts_of_a_buffer_are_context_and_the_same_in_a_resumed_run(tmp_path):
     length = made.draft_length
     again = buffered().collect_rollout(noisy_params(seed=2), PROMPTS, 5)  # another step and policy: the same drafts
     np.testing.assert_array_equal(made.samples.tokens[:, :length], again.samples.tokens[:, :length])
-    batch = answer_batch(made, np.zeros(8, np.float32), np.arange(8), 8, (128,), learner._context_length(made))
+    context = context_length(made, learner.options.grpo)
+    batch = answer_batch(made, np.zeros(8, np.float32), np.arange(8), 8, (128,), context)
     for row, prompt in enumerate(np.repeat(made.prompt_lengths, 2)):
         assert not batch["mask"][row, : prompt + length].any() and batch["mask"][row, prompt + length] == 1
     with pytest.raises(UserError, match="drafts"):
@@ -151,12 +153,12 @@ def test_a_buffer_keeps_what_truncation_kept_and_tells_what_it_lacks(tmp_path):
 
 def test_judgements_of_answers_and_drafts_of_two_processes_are_told_apart(monkeypatch):
     """Each process submits its answers, then its drafts: four and two of them here."""
-    monkeypatch.setattr(grpo.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(scoring.jax, "process_count", lambda: 2)
     judged = ["a0", "a1", "a2", "a3", "d0", "d1", "a4", "a5", "a6", "a7", "d2", "d3"]
-    answers, drafts = trainer()._separate(judged, rollout())
+    answers, drafts = separate_drafts(judged, rollout())
     assert answers == [f"a{i}" for i in range(8)] and drafts == [f"d{i}" for i in range(4)]
     trajectories = dataclasses.replace(rollout(), draft_length=0)
-    assert trainer()._separate(judged, trajectories) == (judged, None)
+    assert separate_drafts(judged, trajectories) == (judged, None)
 
 
 @pytest.mark.parametrize("grammar", [{"modes": ("direct",)}, {"max_reflections": 0}])

@@ -24,6 +24,7 @@ from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions
+from ivr_jax.training.minibatches import split_groups
 from ivr_jax.training.policy_logprobs import policy_logprobs
 from ivr_jax.training.prompts import Prompt
 from ivr_jax.training.rl_options import RLOptions
@@ -279,13 +280,12 @@ def test_splits_deal_whole_groups_and_every_one_once():
     learner, rollout = copy.copy(trainer("bare")), drawn("bare")
     learner.options = dataclasses.replace(learner.options, num_minibatches=2)
     scored = scored_by(rollout)
-    parts = learner._minibatches(scored, step=3)
+    parts = split_groups(scored, 2, seed=0, step=3)
     assert sorted(np.concatenate(parts).tolist()) == np.flatnonzero(scored.used.reshape(-1)).tolist()
     assert all(len(set(part // rollout.group_size)) == 1 for part in parts)
     orders = set()
     for seed in range(8):  # the order of groups depends on the seed of the run
-        learner.options = dataclasses.replace(learner.options, seed=seed)
-        orders.add(tuple(part[0] for part in learner._minibatches(scored, step=3)))
+        orders.add(tuple(part[0] for part in split_groups(scored, 2, seed, step=3)))
     assert len(orders) == 2
     _, metrics = learner.learn(state_of(PARAMS), rollout, scored, 3, on_policy=True)
     assert float(metrics["loss"][1]) == scored.used.sum() and float(metrics["grad_norm"][1]) == 2
