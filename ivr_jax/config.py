@@ -108,7 +108,7 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        return " and ".join(f"{word} {bound:.10g}" for word, bound in bounds.items() if math.isfinite(bound))
 
 
 class OneOf:
@@ -162,7 +162,7 @@ def check_value(key: str, value: Any, hint: Any) -> None:
         return
     allowed = (int, float) if kind is float else kind
     fits = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
-    if not fits or kind is float and not math.isfinite(value) or not all(value in part for part in ranges):
+    if not fits or kind is float and not abs(value) <= sys.float_info.max or not all(value in part for part in ranges):
         raise UserError(f"`{key}` is {value!r}.", f"Give {', '.join([word, *map(str, ranges)])}.")
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from ivr_jax.config import OneOf, Range, Section
 from ivr_jax.errors import UserError
 
 MODEL_TYPES = {"emu3": ("Emu3", "Emu3ForCausalLM"), "qwen3": ("qwen3", "Qwen3ForCausalLM")}
 REMAT = ("none", "full", "dots")
 KEPT = ("attention", "output", "qkv", "gate", "up")  # what "full" may keep all the same, by its checkpoint name
-ATTENTION = ("auto", "plain", "splash", "cudnn")
-DECODE_KERNELS = ("plain", "pallas")
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -21,13 +20,18 @@ _REFUSED = {
     "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
 }  # fmt: skip
-MOST, MOST_LAYERS = 2**31 - 1, 10_000  # so that a damaged file is an error and not an endless program
+# Sizes are bounded, so that a damaged file is an error and not an endless program.
+Size = Annotated[int, Range(1, 2**31 - 1)]
+Layers = Annotated[int, Range(1, 10_000)]
+AboveZero = Annotated[float, Range(above=0)]
+Rate = Annotated[float, Range(0, below=1)]
+Dtype = Annotated[str, OneOf("float32", "bfloat16", "float16", "float64")]
 _OTHER_FILE = "Take the config.json that belongs to the weights."
 _ONE_OF_TWO = "Find out which of the two belongs to the weights, and remove the other."
 
 
 @dataclasses.dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Section, name="model"):
     """Sizes and options of the decoder. Names of the sizes are those of transformers' `config.json`.
 
     Attributes:
@@ -49,55 +53,38 @@ class BackboneConfig:
         mesh; logits and exports never show the padding.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    rms_norm_eps: AboveZero = 1e-6
+    rope_theta: AboveZero = 1e6
     rope_scaling: Any = None
-    max_position_embeddings: int = 32768
+    max_position_embeddings: Size = 32768
     tie_word_embeddings: bool = False
-    attention_dropout: float = 0.0
-    dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    attention_dropout: Rate = 0.0
+    dropout: Rate = 0.0
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
     remat: str = "none"
-    attention: str = "auto"
-    decode_kernel: str = "plain"
-    unroll: int = 1
+    attention: Annotated[str, OneOf("auto", "plain", "splash", "cudnn")] = "auto"
+    decode_kernel: Annotated[str, OneOf("plain", "pallas")] = "plain"
+    unroll: Size = 1
     fsdp_over_tensor: bool = False
-    vocab_multiple: int = 1
+    vocab_multiple: Size = 1
 
     def __post_init__(self) -> None:
-        for name in (*_SIZES, "vocab_multiple", "unroll"):
-            value = getattr(self, name)
-            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise _bad(name, value, f"a positive whole number, {most} at most")
+        super().__post_init__()
         if self.num_attention_heads % self.num_key_value_heads:
             raise _bad("num_attention_heads", self.num_attention_heads,
                        f"a multiple of num_key_value_heads = {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise _bad("head_dim", self.head_dim, "even, because rotary positions turn pairs")
-        for name in ("rms_norm_eps", "rope_theta"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise _bad(name, getattr(self, name), "a positive number")
-        for name in ("attention_dropout", "dropout"):
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
-                raise _bad(name, getattr(self, name), "in [0, 1)")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float16", "float64"):
-                raise _bad(name, getattr(self, name), "float32, bfloat16, float16 or float64")
         if self.remat not in REMAT and not set(self.kept) <= set(KEPT):
             raise _bad("remat", self.remat, f"one of {', '.join(REMAT)}, or some of {', '.join(KEPT)} joined by +")
-        if self.attention not in ATTENTION:
-            raise _bad("attention", self.attention, f"one of {', '.join(ATTENTION)}")
-        if self.decode_kernel not in DECODE_KERNELS:
-            raise _bad("decode_kernel", self.decode_kernel, f"one of {', '.join(DECODE_KERNELS)}")
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling, self.head_dim))
 
     @property
@@ -175,7 +162,7 @@ class BackboneConfig:
 
 
 def _bad(name: str, value: Any, wanted: str) -> UserError:
-    return UserError(f"model option {name} = {value!r} is not possible.", f"It must be {wanted}.")
+    return UserError(f"`model.{name}` is {value!r}.", f"It must be {wanted}.")
 
 
 def _is_number(value: Any) -> bool:

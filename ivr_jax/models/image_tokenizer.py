@@ -18,14 +18,16 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ivr_jax.config import NotNegative, Range, Section, check_value
 from ivr_jax.errors import UserError
 from ivr_jax.models import layers
+from ivr_jax.models.backbone_config import AboveZero, Dtype, Rate, Size
 from ivr_jax.models.image_layers import Downsample, GroupNorm, ResBlock, SpatialAttention, Upsample, conv
 
 Params = dict[str, Any]
@@ -37,7 +39,7 @@ _DDCONFIG = ("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "i
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageTokenizerConfig:
+class ImageTokenizerConfig(Section, name="model"):
     """Sizes of the tokenizer; names are those of the public `config.yaml` (`ddconfig`, `n_embed`, `embed_dim`, `beta`).
 
     Attributes:
@@ -47,46 +49,37 @@ class ImageTokenizerConfig:
       dtype, param_dtype: of the convolutions and of the stored parameters.
     """
 
-    ch: int
-    out_ch: int
+    ch: Size
+    out_ch: Size
     ch_mult: tuple[int, ...]
-    num_res_blocks: int
+    num_res_blocks: Annotated[int, Range(1, _MOST)]
     attn_resolutions: tuple[int, ...]
-    in_channels: int
-    resolution: int
-    z_channels: int
-    n_embed: int
-    embed_dim: int
+    in_channels: Size
+    resolution: Size
+    z_channels: Size
+    n_embed: Size
+    embed_dim: Size
     double_z: bool = False
-    dropout: float = 0.0
-    beta: float = 0.25
-    norm_groups: int = 32
-    entropy_temperature: float = 0.01
-    dtype: str = "float32"
-    param_dtype: str = "float32"
+    dropout: Rate = 0.0
+    beta: NotNegative = 0.25
+    norm_groups: Size = 32
+    entropy_temperature: AboveZero = 0.01
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("ch_mult", "attn_resolutions"):
             value = getattr(self, name) or ()
-            _check(isinstance(value, (list, tuple)) and len(value) <= _MOST, name, value,
-                   f"a list of whole numbers, {_MOST} at most")
+            if not isinstance(value, (list, tuple)) or len(value) > _MOST or not value and name == "ch_mult":
+                raise UserError(f"`model.{name}` is {value!r}.", f"Give a list of whole numbers, {_MOST} at most.")
+            for one in value:
+                check_value(f"model.{name}", one, Size)
             object.__setattr__(self, name, tuple(value))
-        sizes = ("ch", "out_ch", "num_res_blocks", "in_channels", "resolution", "z_channels", "n_embed", "embed_dim",
-                 "norm_groups")  # fmt: skip
-        for name in sizes:
-            _check(_is_size(getattr(self, name)), name, getattr(self, name), "a positive whole number")
-        _check(self.num_res_blocks <= _MOST, "num_res_blocks", self.num_res_blocks, f"{_MOST} at most")
-        sound = bool(self.ch_mult) and all(map(_is_size, self.ch_mult))
-        _check(sound, "ch_mult", self.ch_mult, "positive whole numbers")
-        _check(all(map(_is_size, self.attn_resolutions)), "attn_resolutions", self.attn_resolutions, "whole numbers")
         for width in (self.ch, *(self.ch * multiple for multiple in self.ch_mult)):
-            divides = width % self.norm_groups == 0
-            _check(divides, "norm_groups", self.norm_groups, f"a divisor of every width, here {width}")
-        _check(isinstance(self.double_z, bool), "double_z", self.double_z, "true or false")
-        _check(_is_real(self.dropout) and self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-        _check(_is_real(self.beta), "beta", self.beta, "a number of at least 0")
-        sound = _is_real(self.entropy_temperature) and self.entropy_temperature > 0
-        _check(sound, "entropy_temperature", self.entropy_temperature, "positive")
+            if width % self.norm_groups:
+                raise UserError(f"`model.norm_groups` is {self.norm_groups}.",
+                                f"It must divide every width, here {width}.")
 
     @property
     def factor(self) -> int:
@@ -288,19 +281,6 @@ class ImageTokenizer(nnx.Module):
 
 def _fold(key: jax.Array | None, index: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, index)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e300
-
-
-def _check(condition: bool, name: str, value: Any, wanted: str) -> None:
-    if not condition:
-        raise UserError(f"image tokenizer option {name} = {value!r} is not possible.", f"It must be {wanted}.")
 
 
 @functools.lru_cache(maxsize=32)
