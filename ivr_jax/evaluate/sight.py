@@ -8,8 +8,8 @@ import jax
 
 from ivr_jax.checkpoints.system import System
 from ivr_jax.cloud import inputs
+from ivr_jax.config import Count, Positive, Section
 from ivr_jax.data.store import TrajectoryDataset
-from ivr_jax.errors import UserError
 from ivr_jax.evaluate.paired import paired_test, reads_request, world_cases
 from ivr_jax.evaluate.swap import known_pairs, swap_cases
 from ivr_jax.evaluate.verdicts import VerdictScorer
@@ -25,7 +25,7 @@ METRICS = ("sight", "sight_fault", "pass_exact", "pass_fault", "pass_own_wrong")
 
 
 @dataclasses.dataclass(frozen=True)
-class SightOptions:
+class SightOptions(Section, name="sight"):
     """When and on what sight is measured during training.
 
     Attributes:
@@ -36,17 +36,10 @@ class SightOptions:
       level: of these tasks.
     """
 
-    every: int = 0
-    prompts: int = 64
+    every: Count = 0
+    prompts: Positive = 64
     data: str = ""
     level: int = 0
-
-    def __post_init__(self) -> None:
-        if self.every < 0 or self.prompts < 1:
-            raise UserError(
-                f"config.sight.every is {self.every}, config.sight.prompts {self.prompts}.",
-                "every must be at least 0 (never), prompts at least 1.",
-            )
 
 
 class SightProbe:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ivr_jax.config import NotNegative, Positive, Section
 from ivr_jax.errors import UserError
 from ivr_jax.images import Images, Pixels
 from ivr_jax.interfaces import Analyzer, ServiceFailed
@@ -69,7 +70,7 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeOptions:
+class JudgeOptions(Section, name="judge"):
     """How a rollout is judged.
 
     Attributes:
@@ -82,16 +83,9 @@ class JudgeOptions:
 
     reward: RewardOptions = PAPER
     every_image: bool = False
-    concurrency: int = 64
-    deadline: float = 0.0
+    concurrency: Positive = 64
+    deadline: NotNegative = 0.0
     check: Check | None = None
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.deadline < 0:
-            raise UserError(
-                f"judge.concurrency is {self.concurrency} and judge.deadline {self.deadline}.",
-                "Set judge.concurrency to 1 or more, judge.deadline to 0 (none) or more seconds.",
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
-from ivr_jax.errors import UserError
+from ivr_jax.config import Positive, Range, Section
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(Section, name="limits"):
     """What one request may ask for.
 
     Attributes:
@@ -24,20 +25,15 @@ class Limits:
       kept_answers: finished answers of the page that stay on disk.
     """
 
-    upload_bytes: int = 20 << 20
-    body_bytes: int = 64 << 20
-    upload_pixels: int = 40_000_000
-    references: int = 4
-    prompt_characters: int = 4000
-    stored_images: int = 128
-    waiting: int = 64
-    answers: int = 4
-    queue_seconds: float = 300.0
-    answer_seconds: float = 600.0
-    unwatched_seconds: float = 10.0
-    kept_answers: int = 1000
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise UserError(f"the limit {field.name} is {getattr(self, field.name)}.", "It must be positive.")
+    upload_bytes: Positive = 20 << 20
+    body_bytes: Positive = 64 << 20
+    upload_pixels: Positive = 40_000_000
+    references: Positive = 4
+    prompt_characters: Positive = 4000
+    stored_images: Positive = 128
+    waiting: Positive = 64
+    answers: Positive = 4
+    queue_seconds: Annotated[float, Range(above=0)] = 300.0
+    answer_seconds: Annotated[float, Range(above=0)] = 600.0
+    unwatched_seconds: Annotated[float, Range(above=0)] = 10.0
+    kept_answers: Positive = 1000

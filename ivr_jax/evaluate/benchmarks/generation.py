@@ -18,6 +18,7 @@ from PIL import Image
 
 from ivr_jax import files
 from ivr_jax.checkpoints.system import System
+from ivr_jax.config import Count, Positive, Section
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import run_folder
 from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item
@@ -38,7 +39,7 @@ _WINDOW = 8  # batches whose references are held in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationPlan:
+class GenerationPlan(Section):
     """How answers are drawn.
 
     Attributes:
@@ -49,16 +50,11 @@ class GenerationPlan:
       answer_length: most tokens of an answer; 0 leaves room for five images.
     """
 
-    samples: int
+    samples: Positive
     seed: int
-    batch: int
-    image_area: int
-    answer_length: int
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.batch < 1 or self.image_area < 0 or self.answer_length < 0:
-            raise UserError(f"answers cannot be drawn as {self} says.",
-                            "samples and batch are at least 1, image_area and answer_length 0 or more.")
+    batch: Positive
+    image_area: Count
+    answer_length: Count
 
 
 @dataclasses.dataclass(frozen=True)

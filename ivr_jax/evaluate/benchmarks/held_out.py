@@ -13,6 +13,7 @@ import jax
 from ivr_jax import distributed, files
 from ivr_jax.checkpoints.system import System
 from ivr_jax.cloud import inputs
+from ivr_jax.config import Count, Positive, Section
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.benchmarks import (
     datafiles,
@@ -36,7 +37,7 @@ METRICS = ("held_out", "held_out_images", "held_out_coverage")
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOutOptions:
+class HeldOutOptions(Section, name="held_out"):
     """Which benchmark is measured during training, and when.
 
     Attributes:
@@ -47,15 +48,14 @@ class HeldOutOptions:
       batch: answers that are drawn together.
     """
 
-    every: int
+    every: Count
     benchmark: str
     data: str
-    prompts: int
-    batch: int
+    prompts: Count
+    batch: Positive
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.prompts < 0 or self.batch < 1:
-            raise UserError(f"config.held_out holds {self}.", "every and prompts are 0 or more, batch is 1 or more.")
+        super().__post_init__()
         if self.every and not self.data:
             raise UserError("config.held_out.data is empty.", "Name the folder with the benchmark's published files.")
 
