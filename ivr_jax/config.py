@@ -308,6 +308,7 @@ def describe_config(spec: str) -> str:
 
 
 def with_article(word: str) -> str:
+    """"an int", "a float"."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 

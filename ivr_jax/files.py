@@ -201,6 +201,7 @@ class Lock:
             return False
 
     def close(self) -> None:
+        """Gives the lock back."""
         os.close(self._descriptor)
 
     def __enter__(self) -> Lock:
@@ -215,6 +216,7 @@ class InUse(UserError):
 
 
 def in_use(path: str | os.PathLike[str]) -> InUse:
+    """The error that says that another process holds the lock of `path`."""
     return InUse(f"another process is writing to {path}.", "Wait for it, stop it, or name another place.")
 
 

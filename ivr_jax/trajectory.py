@@ -89,14 +89,17 @@ class Evaluation:
 
     @property
     def axes(self) -> tuple[AxisVerdict, ...]:
+        """The verdicts in the order of `AXES`."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def passed(self) -> bool:
+        """Whether all axes pass."""
         return all(axis.passed for axis in self.axes)
 
     @property
     def scores(self) -> tuple[float | None, ...]:
+        """The scores in the order of `AXES`, None where there is none."""
         return tuple(axis.score for axis in self.axes)
 
     def without_scores(self) -> Evaluation:
@@ -208,6 +211,7 @@ class Trajectory:
 
     @property
     def mode(self) -> Mode:
+        """The mode: direct with one round, else what caused the second."""
         if len(self.rounds) == 1:
             return Mode.DIRECT
         return Mode.REFLECTION if isinstance(self.rounds[1].cause, Reflection) else Mode.MULTI_STEP
@@ -229,17 +233,20 @@ def _verdict_to_json(verdict: AxisVerdict) -> dict[str, Any]:
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation as plain JSON values."""
     axes = {axis: _verdict_to_json(verdict) for axis, verdict in zip(AXES, evaluation.axes, strict=True)}
     # Records without an observation are as they were before there were any.
     return axes | ({"observation": evaluation.observation} if evaluation.observation else {})
 
 
 def evaluation_from_json(value: Mapping[str, Any]) -> Evaluation:
+    """The evaluation of `evaluation_to_json`.  Raises UserError for a record that is none."""
     axes = {axis: AxisVerdict(**_fields(value, axis, AxisVerdict)) for axis in AXES}
     return Evaluation(**axes, observation=value.get("observation", ""))
 
 
 def sample_to_json(sample: Sample) -> dict[str, Any]:
+    """The sample as plain JSON values."""
     value = {**dataclasses.asdict(sample), "sources": list(sample.sources), "facts": dict(sample.facts)}
     if not sample.task_word:  # the usual case; records without one are as they always were
         del value["task_word"]
@@ -247,6 +254,7 @@ def sample_to_json(sample: Sample) -> dict[str, Any]:
 
 
 def sample_from_json(value: Mapping[str, Any]) -> Sample:
+    """The sample of `sample_to_json`.  Raises UserError for a record that is none."""
     fields = dict(value)
     fields["sources"] = tuple(fields.get("sources", ()))
     return Sample(**_fields({"sample": fields}, "sample", Sample))

@@ -36,6 +36,7 @@ class LazyArray:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole array."""
         return self.dtype.itemsize * math.prod(self.shape)
 
 

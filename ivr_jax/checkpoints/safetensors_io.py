@@ -90,6 +90,7 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
         return self.dtype.itemsize * math.prod(self.shape)
 
     def parts(self) -> Iterator[np.ndarray]:

@@ -106,6 +106,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Waits for writes in progress, and ends.  Raises UserError when one fails."""
         with self._explained():
             self._manager.close()
 

@@ -78,5 +78,6 @@ def write(objects: Objects, files: Mapping[str, Entry], expected: bytes) -> Mani
 
 
 def sha256(file: Path) -> str:
+    """The hexadecimal SHA-256 of a file's content."""
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

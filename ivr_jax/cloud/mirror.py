@@ -162,6 +162,7 @@ class Follower:
             raise UserError(f"{self.url} changes while it is read.", "Start the run again.")
 
     def close(self) -> None:
+        """The folder is followed no longer."""
         _open.pop(self.folder, None)
 
 

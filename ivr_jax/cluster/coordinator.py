@@ -126,7 +126,7 @@ class Coordinator:
 
 
 class SharedLimits:
-    """The limits of `config` for the calls of all parts together; see `services.limits.Limits`.
+    """The limits of `config` for the calls of all parts together; see `Limits`.
 
     Args:
       coordinator: handle of the actor.

@@ -26,6 +26,7 @@ class Array:
 
     @property
     def size(self) -> float:
+        """Bytes."""
         return BYTES.get(self.dtype, 0) * math.prod(self.shape)
 
 

@@ -52,6 +52,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """Whether the program was compiled."""
         return not self.error
 
     def mfu(self, topology: Topology) -> float | None:

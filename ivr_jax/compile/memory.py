@@ -36,10 +36,12 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """Bytes of one chip."""
         return sum(self.kinds.values())
 
     @property
     def fits(self) -> bool:
+        """Whether a chip holds it."""
         return self.total <= self.capacity
 
 
@@ -108,4 +110,5 @@ def exceeded(message: str) -> tuple[float, float] | None:
 
 
 def gib(size: float) -> str:
+    """Bytes as GiB with two decimals."""
     return f"{size / GIB:.2f}"

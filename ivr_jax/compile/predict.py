@@ -59,6 +59,7 @@ class Prediction:
 
     @property
     def total(self) -> float:
+        """Bytes of one chip."""
         return sum(self.kinds.values())
 
     def corrected(self, factor: float) -> Prediction:

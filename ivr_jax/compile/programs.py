@@ -84,6 +84,7 @@ class StandInTokenizer(PhraseTokenizer):
         self.vocab = model_vocabulary
 
     def is_blank(self, token: int) -> bool:
+        """As for text; ids that stand for nothing are not blank."""
         return token < len(self._bytes) + 256 and super().is_blank(token)
 
 
@@ -99,11 +100,13 @@ class Setup:
         self.params = sharding.abstract_sharded(mesh, axes, shapes)
 
     def array(self, shape: tuple[int, ...], dtype: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        """An array that is only described, sharded by its logical axes."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding(self.mesh, axes, shape))
 
     def program(
         self, name: str, trace: Callable[[], Any], resident: Mapping[str, int], flops: float, tokens: int
     ) -> Program:
+        """The program `trace` of this model and mesh; `resident`: bytes of a chip by kind, held throughout."""
         shapes = tuple(x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(self.params))
         return Program(name, self.mesh, trace, self.model, shapes, resident, flops, tokens)
 

@@ -43,6 +43,7 @@ class Estimate:
     waiting: Counter = dataclasses.field(default_factory=Counter)
 
     def add(self, other: Estimate, times: float) -> None:
+        """Adds `times` times `other`."""
         for field in ("seconds", "exposed", "hbm_bytes", "synchronous", "asynchronous"):
             setattr(self, field, getattr(self, field) + times * getattr(other, field))
         for field in ("wire_bytes", "waiting"):

@@ -48,6 +48,7 @@ class Candidate:
         return _changed(config, self.changes)
 
     def fits(self, topology: Topology, correction: float) -> bool:
+        """Whether the predicted memory, times `correction`, leaves a chip the margin."""
         return self.prediction.corrected(correction).total <= MARGIN * topology.chip.hbm
 
     @property

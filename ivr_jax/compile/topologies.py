@@ -60,10 +60,12 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
+        """Its chips' figures."""
         return CHIPS[self.kind]
 
     @property
     def count(self) -> int:
+        """Its number of chips."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:

@@ -293,6 +293,7 @@ def run_part(argv: Sequence[str], part: Part) -> None:
 
 
 def part_folder(workdir: Path, index: int, count: int) -> Path:
+    """The folder of part `index` of `count` of a construction on a cluster."""
     return workdir / _PARTS / f"{index:05d}-of-{count:05d}"
 
 

@@ -333,6 +333,7 @@ class Quotas:
 
     @property
     def full(self) -> bool:
+        """Whether every kind has its number."""
         return self.wanted is not None and all(self.counts[kind] >= number for kind, number in self.wanted.items())
 
     def choose(self, status: Status) -> str | None:

@@ -32,6 +32,7 @@ class CardCounts:
         self.failed_ends = 0
 
     def add(self, trajectory: Trajectory) -> None:
+        """Counts one trajectory."""
         mode, rounds = trajectory.mode.value, trajectory.rounds
         self.modes[mode] += 1
         self.categories[trajectory.sample.category][mode] += 1

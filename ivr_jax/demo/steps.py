@@ -39,6 +39,7 @@ class Step:
 
     @property
     def command(self) -> str:
+        """The shell command of this step."""
         return shlex.join((_python(), "-m", self.module, *self.arguments))
 
 

@@ -82,6 +82,7 @@ def add_flags(values: flags.FlagValues) -> None:
 
 
 def load(wanted: flags.FlagValues) -> Answering:
+    """The model that the flags name, ready to answer."""
     mesh = sharding.parse_mesh(wanted.mesh) if wanted.mesh else None
     system = systems.load(
         wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh,
@@ -139,6 +140,7 @@ def main(call: cli.Call) -> None:
 
 
 def speed(tokens: int, seconds: float) -> str:
+    """Tokens, seconds and their quotient, for people."""
     return f"{tokens} tokens in {seconds:.1f} s with compilation ({tokens / max(seconds, 1e-9):.0f} tokens/s)"
 
 

@@ -101,6 +101,7 @@ class Answering:
         )
 
     def about_request(self, request: Request) -> dict[str, Any]:
+        """What is stored with an answer: model, options and request, as plain values."""
         return {**self.about, **dataclasses.asdict(request), "images": list(request.images)}
 
 

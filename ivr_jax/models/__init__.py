@@ -1,0 +1,13 @@
+"""Models in Flax NNX; parameters are plain nested dictionaries.
+
+    layers.py             parts of the decoder; the legend of axis letters
+    backbone.py           the decoder: parameters with their logical axes, forward pass, KV cache
+    backbone_config.py    its sizes and options; transformers' config.json
+    fused_attention.py    attention of the training pass on TPU (splash) and GPU (cuDNN)
+    decode_attention.py   attention over the KV cache on TPU (Pallas)
+    accumulate_scan.py    a scan over layers whose backward pass adds to sums of gradients
+    lora.py               low-rank adapters
+    image_tokenizer.py    the image tokenizer (IBQ): encoder, codebook, decoder
+    image_layers.py       its layers
+    image_codec.py        pixels <-> codes for images of any sizes, with a cache
+"""

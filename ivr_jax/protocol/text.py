@@ -38,7 +38,7 @@ class TextTokenizer(Protocol):
 
 
 class PhraseTokenizer:
-    """Ids 0-255 are bytes, then one id a phrase, then one id an answer marker.
+    """Ids 0-255 are bytes, then one id a phrase, then one id an answer marker; a `TextTokenizer`.
 
     Example: with phrases ("Put a", " red", " circle"), "Put a red circle!" is 256 257 258 33.
     """

@@ -35,6 +35,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
+        """All ids: text, special and visual."""
         return self.visual_start + self.visual_size
 
 

@@ -120,6 +120,7 @@ class EvaluatedAnswer:
 
     @property
     def key(self) -> str:
+        """The request's key."""
         return self.sample.key
 
     @property

@@ -89,6 +89,7 @@ class Reproduction:
 
 
 def run_name(arm: str, seed: int) -> str:
+    """The folder's name of one run of an arm."""
     return f"{arm}_seed{seed}"
 
 

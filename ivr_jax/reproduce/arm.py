@@ -29,5 +29,6 @@ class Arm:
         return Arm(self.title, tuple(seed for seed, _ in kept), tuple(figures for _, figures in kept), ())
 
     def mean(self, figure: str, temperature: int = 1, group: str = "") -> float | None:
+        """The mean of `values` over seeds; None without any."""
         values = self.values(figure, temperature, group)
         return math.fsum(values) / len(values) if values else None

@@ -27,6 +27,7 @@ class Agreement:
 
     @property
     def both(self) -> int:
+        """Samples that both reviewers decided."""
         return sum(self.pairs.values())
 
     @property

@@ -70,11 +70,13 @@ class Review:
         return found[0]
 
     def position(self, value: Any) -> int:
+        """`value` as the position of a sample.  Raises HTTPException 404 for anything else."""
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(self.dataset):
             raise HTTPException(404, f"There is no sample {value!r}.")
         return value
 
     def state(self, reviewer: str) -> dict[str, Any]:
+        """What the page starts from: one mark a sample, and the reviewer's latest decision."""
         marks = bytearray(b"." * len(self.dataset))
         for decision in self.decisions.standing(reviewer):
             marks[decision.position] = ord(decision.verdict[0])
@@ -86,6 +88,7 @@ class Review:
         }
 
     def sample(self, reviewer: str, position: int) -> dict[str, Any]:
+        """One sample with the reviewer's decision, as the page shows it."""
         with self._reading:
             trajectory = self.dataset[position]
             names = (*trajectory.sample.sources, *trajectory.images)
@@ -94,10 +97,12 @@ class Review:
                 "decision": _decision_json(self.decisions.at(reviewer, position))}
 
     def png(self, name: str) -> bytes:
+        """The PNG of an image of the dataset."""
         with self._reading:
             return self.dataset.png(name)
 
     def decide(self, reviewer: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Records a decision.  Raises HTTPException 400 or 404 for a request that is none."""
         position = self.position(body.get("position"))
         fields = [body.get("verdict"), body.get("comment"), body.get("request")]
         if not all(isinstance(field, str) for field in fields) or not 8 <= len(fields[2]) <= 100:
@@ -111,6 +116,7 @@ class Review:
         return {"decision": _decision_json(decision)}
 
     def undo(self, reviewer: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Takes a decision back.  Raises HTTPException 400 for a request that names none."""
         number = body.get("number")
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 63:
             raise HTTPException(400, "Undoing needs the number of a decision.")

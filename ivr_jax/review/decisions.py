@@ -164,6 +164,7 @@ class Decisions:
         return None if row is None else _decision(row)
 
     def close(self) -> None:
+        """Closes the database."""
         self._connection.close()
 
     @contextlib.contextmanager

@@ -1,1 +1,7 @@
-"""Rewards as pure array functions over batched trajectories (`functions.py`), and the judge's calls (`judge.py`)."""
+"""Rewards.
+
+    functions.py       pure array functions: outcome, format and step reward, complexity bonus, advantages
+    judge.py           from answers to reward components, with an `Analyzer` as the judge
+    judge_service.py   judging in the background: limits, deadlines, checks, cost
+    released.py        rollout records in the authors' released form
+"""

@@ -44,6 +44,7 @@ class Judged:
 
     @property
     def present(self) -> bool:
+        """Whether everything that the reward needs was judged."""
         return self.scores is not None and not self.step_failed
 
 

@@ -134,6 +134,7 @@ class Engine:
 
     @property
     def free(self) -> int:
+        """Slots that hold no answer."""
         return self.batch - self.in_use
 
     # -- admit ------------------------------------------------------------------------------------------------------
@@ -269,6 +270,7 @@ class Engine:
 
     @property
     def can_shrink(self) -> bool:
+        """Whether answers may be moved together into half the slots."""
         return self.options.shrink and self.batch >= 2 * FEWEST_SLOTS
 
     def _widen(self, needed: int) -> None:

@@ -3,6 +3,7 @@ and OpenAI's protocol.
 
     limits          how large and how long requests may be
     partial_answer  tokens so far -> the parts of an answer; edited parts -> tokens to continue from
+    uploads         images that users have sent, in memory
     jobs            one request on its way: state, parts, who watches it
     models          a loaded model with what its requests need
     scheduler       the engine thread: queue, slots of the rollout engine, segments, previews

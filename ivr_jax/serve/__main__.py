@@ -97,6 +97,7 @@ def checked_token(host: str, given: str | None) -> str:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server at `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

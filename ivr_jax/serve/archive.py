@@ -47,6 +47,7 @@ class Archive:
         self._writing[job.id] = self._writer.submit(self._write, job, last, answer)
 
     def close(self) -> None:
+        """Waits until everything is written."""
         self._writer.shutdown(wait=True)
 
     def _write(self, job: Job, last: Snapshot, answer: Answer | InterleavedAnswer) -> None:
@@ -99,6 +100,7 @@ class Archive:
         return (folder / name).read_bytes()
 
     def image(self, ident: str, name: str) -> np.ndarray:
+        """Pixels uint8 [height, width, 3] of an image of a stored answer."""
         self.file(ident, name)
         return load_image(self.folder / ident / name)
 

@@ -108,6 +108,7 @@ class Snapshot:
 
     @property
     def over(self) -> bool:
+        """Whether the answer has ended, in whatever way."""
         return self.state in OVER
 
 
@@ -137,6 +138,7 @@ class Job:
 
     @property
     def snapshot(self) -> Snapshot:
+        """The answer as it is now."""
         return self._snapshot
 
     def unwatched(self, now: float) -> float:

@@ -66,6 +66,7 @@ class PartialAnswer:
 
     @property
     def ended(self) -> bool:
+        """Whether the answer is complete."""
         return self.nodes[-1] == ACCEPT
 
     def parts(self) -> tuple[Part, ...]:

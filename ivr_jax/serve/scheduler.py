@@ -115,6 +115,7 @@ class Scheduler:
     # -- any thread -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
+        """Starts the engine thread."""
         self._thread.start()
 
     def close(self) -> None:
@@ -127,6 +128,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
+        """Whether the engine thread runs."""
         return self._thread.is_alive()
 
     def submit(self, job: Job) -> None:

@@ -32,4 +32,5 @@ class Telemetry:
         self.answer_seconds = seconds("answer", "Time in a slot")
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -128,6 +128,7 @@ class Breaker:
 
     @property
     def open(self) -> bool:
+        """Whether calls are held back."""
         return self._opened is not None
 
     async def enter(self) -> None:
@@ -142,9 +143,11 @@ class Breaker:
             await asyncio.sleep(min(0.5, max(0.001, self._next_probe - now)))
 
     def succeeded(self) -> None:
+        """Notes a call that succeeded: the breaker closes."""
         self._in_a_row, self._opened, self._probing = 0, None, False
 
     def failed(self) -> None:
+        """Notes a call that failed; after `failures` in a row the breaker opens."""
         self._in_a_row += 1
         self._probing = False
         if self._in_a_row >= self._failures:

@@ -120,6 +120,7 @@ class Service:
 
     @property
     def name(self) -> str:
+        """The name in the config."""
         return self.config.name
 
     def recorded(self, digest: str, read: Callable[[str], T]) -> T | None:

@@ -35,9 +35,11 @@ class Iterator(Protocol):
 
     def __next__(self) -> Any: ...
 
-    def get_state(self) -> Any: ...
+    def get_state(self) -> Any:
+        """The position as JSON values, which a checkpoint stores."""
 
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Any) -> None:
+        """Moves to a position that `get_state` gave."""
 
 
 @dataclasses.dataclass(frozen=True)

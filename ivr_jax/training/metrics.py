@@ -112,6 +112,7 @@ class MetricsLog:
             self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
+        """Closes the TensorBoard file."""
         if self._board is not None:
             self._board.close()
 

@@ -130,8 +130,10 @@ class Monitor:
         return alarms
 
     def get_state(self) -> dict[str, Any]:
+        """What it has observed, as JSON values."""
         return {"rows": self._rows, "start": self._start, "missing": self._missing, "on": self._on}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
+        """Resumes from what `get_state` gave."""
         self._rows, self._start = list(state["rows"]), state["start"]
         self._missing, self._on = list(state["missing"]), list(state["on"])

@@ -43,9 +43,11 @@ class Tasks(NamedTuple):
 class Memory(Protocol):
     """Something with JSON state."""
 
-    def get_state(self) -> Any: ...
+    def get_state(self) -> Any:
+        """The state as JSON values."""
 
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Any) -> None:
+        """Resumes from what `get_state` gave."""
 
 
 def prompt_source(config: Any, seed: int) -> pipeline.Indexed:
@@ -140,10 +142,12 @@ class SameSize:
                 return [prompt for _, prompt in same]
 
     def get_state(self) -> dict[str, Any]:
+        """The stream's position, and the numbers of the prompts that are held."""
         held = [[index for index, _ in same] for same in self._held.values()]
         return {"position": copy.deepcopy(self._stream.get_state()), "held": held}
 
     def set_state(self, state: Any) -> None:
+        """Resumes from what `get_state` gave; held prompts are read again."""
         self._stream.set_state(state["position"])
         held = [[(index, self._source[index]) for index in same] for same in state["held"]]
         self._held = {self._size_of(same[0][1]): same for same in held}
@@ -169,10 +173,12 @@ class PromptIterator:
         return Tasks(now, tuple(prompts for _, prompts in self._shown))
 
     def get_state(self) -> dict[str, Any]:
+        """The position of the next step's prompts, and the memory's state."""
         position = self._shown[0][0] if self._shown else self._batches.get_state()  # a resumed run's next call
         return {"prompts": position, "memory": self._memory.get_state()}
 
     def set_state(self, state: Any) -> None:
+        """Resumes from what `get_state` gave."""
         self._batches.set_state(state["prompts"])
         self._memory.set_state(state["memory"])
         self._shown.clear()

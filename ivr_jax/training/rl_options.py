@@ -84,6 +84,7 @@ class RLOptions:
 
     @property
     def may_reflect(self) -> bool:
+        """Whether the grammar allows a reflection."""
         return "reflection" in self.grammar.modes and self.grammar.max_reflections > 0
 
     @property

@@ -65,6 +65,7 @@ class Placement(NamedTuple):
 
     @classmethod
     def on_one_device(cls, config: backbone.BackboneConfig) -> Placement:
+        """Everything on the first device."""
         mesh = sharding.make_mesh({}, jax.devices()[:1])
         return cls(mesh, None, RolloutLayout(config, mesh))
 

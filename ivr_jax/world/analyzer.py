@@ -28,7 +28,7 @@ UNCLEAR = "unclear request"  # the reason when a step is outside the language
 
 
 class WorldAnalyzer:
-    """Exact judgements of micro-world samples.
+    """Exact judgements of micro-world samples: an `Analyzer`.
 
     Args:
       threshold: the score from which an axis passes: one number for all, or one for each axis by name.  The default

@@ -30,6 +30,7 @@ class Facts:
 
     @property
     def rules(self) -> Level:
+        """The level's rules."""
         return level_of(self.level)
 
     @property

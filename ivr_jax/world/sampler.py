@@ -50,10 +50,12 @@ class Task:
 
     @property
     def target(self) -> Scene:
+        """The one right answer."""
         return self.facts.target
 
     @property
     def edits(self) -> tuple[Edit, ...]:
+        """The edits that the prompt asks for, in order."""
         return self.facts.edits
 
 

@@ -57,6 +57,7 @@ class Object:
 
     @property
     def is_letter(self) -> bool:
+        """Whether it is a letter."""
         return self.shape in LETTERS
 
 
@@ -125,6 +126,7 @@ class Scene:
         return Scene(self.rows, self.columns, tuple(values[:-3]), *values[-3:])
 
     def with_cells(self, cells: Sequence[Object | None]) -> Scene:
+        """The same board with other cells, row by row."""
         return Scene(self.rows, self.columns, tuple(cells), self.background, self.style, self.tone)
 
     def index(self, name: str) -> int:

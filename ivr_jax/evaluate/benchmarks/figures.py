@@ -47,6 +47,7 @@ class Group:
 
     @property
     def values(self) -> list[float]:
+        """The values that are not missing."""
         return [score.value for score in self.scores if score.value is not None]
 
 
@@ -81,10 +82,12 @@ class Figure:
 
     @property
     def got(self) -> int:
+        """Judgements that are there."""
         return sum(score.got for group in self.groups for score in group.scores)
 
     @property
     def wanted(self) -> int:
+        """Judgements that the figure needs."""
         return sum(score.wanted for group in self.groups for score in group.scores)
 
 

@@ -152,6 +152,7 @@ class Judgement:
 
     @property
     def address(self) -> tuple[str, int, str]:
+        """(item, sample, metric): what it is the judgement of."""
         return self.item, self.sample, self.metric
 
 
@@ -173,6 +174,7 @@ class Judged:
         self._judgements, self._samples, self._paths = judgements, samples, paths or {}
 
     def samples(self, item: Item) -> range:
+        """Numbers of the answers to an item."""
         return range(self._samples.get(item.key, 1))
 
     def path(self, item: Item, sample: int = 0) -> str:
@@ -180,6 +182,7 @@ class Judged:
         return self._paths.get((item.key, sample), "")
 
     def judgement(self, item: Item, metric: str, sample: int = 0) -> Judgement | None:
+        """The judgement of one answer under one metric; None where there is none."""
         return self._judgements.get((item.key, sample, metric))
 
     def value(self, item: Item, metric: str, sample: int = 0) -> Mapping[str, Any] | None:
@@ -200,6 +203,7 @@ class Judged:
         return found.value.get("scores", {}).get(name) if found.state == State.OK else None
 
     def reasoning(self, item: Item, metric: str, sample: int = 0) -> str:
+        """The reasoning that the judge gave with a value; "" without."""
         value = self.value(item, metric, sample)
         return "" if value is None else str(value.get("reasoning", ""))
 

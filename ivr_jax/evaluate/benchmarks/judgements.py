@@ -25,6 +25,7 @@ _REMEDY = "Remove the damaged line: what it said is asked again."
 
 
 def to_json(judgement: Judgement) -> dict[str, Any]:
+    """The judgement as one record of `judgements.jsonl`."""
     return {**dataclasses.asdict(judgement), "state": judgement.state.value}
 
 

@@ -52,13 +52,16 @@ class Judge(Protocol):
     """
 
     @property
-    def form(self) -> str: ...
+    def form(self) -> str:
+        """"chat", "detector", "world" or "none": which questions it can answer."""
 
     @property
-    def identity(self) -> Mapping[str, Any]: ...
+    def identity(self) -> Mapping[str, Any]:
+        """What its judgements depend on; stored with the run."""
 
     @property
-    def in_flight(self) -> int: ...
+    def in_flight(self) -> int:
+        """Most questions at a time."""
 
     async def ask(self, item: Item, question: Question, pictures: Sequence[Picture]) -> Outcome:
         """Raises UserError when no other question would fare better."""

@@ -67,6 +67,7 @@ def notes(made: Mapping[str, Any], benchmark: Benchmark) -> list[str]:
 
 
 def page_tables(made: Mapping[str, Any], benchmark: Benchmark) -> list[PageTable]:
+    """The tables of a run's page."""
     result = tuple(map(tuple, tables.rows(made, benchmark.decimals)))
     figures = tuple((tables.readable(name), *row) for name, *row in tables.figure_rows(made, benchmark.decimals))
     return [
@@ -77,6 +78,7 @@ def page_tables(made: Mapping[str, Any], benchmark: Benchmark) -> list[PageTable
 
 
 def bars(made: Mapping[str, Any], benchmark: Benchmark) -> list[Bar]:
+    """A bar for each category's figure, as shares of the benchmark's highest score."""
     found = []
     for figure in made["figures"].values():
         value = figure.get("fixed") or figure.get("strict")
@@ -92,6 +94,7 @@ def bars(made: Mapping[str, Any], benchmark: Benchmark) -> list[Bar]:
 
 
 def mixes(made: Mapping[str, Any]) -> list[Mix]:
+    """Images per answer and shares of modes, overall and by category; none where images came from elsewhere."""
     answers = made["answers"]
     if not answers:
         return []

@@ -87,10 +87,12 @@ def claim(workdir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
+    """What `run.json` says.  Raises UserError when it is missing or damaged."""
     return _read(workdir / RUN)
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
+    """What `summary.json` says.  Raises UserError when it is missing or damaged."""
     return _read(workdir / SUMMARY)
 
 
@@ -99,6 +101,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def answer_folder(workdir: Path, item: Item, sample: int) -> Path:
+    """Where one answer is stored."""
     return workdir / ANSWERS / item.key / str(sample)
 
 
@@ -141,6 +144,7 @@ class Found:
     samples: dict[str, int]
 
     def prompts_with_image(self) -> set[str]:
+        """Keys of the prompts that have an image."""
         return {key for key, _ in self.paths}
 
 

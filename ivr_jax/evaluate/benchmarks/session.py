@@ -97,6 +97,7 @@ class Session:
         return as_dataclass(ServiceConfig, self.config.judge) if self.config.judge.model else None
 
     def costs(self) -> costs.Costs:
+        """What judging will cost at most, as asked for."""
         return costs.estimate(
             self.benchmark, self.items, self.samples, self.form, self.modes, self.service(), self.own_prompts
         )
@@ -217,6 +218,7 @@ class Session:
     # -- judgements --
 
     def make_judge(self, journal: Journal | None, limits: LimitsOf = ProcessLimits) -> Judge:
+        """The judge that the flags describe.  Raises UserError for a detector without its models."""
         if self._given is not None:
             return self._given
         if self.form == NoJudge.form:

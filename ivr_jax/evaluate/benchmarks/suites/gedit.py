@@ -29,6 +29,8 @@ _IMAGES = ("input_image_raw", "input_image", "image")  # fields that may hold th
 
 
 class GEdit(Benchmark):
+    """GEdit-Bench, as the module describes it."""
+
     name = "gedit"
     title = "GEdit-Bench"
     headline = "en overall"

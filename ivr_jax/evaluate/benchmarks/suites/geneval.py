@@ -118,6 +118,8 @@ def _entry_fault(
 
 
 class GenEval(Benchmark):
+    """GenEval, as the module describes it."""
+
     name = "geneval"
     title = "GenEval"
     samples = 4

@@ -40,6 +40,8 @@ def accepted_tokens(answer: str, skill: str) -> tuple[str, ...]:
 
 
 class GenEval2(Benchmark):
+    """GenEval2, as the module describes it."""
+
     name = "geneval2"
     title = "GenEval2"
     headline = "AM"

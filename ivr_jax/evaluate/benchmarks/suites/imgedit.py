@@ -22,6 +22,8 @@ _PROMPTS = "basic_edit.json"
 
 
 class ImgEdit(Benchmark):
+    """ImgEdit-Bench, as the module describes it."""
+
     name = "imgedit"
     title = "ImgEdit-Bench"
     headline = "Overall"

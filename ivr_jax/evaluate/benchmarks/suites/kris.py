@@ -65,6 +65,8 @@ _KEYS = {"consistency": "consistency_score", "quality": "quality_score", "instru
 
 
 class Kris(Benchmark):
+    """KRIS-Bench, as the module describes it."""
+
     name = "kris"
     title = "KRIS-Bench"
     headline = "Overall"
@@ -224,6 +226,7 @@ class Kris(Benchmark):
 
 
 def has_knowledge(item: Item) -> bool:
+    """Whether the item is also judged for knowledge."""
     return _DIMENSION_OF[item.category] in WITH_KNOWLEDGE
 
 

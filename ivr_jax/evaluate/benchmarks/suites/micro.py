@@ -40,6 +40,8 @@ def write_tasks(folder: Path, prompts: int = PROMPTS, each_split: int = EACH_SPL
 
 
 class Micro(Benchmark):
+    """The micro-world's held-out prompts, as the module describes it."""
+
     name = "micro"
     title = "Micro-world, held out"
     headline = "Exact"

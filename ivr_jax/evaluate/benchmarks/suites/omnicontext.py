@@ -41,6 +41,8 @@ _NAMES = ("*.jsonl", "*/*.jsonl", "*.parquet", "*/*.parquet", "omnicontext*.json
 
 
 class OmniContext(Benchmark):
+    """OmniContext, as the module describes it."""
+
     name = "omnicontext"
     title = "OmniContext"
     headline = "Average"
@@ -133,6 +135,7 @@ class OmniContext(Benchmark):
 
 
 def is_scene(item: Item) -> bool:
+    """Whether subjects are to be put into a given scene."""
     return item.category.startswith("scene_")
 
 

@@ -24,6 +24,8 @@ METRIC, PASSED = "answer", "Passed"
 
 
 class Own(Benchmark):
+    """A user's own prompts, as the module describes it."""
+
     name = "own"
     title = "Own prompts"
     headline = PASSED

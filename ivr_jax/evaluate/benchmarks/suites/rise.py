@@ -40,6 +40,8 @@ _FILES = ("data_total.json", "datav2_total*.json", "data*.json", "*/data_total.j
 
 
 class Rise(Benchmark):
+    """RISEBench, as the module describes it."""
+
     name = "rise"
     title = "RISEBench"
     headline = "Accuracy"

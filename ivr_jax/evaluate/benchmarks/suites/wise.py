@@ -22,6 +22,8 @@ _PATTERNS = ("*_verified.json", "*/*_verified.json")
 
 
 class Wise(Benchmark):
+    """WISE, as the module describes it."""
+
     name = "wise"
     title = "WISE (verified)"
     headline = "Overall"
