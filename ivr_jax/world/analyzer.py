@@ -1,8 +1,8 @@
 """The exact ANALYZER: judges pixels against the scene that the request leads to.
 
-`WorldAnalyzer` implements `ivr_jax.interfaces.Analyzer`; every coroutine has a twin of the same name with
-`_sync`, and `evaluate_all` judges many images at once for reinforcement learning.  What an image shows is read from its
-pixels alone (`ivr_jax.world.recognise`); what it should show comes from `Sample.facts`.
+`WorldAnalyzer` implements `ivr_jax.interfaces.Analyzer`; every coroutine has a plain function of the same name with
+`_sync`.  What an image shows is read from its pixels alone (`ivr_jax.world.recognise`); what it should show comes from
+`Sample.facts`.
 
 Strictness is deliberate: one wrong cell fails its axis, because a judge that lets near misses pass teaches a model
 that near misses are cheap.
@@ -70,10 +70,6 @@ class WorldAnalyzer:
         """See `Analyzer.evaluate`.  Raises UserError for a sample without the world's facts, never for an image."""
         facts = facts_of(sample)
         return self.evaluate_view(facts, judgement.look(image, facts.level))
-
-    def evaluate_all(self, samples: Sequence[Sample], images: Sequence[Pixels]) -> list[Evaluation]:
-        """`evaluate_sync` of images[i] as an answer to samples[i], for all i at once."""
-        return [self.evaluate_view(facts, view) for facts, view in _look_at_all(samples, images)]
 
     def is_exact(self, sample: Sample, image: Pixels) -> bool:
         """Whether the image shows exactly what was asked for, ruler included."""

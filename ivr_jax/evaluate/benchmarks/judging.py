@@ -96,14 +96,6 @@ async def judge_all(
     return results
 
 
-def judge_all_sync(*arguments: object, **options: object) -> dict[Address, Judgement]:
-    """`judge_all` on an event loop of its own; the first error is raised as itself."""
-    try:
-        return asyncio.run(judge_all(*arguments, **options))
-    except BaseExceptionGroup as group:
-        raise first_error(group) from None
-
-
 def first_error(group: BaseExceptionGroup) -> BaseException:
     """The error of a group that says most: a bug before bad input, which may have followed from it."""
     errors = []

@@ -88,16 +88,7 @@ def claim(workdir: Path, run: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_run(workdir: Path) -> dict[str, Any]:
     """What `run.json` says.  Raises UserError when it is missing or damaged."""
-    return _read(workdir / RUN)
-
-
-def read_summary(workdir: Path) -> dict[str, Any]:
-    """What `summary.json` says.  Raises UserError when it is missing or damaged."""
-    return _read(workdir / SUMMARY)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return files.read_json_object(path, "Name the folder of a finished benchmark run.", SCHEMA)
+    return files.read_json_object(workdir / RUN, "Name the folder of a finished benchmark run.", SCHEMA)
 
 
 def answer_folder(workdir: Path, item: Item, sample: int) -> Path:
