@@ -86,3 +86,16 @@ def test_make_targets_exist(page):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for block in FENCE.findall((ROOT / page).read_text(encoding="utf-8")):
         assert set(re.findall(r"^make ([a-z-]+)", block, re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize("page", [page.relative_to(ROOT).as_posix() for page in PAGES])
+def test_code_that_a_page_names_exists(page):
+    """Python files by their path, and the test that `pytest … -k NAME` chooses."""
+    text = re.sub(r"--out=\S+", "", (ROOT / page).read_text(encoding="utf-8"))
+    known = {file.name for folder in ("ivr_jax", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")}
+    for path in re.findall(r"(?<![\w/.])((?:[\w-]+/)*[\w-]+\.py)(?!\w)", text):
+        exists = (ROOT / path).is_file() or (ROOT / "ivr_jax" / path).is_file()
+        assert exists or "/" not in path and path in known, path
+    tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    for chosen in re.findall(r"-k (\w+)", text):
+        assert re.search(rf"def test_\w*{chosen}", tests), chosen
