@@ -103,7 +103,7 @@ class Evaluation:
         return tuple(axis.score for axis in self.axes)
 
     def without_scores(self) -> Evaluation:
-        """The part that is spoken in tokens: observation, verdicts and reasons."""
+        """What an answer's tokens hold: observation, verdicts and reasons."""
         axes = {name: dataclasses.replace(getattr(self, name), score=None) for name in AXES}
         return dataclasses.replace(self, **axes)
 
@@ -135,7 +135,7 @@ class Round:
     """One image: what led to it (None for `G1`), its name, its evaluation.
 
     `evaluation` judges the image against the *whole* request; while steps remain it fails, and the last one passes.
-    `step_evaluation` is what construction thought of one step alone (kept for the record, never spoken).
+    `step_evaluation` is what construction thought of one step alone (kept for the record, never in tokens).
     """
 
     cause: Reflection | Step | None
@@ -222,7 +222,7 @@ class Trajectory:
         return tuple(r.image for r in self.rounds)
 
     @property
-    def spoken(self) -> Trajectory:
+    def token_content(self) -> Trajectory:
         """The part that tokens carry: no scores, no step evaluations."""
         rounds = (Round(r.cause, r.image, r.evaluation.without_scores()) for r in self.rounds)
         return Trajectory(self.sample, tuple(rounds))
@@ -318,7 +318,7 @@ def checked_key(key: Any, where: str) -> str:
 
     Raises:
       UserError: it is no text, empty, longer than 200 bytes of UTF-8, `.` or `..`-like, or holds a slash, a backslash,
-        a control character or half a character.
+        a control character or an unpaired surrogate.
     """
     named = isinstance(key, str) and _KEY.fullmatch(key) and not key.startswith(".") and key == key.strip()
     if not named or len(key.encode()) > _LONGEST_KEY:

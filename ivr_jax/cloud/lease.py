@@ -73,7 +73,7 @@ class Lease:
                 self._generation = self._objects.write(NAME, self._content(), expected=self._generation)
             if self._generation is None:
                 raise TakenOver(f"another process has taken over {self._objects.url}.",
-                                f"This one did not reach the bucket for {self.seconds:.0f} s; it must not go on.")
+                                f"This one did not reach the bucket for {self.seconds:.0f} s; it must stop.")
 
     def release(self) -> None:
         """Gives the lock back, if it is still held."""

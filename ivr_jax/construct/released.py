@@ -67,7 +67,7 @@ def check_storable(value: Any, what: str, any_number: bool = False) -> None:
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=any_number).encode()
     except (ValueError, RecursionError):
-        what = f"{what} holds NaN, an infinity, half a character, or too many levels."
+        what = f"{what} holds NaN, an infinity, an unpaired surrogate, or too many levels."
         raise UserError(what, "Correct it.") from None
 
 

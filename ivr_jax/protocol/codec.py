@@ -303,7 +303,7 @@ def _runs(grammar: grammar_lib.Grammar, nodes: np.ndarray) -> list[tuple[grammar
 
 
 def _segments(runs: Sequence[tuple[grammar_lib.AnswerField, int, int]], trajectory: Trajectory) -> tuple[Segment, ...]:
-    """Runs joined to G, E, R, S; the tokens that choose how to go on belong to what they open, EOS to the last E."""
+    """Runs joined to G, E, R, S; the tokens that choose how to continue belong to what they open, EOS to the last E."""
     selected, segments, pending = loss_parts(trajectory), [], None
     for field, start, end in runs:
         if not field.part:

@@ -41,9 +41,9 @@ class GrammarOptions(Section, name="grammar"):
     Attributes:
       modes: modes the answer may use; ("direct",) forces direct generation, ("interleaved",) allows texts and images
         in any order, with nothing evaluated (what a model that never saw a trajectory can say).
-      force: with a single non-direct mode, go on after the first evaluation whatever its verdict.
+      force: with a single non-direct mode, continue after the first evaluation whatever its verdict.
       max_reflections, max_steps: rounds after the first image.
-      follow_verdict: control flow follows the verdict (pass ends the answer, fail goes on while rounds are left).
+      follow_verdict: control flow follows the verdict (pass ends the answer, fail continues while rounds are left).
       text_cap: longest free text, in tokens; then its closing marker is forced.
     """
 
@@ -280,10 +280,10 @@ class Grammar:
         vocab, field = self.tokenizer.vocab, self._field("T", 1, "text")
         text, full = self._node(field, FREE_TEXT), self._node(field)
         structural = [self._role(token) for token in (vocab.boi, vocab.img, vocab.eoi, vocab.eol, vocab.eos)]
-        spoken = set(range(TEXT, self._classes)) - {VISUAL, *structural}
-        go_on = {self._role(vocab.boi): self._after_boi(self._field("G", 1, "image"), text), structural[-1]: ACCEPT}
-        self._transitions[text] = {class_: text for class_ in spoken} | go_on
-        self._transitions[full] = go_on
+        texts = set(range(TEXT, self._classes)) - {VISUAL, *structural}
+        structure = {self._role(vocab.boi): self._after_boi(self._field("G", 1, "image"), text), structural[-1]: ACCEPT}
+        self._transitions[text] = {class_: text for class_ in texts} | structure
+        self._transitions[full] = structure
         self._capped[text] = full
         return text
 

@@ -7,7 +7,7 @@ WORKDIR holds stage folders (image_tokenizer/ base/ sft/ rl/) and evaluations (e
 is missing is left out.  The page is WORKDIR/report.html, with its plots as PNG files beside it.
 
 --live serves a page on this machine (over SSH: `ssh -L 8323:127.0.0.1:8323 HOST`) with curves, throughput, alarms, what
-the judge took and the newest gallery of rollouts; it draws again by itself while the runs go on.
+the judge took and the newest gallery of rollouts; it draws again by itself while the runs continue.
 """
 
 from __future__ import annotations

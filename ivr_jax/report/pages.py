@@ -93,7 +93,7 @@ def write_report(
     page = render(title, runs, evaluations, gallery, gates, notes, swaps or {}, written)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # A lone surrogate (half a character, from a byte-level model) has no UTF-8 form; a reference does.
+        # An unpaired surrogate (from a byte-level model) has no UTF-8 form; a reference does.
         replace_file(output, page.encode("utf-8", "xmlcharrefreplace"))
         return (output, *_write_plots(output.with_name(output.stem + "_plots"), runs, evaluations))
     except OSError as error:

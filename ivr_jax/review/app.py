@@ -108,7 +108,7 @@ class Review:
         if not all(isinstance(field, str) for field in fields) or not 8 <= len(fields[2]) <= 100:
             raise HTTPException(400, "A decision needs position, verdict, comment and request.")
         if any("\ud800" <= character <= "\udfff" for field in fields for character in field):
-            raise HTTPException(400, "A text holds half a character.")
+            raise HTTPException(400, "A text holds an unpaired surrogate.")
         verdict, comment, request = fields
         with self._reading:
             key = self.dataset[position].sample.key

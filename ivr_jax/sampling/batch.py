@@ -53,7 +53,7 @@ class Usage:
       calls: model calls; slot_calls: slots in these calls, in use or not; in_use: those in use.
       queued_slot_calls, queued_in_use: the same of the calls made while answers waited for a slot.
       prompts: prompts that were read, once for all answers to them.
-      tokens: answer tokens that came of them; opening tokens, which the prefill reads, are not among them.
+      tokens: answer tokens that were sampled in them; opening tokens, which the prefill reads, are not among them.
       image_calls, image_tokens, drafted, accepted: see `slots.Work`.
     """
 

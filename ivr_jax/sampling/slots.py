@@ -83,7 +83,7 @@ class Rules(NamedTuple):
 class Work(NamedTuple):
     """Counts of one segment, int32 [].
 
-    calls: model calls; in_use: slots in progress, summed over calls; tokens: answer tokens that came of them;
+    calls: model calls; in_use: slots in progress, summed over calls; tokens: answer tokens that were sampled in them;
     image_calls: slots that sampled a visual token, summed over calls; image_tokens: visual tokens sampled;
     drafted, accepted: guesses at visual tokens that were verified, and those that were right.
     """

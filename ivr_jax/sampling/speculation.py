@@ -124,7 +124,7 @@ def _fill_window(rules: Rules, slots: Slots, first: jax.Array, samples: jax.Arra
 
 
 class _Tail(NamedTuple):
-    """The loop of `_fill_window`: grammar after `count` guesses, the window, all states, and who goes on."""
+    """The loop of `_fill_window`: grammar after `count` guesses, the window, all states, and which rows continue."""
 
     state: GrammarState
     count: jax.Array

@@ -141,6 +141,6 @@ class _Added(NamedTuple):
 
 
 def next_forced(rules: Rules, state: GrammarState) -> tuple[jax.Array, jax.Array]:
-    """The only legal id int32 [B], 0 where there are more, and whether it is one and the answer goes on, bool [B]."""
+    """The only legal id int32 [B], 0 where there are more, and whether it is one and the answer continues, bool [B]."""
     forced = rules.forced[legal_row(rules.tables, state, jnp)]
     return jnp.maximum(forced, 0), (forced >= 0) & (state.node != ACCEPT)

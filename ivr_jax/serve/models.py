@@ -199,7 +199,7 @@ class ServedModel:
             elif part.kind == "text":
                 found, _ = interleaved.parse_interleaved(self.system.tokenizer, tokens[part.start : part.end])
                 shown += found
-            elif said := spoken_text(part):
+            elif said := part_text(part):
                 shown.append(interleaved.Part(interleaved.TEXT, "\n".join(said), None, part.start, part.end))
         drawn = tuple(picture for _, picture in sorted(pictures.items()))
         return InterleavedAnswer(prepared.sample, tuple(shown), drawn, finished, prepared.images)
@@ -210,7 +210,7 @@ def has_picture(part: Part) -> bool:
     return part.kind == IMAGE and part.codes is not None
 
 
-def spoken_text(part: Part | PartView) -> list[str]:
+def part_text(part: Part | PartView) -> list[str]:
     """Lines that say what a text part says."""
     if part.kind != EVALUATION:
         return [text for text in part.texts.values() if text]

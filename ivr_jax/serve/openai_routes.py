@@ -34,7 +34,7 @@ from starlette.routing import Route
 from ivr_jax.errors import UserError
 from ivr_jax.serve.guard import read_body, read_json
 from ivr_jax.serve.jobs import AUTO, DONE, FAILED, AnswerRequest, ClientGone, Job, PartView, Snapshot
-from ivr_jax.serve.models import ServedModel, named, spoken_text
+from ivr_jax.serve.models import ServedModel, named, part_text
 from ivr_jax.serve.page_routes import Service, sampling_of
 from ivr_jax.serve.partial_answer import IMAGE
 from ivr_jax.serve.scheduler import Busy
@@ -336,7 +336,7 @@ def _typed(kind: str, **fields: Any) -> bytes:
 
 
 def _message(snapshot: Snapshot) -> dict[str, Any]:
-    texts = ["\n".join(spoken_text(view)) for view in snapshot.parts if view.kind != IMAGE]
+    texts = ["\n".join(part_text(view)) for view in snapshot.parts if view.kind != IMAGE]
     images = [_image_url(view) for view in snapshot.parts if view.kind == IMAGE and view.complete and view.png]
     return {"role": "assistant", "content": "\n\n".join(texts), "refusal": None, "images": images}
 
@@ -395,7 +395,7 @@ async def _chat_stream(service: Service, jobs: Sequence[Job], model: str, usage:
 def _delta(view: PartView) -> dict[str, Any]:
     if view.kind == IMAGE:
         return {"images": [_image_url(view)]} if view.complete and view.png else {}
-    text = "\n".join(spoken_text(view))
+    text = "\n".join(part_text(view))
     return {"content": f"{text}\n\n"} if text else {}
 
 

@@ -13,7 +13,7 @@
 
 A request: {prompt, references: [names], model, mode, seed, aspect_ratio, temperature, guidance, max_images, max_tokens,
 continue: {id, from, texts, verdicts, image}}.  With `continue` the answer `id` is taken up to and including part number
-`from`, with the given fields of that part in place of its own, and the model goes on from there.
+`from`, with the given fields of that part in place of its own, and the model continues from there.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class PartialAnswer:
             raise UserError(f"the answer leaves the grammar at token {wrong}.", "Undo the edit, or edit another part.")
         runs = self._runs()
         parts: list[Part] = []
-        at, opening = 0, 0  # `opening`: where the tokens begin that chose how to go on; they belong to what they open
+        at, opening = 0, 0  # `opening`: first token that chose how to continue; it belongs to what it opens
         while at < len(runs):
             field = runs[at][0]
             last = at
@@ -223,5 +223,5 @@ def _texts_only(tokenizer: TextTokenizer, tokens: Sequence[int]) -> list[int]:
 
 
 def _readable(text: str) -> str:
-    """Without half a character at the end: byte-pair tokens may split one."""
+    """Without an incomplete character at the end: byte-pair tokens may split one."""
     return text.rstrip("\ufffd")

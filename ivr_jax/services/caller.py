@@ -277,7 +277,7 @@ class Caller:
             self.counts.waiting -= 1
 
     def stop(self) -> None:
-        """From now on no call is made: questions fail with ServiceDown.  Calls in flight go on to their end."""
+        """From now on no call is made: questions fail with ServiceDown.  Calls in flight are completed."""
         self._stopped.set()
 
     async def _unless_stopped(self, waiting: Coroutine[Any, Any, None]) -> None:

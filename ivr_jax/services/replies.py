@@ -436,7 +436,7 @@ def as_text(value: Any, name: str) -> str:
     """
     if not isinstance(value, str) or not value.strip():
         raise Unusable(f"the {name} is no text: {_shown(repr(value))}")
-    # A lone surrogate (half a character, written as an escape) has no UTF-8 form and could not be stored.
+    # An unpaired surrogate, written as an escape, has no UTF-8 form and could not be stored.
     text = _LEAKED_END.sub("", value).strip()[:_LONGEST].encode("utf-8", "replace").decode("utf-8").replace("\0", "")
     if not text:
         raise Unusable(f"the {name} is no text: {_shown(repr(value))}")

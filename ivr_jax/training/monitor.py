@@ -1,6 +1,6 @@
 """Monitoring of an RL run: alarms, and the limit of judgements that may be missing.
 
-An alarm is a line in the log when it goes on (and when it goes off again), and a metric `alarm_<name>` of 0 or 1:
+An alarm is a line in the log when it begins (and when it ends), and a metric `alarm_<name>` of 0 or 1:
 
     zero_variance       hardly any group has members of different reward: nothing to learn from
     zero_gradient       the gradient's norm is nothing

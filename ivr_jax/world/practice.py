@@ -162,7 +162,7 @@ def _reflections(rng: np.random.Generator, facts: Facts, first: Scene, options: 
 def _steps(rng: np.random.Generator, facts: Facts, options: PracticeOptions) -> list[_Image]:
     """The steps from the source to the target; they end as soon as the target is reached.
 
-    A wrong image of a step differs in one or two cells from what the step asks for, and the steps go on from it.
+    A wrong image of a step differs in one or two cells from what the step asks for, and the steps continue from it.
     """
     scene, images = facts.canvas, []
     for edit in step_edits(facts):

@@ -62,7 +62,7 @@ def test_the_three_forms_tell_the_same_images_and_thoughts_in_order(trajectory, 
 @given(trajectories())
 def test_what_an_export_says_depends_on_the_spoken_part_alone(trajectory):
     for form in FORMS:
-        told = [result_from_trajectory(t, "o")[0] for t in (trajectory, trajectory.spoken)]
+        told = [result_from_trajectory(t, "o")[0] for t in (trajectory, trajectory.token_content)]
         assert list(export_records(told[:1], form)) == list(export_records(told[1:], form))
 
 

@@ -114,7 +114,7 @@ def test_out_to_released_folders_and_in_again_is_the_same_dataset(tmp_path, data
     before, after = TrajectoryDataset(dataset), TrajectoryDataset(tmp_path / "back")
     assert before.image_names == after.image_names
     # inferred verdicts get a score on the way, nothing else changes
-    assert [t.spoken for t in before] == [t.spoken for t in after]
+    assert [t.token_content for t in before] == [t.token_content for t in after]
     succeed("export", tmp_path / "back", "--format=released", f"--out={tmp_path / 'third'}")
     succeed("export", tmp_path / "third", "--format=dataset", f"--out={tmp_path / 'last'}")
     assert list(after) == list(TrajectoryDataset(tmp_path / "last"))

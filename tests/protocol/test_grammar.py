@@ -86,7 +86,7 @@ def test_every_encoded_trajectory_is_an_answer_and_reads_back(name, data):
     tokens, segments = codec.encode_answer(tokenizer, answer, codes)
     assert grammar.run(np.array([tokens]))[0, -1] == ACCEPT
     parsed = codec.parse_answer(grammar, answer.sample, tokens)
-    assert parsed.trajectory == answer.spoken
+    assert parsed.trajectory == answer.token_content
     assert parsed.segments == segments
     assert set(parsed.codes) == set(answer.images)
     assert all((parsed.codes[image] == codes[image]).all() for image in answer.images)
