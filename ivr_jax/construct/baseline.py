@@ -14,10 +14,15 @@ from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.run import Entry
 from ivr_jax.errors import UserError
 from ivr_jax.images import Pixels, fit, image_name
+from ivr_jax.sampling.batch import Usage
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import draw_first_images
 
 _HELD = 2 << 20  # bytes of a request's images up to which they are held in memory until the sample's turn comes
+
+
+class _Stopped(Exception):
+    """The run was asked to stop while images were being drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Baseline:
           entries: the input, read a batch at a time.
           known: whether an entry is recorded already; a batch of such entries is not drawn again.
           progress: called with how many images of the batch are drawn.
-          stopped: whether nothing more is to be drawn; entries come without a first image then.
+          stopped: whether nothing more is to be drawn: what is being drawn is given up, and entries come without a
+            first image then.
         """
         key, remaining = jax.random.key(self.seed), iter(entries)
         for number in itertools.count():
@@ -84,22 +90,34 @@ class Baseline:
         for g, members in enumerate(groups.values()):
             if stopped():
                 return part
-            progress(f"first images {len(firsts)} of {len(fitted)}")
+            drawn = f"first images {len(firsts)} of {len(fitted)}"
+            progress(drawn)
+
+            def show(usage: Usage, drawn: str = drawn) -> None:
+                if stopped():
+                    raise _Stopped
+                progress(f"{drawn}, {usage.tokens} tokens")
+
             group_key = jax.random.fold_in(key, self.batch + g) if g else key
-            firsts |= dict(zip(members, self._draw([fitted[i] for i in members], group_key), strict=True))
+            try:
+                firsts |= dict(zip(members, self._draw([fitted[i] for i in members], group_key, show), strict=True))
+            except _Stopped:
+                return part
         progress("")
         return [
             _loaded(entry, requests[i], firsts.get(i, requests[i].first_image)) if i in requests else entry
             for i, entry in enumerate(part)
         ]
 
-    def _draw(self, requests: Sequence[Request], key: jax.Array) -> list[Pixels]:
+    def _draw(
+        self, requests: Sequence[Request], key: jax.Array, on_usage: Callable[[Usage], None]
+    ) -> list[Pixels]:
         """First images of requests of one size, in a batch of the next power of two: few shapes are compiled."""
         rows = min(self.batch, 1 << (len(requests) - 1).bit_length())
         filled = [requests[i % len(requests)] for i in range(rows)]
         samples, images = [r.sample for r in filled], [r.images for r in filled]
         system = dataclasses.replace(self.system, area=self.area)
-        return draw_first_images(system, samples, images, key, self.options)[: len(requests)]
+        return draw_first_images(system, samples, images, key, self.options, on_usage=on_usage)[: len(requests)]
 
     def _fitted(self, request: Request) -> Request:
         """The request over sources of the size that the model draws."""

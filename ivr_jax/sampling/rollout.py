@@ -290,11 +290,15 @@ def draw_first_images(
     options: SamplingOptions | None = None,
     engine: EngineOptions | None = None,
     size: tuple[int, int] | None = None,
+    on_usage: Callable[[Usage], None] | None = None,
 ) -> list[np.ndarray]:
     """`G1` alone, uint8 [height, width, 3] for each sample: sampling stops when the first image is complete.
 
-    `size`: latent rows and columns; by default those of the first source, or `system.cells` without sources.
+    Args:
+      size: latent rows and columns; by default those of the first source, or `system.cells` without sources.
+      on_usage: called with the cost so far, now and then; what it raises ends the drawing.
     """
     how = RolloutOptions(0, options or SamplingOptions(), engine or EngineOptions(), size=size)
-    _, sampled, _ = _sample(system, Grammar(system.tokenizer), samples, images, key, how, only_image=True)
+    _, sampled, _ = _sample(system, Grammar(system.tokenizer), samples, images, key, how, only_image=True,
+                            on_usage=on_usage)
     return system.image_codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in sampled.tokens])

@@ -16,6 +16,7 @@ from ivr_jax.construct.baseline import Baseline
 from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.run import Entry
 from ivr_jax.errors import UserError
+from ivr_jax.sampling import batch as engine_batch
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.caller import Caller, Reply
 from ivr_jax.services.checkpoint import CheckpointGenerator
@@ -57,12 +58,23 @@ def test_first_images_skip_what_is_known_what_is_given_and_what_cannot_be_read()
         assert np.array_equal(resumed[i].load().first_image, every[i].load().first_image)
 
 
+def test_a_run_that_is_asked_to_stop_gives_up_what_is_being_drawn(monkeypatch):
+    monkeypatch.setattr(engine_batch, "REPORTED", 2)  # model calls between two looks
+    samples, images = tiny_model.requests(2, sources=1)
+    entries = [Entry(f"request {i}", str(i), lambda i=i: Request(samples[i], images[i])) for i in range(2)]
+    shown: list[str] = []
+    stopped = collected(made(2), entries, progress=shown.append, stopped=lambda: len(shown) > 0)
+    assert stopped == entries and len(shown) == 1
+    whole = collected(made(2), entries, progress=shown.append)
+    assert len(shown) > 3 and shown[-1] == "" and all(entry.load().first_image.any() for entry in whole)
+
+
 @pytest.fixture
 def drawings(monkeypatch):
     """Stands in for the model: notes how many images were asked for at a time, and takes a while."""
     sizes = []
 
-    def draw(system, samples, images, key, options, size=None):
+    def draw(system, samples, images, key, options, size=None, on_usage=None):
         sizes.append(len(samples))
         time.sleep(0.3)
         return [np.full((8, 8, 3), i, np.uint8) for i in range(len(samples))]
@@ -136,7 +148,7 @@ def test_a_model_edits_photographs_at_the_area_of_the_dataset(drawings, monkeypa
     """Baseline and generator fit the sources to it, not to the image tokenizer's own resolution."""
     shapes, cells = [], []
 
-    def draw(system, samples, images, key, options, size=None):
+    def draw(system, samples, images, key, options, size=None, on_usage=None):
         shapes.extend(pixels.shape[:2] for given in images for pixels in given.values())
         cells.append(size or system.cells)
         return [np.zeros((8, 8, 3), np.uint8)] * len(samples)
