@@ -52,7 +52,8 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
             print(f"evaluate: {workdir} is complete")
             return result
     claim_workdir(workdir, config, resuming=False)
-    system = load_sampler(config.checkpoint, config.mesh, config.rollout, config.image_tokenizer or None)
+    tokenizers = config.image_tokenizer or None, config.text_tokenizer or None
+    system = load_sampler(config.checkpoint, config.mesh, config.rollout, *tokenizers)
     with system.on_mesh():
         found = micro_world.run(system, config)
         result = metrics.evaluate(found.answers, config.seed, about)
