@@ -162,6 +162,9 @@ def open_backbone(directory: str | os.PathLike[str], **options: Any) -> tuple[Ba
     return config, _lazy_tree(slots, _checked(slots, stored, source), shapes)
 
 
+_FREQUENCIES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")  # buffers that some versions store
+
+
 def needed_weights(config: BackboneConfig, stored: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """`stored` without what the decoder has or computes anyway, if it says the same.
 
@@ -170,7 +173,7 @@ def needed_weights(config: BackboneConfig, stored: Mapping[str, Any], where: Pat
     Raises:
       UserError: it says something else, so that config.json does not describe these weights.
     """
-    kept = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    kept = {name: tensor for name, tensor in stored.items() if not name.endswith(_FREQUENCIES)}
     frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
     for name in stored.keys() - kept.keys():
         table = np.asarray(stored[name].read(), np.float64)

@@ -34,6 +34,7 @@ DTYPES = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # weights that are not read
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _AGAIN = "Download or export the checkpoint again."
 
@@ -137,6 +138,16 @@ def open_file(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _no_weights(directory: Path) -> UserError:
+    """Says what is there instead of safetensors."""
+    if not directory.is_dir():
+        return UserError(f"there is no folder {directory}.", "Name the folder that holds the checkpoint.")
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in _OTHER_FORMATS)
+    holds = f"{others[0]}, which is not read" if others else "no weights"
+    return UserError(f"{directory} holds {holds}, and no safetensors.",
+                     "Save the model as safetensors (in transformers: save_pretrained), or download those files.")
+
+
 def open_directory(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint directory: by its index if there is one, else those of its one file.
 
@@ -147,6 +158,8 @@ def open_directory(directory: Path) -> dict[str, StoredTensor]:
     found = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     if directory / SINGLE in found and not any(_SHARD.fullmatch(path.name) for path in found):
         found = [directory / SINGLE]
+    if not found:
+        raise _no_weights(directory)
     if len(found) != 1:
         raise UserError(f"{directory} holds {len(found)} safetensors files and no {INDEX}.",
                         "A checkpoint is one file, or several with their index; download it again.")

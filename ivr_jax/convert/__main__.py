@@ -57,6 +57,7 @@ TOKENIZER = "tokenizer"  # folder of a workdir for the files that came with a de
 FORMS = ("orbax", "hf")
 _THEIRS = {"architectures", "attention_dropout"}  # fields that an imported config.json keeps
 _EMU_FILES = {RANKS_FILE, VISION_FILE}
+_ADAPTER = "adapter_config.json"
 _COMPANIONS = (
     "*token*.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template*", "*.jinja", "*.tiktoken", "*.model",
     VISION_FILE, "tokenization_*.py", "LICEN[CS]E*", "NOTICE*", "COPYING*",
@@ -126,6 +127,9 @@ def read_hf(path: Path, param_dtype: str | None = None, vocab_multiple: int = 1)
       param_dtype: of the parameters, in which a decoder also computes; None: bfloat16 when all files are, else float32.
       vocab_multiple: of a decoder (see `BackboneConfig`).
     """
+    if (path / _ADAPTER).is_file() and not any((path / name).is_file() for name in ("config.json", "config.yaml")):
+        raise UserError(f"{path} holds an adapter, and not the model that it belongs to.",
+                        "Merge it into its model (peft: merge_and_unload), and name the folder of the result.")
     if param_dtype is None:
         found = {tensor.dtype.name for tensor in hf.open_weights(path).values()}
         param_dtype = "bfloat16" if found == {"bfloat16"} else "float32"

@@ -18,7 +18,7 @@ _SIZES = (
 )  # fmt: skip
 _REFUSED = {
     "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
+    "partial_rotary_factor": 1.0, "quantization_config": None,
 }  # fmt: skip
 # Sizes are bounded, so that a damaged file is an error and not an endless program.
 Size = Annotated[int, Range(1, 2**31 - 1)]

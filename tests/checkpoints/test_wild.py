@@ -50,7 +50,7 @@ def test_a_tied_repository_may_store_its_output_matrix_when_it_is_the_embedding(
 def test_stored_rotary_tables_are_left_out_when_they_are_what_the_config_gives(exported):
     table = (CONFIG.rope_theta ** (-np.arange(0, CONFIG.head_dim, 2) / CONFIG.head_dim)).astype(np.float32)
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
-    rewrite(exported, {name: table, "model.rotary_emb.inv_freq": table})
+    rewrite(exported, {name: table, "model.rotary_emb.inv_freq": table, "model.rotary_emb.original_inv_freq": table})
     assert_trees_equal(hf.import_backbone(exported, vocab_multiple=8)[1], decoder_params())
     rewrite(exported, {name: table**0.5})
     with pytest.raises(UserError) as caught:
@@ -95,6 +95,24 @@ def test_of_the_files_beside_weights_a_tokenizer_s_and_licences_travel(exported,
     rewrite(exported, config={"auto_map": {"AutoModelForCausalLM": "modeling_emu3.Emu3ForCausalLM"}})
     assert "modeling_emu3.py" in [file.name for file in convert.read_hf(exported, "float32").companions]
     shutil.rmtree(exported)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "adapter_config.json", ""])
+def test_what_stands_there_instead_of_weights_is_named(tmp_path, name):
+    if name:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(UserError) as caught:
+        convert.read_hf(tmp_path / "model")
+    assert str(tmp_path / "model") in caught.value.what
+    assert name.startswith("adapter") or name in caught.value.what
+
+
+def test_a_config_of_quantised_weights_is_an_error(exported):
+    rewrite(exported, config={"quantization_config": {"bits": 4}})
+    with pytest.raises(UserError) as caught:
+        hf.open_backbone(exported)
+    assert "quantization_config" in caught.value.what
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "._model.safetensors"])
