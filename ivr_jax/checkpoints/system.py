@@ -105,19 +105,23 @@ def text_tokenizer(kind: str, visual_size: int) -> TextTokenizer:
     return tokenizer
 
 
+def _described(path: str | os.PathLike, kind: str, remedy: str) -> tuple[pathlib.Path | None, dict[str, Any]]:
+    """The folder of a packed model, None for a checkpoint, and the metadata of its network of this kind."""
+    folder = packed.folder_of(path)
+    meta = packed.read_record(folder)[kind] if folder else store.read_meta(path)
+    if meta.get("kind") != kind:
+        wanted = "a backbone" if kind == BACKBONE else "an image tokenizer"
+        raise UserError(f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not {wanted}.", remedy)
+    return folder, meta
+
+
 def load_image_codec(path: str | os.PathLike) -> ImageCodec:
     """The image tokenizer trained in workdir `path`."""
     if not path:
         raise UserError(
             "no image tokenizer was named.", "Give --config.image_tokenizer=WORKDIR of an image_tokenizer run."
         )
-    folder = packed.folder_of(path)
-    meta = packed.read_record(folder)[IMAGE_TOKENIZER] if folder else store.read_meta(path)
-    if meta.get("kind") != IMAGE_TOKENIZER:
-        raise UserError(
-            f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not an image tokenizer.",
-            "Name the workdir of an image_tokenizer run.",
-        )
+    folder, meta = _described(path, IMAGE_TOKENIZER, "Name the workdir of an image_tokenizer run.")
     config = image_tokenizer.ImageTokenizerConfig(**_tuples(meta["model"]))
     like = sharding.abstract_sharded(
         sharding.local_mesh(), image_tokenizer.param_axes(config), image_tokenizer.param_shapes(config)
@@ -148,13 +152,7 @@ def load(
         parameters are cast to `param_dtype` as they are read, a shard at a time, and `vocab_multiple` pads the
         vocabulary.  All others must be the checkpoint's.
     """
-    folder = packed.folder_of(path)
-    meta = packed.read_record(folder)[BACKBONE] if folder else store.read_meta(path)
-    if meta.get("kind") != BACKBONE:
-        raise UserError(
-            f"{str(path)!r} holds a checkpoint of kind {meta.get('kind')!r}, not a backbone.",
-            "Name the workdir of an sft or rl run.",
-        )
+    folder, meta = _described(path, BACKBONE, "Name the workdir of an sft or rl run.")
     text_kind = text_tokenizer_path or meta.get("text_tokenizer")
     image_path = image_tokenizer_path or folder or meta.get("image_tokenizer")
     if not text_kind or not (image_codec or image_path):

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +140,30 @@ def sort_samples(
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} is not a list of samples.", "Put at least one object into a JSON list.")
     root = Path(image_root) if image_root is not None else path.parent
+    named = ((f"entry {i}", entry) for i, entry in enumerate(entries))
+    return sort_entries(path, named, lambda entry, where: _sample(entry, where, root))
+
+
+def sort_entries(
+    path: Path, entries: Iterable[tuple[str, Any]], read: Callable[[Any, str], InputSample]
+) -> tuple[list[InputSample], list[Quarantined]]:
+    """The samples that `read` makes of `entries`, and those that it refuses; of equal keys the first is used.
+
+    Args:
+      path: of the file, for errors.
+      entries: (where in the file, content).
+      read: takes an entry's content and, for errors, where it is.
+    """
     samples: dict[str, InputSample] = {}
     quarantined = []
-    for i, entry in enumerate(entries):
+    for where, entry in entries:
         try:
-            sample = _sample(entry, f"{path}, entry {i}", root)
+            sample = read(entry, f"{path}, {where}")
             if sample.key in samples:
-                raise UserError(f"{path}, entry {i}: the key {sample.key!r} is taken.", "Give each sample its own key.")
+                raise UserError(f"{path}, {where}: the key {sample.key!r} is taken.", "Give each sample its own key.")
             samples[sample.key] = sample
         except UserError as error:
-            quarantined.append(Quarantined(f"entry {i}", error))
+            quarantined.append(Quarantined(where, error))
     return list(samples.values()), quarantined
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from ivr_jax import files
 from ivr_jax.construct.released import Problem, check_final_passes, check_storable
-from ivr_jax.construct.samples import GivenRound, InputSample, Quarantined
+from ivr_jax.construct.samples import GivenRound, InputSample, Quarantined, sort_entries
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.markers import check_user_text
@@ -159,19 +159,8 @@ def read_visual_reflection(
         lines = files.read_text(path).split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.", "Check the path: --config.samples=FILE.jsonl.") from error
-    samples: dict[str, InputSample] = {}
-    quarantined = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            sample = _sample(line, f"{path}, line {number}", root)
-            if sample.key in samples:
-                raise UserError(f"{path}, line {number}: the record {sample.key!r} is there twice.", "Remove one.")
-            samples[sample.key] = sample
-        except UserError as error:
-            quarantined.append(Quarantined(f"line {number}", error))
-    return list(samples.values()), quarantined
+    named = ((f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    return sort_entries(path, named, lambda line, where: _sample(line, where, root))
 
 
 def _sample(line: str, where: str, root: Path) -> InputSample:
