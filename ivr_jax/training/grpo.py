@@ -72,7 +72,15 @@ from ivr_jax.training.policy_logprobs import (
 from ivr_jax.training.prompts import Prompt, Tasks
 from ivr_jax.training.refill import refill
 from ivr_jax.training.rl_options import RLOptions
-from ivr_jax.training.rl_state import OverlapState, PendingRollout, Placement, Probe, run_probes, update_function
+from ivr_jax.training.rl_state import (
+    OverlapState,
+    PendingRollout,
+    Placement,
+    Probe,
+    run_probes,
+    sampler_of,
+    update_function,
+)
 from ivr_jax.training.scoring import (
     Scored,
     draft_answers,
@@ -306,17 +314,21 @@ class Trainer:
         self, pending: PendingRollout, judge_result: JudgeResult, params: Any, step: int
     ) -> tuple[Rollout, JudgeResult, int]:
         """`refill.refill` of this process's answers, by `params`, which sampled them."""
+        missing = sum(not judged.present for judged in judge_result.judged)
+        if not self.options.grpo.refill or not any(distributed.gather(missing)):
+            return pending.rollout, judge_result, 0
         mine, first = self._mine(pending.prompts)
         key = jax.random.fold_in(self._key, step)
         group_size = self.options.group_size
+        # Moved by all processes together, also by those that miss nothing.
+        sampler = sampler_of(self.system, self.placement.layout, params)
 
         def answer(numbers: Sequence[int], attempt: int) -> Rollout:
             self.activity = f"rolling out {len(numbers)} answers again"
             asked = [mine[number // group_size] for number in numbers]
             return roll_out(
-                dataclasses.replace(self.system, params=params), self.grammar, [one.sample for one in asked],
-                [one.images for one in asked], jax.random.fold_in(key, REFILL + attempt),
-                dataclasses.replace(self.options.rollout, group_size=1), layout=self.placement.layout,
+                sampler, self.grammar, [one.sample for one in asked], [one.images for one in asked],
+                jax.random.fold_in(key, REFILL + attempt), dataclasses.replace(self.options.rollout, group_size=1),
                 first=[first * group_size + number for number in numbers],
             )  # fmt: skip
 

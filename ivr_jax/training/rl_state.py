@@ -81,10 +81,15 @@ class Probe:
     measure: Callable[[systems.System, int], Mapping[str, float]]
 
 
+def sampler_of(system: systems.System, layout: RolloutLayout, params: Any) -> systems.System:
+    """The policy `params` with the weights that answers are sampled with; called by all processes together."""
+    return dataclasses.replace(system, config=layout.config, params=layout(params), mesh=layout.mesh)
+
+
 def run_probes(
     probes: Sequence[Probe], system: systems.System, layout: RolloutLayout, params: Any, step: int
 ) -> dict[str, float]:
     """What `probes` measure of the policy `params`, with the weights that answers are sampled with."""
-    sampler = dataclasses.replace(system, config=layout.config, params=layout(params), mesh=layout.mesh)
+    sampler = sampler_of(system, layout, params)
     with jax.set_mesh(layout.mesh):
         return {name: value for probe in probes for name, value in probe.measure(sampler, step).items()}

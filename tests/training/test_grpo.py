@@ -258,6 +258,25 @@ def test_answers_that_the_judge_failed_at_are_replaced_by_new_ones_of_the_same_p
     assert rows[2]["reward"][1] == 2 * GROUP
 
 
+@pytest.mark.parametrize("others, moved", [(0, 1), (3, 2)])
+def test_weights_for_new_answers_are_moved_by_all_processes_also_by_one_that_misses_nothing(
+    monkeypatch, others, moved
+):
+    """Moving them is a program of all processes: one that left it out would leave the others waiting."""
+    learner, calls = like(), []
+    learner.options = dataclasses.replace(learner.options, grpo=dataclasses.replace(learner.options.grpo, refill=2))
+
+    class Counted(RolloutLayout):
+        def __call__(self, params):
+            calls.append(1)
+            return super().__call__(params)
+
+    learner.placement = learner.placement._replace(layout=Counted(CONFIG, learner.placement.mesh))
+    monkeypatch.setattr(grpo.distributed, "gather", lambda value: [value, others])  # what another process says
+    _, metrics = learner.step(fresh_state(), tasks(0), 0)
+    assert metrics["missing"] == 0 and len(calls) == moved
+
+
 class Patient(LocalJudge):
     """Says nothing before the next rollout has begun, and notes whether it had not ended by then."""
 
