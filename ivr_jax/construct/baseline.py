@@ -29,8 +29,11 @@ class _Stopped(Exception):
 class Baseline:
     """How a model draws first images.
 
+    A batch is drawn as a whole, by whichever part of a construction it falls to, and by the same programs, so a drawing
+    does not depend on the number of parts.
+
     Attributes:
-      system: the model.
+      system: the model; its image tokenizer keeps no results, as batches would depend on earlier ones.
       options: how to sample.
       seed: with a sample's place in the input it decides the drawing.
       batch: samples that are read, and at most drawn, at a time.
@@ -50,21 +53,25 @@ class Baseline:
         known: Callable[[Entry], bool] = lambda entry: False,
         progress: Callable[[str], None] = lambda text: None,
         stopped: Callable[[], bool] = lambda: False,
+        holds: Callable[[int], bool] = lambda number: True,
     ) -> AsyncIterator[Entry]:
         """The same entries, with `G1` for those that bring none.  Drawing happens in a thread.
 
         Args:
-          entries: the input, read a batch at a time.
+          entries: the whole input, read a batch at a time.
           known: whether an entry is recorded already; a batch of such entries is not drawn again.
           progress: called with how many images of the batch are drawn.
           stopped: whether nothing more is to be drawn: what is being drawn is given up, and entries come without a
             first image then.
+          holds: whether the batch of this number, from 0, is wanted; the entries of others are left out.
         """
         key, remaining = jax.random.key(self.seed), iter(entries)
         for number in itertools.count():
             part = list(itertools.islice(remaining, self.batch))
             if not part:
                 return
+            if not holds(number):
+                continue
             if not stopped() and not all(known(entry) for entry in part):
                 part = await asyncio.to_thread(self._drawn, part, jax.random.fold_in(key, number), progress, stopped)
             for entry in part:

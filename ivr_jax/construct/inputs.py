@@ -19,6 +19,7 @@ from ivr_jax.construct.samples import sort_samples
 from ivr_jax.construct.shards import Shard
 from ivr_jax.construct.visual_reflection import read_visual_reflection
 from ivr_jax.errors import UserError
+from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.journal import Journal
@@ -93,24 +94,32 @@ def source(
             reason = bad[0].reason if bad else UserError("it is empty.")
             raise UserError(f"{config.samples} holds no usable sample: {reason.what}", reason.remedy)
         quarantined = {entry.key: entry.reason.what for entry in bad if shard.holds(entry.key)}
-        samples = [sample for sample in samples if shard.holds(sample.key)]
-        count = len(samples)
+        if config.baseline:
+            count = sum(shard.holds_batch(number // config.batch) for number in range(len(samples)))
+        else:
+            count = sum(shard.holds(sample.key) for sample in samples)
 
     def read() -> Iterator[Entry]:
         if config.samples:
             return (Entry(s.key, f"{settings}-{s.fingerprint}", s.load, from_files=True) for s in samples)
-        return (entry for entry in world_entries(config.tasks, settings) if shard.holds(entry.key))
+        return world_entries(config.tasks, settings)
 
     if not config.baseline:
-        return Source(lambda: _each(read()), quarantined, count)
+        return Source(lambda: _each(entry for entry in read() if shard.holds(entry.key)), quarantined, count)
     system = load_system(config, config.baseline)
-    area = config.image_area if config.samples else system.image_codec.config.resolution**2
+    codec = system.image_codec
+    codec = ImageCodec(codec.config, codec.params, cache_bytes=0)
+    system = dataclasses.replace(system, image_codec=codec)
+    area = config.image_area if config.samples else codec.config.resolution**2
     baseline = Baseline(system, as_dataclass(SamplingOptions, config.sampling), config.seed, config.batch, area)
 
     def is_known(entry: Entry) -> bool:
         return journal.outcome(entry.key, entry.request) is not None
 
-    return Source(lambda: baseline.with_first_images(read(), is_known, progress, stopped), quarantined, count)
+    def drawn() -> AsyncIterator[Entry]:
+        return baseline.with_first_images(read(), is_known, progress, stopped, shard.holds_batch)
+
+    return Source(drawn, quarantined, count)
 
 
 async def _each(entries: Iterator[Entry]) -> AsyncIterator[Entry]:

@@ -1,8 +1,9 @@
 """Parts of one construction, for several machines.
 
-Each machine constructs the samples whose key falls into its part, in a workdir of its own; merging copies what their
-journals hold into one journal, and construction continues from there with all samples.  So the merged dataset
-does not depend on the number of parts, and samples that a part left pending are simply constructed then.
+Each machine constructs the samples whose key falls into its part, in a workdir of its own; where a model draws the
+first images, the batches whose number does (see `construct.baseline`).  Merging copies what their journals hold into
+one journal, and construction continues from there with all samples.  So the merged dataset does not depend on the
+number of parts, and samples that a part left pending are simply constructed then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ivr_jax.services.journal import Journal
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Part `index` of `count`: the samples whose key's hash falls there."""
+    """Part `index` of `count`: the samples whose key's hash falls there, or every `count`-th batch of samples."""
 
     index: int = 0
     count: int = 1
@@ -40,6 +41,10 @@ class Shard:
         """Whether the sample of this key belongs to the part; the same on every machine."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
         return int.from_bytes(digest[:8]) % self.count == self.index
+
+    def holds_batch(self, number: int) -> bool:
+        """Whether the batch of this number belongs to the part, where samples are handed out in whole batches."""
+        return number % self.count == self.index
 
     def share(self, quotas: Mapping[str, int]) -> dict[str, int]:
         """The part's share of each quota; all parts' shares add up to it."""

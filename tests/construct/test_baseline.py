@@ -15,6 +15,7 @@ from ivr_jax.construct import baseline
 from ivr_jax.construct.baseline import Baseline
 from ivr_jax.construct.escalation import Request
 from ivr_jax.construct.run import Entry
+from ivr_jax.construct.shards import Shard
 from ivr_jax.errors import UserError
 from ivr_jax.sampling import batch as engine_batch
 from ivr_jax.sampling.logits_processors import SamplingOptions
@@ -67,6 +68,20 @@ def test_a_run_that_is_asked_to_stop_gives_up_what_is_being_drawn(monkeypatch):
     assert stopped == entries and len(shown) == 1
     whole = collected(made(2), entries, progress=shown.append)
     assert len(shown) > 3 and shown[-1] == "" and all(entry.load().first_image.any() for entry in whole)
+
+
+def test_parts_draw_together_what_one_process_draws():
+    samples, images = tiny_model.requests(7, sources=1)
+    entries = [
+        Entry(f"request {i}", str(i), lambda i=i: Request(samples[i], images[i], None)) for i in range(len(samples))
+    ]
+    whole = {entry.key: entry.load().first_image for entry in collected(made(2), entries)}
+    parts = [collected(made(2), entries, holds=Shard(index, 3).holds_batch) for index in range(3)]
+    assert [[entry.key for entry in part] for part in parts] == [
+        ["request 0", "request 1", "request 6"], ["request 2", "request 3"], ["request 4", "request 5"]
+    ]  # fmt: skip
+    for entry in (entry for part in parts for entry in part):
+        assert np.array_equal(entry.load().first_image, whole[entry.key])
 
 
 @pytest.fixture
