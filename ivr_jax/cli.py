@@ -117,7 +117,7 @@ def run(
         with contextlib.ExitStack() as stack:
             if call.bucket is not None and not opens_bucket:
                 stack.enter_context(mirror.open_folder(call.bucket))
-            _localise(call.flags, reads, writes, urls, stack)
+            localise(call.flags, reads, writes, urls, stack)
             return main(call)
 
     try:
@@ -397,7 +397,7 @@ def prepare_workdir(path: str | os.PathLike[str], flag: str = "workdir", *, buck
     return folder
 
 
-def _localise(
+def localise(
     values: flags.FlagValues, reads: Sequence[str], writes: Sequence[str], urls: Sequence[str],
     stack: contextlib.ExitStack,
 ) -> None:  # fmt: skip

@@ -32,10 +32,18 @@ class ImageCodec:
     Args:
       params: the tree of `image_tokenizer.init_params`.
       cache_bytes: most bytes of results that are kept, for each direction.
+      batch: most images a device at a time.  Programs for other numbers of images round differently: with 1, codes and
+        pixels do not depend on which images are passed together.
     """
 
-    def __init__(self, config: image_tokenizer.ImageTokenizerConfig, params: Any, cache_bytes: int = CACHE_BYTES):
-        self.config = config
+    def __init__(
+        self,
+        config: image_tokenizer.ImageTokenizerConfig,
+        params: Any,
+        cache_bytes: int = CACHE_BYTES,
+        batch: int = MAX_BATCH,
+    ):
+        self.config, self._batch = config, batch
         self._mesh = sharding.local_mesh()
         placed = sharding.shardings(self._mesh, image_tokenizer.param_axes(config), params)
         self.params = jax.device_put(params, placed)
@@ -79,7 +87,7 @@ class ImageCodec:
                 todo[x.shape][key] = x
         for shape, same in todo.items():
             items = list(same.items())
-            for size in batch_sizes(len(items), shape[0] * shape[1] * pixels, self._mesh.size):
+            for size in batch_sizes(len(items), shape[0] * shape[1] * pixels, self._mesh.size, self._batch):
                 part, items = items[:size], items[size:]
                 stacked = np.stack([x for _, x in part] + [part[0][1]] * (size - len(part)))
                 with jax.set_mesh(self._mesh):
@@ -89,9 +97,12 @@ class ImageCodec:
         return [results[key] for key in keys]
 
 
-def batch_sizes(count: int, pixels: int, devices: int) -> list[int]:
-    """Sizes of batches for `count` images of `pixels` pixels each; together `count`, or less than `devices` more."""
-    largest = max(1, min(MAX_BATCH, MAX_PIXELS // pixels))
+def batch_sizes(count: int, pixels: int, devices: int, most: int = MAX_BATCH) -> list[int]:
+    """Sizes of batches for `count` images of `pixels` pixels each, with `most` or fewer images a device.
+
+    Together they are `count`, or less than `devices` more.
+    """
+    largest = max(1, min(most, MAX_PIXELS // pixels))
     sizes = [devices * 4**power for power in (3, 2, 1, 0) if 4**power <= largest]
     batches: list[int] = []
     for size in sizes:

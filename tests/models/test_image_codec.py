@@ -33,6 +33,7 @@ def images(count: int, shape: tuple[int, int] = (8, 8)) -> list[np.ndarray]:
 ])  # fmt: skip
 def test_batches_hold_what_there_is(count, pixels, devices, expected):
     assert batch_sizes(count, pixels, devices) == expected
+    assert batch_sizes(count, pixels, devices, most=1) == [devices] * -(-count // devices)
 
 
 def test_results_do_not_depend_on_batches_and_are_in_order(params):

@@ -13,6 +13,7 @@ asked for again.  --dry_run says what a run will cost.  Settings stand in --conf
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,8 @@ from ivr_jax.evaluate.benchmarks.session import Session
 from ivr_jax.evaluate.benchmarks.suites import own
 
 CONFIG = "benchmark"
+READS = ("compare", "data", "rewritten", "answers", "judge_prompts", "detector", "clip", "sanity")
+URLS = ("checkpoint", "image_tokenizer", "text_tokenizer")
 
 
 def add_flags(values: flags.FlagValues) -> None:
@@ -86,13 +89,7 @@ def main(call: cli.Call) -> None:
     if wanted.compare:
         compare_runs(call)
         return
-    if wanted.prompts:
-        if wanted.benchmark or wanted.data:
-            raise UserError("--prompts does not go with --benchmark and --data.", "Give one or the other.")
-        wanted.benchmark, wanted.data = own.BENCHMARK.name, str(inputs.local_list(wanted.prompts))
-    if not wanted.benchmark:
-        raise UserError("--benchmark is missing.", f"Use one of {', '.join(registry.names())}.")
-    session = Session(call)
+    session = _session(call)
     if wanted.dry_run:
         print("\n".join(session.costs().lines()))
         return
@@ -101,14 +98,34 @@ def main(call: cli.Call) -> None:
     session.run()
 
 
+def _session(call: cli.Call) -> Session:
+    """The run of a benchmark, or of prompts of one's own."""
+    wanted = call.flags
+    if wanted.prompts:
+        if wanted.benchmark or wanted.data:
+            raise UserError("--prompts does not go with --benchmark and --data.", "Give one or the other.")
+        wanted.benchmark, wanted.data = own.BENCHMARK.name, str(inputs.local_list(wanted.prompts))
+    if not wanted.benchmark:
+        raise UserError("--benchmark is missing.", f"Use one of {', '.join(registry.names())}.")
+    return Session(call)
+
+
+def _session_of_part(argv: Sequence[str]) -> Session:
+    """The run that the command line asks for, on a machine of a cluster."""
+    call = cli.parse(argv, config=True, workdir=False, add_flags=add_flags)
+    with contextlib.ExitStack() as stack:  # nothing here writes to a bucket
+        cli.localise(call.flags, READS, (), URLS, stack)
+    return _session(call)
+
+
 def generate_part(argv: Sequence[str], part: Part) -> None:
     """`Session.generate_part` of the run that the command line asks for."""
-    Session(cli.parse(argv, config=True, workdir=False, add_flags=add_flags)).generate_part(part)
+    _session_of_part(argv).generate_part(part)
 
 
 def judge_part(argv: Sequence[str], part: Part) -> None:
     """`Session.judge_part` of the run that the command line asks for."""
-    Session(cli.parse(argv, config=True, workdir=False, add_flags=add_flags)).judge_part(part)
+    _session_of_part(argv).judge_part(part)
 
 
 def entry() -> None:
@@ -117,6 +134,4 @@ def entry() -> None:
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
-    cli.run(main, config=True, workdir=False, add_flags=add_flags, argv=argv,
-            reads=("compare", "data", "rewritten", "answers", "judge_prompts", "detector", "clip", "sanity"),
-            urls=("checkpoint", "image_tokenizer", "text_tokenizer"))
+    cli.run(main, config=True, workdir=False, add_flags=add_flags, argv=argv, reads=READS, urls=URLS)
