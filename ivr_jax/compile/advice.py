@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from ivr_jax.compile import search
+from ivr_jax.compile import predict, programs, search
 from ivr_jax.compile.memory import gib
 from ivr_jax.compile.topologies import Topology
 from ivr_jax.errors import UserError
 
-STATIC = ("parameters", "moments", "reference", "previous policy", "gradient sum", "gradients")
+STATIC = (  # kinds that do not depend on how many answers a pass has
+    "parameters", "moments", "reference", "previous policy", "gradient sum", "gradients", "rollout", "results", "code"
+)  # fmt: skip
 
 
 def advice(program: str, config: ConfigDict, topology: Topology, measured: Mapping[str, float]) -> str:
@@ -45,20 +48,36 @@ def _sft(config: ConfigDict, topology: Topology, measured: Mapping[str, float]) 
 
 
 def _grpo(config: ConfigDict, topology: Topology, measured: Mapping[str, float]) -> str:
-    """Fewer answers in a pass, as far as each device keeps one; then moments in bfloat16; then more chips."""
+    """Fewer answers in a pass, a smaller chunk of the loss, or both; then moments in bfloat16; then more chips."""
     room = search.MARGIN * topology.chip.hbm
     static = sum(size for kind, size in measured.items() if kind in STATIC)
-    moving = sum(measured.values()) - static
-    sizes = search.mesh_sizes(config, topology.count)
-    shards = sizes["data"] * sizes["fsdp"]
-    answers = int(config.micro_batch * max(0.0, room - static) / moving) // shards * shards
-    if static and answers >= shards:
-        return f"Use --config.micro_batch={answers}: what grows with it takes {gib(moving)} GiB a chip."
-    halved = measured.get("moments", 0) / 2
-    least = static - halved + moving * shards / config.micro_batch
-    if config.optimizer.moment_dtype != "bfloat16" and least <= room:
-        return (f"Use --config.optimizer.moment_dtype=bfloat16 --config.micro_batch={shards} (moments in bfloat16 "
-                "change what is learnt).")  # fmt: skip
+    if static:
+        model, sizes = programs.model_of(config), search.mesh_sizes(config, topology.count)
+        shards = sizes["data"] * sizes["fsdp"] * (sizes["tensor"] if model.fsdp_over_tensor else 1)
+        own = (config.micro_batch, config.loss_chunk_tokens)
+        counts = range(shards, config.micro_batch + 1, shards)
+        chunks = (config.loss_chunk_tokens, *(c for c in search.CHUNKS if c < config.loss_chunk_tokens))
+
+        def moving(answers: int, chunk: int) -> float:
+            step = predict.Step(
+                model=model, mesh=sizes, rows=answers, length=max(config.buckets), parts=1, chunk=chunk,
+                gradient_bytes=4, adapters=bool(config.lora.rank), param_bytes=measured["parameters"],
+            )  # fmt: skip
+            found = predict.temporaries(step)
+            return found["activations"] + found["temporaries"]
+
+        factor = (sum(measured.values()) - static) / moving(*own)
+        halved = measured.get("moments", 0) / 2 if config.optimizer.moment_dtype != "bfloat16" else 0
+        for saved in (0, halved):
+            totals = {pair: static - saved + factor * moving(*pair) for pair in itertools.product(counts, chunks)}
+            fitting = [pair for pair, total in totals.items() if total <= room]
+            if fitting:
+                best = max(fitting, key=lambda pair: (pair[0] == own[0], pair[1] == own[1], pair))
+                changes = {"micro_batch": best[0], "loss_chunk_tokens": best[1]}
+                flags = [f"--config.{name}={value}" for name, value in changes.items() if value != config[name]]
+                flags += ["--config.optimizer.moment_dtype=bfloat16"] if saved else []
+                warning = " (moments in bfloat16 change what is learnt)" if saved else ""
+                return f"Use {' '.join(flags)}: about {gib(totals[best])} GiB a chip{warning}."
     return _more_chips(topology, sum(measured.values()))
 
 

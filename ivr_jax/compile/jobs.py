@@ -134,6 +134,8 @@ def _read(program: str, topology: Topology, config: Mapping, result: dict[str, A
         return dataclasses.replace(outcome, error=error, needed=wanted[0])
     if message:
         advice = "This is a fault of the compiler: try another config.mesh, or change model.fsdp_over_tensor."
+        if "memory space vmem" in message:
+            advice = "A kernel does not fit the vector memory of a core: --config.model.attention=plain has none."
         return dataclasses.replace(outcome, error=message.strip().splitlines()[0][:300], advice=advice)
     if plan is not None and not plan.fits:
         error = f"needs {memory.gib(plan.total)} GiB a chip with what else is in memory"

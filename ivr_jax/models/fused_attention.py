@@ -19,6 +19,7 @@ from ivr_jax.errors import UserError
 
 LANES = 128  # of a TPU's vector registers: blocks are multiples of it
 BLOCK, BLOCK_COMPUTE = 1024, 512
+SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory a core: blocks of half the size
 SAVED = "attention"  # checkpoint name of the kernel's results, for remat policies
 
 
@@ -26,6 +27,13 @@ def platform() -> str:
     """Where the program will run: the platform of the mesh in force, else of JAX's default devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+def largest_block() -> int:
+    """Most queries of a block of splash attention: what the vector memory of the chips of the mesh in force holds."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = device.device_kind if device is not None else jax.devices()[0].device_kind
+    return BLOCK // 2 if kind in SMALL_CHIPS else BLOCK
 
 
 def choose(config: Any, length: int, dropout: float = 0.0) -> str:
@@ -87,7 +95,7 @@ def splash_attention(
     if padding := -length % (LANES * queries):
         q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
         segments = jnp.pad(segments, ((0, 0), (0, padding)))
-    kernel = _splash_kernel(heads, length + padding, tensor, queries, interpret)
+    kernel = _splash_kernel(heads, length + padding, tensor, queries, largest_block(), interpret)
 
     def run(kernel, q, k, v, own_segments, all_segments):
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
@@ -105,13 +113,16 @@ def splash_attention(
     return run(kernel, q, k, v, segments, segments)[:, :length]
 
 
-def _splash_kernel(heads: int, length: int, head_shards: int, query_shards: int, interpret: bool) -> Any:
+def _splash_kernel(
+    heads: int, length: int, head_shards: int, query_shards: int, largest: int, interpret: bool
+) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    block = next(size for size in (BLOCK, 512, 256, LANES) if length // query_shards % size == 0)
+    sizes = (size for size in (BLOCK, 512, 256, LANES) if size <= largest)
+    block = next(size for size in sizes if length // query_shards % size == 0)
     inner = min(block, BLOCK_COMPUTE)
     # The backward kernel writes a share of dq for every block of keys, so these are large.
-    keys = next(size for size in (2 * BLOCK, block) if length % size == 0)
+    keys = next(size for size in (2 * largest, block) if length % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=inner, block_q_dkv=block, block_kv_dkv=keys,
         block_kv_dkv_compute=inner, use_fused_bwd_kernel=True,

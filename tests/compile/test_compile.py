@@ -152,7 +152,7 @@ def test_an_update_in_place_costs_what_it_writes_and_one_pass_is_one_of_the_loop
         roofline.estimate(hlo.read(MODULE), topology).seconds)  # fmt: skip
 
 
-def test_errors_of_the_compiler_about_memory_are_read():
+def test_errors_of_the_compiler_about_memory_are_read(tmp_path):
     message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
                "Used 120.31G of 95.74G hbm. Exceeds hbm capacity by 24.57G.")  # fmt: skip
     assert memory.exceeded(message) == (120.31 * GIB, 95.74 * GIB)
@@ -161,6 +161,9 @@ def test_errors_of_the_compiler_about_memory_are_read():
     message = "Ran out of memory in memory space vmem. Used 17.12M of 16.00M vmem. Exceeded vmem capacity by 1.12M."
     assert memory.exceeded(message) is None  # of one core, whatever the config
     assert memory.exceeded("something else") is None
+    result = {"mesh": {}, "flops": 0.0, "model_flops": 0.0, "tokens": 0, "resident": {}, "error": message}
+    outcome = jobs._read("sft", parse_topology("v4:2x2x1"), {}, result, tmp_path)
+    assert not outcome.ok and not outcome.needed and flags_of(outcome.advice) == ["--config.model.attention=plain"]
 
 
 FEW = ("--config.optimizer.moment_dtype=bfloat16", "--config.gradient_dtype=bfloat16")
@@ -232,11 +235,30 @@ def test_advice_for_other_programs_comes_from_what_fills_the_memory():
     room = search.MARGIN * topology.chip.hbm - 9 * GIB
     assert flags_of(said)[0].startswith("--config.engine.slots=") and slots * GIB <= room < (slots + 1) * GIB
     assert not flags_of(advice.advice("decode", config, topology, {"parameters": 40 * GIB, "cache": GIB}))
-    config.mesh.fsdp, config.mesh.tensor = 2, 4
-    measured = {"parameters": 10 * GIB, "activations": 40 * GIB}
-    said = flags_of(advice.advice("grpo", config, topology, measured))
-    answers = int(said[0].removeprefix("--config.micro_batch="))
-    assert answers % 2 == 0 and 10 + 40 * answers / config.micro_batch <= topology.chip.hbm / GIB
+
+
+GRPO = {  # GiB a chip that the compiler gave for emu35_rl on v6e:4x8
+    "parameters": 3.97, "reference": 3.97, "moments": 7.95, "gradient sum": 3.97, "rollout": 0.01, "gradients": 1.59,
+    "activations": 11.25, "temporaries": 8.52, "results": 3.97, "code": 0.03,
+}  # fmt: skip
+
+
+def test_advice_for_grpo_knows_what_does_not_fall_with_the_answers_of_a_pass():
+    topology, config = parse_topology("v6e:4x8"), load_config("emu35_rl")
+    source = load_config("emu35_sft")
+    config.model, config.text_tokenizer = source.model, source.text_tokenizer
+    said = dict(
+        flag.removeprefix("--config.").split("=")
+        for flag in flags_of(advice.advice("grpo", config, topology, {k: v * GIB for k, v in GRPO.items()}))
+    )
+    answers, chunk = int(said["micro_batch"]), int(said["loss_chunk_tokens"])
+    assert answers % 8 == 0 and answers < config.micro_batch
+    # Three float32 arrays of a chunk's logits are there at once, whatever the number of answers.
+    logits = 3 * 4 * programs.model_of(config).padded_vocab_size / 4 * min(chunk, answers * 9216) / 8 / GIB
+    fixed = sum(GRPO.values()) - GRPO["activations"] - GRPO["temporaries"]
+    assert fixed + GRPO["activations"] * answers / config.micro_batch + logits <= topology.chip.hbm / GIB
+    none = advice.advice("grpo", config, parse_topology("v6e:2x2"), {"parameters": 60 * GIB, "temporaries": GIB})
+    assert not flags_of(none)
 
 
 def test_a_search_compiles_what_is_predicted_to_fit_and_learns_from_the_compiler():

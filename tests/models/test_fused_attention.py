@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 
 import commands
 import jax
@@ -48,6 +49,16 @@ def test_splash_attention_equals_plain_attention_with_segments_and_grouped_heads
     np.testing.assert_allclose(found, expected, atol=2e-5)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind, block, keys", [("TPU v4", 512, 1024), ("TPU v5 lite", 1024, 2048)])
+def test_blocks_fit_the_vector_memory_of_the_chip(monkeypatch, kind, block, keys):
+    made = []
+    monkeypatch.setattr(fused_attention.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    splash = pytest.importorskip("jax.experimental.pallas.ops.tpu.splash_attention")
+    monkeypatch.setattr(splash, "make_splash_mha", lambda mask, block_sizes, **rest: made.append(block_sizes))
+    fused_attention._splash_kernel(2, 4096, 1, 1, fused_attention.largest_block(), False)
+    assert (made[0].block_q, made[0].block_q_dkv, made[0].block_kv_dkv) == (block, block, keys)
 
 
 SHARDED = """

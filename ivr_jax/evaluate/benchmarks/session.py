@@ -191,8 +191,8 @@ class Session:
         config = self.config
         with self._system() as (system, mesh):
             # one by one: an image does not depend on which answers are drawn together, by which process
-            codec = ImageCodec(system.codec.config, system.codec.params, batch=1)
-            system = dataclasses.replace(system, codec=codec)
+            codec = ImageCodec(system.image_codec.config, system.image_codec.params, batch=1)
+            system = dataclasses.replace(system, image_codec=codec)
             grammar = Grammar(system.tokenizer, grammar_options(system, tuple(config.modes), config.text_cap))
             generation.generate(
                 system, grammar, self.benchmark, self.items, self.data, self.workdir, plan,
