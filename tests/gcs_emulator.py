@@ -1,16 +1,19 @@
 """`python gcs_emulator.py PORT`: the emulator of gcp-storage-emulator, with what it lacks of Google Cloud Storage.
 
 Added: ifGenerationMatch when an object is written or deleted, ifGenerationNotMatch when it is read, the header
-x-goog-generation, empty uploads, status 416, startOffset and endOffset of listings, and a bucket `forbidden`, which
-answers everything with 403.
+x-goog-generation, empty uploads, status 416, startOffset and endOffset of listings, a bucket `forbidden`, which
+answers everything with 403, and buckets that vanish: while the file that GCS_VANISHES names is there, requests are
+answered with 404 once as many have been carried out as stands in it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from gcp_storage_emulator import server
@@ -79,12 +82,25 @@ def data_of(request_handler: Any, query: Any) -> Any:
     return b"" if data is None and query.get("uploadType") == ["media"] else data
 
 
-def handle_unless_forbidden(router: Any, method: str) -> None:
-    if f"/b/{FORBIDDEN}" not in router._request_handler.path:
+def has_vanished() -> bool:
+    file = Path(os.environ.get("GCS_VANISHES", "/nowhere"))
+    if not file.exists():
+        return False
+    left = int(file.read_text() or 0)
+    file.write_text(str(max(0, left - 1)))
+    return left <= 0
+
+
+def handle_if_there(router: Any, method: str) -> None:
+    if f"/b/{FORBIDDEN}" in router._request_handler.path:
+        status, message = HTTPStatus.FORBIDDEN, "Forbidden"
+    elif has_vanished():
+        status, message = HTTPStatus.NOT_FOUND, "The specified bucket does not exist."
+    else:
         return handle(router, method)
     response = server.Response(router._request_handler)
-    response.status = HTTPStatus.FORBIDDEN
-    response.json({"error": {"code": 403, "message": "Forbidden"}})
+    response.status = status
+    response.json({"error": {"code": status.value, "message": message}})
     return response.close()
 
 
@@ -97,7 +113,7 @@ def main(port: int) -> None:
     objects._media_upload = checked(objects._media_upload)
     objects._create_resumable_upload = checked(objects._create_resumable_upload)
     server._read_data = data_of
-    server.Router.handle = handle_unless_forbidden
+    server.Router.handle = handle_if_there
     server.create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET).run()
 
 

@@ -59,7 +59,8 @@ class Checkpointer:
             "meta": ocp.JsonCheckpointHandler(),
         }
         self._workdir, self._folder = pathlib.Path(workdir).absolute(), folder_of(workdir)
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        with self._explained():
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, data: Any, meta: dict[str, Any]) -> None:
         """Starts an asynchronous save; `state` may be donated to the next step as soon as this returns.
@@ -97,7 +98,8 @@ class Checkpointer:
         args = ocp.args.Composite(
             state=wanted, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()
         )
-        found = self._manager.restore(step, args=args)
+        with self._explained():
+            found = self._manager.restore(step, args=args)
         return Restored(step, found.state, found.data["state"], _current(found.meta))
 
     def wait(self) -> None:

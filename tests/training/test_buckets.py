@@ -13,13 +13,16 @@ from pathlib import Path
 import bucket_servers
 import commands
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_runs import ROOT, flags_of, metrics, prepare, sft_settings, trained
 
+from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.cloud import inputs, manifest
+from ivr_jax.cloud import inputs, manifest, mirror
 from ivr_jax.cloud.objects import Objects
+from ivr_jax.errors import UserError
 
 STEPS = 8
 
@@ -148,6 +151,33 @@ def test_a_sharded_checkpoint_comes_back_bit_for_bit_on_another_mesh(bucket):
     lines = commands.on_devices(8, SHARDED, f"{bucket}/sharded")
     names = ("kernel", "embed", "scale")
     assert [line for line in lines if line.endswith("True")] == [f"{name} 8 True True" for name in names]
+
+
+def test_a_bucket_that_vanishes_while_a_checkpoint_is_written_shows_the_last_whole_one(tmp_path, monkeypatch):
+    monkeypatch.setenv(inputs.CACHE_VARIABLE, str(tmp_path / "cache"))
+    url, vanishes = f"gs://{bucket_servers.BUCKET}/run", tmp_path / "vanishes"
+
+    def save(step: int, after: int | None = None) -> None:
+        """Checkpoint `step`; the bucket vanishes after so many requests of it."""
+        with mirror.open_folder(url, without=store.written_directly(url)) as folder:
+            checkpointer = store.Checkpointer(folder)
+            if after is not None:
+                vanishes.write_text(str(after))
+            checkpointer.save(step, {"params": jnp.full((64, 64), step)}, [step], {"kind": "test"})
+            checkpointer.wait()
+            checkpointer.close()
+
+    with bucket_servers.server("gs", GCS_VANISHES=str(vanishes)):
+        save(2)
+        for after in (0, 20):
+            with pytest.raises(UserError) as error:
+                save(4, after)
+            assert url in error.value.what and "\n" not in error.value.what
+            assert int(vanishes.read_text()) == 0
+            vanishes.unlink()
+            assert steps(url)[0] == {2} and store.resolve(url).name == "2"
+        save(4)
+        assert steps(url)[0] == {2, 4}
 
 
 def assert_same_parameters(url: str, other: Path) -> None:
