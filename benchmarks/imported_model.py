@@ -142,7 +142,9 @@ class Walk:
                      *(["--aspect_ratio=1:1"] if count > 1 else []))  # fmt: skip
         self._construct(decoder, in_config)
         dataset = at / "dataset"
-        self.run("export to a dataset", "export", photographs.write_success(at), "--format=dataset", f"--out={dataset}")
+        export = "export to a dataset"
+        success = at / "success" if self._has(export) else photographs.write_success(at)
+        self.run(export, "export", success, "--format=dataset", f"--out={dataset}")
         self.run("tokenise", "tokenise", dataset, *named, f"--out={at / 'sft' / 'examples'}")
         sizes = [f"--config.model.{key}={value}" for key, value in SIZES.items()]
         sft = ("train", "--config=micro_sft", f"--config.data.path={dataset}", *in_config, "--config.steps=2",
