@@ -130,46 +130,12 @@ def make_step(
 
 def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     """The stage of an sft config: tokenises the dataset on the first run, then trains on packed batches."""
-    if not 0 <= config.data.practice_share <= 1:
-        raise UserError(f"data.practice_share is {config.data.practice_share}.", "Give a share from 0 to 1.")
-    if config.data.practice_share == 1 and config.data.path:
-        raise UserError("a dataset was named, but all examples are to be practice.",
-                        "Lower data.practice_share (0: the dataset alone), or name none.")
-    if config.data.practice_share < 1 and not config.data.path:
-        raise UserError("no dataset was named.", "Give --config.data.path=WORKDIR/dataset of ivr_jax.construct.")
-    if config.batch % config.grad_accum_steps:
-        raise UserError(
-            f"a batch of {config.batch} does not divide into {config.grad_accum_steps} parts.",
-            "Make config.batch a multiple of config.grad_accum_steps.",
-        )
-    if config.batch % config.data.streams:
-        raise UserError(f"data.streams is {config.data.streams} and config.batch {config.batch}.",
-                        "Make data.streams a divisor of config.batch.")
-    if config.data.held_out and config.data.held_out == config.data.path:
-        raise UserError("data.held_out is the dataset that is trained on.", "Name another one, or leave it empty.")
-    part = config.batch // config.grad_accum_steps
-    sharding.check_batch(mesh, part, "config.batch / config.grad_accum_steps", config.model.fsdp_over_tensor)
+    _check_config(config, mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)  # before the images are tokenised: it may be refused
     image_codec = systems.load_image_codec(config.image_tokenizer)
     tokenizer = systems.text_tokenizer(config.text_tokenizer, image_codec.config.n_embed)
     options = as_dataclass(lora.LoraOptions, config.lora)
-    if config.init:
-        text = config.text_tokenizer
-        # a config that names no dtype trains in float32, as one that starts from nothing does, whatever the import's is
-        model_options = {"dtype": "float32", "param_dtype": "float32", **config.model}
-        initial = systems.load(
-            config.init, image_codec=image_codec, text_tokenizer_path=text, mesh=mesh, **model_options
-        )
-        model, params = initial.config, initial.params
-    elif options.rank:
-        raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
-    else:
-        model = BackboneConfig(vocab_size=tokenizer.vocab.size, **config.model)
-
-        def params() -> Any:
-            return backbone.init_params(model, jax.random.key(config.seed))
-
-        _say(parameter_overview.get_parameter_overview(backbone.param_shapes(model), include_stats=False, max_lines=20))
+    model, params = _initial_model(config, options, tokenizer, image_codec, mesh)
     axes = backbone.param_axes(model)
     if options.rank:
         params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)
@@ -204,6 +170,48 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         held_out = _held_out_batches(config, workdir, mesh, tokenizer, image_codec, model.max_position_embeddings)
         summary = held_out_loss(model, config.loss_chunk_tokens, start, mesh, held_out)
     return Stage(state, data, placed_step, meta, summary)
+
+
+def _check_config(config: Any, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError for values that do not go together."""
+    if not 0 <= config.data.practice_share <= 1:
+        raise UserError(f"data.practice_share is {config.data.practice_share}.", "Give a share from 0 to 1.")
+    if config.data.practice_share == 1 and config.data.path:
+        raise UserError("a dataset was named, but all examples are to be practice.",
+                        "Lower data.practice_share (0: the dataset alone), or name none.")
+    if config.data.practice_share < 1 and not config.data.path:
+        raise UserError("no dataset was named.", "Give --config.data.path=WORKDIR/dataset of ivr_jax.construct.")
+    if config.batch % config.grad_accum_steps:
+        raise UserError(
+            f"a batch of {config.batch} does not divide into {config.grad_accum_steps} parts.",
+            "Make config.batch a multiple of config.grad_accum_steps.",
+        )
+    if config.batch % config.data.streams:
+        raise UserError(f"data.streams is {config.data.streams} and config.batch {config.batch}.",
+                        "Make data.streams a divisor of config.batch.")
+    if config.data.held_out and config.data.held_out == config.data.path:
+        raise UserError("data.held_out is the dataset that is trained on.", "Name another one, or leave it empty.")
+    part = config.batch // config.grad_accum_steps
+    sharding.check_batch(mesh, part, "config.batch / config.grad_accum_steps", config.model.fsdp_over_tensor)
+
+
+def _initial_model(
+    config: Any, options: lora.LoraOptions, tokenizer: TextTokenizer, image_codec: ImageCodec, mesh: jax.sharding.Mesh
+) -> tuple[BackboneConfig, Any]:
+    """The model that training starts from and its parameters, or a function that makes new ones."""
+    if config.init:
+        text = config.text_tokenizer
+        # a config that names no dtype trains in float32, as one that starts from nothing does, whatever the import's is
+        model_options = {"dtype": "float32", "param_dtype": "float32", **config.model}
+        initial = systems.load(
+            config.init, image_codec=image_codec, text_tokenizer_path=text, mesh=mesh, **model_options
+        )
+        return initial.config, initial.params
+    if options.rank:
+        raise UserError("LoRA adapts a trained model.", "Give --config.init=WORKDIR, or set config.lora.rank to 0.")
+    model = BackboneConfig(vocab_size=tokenizer.vocab.size, **config.model)
+    _say(parameter_overview.get_parameter_overview(backbone.param_shapes(model), include_stats=False, max_lines=20))
+    return model, lambda: backbone.init_params(model, jax.random.key(config.seed))
 
 
 def held_out_loss(
