@@ -20,7 +20,8 @@ from openai_service import Behaviour, OpenAIService, serving
 
 pytest.importorskip("ray")
 STORE = 80 << 20
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+# By default a worker gives way to every other process of the machine, for instance to another test.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_worker_niceness": "0"}
 
 
 NODE = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "include_log_monitor": False}
@@ -45,10 +46,11 @@ def running_cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def cluster():
-    before = processes_of_ray()
     with running_cluster() as made:
+        session = made.head_node.get_session_dir_path()
+        assert len(servers(session)) >= 2
         yield made
-    assert processes_of_ray() == before
+    assert not servers(session)
 
 
 @contextlib.contextmanager
@@ -72,14 +74,14 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
         time.sleep(0.05)
 
 
-def processes_of_ray() -> set[int]:
-    """Process ids of the nodes' servers on this machine."""
-    found = set()
+def servers(session: str) -> list[int]:
+    """Process ids of the nodes' servers of the cluster with this folder, on this machine."""
+    found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            if words and words[0].endswith((b"/raylet", b"/gcs_server")):
-                found.add(int(entry.name))
+            words = (entry / "cmdline").read_text(errors="replace").split("\0") if entry.name.isdigit() else [""]
+            if words[0].endswith(("/raylet", "/gcs_server")) and any(session in word for word in words):
+                found.append(int(entry.name))
     return found
 
 
