@@ -30,6 +30,7 @@ import difflib
 import errno
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -472,3 +473,25 @@ def enable_compilation_cache() -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return folder
+
+
+def listen(host: str, port: int, flag: str = "--") -> socket.socket:
+    """A bound socket; port 0 takes any free one.
+
+    Raises:
+      UserError: it is taken or no address of this machine; `flag` leads to the names of the flags in the remedy.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{host!r} is not an address ({error}).", f"Name one with {flag}host=….") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"port {port} of {host} cannot be used: {why}.", f"Name another {flag}port=….") from error
+    return listener

@@ -110,12 +110,15 @@ def serve(config: Any, journal: Journal) -> None:
                        concurrency=config.concurrency)
         for preset in PRESETS
     }  # fmt: skip
-    hosts = None if config.host not in LOOPBACK else frozenset(f"{name}:{config.port}" for name in LOOPBACK)
-    app = make_app(ScoreApp(scorers, as_dataclass(Limits, config.limits), token, hosts))
-    print(f"score: http://{config.host}:{config.port}/v1/score", flush=True)
-    settings = uvicorn.Config(app, config.host, config.port, log_level="warning", access_log=False, lifespan="off",
-                              server_header=False)
-    uvicorn.Server(settings).run()
+    if not 0 <= config.port < 1 << 16:
+        raise UserError(f"`port` is {config.port}.", "Name one with --config.port=…: 0 to 65535, 0 takes a free one.")
+    with cli.listen(config.host, config.port, "--config.") as listener:
+        port = listener.getsockname()[1]
+        hosts = None if config.host not in LOOPBACK else frozenset(f"{name}:{port}" for name in LOOPBACK)
+        app = make_app(ScoreApp(scorers, as_dataclass(Limits, config.limits), token, hosts))
+        print(f"score: http://{config.host}:{port}/v1/score", flush=True)
+        settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
+        uvicorn.Server(settings).run(sockets=[listener])
 
 
 def main(call: cli.Call) -> int | None:

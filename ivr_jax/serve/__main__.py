@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
-import socket
 import threading
 import webbrowser
 from pathlib import Path
@@ -25,6 +24,7 @@ from absl import flags
 
 from ivr_jax import cli, sharding
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.cli import listen
 from ivr_jax.cloud.objects import is_url
 from ivr_jax.errors import UserError
 from ivr_jax.models.image_codec import ImageCodec
@@ -61,23 +61,6 @@ def add_flags(values: flags.FlagValues) -> None:
     text("dtype", None, "of weights and activations, such as bfloat16; as in the checkpoint by default")
     flags.DEFINE_boolean("open", False, "open the page in this machine's browser", flag_values=values)
     text("mesh", None, "devices by axis, such as tensor:4 or fsdp:2,tensor:4; one device by default")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes any free one.  Raises UserError when it is taken or no address of this machine."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"{host!r} is not an address ({error}).", "Name one with --host=….") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise UserError(f"port {port} of {host} cannot be used: {error.strerror}.", "Name another --port=….") from error
-    return listener
 
 
 def checked_token(host: str, given: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -174,6 +175,15 @@ def test_the_command_scores_a_file_and_asks_again_only_for_what_is_missing(image
         assert service.log.answered.total() - asked == 6
     told = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
     assert [line["total"] for line in told] == [pytest.approx((0.4 * 0.95 + 0.1) / 0.5)] * 2 + [None] * 2
+
+
+def test_a_port_in_use_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "k" * 20)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (taken.getsockname()[1], 99_999):
+            done = commands.run("score", "--config=score", f"--workdir={tmp_path}", "--serve", f"--config.port={port}",
+                                "--config.services.judge.key_variable=TEST_KEY")  # fmt: skip
+            assert done.returncode == 2 and str(port) in done.complaint
 
 
 class Stuck:
