@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.answer_length = 7168
     config.micro_batch = 64
     config.buckets = (2048, 4096, 9216)  # the longest answer, and a prompt with one source image
+    config.packed_rows = 0  # rows of a pass that answers are packed into; 0: `micro_batch` answers, one a row
     config.loss_chunk_tokens = 65_536
     config.checkpoint_every = 20
     config.max_checkpoints = 2

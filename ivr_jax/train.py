@@ -34,7 +34,8 @@ STAGES = {
 }
 MAY_CHANGE = (
     "log_every", "checkpoint_every", "max_checkpoints", "mesh", "staging_gib", "monitor", "gallery",
-    "judge.concurrency", "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "buckets", "model.remat",
+    "judge.concurrency", "judge.deadline", "grad_accum_steps", "loss_chunk_tokens", "buckets", "packed_rows",
+    "model.remat",
     "model.fsdp_over_tensor", "sight", "held_out",
     *(f"judge.{part}.{name}" for part in ("outcome", "step", "reasoning", "held_out") for name in CHANGEABLE),
 )  # fmt: skip
@@ -43,7 +44,7 @@ COUNTS = (
     "eval_images", "prompts_per_step", "group_size", "answer_length", "micro_batch", "num_iterations",
     "num_minibatches",
 )  # fmt: skip
-NOT_NEGATIVE = ("max_checkpoints", "staging_gib", "continuous_steps")
+NOT_NEGATIVE = ("max_checkpoints", "staging_gib", "continuous_steps", "packed_rows")
 
 
 def add_flags(values: flags.FlagValues) -> None:

@@ -54,8 +54,9 @@ def _grpo(config: ConfigDict, topology: Topology, measured: Mapping[str, float])
     if static:
         model, sizes = programs.model_of(config), search.mesh_sizes(config, topology.count)
         shards = sizes["data"] * sizes["fsdp"] * (sizes["tensor"] if model.fsdp_over_tensor else 1)
-        own = (config.micro_batch, config.loss_chunk_tokens)
-        counts = range(shards, config.micro_batch + 1, shards)
+        size = "packed_rows" if config.packed_rows else "micro_batch"
+        own = (config[size], config.loss_chunk_tokens)
+        counts = range(shards, config[size] + 1, shards)
         chunks = (config.loss_chunk_tokens, *(c for c in search.CHUNKS if c < config.loss_chunk_tokens))
 
         def moving(answers: int, chunk: int) -> float:
@@ -73,7 +74,7 @@ def _grpo(config: ConfigDict, topology: Topology, measured: Mapping[str, float])
             fitting = [pair for pair, total in totals.items() if total <= room]
             if fitting:
                 best = max(fitting, key=lambda pair: (pair[0] == own[0], pair[1] == own[1], pair))
-                changes = {"micro_batch": best[0], "loss_chunk_tokens": best[1]}
+                changes = {size: best[0], "loss_chunk_tokens": best[1]}
                 flags = [f"--config.{name}={value}" for name, value in changes.items() if value != config[name]]
                 flags += ["--config.optimizer.moment_dtype=bfloat16"] if saved else []
                 warning = " (moments in bfloat16 change what is learnt)" if saved else ""

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 
 from ivr_jax import sharding
 from ivr_jax.compile.programs import Program, Setup, StandInTokenizer, bytes_a_chip
-from ivr_jax.models import lora
+from ivr_jax.models import fused_attention, lora
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.sampling.layout import RolloutLayout
-from ivr_jax.training import policy_logprobs
+from ivr_jax.training import answer_batches, policy_logprobs
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.rl_options import rl_options
 from ivr_jax.training.throughput import train_flops
@@ -24,7 +24,8 @@ def policy_gradient(setup: Setup) -> Program:
     and the batches of a whole rollout, which all its `num_iterations` and `num_minibatches` read.
     """
     config, model = setup.config, setup.model
-    sharding.check_batch(setup.mesh, config.micro_batch, "config.micro_batch", model.fsdp_over_tensor)
+    size = "packed_rows" if config.packed_rows else "micro_batch"
+    sharding.check_batch(setup.mesh, config[size], f"config.{size}", model.fsdp_over_tensor)
     options = rl_options(config)
     state = setup.state(make_optimizer(config.optimizer, options.optimizer_steps))
     grammar = Grammar(StandInTokenizer(setup.vocabulary), options.grammar)
@@ -33,11 +34,15 @@ def policy_gradient(setup: Setup) -> Program:
     replicated = sharding.replicated(setup.mesh)
     outputs = policy_logprobs.PolicyGradient(shards, replicated, replicated)
     gradient = policy_logprobs.policy_gradient(model, grammar, options, outputs)
-    rows, length = config.micro_batch, max(config.buckets)
+    rows, length = config[size], max(config.buckets)
     layout = RolloutLayout(model, setup.mesh, config.rollout.tensor, config.rollout.dtype or None)
-    kinds = dict(policy_logprobs.TOKEN_ARRAYS) | {"reference": jnp.float32}
+    kinds = dict(answer_batches.TOKEN_ARRAYS) | {"reference": jnp.float32}
     if not layout.exact:
         kinds["sampler"] = jnp.float32
+    if config.packed_rows:
+        with jax.set_mesh(setup.mesh):
+            shares_prompts = fused_attention.choose(model, length) == "plain"
+        kinds |= dict.fromkeys(answer_batches.packed_arrays(shares_prompts), jnp.int32)
     batch = {name: setup.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
     batches = -(-config.prompts_per_step * config.group_size // rows)
     resident = {

@@ -16,6 +16,8 @@ from ivr_jax import distributed
 from ivr_jax.data.examples import read_manifest, unpack_example
 from ivr_jax.errors import UserError
 
+PACKED_TOGETHER = 64  # least number of rows that a stream fills at the same time: more rows, less padding
+
 
 @dataclasses.dataclass(frozen=True)
 class Indexed:
@@ -102,7 +104,7 @@ def packed_batches(
 
     Args:
       examples: dicts of tokens int32 [T'] and loss uint8 [T'].
-      length: T; whole examples are packed first-fit into rows of T tokens, never split.
+      length: T; whole examples are packed best-fit into rows of T tokens, never split.
       streams: a divisor of `batch`; as many as there are rows let each process read no more than its share.
       rows: the rows of each batch that this process wants, all of them by default.
 
@@ -116,9 +118,9 @@ def packed_batches(
 
     def stream(number: int) -> grain.DatasetIterator:
         part = examples.slice(slice(number, None, streams)) if streams > 1 else examples
-        packed = grain_experimental.FirstFitPackIterDataset(
+        packed = grain_experimental.BestFitPackIterDataset(
             part.to_iter_dataset(), length_struct={"tokens": length, "loss": length},
-            num_packing_bins=max(4 * each, 8), seed=seed + number,
+            num_packing_bins=max(4 * each, PACKED_TOGETHER), seed=seed + number,
         )  # fmt: skip
         return iter(packed.map(_rename).batch(each, drop_remainder=True))
 

@@ -78,6 +78,7 @@ def layer_inputs(
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
     dropout_key: jax.Array | None = None,
+    prefix_ids: jax.Array | None = None,
 ) -> LayerInputs:
     """The inputs of a layer beside x; arguments as in `apply`."""
     if cache is not None and segment_ids is not None:
@@ -91,8 +92,8 @@ def layer_inputs(
         mask = jnp.arange(count)[None, None, :] <= positions[:, :, None]
         # padding is written past the end, which drops it
         cache_positions = jnp.where(positions < 0, count, positions)
-    elif _kernel(config, positions.shape[1], dropout_key) == "plain":
-        mask = layers.causal_mask(positions.shape[1], segment_ids)
+    elif prefix_ids is not None or _kernel(config, positions.shape[1], dropout_key) == "plain":
+        mask = layers.causal_mask(positions.shape[1], segment_ids, prefix_ids)
     return LayerInputs(positions, rotary, mask, segment_ids, cache_positions, dropout_key)
 
 
@@ -274,13 +275,14 @@ class Backbone(nnx.Module):
         cache: KVCache | None = None,
         *,
         dropout_key: jax.Array | None = None,
+        prefix_ids: jax.Array | None = None,
         adapters: Params | None = None,
         grad_accum: Params | None = None,
         unstacked_layers: tuple[Params, ...] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Hidden states after the final norm; arguments as in `apply`, `adapters` as `lora.scaled` makes them."""
         config = self.config
-        inputs = layer_inputs(config, positions, segment_ids, cache, dropout_key)
+        inputs = layer_inputs(config, positions, segment_ids, cache, dropout_key, prefix_ids)
         x = layers.embed_lookup(self.embed[...], tokens, config.dtype, config.fsdp_over_tensor)
         graph, stacked = nnx.split(self.layers)
         stacked = nnx.to_pure_dict(stacked)
@@ -398,6 +400,7 @@ def apply(
     cache: KVCache | None = None,
     *,
     dropout_key: jax.Array | None = None,
+    prefix_ids: jax.Array | None = None,
     grad_accum: Params | None = None,
     unstacked_layers: tuple[Params, ...] | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -413,6 +416,8 @@ def apply(
         padding. None: plain causal attention.
       cache: keys and values so far; a query at position p sees the cache positions 0 … p.
       dropout_key: turns on the configured dropout.
+      prefix_ids: int32 [B, T] for packed rows: the segment, beside its own, that a token sees (0: none), as answers to
+        one prompt see it. Attention is the plain one then, whatever the platform.
       grad_accum: a tree like `params["layers"]`, sums of earlier gradients: the gradient with respect to it is
         `grad_accum` plus the gradient of the layers' parameters, and that of the parameters themselves is lost
         (`accumulate_scan.scan`). No cache, no adapters, and everything is recomputed.
@@ -424,8 +429,8 @@ def apply(
     if cache is not None and config.fsdp_over_tensor:  # which is a layout of training
         config = dataclasses.replace(config, fsdp_over_tensor=False)
     return module(config, params)(
-        tokens, positions, segment_ids, cache, dropout_key=dropout_key, adapters=lora.scaled(params),
-        grad_accum=grad_accum, unstacked_layers=unstacked_layers,
+        tokens, positions, segment_ids, cache, dropout_key=dropout_key, prefix_ids=prefix_ids,
+        adapters=lora.scaled(params), grad_accum=grad_accum, unstacked_layers=unstacked_layers,
     )  # fmt: skip
 
 

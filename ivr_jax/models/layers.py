@@ -300,12 +300,19 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
 
 
-def causal_mask(length: int, segment_ids: jax.Array | None = None) -> jax.Array:
+def causal_mask(
+    length: int, segment_ids: jax.Array | None = None, prefix_ids: jax.Array | None = None
+) -> jax.Array:
     """bool [B or 1, T, T]: earlier tokens, of the same segment only where `segment_ids` [B, T] are given (0: padding,
-    which sees padding)."""
+    which sees padding), and of the segment `prefix_ids` [B, T] (0: none)."""
     order = jnp.arange(length)
     causal = (order[None, :] <= order[:, None])[None]
-    return causal if segment_ids is None else causal & (segment_ids[:, None, :] == segment_ids[:, :, None])
+    if segment_ids is None:
+        return causal
+    seen = segment_ids[:, None, :] == segment_ids[:, :, None]
+    if prefix_ids is not None:
+        seen |= (segment_ids[:, None, :] == prefix_ids[:, :, None]) & (prefix_ids[:, :, None] > 0)
+    return causal & seen
 
 
 def attention(

@@ -39,7 +39,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,20 +50,20 @@ import optax
 from ivr_jax import distributed, sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
-from ivr_jax.models import lora
+from ivr_jax.models import fused_attention, lora
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.rewards import functions as reward_functions
 from ivr_jax.rewards.judge_service import JudgeResult, JudgeService
 from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.rollout import Drafts, Rollout, roll_out, sample_drafts
 from ivr_jax.sampling.slots import rules_of
+from ivr_jax.training.answer_batches import passes
 from ivr_jax.training.minibatches import context_length, in_passes, join_metrics, left_out, split_groups
 from ivr_jax.training.monitor import Monitor, MonitorOptions
 from ivr_jax.training.multihost_rl import global_judge_result, global_rollout
 from ivr_jax.training.policy_logprobs import (
     PolicyGradient,
     add_gradients,
-    answer_batch,
     assert_on_policy,
     assert_same_distribution,
     policy_gradient,
@@ -373,7 +373,7 @@ class Trainer:
     def prepare(
         self, rollout: Rollout, scored: Scored, answers: np.ndarray | None = None, behaviour: Any = None
     ) -> list[dict[str, Any]]:
-        """Micro-batches of similar length of the `answers` that learn, with the reference's log-probabilities.
+        """Micro-batches of the `answers` that learn, with the reference's log-probabilities.
 
         `behaviour`: the parameters that sampled them; needed with adapters, and where the layout is not exact.
         """
@@ -382,13 +382,10 @@ class Trainer:
                             "Switch them off in config.sampling.")
         answers = np.flatnonzero(scored.used.reshape(-1)) if answers is None else answers
         answers = answers[in_passes(scored, self.options.grpo)[answers]]
-        answers = answers[np.argsort(rollout.total_lengths[answers], kind="stable")]
         reference = lora.base(behaviour) if self.reference is None else self.reference
         advantages = self._token_advantages(rollout, scored)
-        size = self.options.micro_batch
         batches = []
-        for start in range(0, len(answers), size):
-            batch = self._batch(rollout, advantages, answers[start : start + size])
+        for batch in self._passes(rollout, advantages, answers):
             batch["reference"] = self._logprobs(reference, batch).log_probs
             if not self.placement.layout.exact:
                 # The ratio is taken in training's precision; the sampler's log-probabilities stay for `tis_cap`.
@@ -430,7 +427,7 @@ class Trainer:
     def check_logprobs(self, params: Any, rollout: Rollout) -> None:
         """Raises RuntimeError when `params`, which sampled the rollout, do not give its log-probabilities again."""
         answers = np.arange(min(self.options.micro_batch, len(rollout.answers)))
-        batch = self._batch(rollout, np.zeros(len(rollout.answers), np.float32), answers)
+        batch = next(self._passes(rollout, np.zeros(len(rollout.answers), np.float32), answers))
         difference = (self._logprobs(params, batch).log_probs - batch["old"]) * batch["mask"]
         if self.placement.layout.exact:
             assert_on_policy(float(jnp.abs(jnp.expm1(difference)).max()))
@@ -438,13 +435,15 @@ class Trainer:
             k3 = jnp.expm1(difference) - difference  # estimate of the KL divergence, nats a token
             assert_same_distribution(float(k3.sum() / batch["mask"].sum()))
 
-    def _batch(self, rollout: Rollout, advantages: np.ndarray, answers: np.ndarray) -> dict[str, Any]:
-        """`policy_logprobs.answer_batch` on the mesh."""
-        size = self.options.micro_batch
+    def _passes(self, rollout: Rollout, advantages: np.ndarray, answers: np.ndarray) -> Iterator[dict[str, Any]]:
+        """`answer_batches.passes` on the mesh; prompts are shared where attention takes any mask."""
+        mesh = self.placement.mesh
+        shares_prompts = fused_attention.choose(self.system.config, max(self.options.buckets)) == "plain"
         context = context_length(rollout, self.options.grpo)
-        batch = answer_batch(rollout, advantages, answers, size, self.options.buckets, context)
-        mine = sharding.local_rows(self.placement.mesh, size)
-        return sharding.global_batch(self.placement.mesh, {name: x[mine] for name, x in batch.items()}, size)
+        for batch in passes(rollout, advantages, answers, self.options, shares_prompts, context):
+            size = len(batch["tokens"])
+            mine = sharding.local_rows(mesh, size)
+            yield sharding.global_batch(mesh, {name: x[mine] for name, x in batch.items()}, size)
 
     def _token_advantages(self, rollout: Rollout, scored: Scored) -> np.ndarray:
         return token_advantages(rollout, scored, self.options.grpo, self.grammar.tokenizer.vocab.visual_start)

@@ -136,8 +136,9 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
             profile.after(step, state)
             pending.add({**values, "data_seconds": waited})
             if done % plan.log_every == 0 or done == plan.steps:
+                means = pending.means()  # waits for steps that were only dispatched: before the clock is read
                 seconds = (time.perf_counter() - clock) / (done - timed)
-                row = _log_row(stage, state, done, pending.means(), seconds, throughput)
+                row = _log_row(stage, state, done, means, seconds, throughput)
                 log.write(done, row)
                 check(done, row, stage.zero_gradient)
                 bar.set_postfix_str(" ".join(f"{k} {row[k]:.3g}" for k in list(row)[:4]), refresh=False)

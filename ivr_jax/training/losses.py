@@ -44,12 +44,12 @@ def token_statistics(
     """Statistics of `targets` int [B, T] under `hidden` [B, T, D] and `head` [D, V].
 
     The vocabulary is only ever materialised for about `chunk` tokens at a time, forwards and backwards (each chunk is
-    recomputed for its gradient).  A chunk takes every n-th token of every row, so that on a mesh each device works on
-    tokens of its own.  With `tables` and `rows` int [B, T] the distribution is the sampler's, under the grammar mask
-    and `options`, with `uncond_hidden`, hidden states [B, T, D] of the same positions in guidance's other passes, and
-    `kept_mask` uint8 [B, T, ceil(V / 8)] for top-k and top-p (`logits_processors.log_probabilities`).  Columns of
-    `head` from `vocab_size` on are padding, and have no probability.  `fsdp_over_tensor` says how the rows of
-    `hidden` are sharded (`sharding.partition`).
+    recomputed for its gradient, unless it is the only one: that would save nothing).  A chunk takes every n-th token of
+    every row, so that on a mesh each device works on tokens of its own.  With `tables` and `rows` int [B, T] the
+    distribution is the sampler's, under the grammar mask and `options`, with `uncond_hidden`, hidden states [B, T, D]
+    of the same positions in guidance's other passes, and `kept_mask` uint8 [B, T, ceil(V / 8)] for top-k and top-p
+    (`logits_processors.log_probabilities`).  Columns of `head` from `vocab_size` on are padding, and have no
+    probability.  `fsdp_over_tensor` says how the rows of `hidden` are sharded (`sharding.partition`).
     """
     batch, length, _ = hidden.shape
     count = min(length, math.ceil(batch * length / chunk))  # chunks of `size` tokens of every row
@@ -77,7 +77,6 @@ def token_statistics(
         logits = sharding.constrain(logits, ("batch", "length", "vocab"))
         return jnp.where(columns < vocab_size, logits, MASKED) if padding else logits
 
-    @jax.checkpoint
     def one(_: None, inputs: tuple) -> tuple[None, TokenStatistics]:
         h, target, row, uncond, keep = jax.tree.map(_gathered, inputs)
         if tables is None:
@@ -91,7 +90,9 @@ def token_statistics(
 
     rows = targets if rows is None else rows  # without tables they are not read
     inputs = (hidden, targets, rows, uncond_hidden, kept_mask)
-    _, statistics = jax.lax.scan(one, None, jax.tree.map(split, inputs))
+    if count == 1:
+        return one(None, inputs)[1]
+    _, statistics = jax.lax.scan(jax.checkpoint(one), None, jax.tree.map(split, inputs))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, -1)[:, :length], statistics)
 
 
@@ -175,6 +176,7 @@ def grpo_loss(
     mask: jax.Array,
     options: GrpoOptions,
     sampler_log_probs: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """(sum, denominator, metric sums) of the clipped objective with a k3 KL term.
 
@@ -182,8 +184,9 @@ def grpo_loss(
       log_probs, old_log_probs, reference_log_probs: float [B, T] of the sampled tokens under the policy, the policy
         that sampled them, and the reference.
       advantages: float [B], or [B, T] of every token.
-      mask: float [B, T], 1 on the tokens that count; all-zero rows do not count.
+      mask: float [B, T], 1 on the tokens that count; answers without any do not count.
       sampler_log_probs: float [B, T], what the sampler itself noted, where its precision was another one.
+      segments: int32 [B, T], less than T, which answer of its row a token belongs to; None: one answer a row.
 
     Returns:
       The sum and the denominator add up over micro-batches.  Metrics are sums over the tokens that count, but
@@ -204,14 +207,14 @@ def grpo_loss(
     difference = (reference_log_probs - log_probs) * mask
     kl = jnp.exp(difference) - difference - 1
     per_token = (options.beta * kl - gain) * mask
-    tokens = mask.sum(1)
+    tokens = _sum_answers(mask, segments)
     answers = (tokens > 0).sum().astype(jnp.float32)
     if options.loss_type == "grpo":
-        total, denominator = (per_token.sum(1) / jnp.maximum(tokens, 1)).sum(), answers
+        total, denominator = (_sum_answers(per_token, segments) / jnp.maximum(tokens, 1)).sum(), answers
     elif options.loss_type == "bnpo":
         total, denominator = per_token.sum(), tokens.sum()
     else:
-        total, denominator = (per_token.sum(1) / options.dr_grpo_length).sum(), answers
+        total, denominator = per_token.sum() / options.dr_grpo_length, answers
     # Clipping binds only where leaving the interval would have raised the objective.
     too_low = (ratio < 1 - options.clip_low) & (advantages < 0)
     too_high = (ratio > 1 + options.clip_high) & (advantages > 0)
@@ -225,3 +228,12 @@ def grpo_loss(
         "max_ratio_deviation": (jnp.abs(ratio - 1) * mask).max(),
     }
     return total, denominator, sums
+
+
+def _sum_answers(x: jax.Array, segments: jax.Array | None) -> jax.Array:
+    """Sums over answers of x [B, T]: [B] of one answer a row, [B * T] of the `segments` of all rows."""
+    if segments is None:
+        return x.sum(1)
+    rows, length = x.shape
+    index = jnp.arange(rows)[:, None] * length + segments
+    return jax.ops.segment_sum(x.reshape(-1), index.reshape(-1), rows * length)

@@ -1,87 +1,25 @@
-"""Answers as the trainer reads them: padded batches, log-probabilities under the sampled distribution, the gradient.
+"""Log-probabilities of answers under the sampled distribution, and the gradient of the GRPO objective.
 
-Letters: B answers of a micro_batch, T tokens of prompt and answer.
+Letters: B rows of a micro-batch (`answer_batches.py`), T tokens of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol.grammar import Grammar, Tables
-from ivr_jax.sampling.rollout import Rollout
 from ivr_jax.sampling.slots import rules_of
 from ivr_jax.training.losses import TokenStatistics, grpo_loss, token_statistics
 from ivr_jax.training.rl_options import RLOptions
 
 RATIO_TOLERANCE = 1e-3  # of |ratio - 1| before the first update
 SAMPLER_TOLERANCE = 0.05  # nats a token between sampler and trainer, where their precisions differ
-TOKEN_ARRAYS = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32, "advantages": np.float32}
-
-
-def answer_batch(
-    rollout: Rollout,
-    advantages: np.ndarray,
-    answers: np.ndarray,
-    size: int,
-    buckets: Sequence[int],
-    context_length: int = 0,
-) -> dict[str, np.ndarray]:
-    """Some answers of a rollout as one padded batch of `size` rows, in the smallest bucket.
-
-    Args:
-      advantages: float32 [N, A] of every token of the rollout's N answers, or [N] of every answer.
-      answers: int [n], which of them; n <= size.
-      context_length: tokens at the beginning of every answer that are context only.
-
-    Returns:
-      tokens, rows int32, old, mask, advantages float32 [B, T]: prompt and answer joined without a gap; with guidance
-      free_tokens int32 [B, passes, T], the same answer after each unconditional prompt, and shifts int32 [B, passes],
-      how much later it begins there; with top-k or top-p kept_mask uint8 [B, T, ceil(V / 8)].
-    """
-    samples, passes = rollout.samples, rollout.unconditional
-    prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in passes)], axis=0)
-    length = bucket_of(int((prompts[answers // rollout.group_size] + samples.lengths[answers]).max()), buckets)
-    batch = {name: np.zeros((size, length), kind) for name, kind in TOKEN_ARRAYS.items()}
-    if passes:
-        batch["free_tokens"] = np.zeros((size, len(passes), length), np.int32)
-        batch["shifts"] = np.zeros((size, len(passes)), np.int32)
-    if samples.kept is not None:
-        batch["kept_mask"] = np.zeros((size, length, samples.kept.shape[-1]), np.uint8)
-    for i, number in enumerate(answers):
-        prompt, answer = rollout.prompt(number), rollout.answer_tokens(number)
-        a, b = len(prompt), len(prompt) + len(answer)
-        batch["tokens"][i, :b] = np.concatenate([prompt, answer])
-        batch["rows"][i, a:b] = samples.rows[number, : b - a]
-        batch["old"][i, a:b] = samples.log_probs[number, : b - a]
-        batch["mask"][i, a + context_length : b] = 1.0
-        batch["advantages"][i, a:b] = advantages[number, : b - a] if advantages.ndim == 2 else advantages[number]
-        if samples.kept is not None:
-            batch["kept_mask"][i, a:b] = samples.kept[number, : b - a]
-        for k, (free, lengths) in enumerate(passes):
-            group = number // rollout.group_size
-            f = int(lengths[group])
-            batch["free_tokens"][i, k, : f + len(answer)] = np.append(free[group, :f], answer)
-            batch["shifts"][i, k] = f - a
-    return batch
-
-
-def bucket_of(length: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds `length` tokens.  Raises UserError when none does."""
-    fits = [bucket for bucket in buckets if bucket >= length]
-    if not fits:
-        raise UserError(
-            f"a prompt and its answer may take {length} tokens; the largest bucket is {max(buckets)}.",
-            "Add a larger bucket to config.buckets (it may change when a run resumes), or lower config.answer_length.",
-        )
-    return min(fits)
 
 
 def policy_logprobs(
@@ -89,11 +27,12 @@ def policy_logprobs(
 ) -> TokenStatistics:
     """Statistics of every token given the ones before it, [B, T], under the distribution that the sampler samples from.
 
-    Position 0 means nothing: no token stands before it.
+    At the first token of a row or of a segment it means nothing: no token stands before it.
     """
     tokens = batch["tokens"]
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = backbone.apply(config, params, tokens, positions)
+    positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    segments, prefixes = batch.get("segments"), batch.get("prefixes")
+    hidden, _ = backbone.apply(config, params, tokens, positions, segments, prefix_ids=prefixes)
     unconditional = []
     for k in range(batch["shifts"].shape[1] if "shifts" in batch else 0):
         free, _ = backbone.apply(config, params, batch["free_tokens"][:, k], positions)
@@ -132,7 +71,7 @@ def policy_gradient(
 ) -> jax.stages.Wrapped:
     """The jitted gradient of the GRPO objective: (trained, frozen, batch) -> PolicyGradient.
 
-    (trained, frozen) are `lora.split` of the parameters; `batch` is that of `answer_batch` with "reference" float32
+    (trained, frozen) are `lora.split` of the parameters; `batch` is one of `answer_batches.py` with "reference" float32
     [B, T], the reference's log-probabilities, and "sampler", where the sampler's precision is not the trainer's.
 
     Tokens that the grammar forces (one id is legal) have log-probability 0 whatever the policy is.  They take no part:
@@ -149,7 +88,7 @@ def policy_gradient(
         chosen = batch["mask"] * (forced[batch["rows"]] < 0)
         total, denominator, metrics = grpo_loss(
             statistics.log_probs, batch["old"], batch["reference"], batch["advantages"], chosen, options.grpo,
-            batch.get("sampler"),
+            batch.get("sampler"), batch.get("segments"),
         )  # fmt: skip
         image = chosen * (batch["tokens"] >= visual_start)
         text = chosen - image

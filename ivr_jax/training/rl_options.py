@@ -24,7 +24,9 @@ class RLOptions:
       group_size: M, answers to a prompt.
       answer_length: most tokens of an answer.
       micro_batch: answers in one forward and backward pass; gradients of all passes of an update add up exactly.
-      buckets: lengths that answers with their prompts are padded to.
+      buckets: lengths that rows of answers with their prompts are padded to.
+      packed_rows: rows of one pass, into which answers are packed without guidance, prompts shared where attention is
+        plain; 0: each answer has a row of its own, `micro_batch` of them a pass.
       loss_chunk_tokens: tokens whose logits over the vocabulary exist at a time.
       steps: steps of the run, each with one rollout; seed: of rollouts and of the order of groups.
       num_iterations: times that a rollout is learnt from; num_minibatches: optimiser steps each time, on
@@ -48,6 +50,7 @@ class RLOptions:
     steps: int = 1
     num_iterations: int = 1
     num_minibatches: int = 1
+    packed_rows: int = 0
     overlap: int = 0
     check_every: int = 0
     gallery_every: int = 0
@@ -112,7 +115,7 @@ _SECTIONS = {
 }
 _KEYS = (
     "seed", "steps", "group_size", "answer_length", "micro_batch", "num_iterations", "num_minibatches", "overlap",
-    "loss_chunk_tokens",
+    "loss_chunk_tokens", "packed_rows",
 )  # fmt: skip
 
 

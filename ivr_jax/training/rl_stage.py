@@ -47,6 +47,8 @@ def build(
     options, adapters = rl_options(config), as_dataclass(lora.LoraOptions, config.lora)
     distributed.share(config.prompts_per_step, "config.prompts_per_step")
     sharding.check_batch(mesh, config.micro_batch, "config.micro_batch")
+    if config.packed_rows:
+        sharding.check_batch(mesh, config.packed_rows, "config.packed_rows")
     answers = config.prompts_per_step * config.group_size
     sharding.check_batch(mesh, answers, "config.prompts_per_step x config.group_size")
     optimizer = make_optimizer(config.optimizer, options.optimizer_steps)

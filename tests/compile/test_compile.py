@@ -305,7 +305,7 @@ def test_the_rl_plan_holds_the_policy_before_and_the_rollout():
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     config = load_config("micro_rl")
     model = load_config("micro_sft")
-    config.model, config.text_tokenizer, config.micro_batch = model.model, "micro", 32
+    config.model, config.text_tokenizer, config.micro_batch, config.packed_rows = model.model, "micro", 32, 0
     plain = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident
     config.overlap, config.num_minibatches = 1, 2
     resident = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident

@@ -18,9 +18,9 @@ from ivr_jax.rewards.judge_service import JudgeService, same
 from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.rollout import Drafts
 from ivr_jax.training import grpo, scoring
+from ivr_jax.training.answer_batches import answer_batch
 from ivr_jax.training.losses import GrpoOptions
 from ivr_jax.training.minibatches import context_length
-from ivr_jax.training.policy_logprobs import answer_batch
 from ivr_jax.training.prompts import Prompt, Tasks
 from ivr_jax.training.rl_options import RLOptions
 from ivr_jax.training.scoring import Scored, draft_answers, separate_drafts, token_advantages

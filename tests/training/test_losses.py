@@ -24,6 +24,7 @@ from ivr_jax.rewards.judge import INVALID, Judged, judge_answers
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training import grpo
+from ivr_jax.training.answer_batches import passes
 from ivr_jax.training.losses import GrpoOptions, grpo_loss, token_statistics
 from ivr_jax.training.rl_options import RLOptions
 from ivr_jax.training.scoring import score_rollout, summary
@@ -318,6 +319,38 @@ def test_the_trainer_replays_the_samplers_distribution():
     chosen = choices(learner, rollout)[used].sum()
     assert float(metrics["loss"][1]) == used.sum() and 0 < chosen < rollout.samples.lengths[used].sum()
     assert float(metrics["kl"][1]) == float(metrics["clip_fraction"][1]) == chosen  # forced tokens do not count
+
+
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_packed_rows_replay_the_samplers_distribution(shares_prompts):
+    rollout, _ = rolled()
+    learner = trainer(packed_rows=2, buckets=(256,))
+    batches = list(passes(rollout, np.ones(8, np.float32), np.arange(8), learner.options, shares_prompts))
+    counted = 0
+    for batch in batches:
+        again = learner._logprobs(PARAMS, batch).log_probs
+        np.testing.assert_allclose(again * batch["mask"], batch["old"], atol=1e-4)
+        counted += int(batch["mask"].sum())
+    assert counted == rollout.samples.lengths.sum()
+    tokens = sum(int((batch["segments"] > 0).sum()) for batch in batches)
+    assert (tokens < rollout.total_lengths.sum()) == shares_prompts
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
+def test_packed_rows_with_shared_prompts_give_the_update_of_a_row_an_answer(loss_type):
+    rollout, scored = rolled()
+    objective = GrpoOptions(loss_type=loss_type, dr_grpo_length=50)
+    updates = []
+    for changes in ({}, {"packed_rows": 2, "buckets": (256,)}):
+        learner = trainer(8, grpo=objective, **changes)
+        batches = learner.prepare(rollout, scored)
+        state, metrics = learner.update(fresh_state(learner.optimizer), batches, check_ratio=True)
+        updates.append((state.params, metrics))
+    (one, before), (packed, after) = updates
+    size = max(np.abs(np.asarray(a - b)).max() for a, b in zip(*map(jax.tree.leaves, (one, PARAMS)), strict=True))
+    assert_same_tree(one, packed, 1e-5 * size)
+    for name in ("loss", "kl", "image_entropy", "text_entropy"):
+        np.testing.assert_allclose(after[name], before[name], rtol=1e-5, atol=1e-5)
 
 
 def test_minibatches_add_up_to_the_whole_update():

@@ -95,7 +95,7 @@ def drawn(name: str):
 def away_from_one(name: str, statistics, without: tuple[str, ...] = ()) -> float:
     """Largest |ratio - 1| over answers of a rollout that `statistics` reads again, some of the record left out."""
     learner, rollout = trainer(name), drawn(name)
-    batch = learner._batch(rollout, np.zeros(len(rollout.answers), np.float32), np.array([0, 2, 4]))
+    batch = next(learner._passes(rollout, np.zeros(len(rollout.answers), np.float32), np.array([0, 2, 4])))
     again = statistics(PARAMS, {key: value for key, value in batch.items() if key not in without}).log_probs
     return float(jnp.abs(jnp.expm1((again - batch["old"]) * batch["mask"])).max())
 
