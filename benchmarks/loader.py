@@ -3,7 +3,7 @@
     python benchmarks/loader.py --step_seconds=7 --hosts=32
 
 Writes made-up token examples of the sizes that Emu3.5 has (1,055 tokens an image, two to six images, and their texts),
-and reads them as fine-tuning does: shuffled, mixed, packed first-fit into rows of 8,192 tokens.  A host of `hosts`
+and reads them as fine-tuning does: shuffled, mixed, packed best-fit into rows of 8,192 tokens.  A host of `hosts`
 reads the streams of its own rows (`data.streams` = 128); the second line reads everything, as with one stream.
 """
 

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
         {"temperature": 1.0, "text_top_k": 0, "text_top_p": 1.0, "image_top_k": 0, "image_top_p": 1.0, "guidance": 1.0}
     )
     config.engine = ConfigDict(  # how answers are drawn; changes none of them (docs/how-to/rollout.md)
-        {"slots": 64, "refill": 0.125, "window": 2, "growth": 1.5, "shrink": True, "speculate": False}
+        {"slots": 64, "refill": 0.125, "window": 2, "growth": 2.0, "shrink": True, "speculate": False}
     )
     # weights that answers are drawn with: dtype "" as in training, or bfloat16; tensor shards, 0: as in training
     config.rollout = ConfigDict({"dtype": "", "tensor": 0})

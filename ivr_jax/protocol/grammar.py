@@ -28,6 +28,7 @@ from ivr_jax.trajectory import AXES, MAX_REFLECTIONS, MAX_STEPS, Mode
 
 ERROR, ACCEPT = 0, 1  # the first two nodes
 ILLEGAL, TEXT, VISUAL = 0, 1, 2  # the first three classes
+NODE_MULTIPLE = 512  # of the nodes of an automaton
 ANY_TEXT = -1  # key of a node's default transition for every text class
 PLAIN, HEIGHT, WIDTH, GRID, END_ROW, FREE_TEXT = range(6)  # node kinds: what `advance` does beside the table
 INTERLEAVED = "interleaved"  # stands alone among the modes: texts and images in any order, as Emu3.5 was trained
@@ -117,6 +118,7 @@ class Grammar:
         self._kinds, self._capped, self._field_ids = [PLAIN, PLAIN], [ERROR, ERROR], [0, 0]
         self.fields: list[AnswerField] = [AnswerField("", 0, "end")]
         self.start = self._interleaved() if tuple(self.options.modes) == (INTERLEAVED,) else self._answer()
+        self._pad_nodes()
         self.field_of = np.array(self._field_ids, np.int32)
         self.tables = self._tabulate()
 
@@ -325,6 +327,14 @@ class Grammar:
         return self._classes_of(markers.STEP_OPEN[round_]), self._free_text(text, close, following)
 
     # -- tables -----------------------------------------------------------------------------------------------------
+
+    def _pad_nodes(self) -> None:
+        """Nodes that nothing leads to: grammars of all modes have tables of one shape, and so share programs."""
+        missing = -len(self._kinds) % NODE_MULTIPLE
+        self._transitions += [{} for _ in range(missing)]
+        self._kinds += [PLAIN] * missing
+        self._capped += [ERROR] * missing
+        self._field_ids += [0] * missing
 
     def _tabulate(self) -> Tables:
         nodes = len(self._kinds)

@@ -283,7 +283,7 @@ class Engine:
         """The width of the cache: enough for `needed`, with room to grow."""
         if needed <= now:
             return now
-        most = max(self.widest, needed)
+        most = _round_up(max(self.widest, needed), CACHE_MULTIPLE)
         if self.options.growth == 1:
             return most
         wide = max(needed, int(now * self.options.growth), self._prompt_width + CACHE_MULTIPLE)

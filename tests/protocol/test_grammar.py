@@ -424,3 +424,12 @@ def test_the_registers_ahead_in_an_image_are_those_of_advancing(size):
             assert all((x == y[:, None]).all() for x, y in zip(ahead, state, strict=True))
         state = advance(tables, state, np.array([token]), np)
     assert begun >= size[0] * size[1]
+
+
+def test_grammars_of_all_modes_have_tables_of_one_shape():
+    """So that they share the compiled programs that take these as arguments."""
+    modes = (("direct",), ("multi_step",), ("direct", "reflection", "multi_step"))
+    shapes = {
+        tuple(np.shape(table) for table in Grammar(micro(), GrammarOptions(modes=chosen)).tables) for chosen in modes
+    }
+    assert len(shapes) == 1
