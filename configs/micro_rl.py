@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.answer_length = 624
     config.micro_batch = 8  # answers of similar length a pass: small passes pad less
     config.buckets = (192, 320, 480, 704)
-    config.packed_rows = 4  # rows of a pass that answers are packed into; 0: `micro_batch` answers, one a row
+    config.packed_rows = 2  # rows of a pass that answers are packed into; 0: `micro_batch` answers, one a row
     config.num_iterations = 1  # times that a rollout is learnt from
     config.num_minibatches = 1  # optimiser steps each time, on disjoint parts of its groups
     config.overlap = 0  # steps that rollouts are drawn ahead while others are judged; so many updates behind they are
