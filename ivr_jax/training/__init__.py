@@ -17,7 +17,8 @@
     refill.py             new answers in place of those without a judgement
     scoring.py            from judgements to rewards, advantages and metrics
     minibatches.py        which answers learn, and in which minibatch
-    policy_logprobs.py    padded batches, log-probabilities, `policy_gradient`
+    answer_batches.py     answers as batches: packed into rows, or one a row
+    policy_logprobs.py    log-probabilities, `policy_gradient`
     rl_state.py           what an RL run carries from step to step
     multihost_rl.py       exchange between processes
     monitor.py            alarms
