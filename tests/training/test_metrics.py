@@ -243,7 +243,7 @@ def test_the_number_of_readers_changes_no_batch(token_examples):
 def test_streams_share_the_examples_out(token_examples):
     """Each of the four sees its own quarter of the shuffled examples: together all of them, about equally often."""
     batches, counts = pipeline.packed_batches(stored(token_examples, 64), 4, 64, 3, streams=4), Counter()
-    for _ in range(24):
+    for _ in range(pipeline.PACKED_TOGETHER):
         batch = next(batches)
         for tokens, segments in zip(batch["tokens"], batch["segment_ids"], strict=True):
             counts.update(tokens[segments == segment][0] for segment in range(1, segments.max() + 1))
