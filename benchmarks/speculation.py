@@ -4,11 +4,16 @@
     python benchmarks/speculation.py --requests=edits --slots=1,8 --windows=4,8,20 --guidance=3
     python benchmarks/speculation.py --checkpoint=runs/demo/rl
     python benchmarks/speculation.py --calls                            CPU time of one call of the model alone
+    python benchmarks/speculation.py --size=small                       cost of a call of the engine at 33 M parameters
 
 Requests are held-out tasks of the micro-world: `edits` change one source once, and the answer's first image is drawn;
 `all` are the training mixture, answered in whatever mode the model chooses.  Plain and speculative decoding take turns
 in one process, after a turn that compiles; a ratio above 1 says that speculation is faster.  Tokens are compared in
 each turn.
+
+--size draws images of 16 x 16 cells with random weights of that size (side_by_side.SIZES), whose guesses are all but
+never right, and prints what a call with each window costs beside one of plain decoding.  Times the calls an image token
+that a trained model needs with the window, that is an estimate of the time that speculation would take there.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from side_by_side import PROMPT, SIDE, SIZES, decoder
 
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.models import backbone
@@ -112,6 +118,34 @@ def calls(system: systems.System) -> None:
             print(f"slots {slots}  window {window:>2}  {1e3 * min(seconds[1:]) / repeats:.3f} ms a call", flush=True)
 
 
+def costs(size: str, options: argparse.Namespace) -> None:
+    """Prints the time of one call of the engine for each window, as a ratio to plain decoding's."""
+    tokenizer, config, params = decoder(size)
+    params = jax.tree.map(jnp.asarray, params)
+    grammar = Grammar(tokenizer, GrammarOptions(modes=("direct",)))
+    length = len(codec.encode_image(tokenizer, np.zeros((SIDE, SIDE), np.int32)))
+    for slots in options.slots:
+        rows = np.random.default_rng(0).integers(0, tokenizer.vocab.text_size, (slots, PROMPT)).astype(np.int32)
+        prompts = PromptBatch(rows, np.full(slots, PROMPT, np.int32))
+        arms = {0: EngineOptions(slots, window=2, growth=1)}
+        arms |= {window: EngineOptions(slots, window=window, growth=1, speculate=True) for window in options.windows}
+        found: dict[int, list[float]] = {window: [] for window in arms}
+        for turn in range(options.turns + 1):
+            keys = jax.random.split(jax.random.key(turn), slots)
+            for window, engine in arms.items():
+                how = RolloutOptions(length, SamplingOptions(), engine, size=(SIDE, SIDE))
+                _, usage, cpu, _ = timed(lambda how=how, keys=keys, prompts=prompts: sample(
+                    config, params, grammar, prompts, keys, how
+                ))  # fmt: skip
+                if turn:
+                    found[window].append(cpu / usage.calls)
+        for window, seconds in found.items():
+            ratios = [x / y for x, y in zip(seconds, found[0], strict=True)]
+            print(f"{size}  slots {slots}  window {window or 'plain':>5}  {1e3 * statistics.median(seconds):.2f} ms of "
+                  f"CPU a call, {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) of plain",
+                  flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -119,6 +153,7 @@ def main() -> None:
         return [int(x) for x in text.split(",")]
 
     parser.add_argument("--calls", action="store_true", help="measure calls of the model alone")
+    parser.add_argument("--size", choices=SIZES, help="measure calls of the engine with random weights of this size")
     parser.add_argument("--checkpoint", default=systems.MICRO)
     parser.add_argument("--requests", default="edits,all")
     parser.add_argument("--slots", type=numbers, default=[1, 8, 64])
@@ -130,6 +165,9 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1)
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.cores :])
+    if options.size:
+        costs(options.size, options)
+        return
     system = systems.load(options.checkpoint)
     if options.calls:
         calls(system)

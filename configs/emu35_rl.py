@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 20
     config.max_checkpoints = 2
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 4, "sequence": 1})
-    config.rollout = ConfigDict({"dtype": "bfloat16", "tensor": 4})  # the chips of one v5p host
+    config.rollout.update({"dtype": "bfloat16", "tensor": 4})  # the chips of one v5p host
     config.prompts = ConfigDict({"source": "", "level": 0, "seed": 3, "size": 0, "image_area": 512 * 512})
     config.judge.every_image = False  # a call each
     config.grammar.max_steps = 5

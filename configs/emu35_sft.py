@@ -41,7 +41,6 @@ def get_config() -> ConfigDict:
             "remat": "full",
             "fsdp_over_tensor": False,
             "attention": "auto",
-            "decode_kernel": "plain",
             "vocab_multiple": 2048,  # a shard of the vocabulary is whole tiles on 128 chips
         }
     )

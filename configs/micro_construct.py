@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     config.image_tokenizer = ""  # of `baseline` and of a generator's checkpoint, where an import does not record them:
     config.text_tokenizer = ""  # the workdir of an image tokenizer; a folder with an Emu3.5 tokenizer, or "micro"
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1})  # of both; -1: all others
-    config.rollout = ConfigDict({"dtype": "", "tensor": 0})  # of their weights: "" as in the checkpoint; tensor shards
+    config.rollout = ConfigDict(  # how their weights and caches are held: dtypes "" as in the checkpoint; tensor shards
+        {"dtype": "", "tensor": 0, "weight_dtype": "", "cache_dtype": "", "decode_kernel": "plain"}
+    )
     config.batch = 256  # first images by `baseline` drawn at a time, at most
     config.concurrency = 64  # samples in progress at a time
     config.passes = 1  # readings of the input: a second one takes up what the first left pending

@@ -42,8 +42,11 @@ def get_config() -> ConfigDict:
     config.engine = ConfigDict(  # how answers are drawn; changes none of them (docs/how-to/rollout.md)
         {"slots": 64, "refill": 0.125, "window": 2, "growth": 2.0, "shrink": True, "speculate": False}
     )
-    # weights that answers are drawn with: dtype "" as in training, or bfloat16; tensor shards, 0: as in training
-    config.rollout = ConfigDict({"dtype": "", "tensor": 0})
+    # weights that answers are drawn with: dtype "" as in training, or bfloat16; tensor shards, 0: as in training;
+    # weight_dtype of the layers' kernels and cache_dtype: "" the same dtype, or int8; decode_kernel: plain or pallas
+    config.rollout = ConfigDict(
+        {"dtype": "", "tensor": 0, "weight_dtype": "", "cache_dtype": "", "decode_kernel": "plain"}
+    )
     config.lora = ConfigDict({"rank": 0, "alpha": 16.0, "targets": ("q", "k", "v", "o")})  # rank 0: learn everything
     config.grammar = ConfigDict(
         {

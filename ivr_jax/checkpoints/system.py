@@ -29,7 +29,7 @@ from ivr_jax.cloud import inputs
 from ivr_jax.cloud.objects import absolute, is_url
 from ivr_jax.errors import UserError
 from ivr_jax.images import fitted_size
-from ivr_jax.models import backbone, image_tokenizer
+from ivr_jax.models import backbone, image_tokenizer, int8, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.protocol.emu_text import RANKS_FILE, VISION_FILE, EmuTokenizer
@@ -40,8 +40,8 @@ BACKBONE, IMAGE_TOKENIZER = "backbone", "image_tokenizer"
 MICRO = "micro"
 VOCABULARY = ("embed", "lm_head")  # arrays that `vocab_multiple` pads
 MAY_DIFFER = (  # fields of BackboneConfig that say how a model computes, not which one it is
-    "dtype", "param_dtype", "remat", "unroll", "attention", "fsdp_over_tensor", "dropout", "attention_dropout",
-    "vocab_multiple",
+    "dtype", "param_dtype", "weight_dtype", "cache_dtype", "remat", "unroll", "attention", "decode_kernel",
+    "fsdp_over_tensor", "dropout", "attention_dropout", "vocab_multiple",
 )  # fmt: skip
 
 
@@ -149,8 +149,9 @@ def load(
       text_tokenizer_path: the same of its text tokenizer: a folder, or "micro".
       mesh: where the parameters go, shard by shard, or what says it of the model's config; one device by default.
       options: fields of BackboneConfig.  Those of `MAY_DIFFER` replace the checkpoint's: it computes in `dtype`, its
-        parameters are cast to `param_dtype` as they are read, a shard at a time, and `vocab_multiple` pads the
-        vocabulary.  All others must be the checkpoint's.
+        parameters are cast to `param_dtype` as they are read, a shard at a time, its kernels then turned to
+        `weight_dtype`, one after the other, and `vocab_multiple` pads the vocabulary.  All others must be the
+        checkpoint's.
     """
     folder, meta = _described(path, BACKBONE, "Name the workdir of an sft or rl run.")
     text_kind = text_tokenizer_path or meta.get("text_tokenizer")
@@ -173,22 +174,45 @@ def load(
     tokenizer = text_tokenizer(str(text_kind), image_codec.config.n_embed)
     config = _config(meta["model"], options, path)
     check_vocabulary(tokenizer, config, meta, path)
-    like = backbone.param_shapes(config)
+    like = backbone.param_shapes(dataclasses.replace(config, weight_dtype=""))
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):  # a mesh itself is callable, too
         mesh = mesh(config)
     if mesh is not None:
-        like = sharding.abstract_sharded(mesh, backbone.param_axes(config), like)
+        like = sharding.abstract_sharded(mesh, backbone.param_axes(dataclasses.replace(config, weight_dtype="")), like)
     if folder:
         params = packed.read_params(folder, BACKBONE, like, VOCABULARY)
+        params = int8.quantise_kernels(params) if config.weight_dtype else params
+    elif config.weight_dtype:
+        params, meta = _read_quantised(path, like)
     else:
         params, meta = store.read_params(path, BACKBONE, like, VOCABULARY)
     return System(config, params, tokenizer, image_codec, meta, mesh)
 
 
-def answering_options(mesh: jax.sharding.Mesh | None, dtype: str | None) -> dict[str, Any]:
-    """Options of `load` for a model that only answers: its dtype, and a vocabulary padded until it divides over a mesh
-    (Emu3.5's 282,926 rows divide by 2 only)."""
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
+def _read_quantised(path: str | os.PathLike, like: Any) -> tuple[Any, dict[str, Any]]:
+    """`store.read_params` with kernels as int8, read one by one: one of them at a time is held as it is stored."""
+    quantise = jax.jit(int8.quantise_kernel)
+    kernels: dict[str, Any] = {}
+    rest = {**like, "layers": dict(like["layers"])}
+    for name, place in lora.PLACES.items():
+        wanted = like["layers"][place][name]
+        found, _ = store.read_params(path, BACKBONE, {"layers": {place: {name: wanted}}})
+        values, scale = jax.block_until_ready(quantise(found["layers"][place][name]))
+        del found  # before the next is read
+        kernels.setdefault(place, {}).update({name: values, name + int8.SCALE: scale})
+        rest["layers"][place] = {key: x for key, x in rest["layers"][place].items() if key != name}
+    rest["layers"] = {place: part for place, part in rest["layers"].items() if part != {}}  # Orbax wants no empty ones
+    params, meta = store.read_params(path, BACKBONE, rest, VOCABULARY)
+    layers = {place: {**held, **kernels.get(place, {})} if isinstance(held, dict) else held
+              for place, held in params["layers"].items()}  # fmt: skip
+    return {**params, "layers": {**kernels, **layers}}, meta
+
+
+def answering_options(mesh: jax.sharding.Mesh | None, dtype: str | None = None, **options: Any) -> dict[str, Any]:
+    """Options of `load` for a model that only answers: `options`, its dtype, and a vocabulary padded until it divides
+    over a mesh (Emu3.5's 282,926 rows divide by 2 only)."""
+    if dtype is not None:
+        options = {**options, "dtype": dtype, "param_dtype": dtype}
     return options if mesh is None else {**options, "vocab_multiple": mesh.size}
 
 

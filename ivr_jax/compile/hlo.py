@@ -53,6 +53,13 @@ class Instruction:
         found = _ALIASED.search(self.rest)
         return int(found.group(1)) if found else None
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the computations of which a `conditional` runs one."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        named = listed.group(1).split(",") if listed else re.findall(r"(?:true|false)_computation=([^\s,]+)", self.rest)
+        return tuple(name.strip().lstrip("%") for name in named)
+
     def called(self, role: str) -> str | None:
         """Name of the computation in `role`= (calls, body, condition, to_apply, …; several with | between)."""
         found = re.search(rf"\b(?:{role})=\{{?%?([^\s,}})]+)", self.rest)

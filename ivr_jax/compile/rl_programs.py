@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from ivr_jax import sharding
 from ivr_jax.compile.programs import Program, Setup, StandInTokenizer, bytes_a_chip
+from ivr_jax.config import as_dataclass
 from ivr_jax.models import fused_attention, lora
 from ivr_jax.protocol.grammar import Grammar
-from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout
 from ivr_jax.training import answer_batches, policy_logprobs
 from ivr_jax.training.optimizer import make_optimizer
 from ivr_jax.training.rl_options import rl_options
@@ -35,7 +36,7 @@ def policy_gradient(setup: Setup) -> Program:
     outputs = policy_logprobs.PolicyGradient(shards, replicated, replicated)
     gradient = policy_logprobs.policy_gradient(model, grammar, options, outputs)
     rows, length = config[size], max(config.buckets)
-    layout = RolloutLayout(model, setup.mesh, config.rollout.tensor, config.rollout.dtype or None)
+    layout = RolloutLayout(model, setup.mesh, as_dataclass(LayoutOptions, config.rollout))
     kinds = dict(answer_batches.TOKEN_ARRAYS) | {"reference": jnp.float32}
     if not layout.exact:
         kinds["sampler"] = jnp.float32

@@ -73,10 +73,10 @@ class Player:
             if opcode == "while":
                 times = self._module.trips(instruction)
                 found.add(self.play(instruction.called("body"), times), times)
-            elif opcode in ("call", "conditional"):
-                inner = instruction.called("to_apply") or instruction.called("true_computation")
-                if inner:
-                    found.add(self.play(inner), 1)
+            elif opcode == "call":
+                found.add(self.play(instruction.called("to_apply")), 1)
+            elif opcode == "conditional":  # which branch runs is known only at run time: the longest one is counted
+                found.add(max(map(self.play, instruction.branches), key=lambda branch: branch.seconds), 1)
             elif opcode.endswith("-done") and instruction.operands and instruction.operands[0] in pending:
                 wait = max(0.0, pending.pop(instruction.operands[0]) - found.seconds)
                 found.seconds, found.exposed = found.seconds + wait, found.exposed + wait
@@ -131,7 +131,8 @@ class Player:
         arrays = [*instruction.arrays, *(array for name in instruction.operands for array in types.get(name, ()))]
         stacked = trips if trips > 1 else 0
         if "decode_attention" in instruction.name:  # gets the cache of all layers and reads one
-            return sum(array.size / (array.shape[0] if len(array.shape) == 5 else 1) for array in arrays)
+            layers = next(array.shape[0] for array in arrays if len(array.shape) == 5)
+            return sum(array.size * _read_share(array, layers) for array in arrays)
         return sum(array.size / (trips if array.shape[:1] == (stacked,) else 1) for array in arrays if not array.near)
 
     def _collective(self, instruction: Instruction) -> tuple[str, float, int] | None:
@@ -191,6 +192,14 @@ def group_size(attributes: str, chips: int) -> int:
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(found.group(1).split(","))
     return 2 if "source_target_pairs" in attributes else chips
+
+
+def _read_share(array: Array, layers: int) -> float:
+    """What the decode-attention kernel reads of an operand: one layer, and of scales [K, L, B, S] 8 rows for each."""
+    if len(array.shape) == 5:
+        return 1 / layers
+    is_scale = len(array.shape) == 4 and array.dtype == "f32" and array.shape[1] == layers
+    return min(8, array.shape[2]) / layers if is_scale else 1.0
 
 
 def _shape(instruction: Instruction) -> str:

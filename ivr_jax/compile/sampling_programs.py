@@ -18,7 +18,7 @@ from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions, GrammarState
 from ivr_jax.sampling import decode_loop, slots
 from ivr_jax.sampling.engine import EngineOptions
-from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training.throughput import train_flops
 
@@ -27,8 +27,7 @@ PROMPT = 2048  # tokens of a prompt with one source image and its instruction, r
 
 def _rollout_setup(setup: Setup) -> Setup:
     """The same chips and model as rollouts use them."""
-    rollout = setup.config.rollout
-    layout = RolloutLayout(setup.model, setup.mesh, rollout.tensor, rollout.dtype or None)
+    layout = RolloutLayout(setup.model, setup.mesh, as_dataclass(LayoutOptions, setup.config.rollout))
     return Setup(setup.config, layout.mesh, layout.config)
 
 
@@ -53,12 +52,14 @@ def decode(setup: Setup) -> Program:
 
 
 def generate(setup: Setup) -> Program:
-    """`decode` with bfloat16 weights split over as many chips as key heads allow, and copies on the other chips.
+    """`decode` in bfloat16, with weights split over as many chips as key heads allow, and copies on the other chips.
 
-    This is what inference needs without training beside it; `config.mesh` and `config.rollout` do not matter.
+    This is what inference needs without training beside it; `config.mesh` and the rollout's dtype and shards do not
+    matter, its int8 weights, int8 cache and kernel do.
     """
     tensor = math.gcd(setup.mesh.devices.size, setup.model.num_key_value_heads)
-    layout = RolloutLayout(setup.model, setup.mesh, tensor, "bfloat16")
+    wanted = as_dataclass(LayoutOptions, setup.config.rollout)
+    layout = RolloutLayout(setup.model, setup.mesh, dataclasses.replace(wanted, dtype="bfloat16", tensor=tensor))
     return _decode("generate", Setup(setup.config, layout.mesh, layout.config))
 
 
@@ -86,8 +87,7 @@ def _decode(name: str, setup: Setup) -> Program:
     def on_every_chip(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
-    cache = backbone.KVCache(*(setup.array(x.shape, x.dtype, axes)
-                               for x, axes in zip(shapes.cache, backbone.CACHE_AXES, strict=True)))  # fmt: skip
+    cache = jax.tree.map(lambda x: setup.array(x.shape, x.dtype, backbone.CACHE_AXES), shapes.cache)
     held = jax.tree.map(on_every_chip, shapes._replace(cache=None))._replace(cache=cache)
     rules = jax.tree.map(on_every_chip, slots.rules_of(grammar))
     until = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)

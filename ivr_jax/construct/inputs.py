@@ -46,8 +46,9 @@ def settings_digest(config: Any) -> str:
     names = ("seed", "baseline", "image_tokenizer", "text_tokenizer", "batch", "image_area", "rules", "analyzer",
              "generator", "sampling", "prompts")
     decisive = {name: config.to_dict()[name] for name in names} | {"services": services}
-    if config.rollout.dtype:
-        decisive["dtype"] = config.rollout.dtype
+    for name in ("dtype", "weight_dtype", "cache_dtype"):
+        if config.rollout[name]:
+            decisive[name] = config.rollout[name]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
 

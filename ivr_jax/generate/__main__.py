@@ -76,6 +76,8 @@ def add_flags(values: flags.FlagValues) -> None:
     text("mesh", "devices by axis, such as tensor:4 or fsdp:2,tensor:4; one device by default")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "cast the weights to this as they are read, and compute "
                       "in it; by default as the checkpoint says", flag_values=values)
+    flags.DEFINE_enum("weight_dtype", None, ["int8"], "hold the layers' kernels as int8", flag_values=values)
+    flags.DEFINE_enum("cache_dtype", None, ["int8"], "hold keys and values as int8", flag_values=values)
     number("seed", 0, "of the draw; the same seed gives the same answer")
     number("answer_length", 0, "most answer tokens; 0: five images' worth, 640 at least, as far as the context goes")
     number("text_cap", 0, "most tokens of one free text; 0: 96 with the micro tokenizer, else 512")
@@ -84,13 +86,15 @@ def add_flags(values: flags.FlagValues) -> None:
 def load(wanted: flags.FlagValues) -> Answering:
     """The model that the flags name, ready to answer."""
     mesh = sharding.parse_mesh(wanted.mesh) if wanted.mesh else None
+    rounded = {name: getattr(wanted, name) for name in ("weight_dtype", "cache_dtype") if getattr(wanted, name)}
     system = systems.load(
         wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh,
-        **systems.answering_options(mesh, wanted.dtype),
+        **systems.answering_options(mesh, wanted.dtype, **rounded),
     )
     about = {"checkpoint": wanted.checkpoint, **{flag: getattr(wanted, flag) for flag in SAMPLING}}
     if wanted.dtype:
         about["dtype"] = wanted.dtype
+    about |= rounded
     return make_answering(
         system,
         SamplingOptions(**{field: getattr(wanted, flag) for flag, field in SAMPLING.items()}),

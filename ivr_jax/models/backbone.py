@@ -36,20 +36,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
-from ivr_jax.models import accumulate_scan, decode_attention, fused_attention, layers, lora
+from ivr_jax.errors import UserError
+from ivr_jax.models import accumulate_scan, decode_attention, fused_attention, int8, layers, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 
 Params = dict[str, Any]
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of every layer and cache position: k, v [L, B, K, S, h]. Cache position = position."""
+    """Keys (rotated) and values of every layer and cache position: k, v [L, B, K, S, h]. Cache position = position.
+
+    k_scale, v_scale: float32 [L, B, K, S, 1], of int8 keys and values (`int8.quantise`); else None.
+    """
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None = None
+    v_scale: jax.Array | None = None
 
 
-CACHE_AXES = KVCache(*(("layers", "batch", "kv_heads", "cache_length", "head_dim"),) * 2)
+CACHE_AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")  # of each array of a cache
 
 
 class LayerInputs(NamedTuple):
@@ -109,12 +115,13 @@ class Attention(nnx.Module):
         width, dim = config.hidden_size, config.head_dim
         query, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
         new = functools.partial(layers.param, rngs, dtype=config.param_dtype, num_layers=num_layers)
+        kernel = functools.partial(_new_kernel, self, rngs, num_layers)
         in_init = layers.fan_in_normal(width)
         out_init = layers.fan_in_normal(query, 1 / math.sqrt(2 * config.num_hidden_layers))
-        self.q = new((width, query), ("embed", "q_heads"), in_init)
-        self.k = new((width, kv), ("embed", "kv_heads"), in_init)
-        self.v = new((width, kv), ("embed", "kv_heads"), in_init)
-        self.o = new((query, width), ("q_rows", "width"), out_init)
+        kernel("q", (width, query), ("embed", "q_heads"), in_init)
+        kernel("k", (width, kv), ("embed", "kv_heads"), in_init)
+        kernel("v", (width, kv), ("embed", "kv_heads"), in_init)
+        kernel("o", (query, width), ("q_rows", "width"), out_init)
         self.q_norm = new((dim,), ("head_dim",), jax.nn.initializers.ones)
         self.k_norm = new((dim,), ("head_dim",), jax.nn.initializers.ones)
 
@@ -132,18 +139,18 @@ class Attention(nnx.Module):
             mixed = self._attend(q, k, v, inputs, dropout_key)
         else:
             # The whole cache is carried, so that XLA updates it in place.
-            cache = KVCache(*(_written(stored, new, layer, inputs.cache_positions)
-                              for stored, new in zip(cache, (k, v), strict=True)))  # fmt: skip
+            new = _cached(k, v, quantised=cache.k_scale is not None)
+            cache = jax.tree.map(lambda stored, x: _written(stored, x, layer, inputs.cache_positions), cache, new)
             if self.config.decode_kernel == "pallas" and decode_attention.fits(cache.k.shape[3], q.shape[1]):
-                mixed = decode_attention.decode_attention(q, *cache, inputs.positions, layer)
+                mixed = decode_attention.decode_attention(q, *cache[:2], inputs.positions, layer, cache[2:])
             else:
-                k, v = (stored[layer].astype(q.dtype).swapaxes(1, 2) for stored in cache)
+                k, v = _read(cache, layer, q.dtype)
                 rate = self.config.attention_dropout
                 mixed = layers.attention(q, k, v, inputs.mask, dropout_rate=rate, key=dropout_key)
         fsdp_over_tensor = self.config.fsdp_over_tensor
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         mixed = sharding.constrain(mixed, ("batch", "length", "q_heads"), fsdp_over_tensor)
-        return layers.project(mixed, self.o[...], ("q_rows", "width"), fsdp_over_tensor), cache
+        return _project(self, "o", mixed, ("q_rows", "width")), cache
 
     def project(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [B, T, D] → q [B, T, H, h] and k, v [B, T, K, h]; q and k normalised, then rotated."""
@@ -152,11 +159,11 @@ class Attention(nnx.Module):
         # XLA:TPU aborts where it fuses these with each other and the reshapes of a batch of one row.
         separate = jax.lax.optimization_barrier if fsdp_over_tensor else lambda x: x
 
-        def heads(kernel: nnx.Param, axis: str) -> jax.Array:
-            made = layers.project(x, kernel[...], ("embed", axis), fsdp_over_tensor)
+        def heads(name: str, axis: str) -> jax.Array:
+            made = _project(self, name, x, ("embed", axis))
             return checkpoint_name(made, "qkv").reshape(*x.shape[:2], -1, config.head_dim)
 
-        q, k, v = separate((heads(self.q, "q_heads"), heads(self.k, "kv_heads"), heads(self.v, "kv_heads")))
+        q, k, v = separate((heads("q", "q_heads"), heads("k", "kv_heads"), heads("v", "kv_heads")))
         q = layers.rotate(separate(layers.rms_norm(q, self.q_norm[...], eps)), cos, sin)
         k = layers.rotate(separate(layers.rms_norm(k, self.k_norm[...], eps)), cos, sin)
         q = sharding.constrain(q, ("batch", "length", "q_heads", "head_dim"), fsdp_over_tensor)
@@ -185,26 +192,57 @@ class Mlp(nnx.Module):
     def __init__(self, config: BackboneConfig, rngs: nnx.Rngs, num_layers: int | None = None):
         self.config = config
         width, inner = config.hidden_size, config.intermediate_size
-        new = functools.partial(layers.param, rngs, dtype=config.param_dtype, num_layers=num_layers)
+        kernel = functools.partial(_new_kernel, self, rngs, num_layers)
         in_init = layers.fan_in_normal(width)
         out_init = layers.fan_in_normal(inner, 1 / math.sqrt(2 * config.num_hidden_layers))
-        self.gate = new((width, inner), ("embed", "mlp"), in_init)
-        self.up = new((width, inner), ("embed", "mlp"), in_init)
-        self.down = new((inner, width), ("mlp_rows", "width"), out_init)
+        kernel("gate", (width, inner), ("embed", "mlp"), in_init)
+        kernel("up", (width, inner), ("embed", "mlp"), in_init)
+        kernel("down", (inner, width), ("mlp_rows", "width"), out_init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] → [B, T, D]."""
         fsdp_over_tensor = self.config.fsdp_over_tensor
 
-        def inner(kernel: nnx.Param, name: str) -> jax.Array:
-            made = layers.project(x, kernel[...], ("embed", "mlp"), fsdp_over_tensor)
+        def inner(name: str) -> jax.Array:
+            made = _project(self, name, x, ("embed", "mlp"))
             return checkpoint_name(sharding.constrain(made, ("batch", "length", "mlp"), fsdp_over_tensor), name)
 
-        gate, up = inner(self.gate, "gate"), inner(self.up, "up")
+        gate, up = inner("gate"), inner("up")
         product = jax.nn.silu(gate) * up
         if fsdp_over_tensor:  # XLA:TPU would compute it once for each block of the matrix product
             product = jax.lax.optimization_barrier(product)
-        return layers.project(product, self.down[...], ("mlp_rows", "width"), fsdp_over_tensor)
+        return _project(self, "down", product, ("mlp_rows", "width"))
+
+
+def _new_kernel(
+    module: Attention | Mlp,
+    rngs: nnx.Rngs,
+    num_layers: int | None,
+    name: str,
+    shape: tuple[int, int],
+    axes: tuple[str, str],
+    init: jax.nn.initializers.Initializer,
+) -> None:
+    """Gives `module` the kernel `name`; of int8 weights (`int8.quantise_kernel`) room for it and for its scales."""
+    config = module.config
+    new = functools.partial(layers.param, rngs, num_layers=num_layers)
+    if config.weight_dtype == "int8":
+        zeros = jax.nn.initializers.zeros
+        setattr(module, name, new(shape, axes, zeros, "int8"))
+        setattr(module, name + int8.SCALE, new(shape[1:], axes[1:], zeros, "float32"))
+    else:
+        setattr(module, name, new(shape, axes, init, config.param_dtype))
+
+
+def _project(module: Attention | Mlp, name: str, x: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    """`layers.project` with the kernel `name` of `module`, times its scales where it is int8."""
+    config = module.config
+    made = layers.project(x, getattr(module, name)[...], axes, config.fsdp_over_tensor)
+    if config.weight_dtype != "int8":
+        return made
+    scale = getattr(module, name + int8.SCALE)[...]
+    scale = jnp.expand_dims(scale, tuple(range(made.ndim - 1)))
+    return (made.astype(jnp.float32) * scale).astype(made.dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -333,13 +371,29 @@ def _rematerialised(config: BackboneConfig, one_layer: Any) -> Any:
     return jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
 
 
+def _cached(k: jax.Array, v: jax.Array, quantised: bool) -> KVCache:
+    """New keys and values [B, T, K, h] as a cache stores them; scales [B, T, K, 1]."""
+    if not quantised:
+        return KVCache(k, v)
+    (k, k_scale), (v, v_scale) = int8.quantise(k, axis=-1), int8.quantise(v, axis=-1)
+    return KVCache(k, v, k_scale, v_scale)
+
+
+def _read(cache: KVCache, layer: int | jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, S, K, h] of one layer in `dtype`."""
+    k, v, *scales = (None if stored is None else stored[layer].swapaxes(1, 2) for stored in cache)
+    if scales[0] is None:
+        return k.astype(dtype), v.astype(dtype)
+    return int8.dequantise(k, scales[0], dtype), int8.dequantise(v, scales[1], dtype)
+
+
 def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
     """The cache [L, B, K, S, h] with `new` [B, T, K, h] of one layer at `places` [B, T], without those past the end.
 
     Each device writes its own part, rows and heads as one axis: where one update spans heads, XLA:TPU stores the heads
     of a position together, and copies all of a layer's cache before it can be read.
     """
-    place = sharding.spec(stored.shape, CACHE_AXES.k)
+    place = sharding.spec(stored.shape, CACHE_AXES)
 
     def local(stored: jax.Array, new: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
         count, rows, heads, wide, width = stored.shape
@@ -369,7 +423,12 @@ def module(config: BackboneConfig, params: Params) -> Backbone:
 
 
 def init_params(config: BackboneConfig, key: jax.Array) -> Params:
-    """Fresh parameters, a plain nested dict of arrays in `param_dtype`; jit it with out_shardings to place them."""
+    """Fresh parameters, a plain nested dict of arrays in `param_dtype`; jit it with out_shardings to place them.
+
+    Raises UserError for a config with int8 weights, which are made of trained ones.
+    """
+    if config.weight_dtype:
+        raise UserError(f"model.weight_dtype={config.weight_dtype} is for inference.", 'Train with weight_dtype="".')
     return nnx.to_pure_dict(nnx.state(Backbone(config, rngs=nnx.Rngs(key))))
 
 
@@ -386,9 +445,18 @@ def param_axes(config: BackboneConfig) -> Params:
 
 
 def init_cache(config: BackboneConfig, batch: int, cache_length: int, dtype: str | None = None) -> KVCache:
-    """An empty cache of `cache_length` positions a row, in `dtype` (the compute dtype unless given)."""
+    """An empty cache of `cache_length` positions a row, in `dtype` (by default `cache_dtype`, or the compute dtype)."""
+    dtype = dtype or config.cache_dtype or config.dtype
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, cache_length, config.head_dim)
-    return KVCache(*(sharding.constrain(jnp.zeros(shape, dtype or config.dtype), axes) for axes in CACHE_AXES))
+
+    def empty(shape: tuple[int, ...], dtype: str) -> jax.Array:
+        return sharding.constrain(jnp.zeros(shape, dtype), CACHE_AXES)
+
+    cache = KVCache(empty(shape, dtype), empty(shape, dtype))
+    if dtype != "int8":
+        return cache
+    scales = (*shape[:-1], 1)
+    return cache._replace(k_scale=empty(scales, "float32"), v_scale=empty(scales, "float32"))
 
 
 def apply(

@@ -43,6 +43,8 @@ class BackboneConfig(Section, name="model"):
         results of fused attention), or all but the named ones of `KEPT`, joined by "+", as "attention+output".
       attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
         not fit), "plain", "splash" or "cudnn".
+      weight_dtype: of the layers' kernels in inference: "" (`param_dtype`) or "int8" with scales (`models/int8.py`).
+      cache_dtype: of the keys and values in a cache: "" (`dtype`) or "int8" with scales.
       decode_kernel: attention of a few tokens over a cache: "plain" reads all of a row; "pallas" (TPU) the positions
         that are filled, for caches of a multiple of 128.
       unroll: layers that the scan writes out at a time.
@@ -71,6 +73,8 @@ class BackboneConfig(Section, name="model"):
     param_dtype: Dtype = "float32"
     remat: str = "none"
     attention: Annotated[str, OneOf("auto", "plain", "splash", "cudnn")] = "auto"
+    weight_dtype: Annotated[str, OneOf("", "int8")] = ""
+    cache_dtype: Annotated[str, OneOf("", "int8")] = ""
     decode_kernel: Annotated[str, OneOf("plain", "pallas")] = "plain"
     unroll: Size = 1
     fsdp_over_tensor: bool = False

@@ -75,11 +75,16 @@ def axes(model_axes: Params, options: LoraOptions) -> Params:
 
 
 def abstract_sharded(params: Params, options: LoraOptions) -> Params:
-    """ShapeDtypeStructs of what `add` returns, sharded as the kernels of `params` (ShapeDtypeStructs) are."""
+    """ShapeDtypeStructs of what `add` returns, sharded as the kernels of `params` (ShapeDtypeStructs) are.
+
+    `params` may be a part of the model: kernels that are not in it get no adapter.
+    """
     made: Params = {}
     scalar = None
     for name in options.targets:
-        kernel = params["layers"][PLACES[name]][name]
+        kernel = params["layers"].get(PLACES[name], {}).get(name)
+        if kernel is None:
+            continue
         (count, width, out), placed = kernel.shape, getattr(kernel, "sharding", None)
         a_place, b_place, scalar = placed, placed, placed
         if isinstance(placed, NamedSharding):
@@ -91,6 +96,8 @@ def abstract_sharded(params: Params, options: LoraOptions) -> Params:
             "a": jax.ShapeDtypeStruct((count, width, options.rank), jnp.float32, sharding=a_place),
             "b": jax.ShapeDtypeStruct((count, options.rank, out), jnp.float32, sharding=b_place),
         }
+    if not made:
+        return params
     return {**params, ADAPTERS: made, SCALE: jax.ShapeDtypeStruct((), jnp.float32, sharding=scalar)}
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,33 @@ from jax.sharding import Mesh, NamedSharding
 from ivr_jax import sharding
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
+from ivr_jax.config import Count, OneOf, Section, as_dataclass
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, lora
+from ivr_jax.models import backbone, int8, lora
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutOptions(Section, name="rollout"):
+    """A config's section `rollout`: how weights and caches are held where answers are sampled.
+
+    Attributes:
+      dtype: of weights and activations; "" keeps that of the checkpoint, or of training.
+      tensor: shards of every weight; 0: see `RolloutLayout`.
+      weight_dtype, cache_dtype, decode_kernel: see `BackboneConfig`.
+    """
+
+    dtype: str = ""
+    tensor: Count = 0
+    weight_dtype: Annotated[str, OneOf("", "int8")] = ""
+    cache_dtype: Annotated[str, OneOf("", "int8")] = ""
+    decode_kernel: Annotated[str, OneOf("plain", "pallas")] = "plain"
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Those that are fields of BackboneConfig."""
+        names = ("weight_dtype", "cache_dtype", "decode_kernel")
+        dtype = {"dtype": self.dtype, "param_dtype": self.dtype} if self.dtype else {}
+        return {**dtype, **{name: getattr(self, name) for name in names}}
 
 
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
@@ -68,19 +93,18 @@ def load_sampler(
 
     Args:
       mesh: a config's section `mesh`; all ones: one device.
-      rollout: its section `rollout`: `dtype` of weights and activations, "" for the checkpoint's; `tensor` shards of
-        every weight, 0 for as many as divide (see `RolloutLayout`).
+      rollout: its section `rollout` (`LayoutOptions`).
       image_tokenizer, text_tokenizer: where they are, for a checkpoint that does not record them.
 
     Raises:
       UserError: see `system.load`; the mesh is not that of the devices.
     """
-    devices = sharding.mesh_of(mesh)
+    devices, wanted = sharding.mesh_of(mesh), as_dataclass(LayoutOptions, rollout)
     several = devices.size > 1
-    options = systems.answering_options(devices if several else None, rollout.dtype or None)
+    options = systems.answering_options(devices if several else None, **wanted.model_options)
 
     def layout(config: backbone.BackboneConfig) -> Mesh:
-        return RolloutLayout(config, devices, rollout.tensor).mesh
+        return RolloutLayout(config, devices, LayoutOptions(tensor=wanted.tensor)).mesh
 
     where = layout if several else None
     return systems.load(path, image_tokenizer, text_tokenizer_path=text_tokenizer, mesh=where, **options)
@@ -89,31 +113,31 @@ def load_sampler(
 class RolloutLayout:
     """Makes rollout weights from training weights; called once an update.
 
-        layout = RolloutLayout(config, mesh, dtype="bfloat16")
+        layout = RolloutLayout(config, mesh, LayoutOptions(dtype="bfloat16"))
         weights = layout(state.params)
         with jax.set_mesh(layout.mesh):
             sample(layout.config, weights, ...)
 
-    Adapters (LoRA) are merged into the kernels on the way.  With several processes each one gets weights on its own
-    devices, and samples answers without waiting for the others.
+    Adapters (LoRA) are merged into the kernels on the way, and int8 weights are made of the sum.  With several
+    processes each one gets weights on its own devices, and samples answers without waiting for the others.
 
     Attributes:
       mesh: of rollouts; config: the backbone's, with the rollout's dtype for weights and activations.
     """
 
-    def __init__(self, config: backbone.BackboneConfig, mesh: Mesh, tensor: int = 0, dtype: str | None = None):
-        """`mesh`: that of training; `dtype`: None keeps that of training.
+    def __init__(self, config: backbone.BackboneConfig, mesh: Mesh, options: LayoutOptions = LayoutOptions()):
+        """`mesh`: that of training.
 
-        `tensor`: shards of every weight; 0 cuts them as training does (fsdp x tensor), as far as key and value heads
-        and the devices of one process divide.
+        `options.tensor` 0 cuts weights as training does (fsdp x tensor), as far as key and value heads and the devices
+        of one process divide.
         """
         shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
         each = mesh.devices.size // jax.process_count()
-        tensor = tensor or math.gcd(shards, each, config.num_key_value_heads)
+        tensor = options.tensor or math.gcd(shards, each, config.num_key_value_heads)
         everywhere = rollout_mesh(mesh, tensor)
         self.mesh = own_part(everywhere) if jax.process_count() > 1 else everywhere
-        self.config = config if dtype is None else dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
-        shapes, axes = backbone.param_shapes(self.config), backbone.param_axes(config)
+        self.config = dataclasses.replace(config, **options.model_options)
+        shapes, axes = backbone.param_shapes(self.config), backbone.param_axes(self.config)
         self.shardings = sharding.shardings(self.mesh, axes, shapes)
         self._trained, self._one = config, mesh.devices.size == 1
         self._move = jax.jit(self._cast, out_shardings=sharding.shardings(everywhere, axes, shapes))
@@ -137,7 +161,8 @@ class RolloutLayout:
         return moved if jax.process_count() == 1 else jax.tree.map(_own, moved, self.shardings)
 
     def _cast(self, params: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.dtype(self.config.param_dtype)), lora.merge(params))
+        cast = jax.tree.map(lambda x: x.astype(jnp.dtype(self.config.param_dtype)), lora.merge(params))
+        return int8.quantise_kernels(cast) if self.config.weight_dtype else cast
 
 
 def _own(x: jax.Array, placed: NamedSharding) -> jax.Array:

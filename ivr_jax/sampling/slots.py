@@ -197,12 +197,11 @@ def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int)
     rows = jnp.concatenate([jnp.where(inside, c * batch + new.slot, contexts * batch) for c in range(contexts)])
     source = jnp.concatenate([c * prompts + new.prompt for c in range(contexts)])
     width = prefilled.k.shape[3]
-    cache = backbone.KVCache(
-        *(
-            whole.at[:, rows, :, :width].set(part[:, source].astype(whole.dtype), mode="drop")
-            for whole, part in zip(slots.cache, prefilled, strict=True)
-        )
-    )
+
+    def put_prompt(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return whole.at[:, rows, :, :width].set(part[:, source].astype(whole.dtype), mode="drop")
+
+    cache = jax.tree.map(put_prompt, slots.cache, prefilled)
 
     def put(old: jax.Array, value: Any) -> jax.Array:
         return old.at[new.slot].set(value, mode="drop")
@@ -242,7 +241,7 @@ def widen(slots: Slots, *, cache_length: int) -> Slots:
 @functools.partial(jax.jit, static_argnames=("cache_length",))
 def _widened(cache: backbone.KVCache, *, cache_length: int) -> backbone.KVCache:
     more = ((0, 0), (0, 0), (0, 0), (0, cache_length - cache.k.shape[3]), (0, 0))
-    return _placed(backbone.KVCache(*(jnp.pad(x, more) for x in cache)))
+    return _placed(jax.tree.map(lambda x: jnp.pad(x, more), cache))
 
 
 @jax.jit
@@ -250,13 +249,13 @@ def keep(slots: Slots, index: jax.Array) -> Slots:
     """The slots `index` int32 [B'], in that order."""
     contexts, batch = slots.starts.shape
     rows = jnp.concatenate([c * batch + index for c in range(contexts)])
-    cache = backbone.KVCache(*(x[:, rows] for x in slots.cache))
+    cache = jax.tree.map(lambda x: x[:, rows], slots.cache)
     rest = jax.tree.map(lambda x: x[index], slots._replace(cache=None, starts=None))
     return rest._replace(cache=_placed(cache), starts=slots.starts[:, index])
 
 
 def _placed(cache: backbone.KVCache) -> backbone.KVCache:
-    return backbone.KVCache(*(sharding.constrain(x, axes) for x, axes in zip(cache, backbone.CACHE_AXES, strict=True)))
+    return jax.tree.map(lambda x: sharding.constrain(x, backbone.CACHE_AXES), cache)
 
 
 @jax.jit

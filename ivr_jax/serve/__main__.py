@@ -59,6 +59,8 @@ def add_flags(values: flags.FlagValues) -> None:
     number("answer_length", 0, "most answer tokens; 0: what the prompt leaves of the context")
     number("text_cap", 0, "most tokens of one free text; 0: 96 with the micro tokenizer, else 512")
     text("dtype", None, "of weights and activations, such as bfloat16; as in the checkpoint by default")
+    text("weight_dtype", "", "int8: hold the layers' kernels so; by default in --dtype")
+    text("cache_dtype", "", "int8: hold keys and values so; by default in --dtype")
     flags.DEFINE_boolean("open", False, "open the page in this machine's browser", flag_values=values)
     text("mesh", None, "devices by axis, such as tensor:4 or fsdp:2,tensor:4; one device by default")
 
@@ -116,7 +118,9 @@ def main(call: cli.Call) -> None:
     named, token = checkpoints_of(wanted.checkpoint), checked_token(wanted.host, wanted.token)
     out = cli.prepare_workdir(wanted.out, "out")
     mesh = sharding.parse_mesh(wanted.mesh) if wanted.mesh else None
-    loading = systems.answering_options(mesh, wanted.dtype)
+    loading = systems.answering_options(
+        mesh, wanted.dtype, weight_dtype=wanted.weight_dtype, cache_dtype=wanted.cache_dtype
+    )
     with listen(wanted.host, wanted.port) as listener:
         models = {}
         for name, path in named.items():

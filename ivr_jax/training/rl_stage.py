@@ -20,7 +20,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, lora
 from ivr_jax.protocol import codec
 from ivr_jax.sampling.drafts import DraftBuffer
-from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout
 from ivr_jax.training import grpo
 from ivr_jax.training.judge_config import make_judge
 from ivr_jax.training.loop import Stage
@@ -74,7 +74,7 @@ def build(
     else:
         params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
     state, (shards, _) = shard_state(mesh, axes, params, optimizer)
-    layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
+    layout = RolloutLayout(system.config, mesh, as_dataclass(LayoutOptions, config.rollout))
     drafts = None
     if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
         drafts = DraftBuffer(workdir / f"drafts-{jax.process_index()}", fingerprint)

@@ -136,6 +136,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     tokenizer = systems.text_tokenizer(config.text_tokenizer, image_codec.config.n_embed)
     options = as_dataclass(lora.LoraOptions, config.lora)
     model, params = _initial_model(config, options, tokenizer, image_codec, mesh)
+    if model.weight_dtype:
+        raise UserError("int8 weights cannot be trained.", 'Set config.model.weight_dtype to "".')
     axes = backbone.param_axes(model)
     if options.rank:
         params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)

@@ -13,7 +13,7 @@ from ivr_jax import sharding
 from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, int8, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 
 CONFIG = BackboneConfig(
@@ -54,6 +54,28 @@ def test_an_option_that_makes_it_another_model_is_named(name, value):
     with pytest.raises(UserError) as caught:
         systems._config(dataclasses.asdict(CONFIG), {name: value}, "run")
     assert f"model.{name}" in caught.value.what and repr(value) in caught.value.what
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_int8_weights_read_one_kernel_at_a_time_are_those_of_the_whole_checkpoint(saved, tmp_path, adapted):
+    folder, params = saved
+    if adapted:
+        options = lora.LoraOptions(2, 4.0, ("q", "down"))
+        params = lora.add(params, options, jax.random.key(1))
+        params["lora"] = jax.tree.map(lambda x: x + 0.1, params["lora"])
+        meta = {"kind": systems.BACKBONE, "model": dataclasses.asdict(CONFIG), "lora": dataclasses.asdict(options)}
+        folder, checkpointer = tmp_path, store.Checkpointer(tmp_path)
+        checkpointer.save(0, {"params": params}, None, meta)
+        checkpointer.close()
+    like = backbone.param_shapes(CONFIG)
+    expected = int8.quantise_kernels(store.read_params(folder, systems.BACKBONE, like)[0])
+    found, meta = systems._read_quantised(folder, like)
+    assert jax.tree.structure(found) == jax.tree.structure(expected) and meta["kind"] == systems.BACKBONE
+    assert found["layers"]["mlp"]["down"].dtype == "int8"
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        one_step = 1 if ours.dtype == "int8" else 0  # of a compiled division
+        np.testing.assert_allclose(np.asarray(ours, float), np.asarray(theirs, float), rtol=1e-6, atol=one_step)
 
 
 def test_options_of_how_it_computes_are_taken():

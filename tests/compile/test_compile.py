@@ -152,6 +152,20 @@ def test_an_update_in_place_costs_what_it_writes_and_one_pass_is_one_of_the_loop
         roofline.estimate(hlo.read(MODULE), topology).seconds)  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "named", ["branch_computations={%short, %long}", "true_computation=%short, false_computation=%long"]
+)
+def test_of_a_conditional_the_longest_branch_is_counted(named):
+    short, long = (MODULE[MODULE.index("%fused (p0") :].partition("\n\n")[0].replace("%fused", f"%{name}").replace(
+        "add(%p0, %p0)", f'add(%p0, %p0), backend_config={{"estimated_cycles":"{cycles}"}}')
+        for name, cycles in (("short", 100), ("long", 900)))  # fmt: skip
+    choice = f"  %choice = f32[8,128]{{1,0}} conditional(%p, %p, %p), {named}\n  %fusion.2"
+    text = MODULE.replace("ENTRY", f"{short}\n\n{long}\n\nENTRY").replace("  %fusion.2", choice)
+    topology = parse_topology("v5e:2x4")
+    before, after = (roofline.estimate(hlo.read(text), topology) for text in (MODULE, text))
+    assert after.seconds - before.seconds == pytest.approx(900 / topology.chip.clock)
+
+
 def test_errors_of_the_compiler_about_memory_are_read(tmp_path):
     message = ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
                "Used 120.31G of 95.74G hbm. Exceeds hbm capacity by 24.57G.")  # fmt: skip

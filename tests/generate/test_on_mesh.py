@@ -96,13 +96,14 @@ def test_checkpoints_images_and_answers_may_be_in_a_bucket(paths, tmp_path, monk
 
 SAMPLERS = """
 import asyncio
+import dataclasses
 import sys
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from ivr_jax.construct.baseline import Baseline
 from ivr_jax.construct.escalation import Request
-from ivr_jax.sampling.layout import load_sampler
+from ivr_jax.sampling.layout import LayoutOptions, load_sampler
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.checkpoint import CheckpointGenerator
 from ivr_jax.trajectory import Sample
@@ -112,7 +113,7 @@ samples = [Sample(str(i), prompt) for i, prompt in enumerate(("A cat.", "Two dog
 
 def drawn(**sizes):
     mesh = {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | sizes
-    system = load_sampler(path, mesh, ConfigDict({"dtype": "", "tensor": 0}), images, text)
+    system = load_sampler(path, mesh, ConfigDict(dataclasses.asdict(LayoutOptions())), images, text)
     baseline = Baseline(system, SamplingOptions(), seed=0, batch=2, area=256)
     generator = CheckpointGenerator(system, "tiny", SamplingOptions(), 5, None, area=256)
     first = baseline._draw([Request(sample, {}, None) for sample in samples], jax.random.key(0))

@@ -11,7 +11,7 @@ import pytest
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone
-from ivr_jax.sampling.layout import RolloutLayout, rollout_mesh
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout, rollout_mesh
 
 # Prints what the layout does to the weights of a tiny model, whether eight devices draw with guidance what one draws,
 # and how the cache lies when they are done.
@@ -24,7 +24,7 @@ from ivr_jax.models import backbone
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.sampling import decode_loop
 from ivr_jax.sampling.logits_processors import SamplingOptions
-from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, sample
 from ivr_jax.sampling.engine import EngineOptions, pad_prompts
 
@@ -52,15 +52,26 @@ def answers(config, params):
 expected = answers(config, jax.device_put(plain, jax.devices()[0]))
 mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
 params = jax.device_put(plain, sharding.shardings(mesh, backbone.param_axes(config), plain))
-layout = RolloutLayout(config, mesh, tensor=2)
+layout = RolloutLayout(config, mesh, LayoutOptions(tensor=2))
 with jax.transfer_guard("disallow"):
     weights = layout(params)
     again = layout(params)
 with jax.set_mesh(layout.mesh):
     found = answers(layout.config, weights)
-half = RolloutLayout(config, mesh, dtype="bfloat16")
+half = RolloutLayout(config, mesh, LayoutOptions(dtype="bfloat16"))
 halved = half(params)
+rounded = RolloutLayout(config, mesh, LayoutOptions(tensor=2, weight_dtype="int8", cache_dtype="int8"))
+alone = RolloutLayout(config, sharding.make_mesh({}, jax.devices()[:1]), LayoutOptions(weight_dtype="int8",
+                                                                                     cache_dtype="int8"))
+rounded_weights = rounded(params)
+with jax.set_mesh(rounded.mesh):
+    on_eight = answers(rounded.config, rounded_weights)
+on_one = answers(alone.config, alone(jax.device_put(plain, jax.devices()[0])))
 print(json.dumps({
+    "rounded": bool((on_eight.tokens == on_one.tokens).all()),
+    "rounded_error": float(np.abs(on_eight.log_probs - on_one.log_probs).max()),
+    "rounded_gate": [str(rounded_weights["layers"]["mlp"]["gate"].dtype),
+                     *map(str, rounded_weights["layers"]["mlp"]["gate_scale"].sharding.spec)],
     "tokens": bool((found.tokens == expected.tokens).all()),
     "error": float(np.abs(found.log_probs - expected.log_probs).max()),
     "values": all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), weights, plain))),
@@ -81,6 +92,9 @@ def test_eight_devices_draw_what_one_draws_from_weights_that_were_resharded_in_p
     assert found["cache"][1] == "data" and found["cache"][2] == "tensor"  # after the loop, as before it
     assert found["halved"] == ["bfloat16"] and found["tensor"] == found["shards"] == 2  # as many as heads
     assert found["programs"] == 1
+    # A sum in another order may round to the next of the 255 values.
+    assert found["rounded"] and found["rounded_error"] < 0.02
+    assert found["rounded_gate"] == ["int8", "None", "tensor"]
 
 
 def test_one_device_and_the_same_dtype_need_no_copy():
@@ -88,6 +102,6 @@ def test_one_device_and_the_same_dtype_need_no_copy():
     params = backbone.init_params(config, jax.random.key(0))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     assert RolloutLayout(config, mesh)(params) is params
-    assert RolloutLayout(config, mesh, dtype="bfloat16")(params)["embed"].dtype == "bfloat16"
+    assert RolloutLayout(config, mesh, LayoutOptions(dtype="bfloat16"))(params)["embed"].dtype == "bfloat16"
     with pytest.raises(UserError, match="3"):
         rollout_mesh(mesh, 3)

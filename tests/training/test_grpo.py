@@ -30,7 +30,7 @@ from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards.functions import RewardOptions
 from ivr_jax.rewards.judge_service import Check, JudgeOptions, JudgeService, same
 from ivr_jax.sampling.engine import EngineOptions
-from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout
 from ivr_jax.training import grpo, stored_rollouts
 from ivr_jax.training.judge_config import JudgeRecords, make_analyzer, make_judge
 from ivr_jax.training.monitor import Monitor, MonitorOptions
@@ -355,7 +355,7 @@ def test_every_scalar_that_the_docs_list_is_written_and_no_other():
     again = Check(LocalJudge(), repeats=2, held_out=Indifferent(), answers=2)
     judge = JudgeService(same(LocalJudge()), JudgeOptions(rewards, check=again), (JudgeRecords().totals,))
     placement = trainer().placement
-    layout = RolloutLayout(CONFIG, placement.mesh, dtype="bfloat16")
+    layout = RolloutLayout(CONFIG, placement.mesh, LayoutOptions(dtype="bfloat16"))
     measured = []
 
     def probe(policy, step):

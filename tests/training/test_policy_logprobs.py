@@ -20,7 +20,7 @@ from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards import judge_service
 from ivr_jax.sampling.engine import EngineOptions
-from ivr_jax.sampling.layout import RolloutLayout
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.training import grpo
 from ivr_jax.training.losses import GrpoOptions
@@ -257,7 +257,7 @@ def test_a_rollout_is_learnt_from_twice(tmp_path, name="guided"):
 def test_rollouts_of_lower_precision_are_learnt_from_by_the_trainers_own_numbers(monkeypatch):
     """The ratio is 1 before the first update nevertheless; how far the sampler was away is measured and bounded."""
     learner = copy.copy(trainer("bare"))
-    layout = RolloutLayout(CONFIG, learner.placement.mesh, dtype="bfloat16")
+    layout = RolloutLayout(CONFIG, learner.placement.mesh, LayoutOptions(dtype="bfloat16"))
     learner.placement = learner.placement._replace(layout=layout)
     assert trainer("bare").placement.layout.exact and not layout.exact
     tasks = [Prompt(*pair) for pair in zip(*requests(2), strict=True)]

@@ -42,7 +42,7 @@ from ivr_jax.evaluate.benchmarks.judges import ChatJudge, DetectorJudge, Judge, 
 from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.sampling.engine import EngineOptions
-from ivr_jax.sampling.layout import RolloutLayout, load_sampler
+from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout, load_sampler
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.services.config import ServiceConfig
 from ivr_jax.services.journal import Journal
@@ -161,6 +161,7 @@ class Session:
             "answer_length": config.answer_length,
             "sampling": config.sampling.to_dict(),
             "weights": config.rollout.dtype or "as stored",
+            **{name: config.rollout[name] for name in ("weight_dtype", "cache_dtype") if config.rollout[name]},
         }
         described = self.describe(part, Path(wanted.checkpoint).name)
         if primary:
@@ -215,7 +216,7 @@ class Session:
             system = systems.load(
                 wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer, mesh=mesh
             )
-            layout = RolloutLayout(system.config, mesh, config.rollout.tensor, config.rollout.dtype or None)
+            layout = RolloutLayout(system.config, mesh, as_dataclass(LayoutOptions, config.rollout))
             params = layout(system.params)
         yield dataclasses.replace(system, config=layout.config, params=params, mesh=layout.mesh), layout.mesh
 
