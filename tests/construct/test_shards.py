@@ -10,6 +10,7 @@ from pathlib import Path
 import commands
 import numpy as np
 import pytest
+from benchmark_model import write_model
 from construct_worker import KEY, arguments, contents, write_samples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,6 +98,22 @@ def test_the_micro_world_s_parts_fill_their_shares_and_the_merged_set_is_the_who
     parts = [construct(f"part{i}", f"--shard={i}/2") for i in range(2)]
     counts = [json.loads((part / "summary.json").read_text())["constructed"] for part in parts]
     assert all(sum(c[mode] for c in counts) >= 5 for mode in ("direct", "reflection", "multi_step"))
+    merged = construct("merged", f"--merge={parts[0]},{parts[1]}")
+    assert contents(merged / "dataset") == contents(whole / "dataset")
+
+
+def test_first_images_by_a_model_are_those_of_a_run_without_parts(tmp_path):
+    model = write_model(tmp_path / "model")
+    wanted = {"direct": 0, "reflection": 3, "multi_step": 3}  # a model that knows nothing draws no direct answer
+    quotas = [f"--config.quotas.{mode}={count}" for mode, count in wanted.items()]
+    drawn = [f"--config.baseline={model}", "--config.batch=4", "--config.tasks.limit=40", *quotas]
+
+    def construct(name: str, *more: str) -> Path:
+        commands.succeed("construct", "--config=micro_construct", f"--workdir={tmp_path / name}", *drawn, *more)
+        return tmp_path / name
+
+    whole = construct("whole")
+    parts = [construct(f"part{i}", f"--shard={i}/2") for i in range(2)]
     merged = construct("merged", f"--merge={parts[0]},{parts[1]}")
     assert contents(merged / "dataset") == contents(whole / "dataset")
 
