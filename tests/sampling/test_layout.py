@@ -64,9 +64,9 @@ rounded = RolloutLayout(config, mesh, LayoutOptions(tensor=2, weight_dtype="int8
 alone = RolloutLayout(config, sharding.make_mesh({}, jax.devices()[:1]), LayoutOptions(weight_dtype="int8",
                                                                                      cache_dtype="int8"))
 rounded_weights = rounded(params)
+on_one = answers(alone.config, alone(jax.device_put(plain, jax.devices()[0])))
 with jax.set_mesh(rounded.mesh):
     on_eight = answers(rounded.config, rounded_weights)
-on_one = answers(alone.config, alone(jax.device_put(plain, jax.devices()[0])))
 print(json.dumps({
     "rounded": bool((on_eight.tokens == on_one.tokens).all()),
     "rounded_error": float(np.abs(on_eight.log_probs - on_one.log_probs).max()),
