@@ -6,6 +6,7 @@
     fused_attention.py    attention of the training pass on TPU (splash) and GPU (cuDNN)
     decode_attention.py   attention over the KV cache on TPU (Pallas)
     accumulate_scan.py    a scan over layers whose backward pass adds to sums of gradients
+    int8.py               weights and KV cache of inference as int8
     lora.py               low-rank adapters
     image_tokenizer.py    the image tokenizer (IBQ): encoder, codebook, decoder
     image_layers.py       its layers
