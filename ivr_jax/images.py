@@ -12,6 +12,8 @@ import functools
 import hashlib
 import io
 import os
+import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -31,6 +33,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "J
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26  # bytes of one text in a PNG (prompts, XMP); Pillow refuses files over 1 MiB
 PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28  # bytes of all of them
 BITS_PER_SAMPLE, MAX_SAMPLE_VALUES = 258, (281, 341)  # TIFF tags
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the colour type
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 MAX_MEGAPIXELS = 64
 MAX_SIDE = 1 << 15  # pixels: a line of 64 megapixels would grow by its height when it is fitted
 
@@ -79,6 +83,8 @@ def _read(file: Path | io.BytesIO, what: str) -> np.ndarray:
                                 "Crop it.")
             deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
             image.load()
+            if image.format == "PNG" and not _all_rows_came(image, file):
+                raise UserError(f"{what} ends before its last row: the rest would be black.", "Copy or make it again.")
             return _turned(_to_rgb(image, deep, what), _orientation(image))
     except (UserError, MemoryError):
         raise
@@ -99,6 +105,30 @@ def _formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _all_rows_came(image: Image.Image, file: Path | io.BytesIO) -> bool:
+    """Whether the pixel data of a PNG fill it.  Pillow takes a zlib stream that ends early and leaves zeros behind it.
+
+    The data are only counted where zeros end the picture, or where rows come interlaced.
+    """
+    if np.asarray(image)[-1].any() and not image.info.get("interlace"):
+        return True
+    data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    needed = 0
+    for left, top, right, down in passes:
+        columns = max(0, -(-(width - left) // right))
+        rows = max(0, -(-(height - top) // down))
+        needed += rows * (1 + (columns * depth * PNG_CHANNELS[colour] + 7) // 8) if columns else 0
+    stream, came, at = zlib.decompressobj(), 0, 8
+    while at + 8 <= len(data) and came < needed:
+        (size,) = struct.unpack(">I", data[at : at + 4])
+        if data[at + 4 : at + 8] == b"IDAT":
+            came += len(stream.decompress(data[at + 8 : at + 8 + size], needed))
+        at += size + 12
+    return came >= needed
 
 
 def _orientation(image: Image.Image) -> int:

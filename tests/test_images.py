@@ -115,6 +115,25 @@ def test_a_truncated_file_is_a_user_error(tmp_path, form, share):
         load_image(path)
 
 
+def written_png(colour: int, interlaced: bool, size: int, data: bytes) -> bytes:
+    """A file of `size` by `size` pixels of 8 bits with the pixel `data` in two chunks."""
+    packed = zlib.compress(data)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, colour, 0, 0, interlaced)), (b"IDAT", packed[:9]),
+              (b"IDAT", packed[9:]), (b"IEND", b"")]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+
+
+@pytest.mark.parametrize(("colour", "interlaced", "whole"), [
+    (0, False, 5 * 6), (2, False, 5 * 16), (6, False, 5 * 21), (4, False, 5 * 11),
+    (0, True, 2 + 2 + 3 + 2 * 2 + 4 + 3 * 3 + 2 * 6), (2, True, 4 + 4 + 7 + 2 * 4 + 10 + 3 * 7 + 2 * 16),
+])  # fmt: skip
+def test_a_png_whose_pixels_end_early_is_an_error_and_a_black_one_is_black(colour, interlaced, whole):
+    assert decode_image(written_png(colour, interlaced, 5, bytes(whole)), "black.png").shape == (5, 5, 3)
+    with pytest.raises(UserError, match="short.png"):
+        decode_image(written_png(colour, interlaced, 5, bytes(whole - 7)), "short.png")
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", bytes(1000)])
 def test_other_files_are_user_errors(tmp_path, content):
     (tmp_path / "note.png").write_bytes(content)
