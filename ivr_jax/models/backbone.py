@@ -142,7 +142,8 @@ class Attention(nnx.Module):
             new = _cached(k, v, quantised=cache.k_scale is not None)
             cache = jax.tree.map(lambda stored, x: _written(stored, x, layer, inputs.cache_positions), cache, new)
             if self.config.decode_kernel == "pallas" and decode_attention.fits(cache.k.shape[3], q.shape[1]):
-                mixed = decode_attention.decode_attention(q, *cache[:2], inputs.positions, layer, cache[2:])
+                mixed = decode_attention.decode_attention(
+                    q, cache.k, cache.v, inputs.positions, layer, scales=(cache.k_scale, cache.v_scale))
             else:
                 k, v = _read(cache, layer, q.dtype)
                 rate = self.config.attention_dropout
