@@ -120,8 +120,9 @@ def written_png(colour: int, interlaced: bool, size: int, data: bytes) -> bytes:
     packed = zlib.compress(data)
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", size, size, 8, colour, 0, 0, interlaced)), (b"IDAT", packed[:9]),
               (b"IDAT", packed[9:]), (b"IEND", b"")]  # fmt: skip
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    written = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+               for name, body in chunks]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
 
 
 @pytest.mark.parametrize(("colour", "interlaced", "whole"), [
