@@ -87,6 +87,9 @@ class BackboneConfig(Section, name="model"):
                        f"a multiple of num_key_value_heads = {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise _bad("head_dim", self.head_dim, "even, because rotary positions turn pairs")
+        if self.weight_dtype == "int8" and self.dtype == "float16":
+            # its products are scaled afterwards: until then they reach 127 times the activations
+            raise _bad("dtype", self.dtype, "bfloat16 or float32 with int8 weights, whose products overflow float16")
         if self.remat not in REMAT and not set(self.kept) <= set(KEPT):
             raise _bad("remat", self.remat, f"one of {', '.join(REMAT)}, or some of {', '.join(KEPT)} joined by +")
         object.__setattr__(self, "rope_scaling", _rope_scaling(self.rope_scaling, self.head_dim))

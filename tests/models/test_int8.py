@@ -77,3 +77,12 @@ def test_int8_weights_are_not_trained_from_nothing():
     with pytest.raises(UserError) as caught:
         backbone.init_params(dataclasses.replace(CONFIG, weight_dtype="int8"), jax.random.key(0))
     assert "weight_dtype" in caught.value.what
+
+
+def test_int8_weights_with_float16_are_refused():
+    """The products before the scale overflow: 127 times an activation, summed."""
+    for dtype in ("bfloat16", "float32"):
+        assert dataclasses.replace(CONFIG, weight_dtype="int8", dtype=dtype).dtype == dtype
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(CONFIG, weight_dtype="int8", dtype="float16")
+    assert "float16" in caught.value.what
