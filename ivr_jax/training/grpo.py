@@ -294,7 +294,8 @@ class Trainer:
         )  # fmt: skip
         if self.drafts is None:
             return sampled(system)
-        if self.drafts.read(keys) is None:
+        # Sampled by all processes together, also by those that have theirs: they move the weights together.
+        if any(distributed.gather(self.drafts.read(keys) is None)):
             reference = lora.base(system.params) if self.reference is None else self.reference
             self.drafts.write(keys, sampled(dataclasses.replace(system, params=reference)))
         return self.drafts.read(keys)
@@ -362,10 +363,11 @@ class Trainer:
              left_out(rollout, scored, answers, options.grpo, self._forced))
             for answers in split_groups(scored, options.num_minibatches, options.seed, step)
         ]  # fmt: skip
+        first = next((number for number, (batches, _) in enumerate(minibatches) if batches), None)
         updates: list[dict[str, Any]] = []
         for iteration in range(options.num_iterations):
             for number, (batches, skipped) in enumerate(minibatches):
-                check_ratio = on_policy and iteration == number == 0
+                check_ratio = on_policy and iteration == 0 and number == first
                 state, metrics = self.update(state, batches, check_ratio, skipped)
                 updates.append(metrics)
         return state, join_metrics(updates)

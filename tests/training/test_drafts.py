@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 
@@ -133,6 +134,29 @@ def test_drafts_of_a_buffer_are_context_and_the_same_in_a_resumed_run(tmp_path):
         assert not batch["mask"][row, : prompt + length].any() and batch["mask"][row, prompt + length] == 1
     with pytest.raises(UserError, match="drafts"):
         DraftBuffer(tmp_path / "drafts", "of another checkpoint")
+
+
+@pytest.mark.parametrize("others_miss", [False, True])
+def test_drafts_are_sampled_by_all_processes_together(monkeypatch, tmp_path, others_miss):
+    """Sampling moves the weights, which is a program of all processes; one that has its drafts keeps them."""
+    made, keys = rollout(), [prompt.sample.key for prompt in PROMPTS]
+    first = slice(None, None, made.group_size), slice(made.draft_length)
+    drafts = Drafts(made.samples.tokens[first], made.samples.log_probs[first])
+    buffer = DraftBuffer(tmp_path / "drafts", "a")
+    buffer.write(keys, drafts)
+    learner = copy.copy(trainer())
+    learner.options, learner.drafts, calls = options(draft_source="buffer"), buffer, []
+
+    def sampled(*_, **__):
+        calls.append(1)
+        return dataclasses.replace(drafts, tokens=drafts.tokens + 1)
+
+    monkeypatch.setattr(grpo, "sample_drafts", sampled)
+    monkeypatch.setattr(grpo, "roll_out", lambda *_, drafts, **__: drafts)
+    monkeypatch.setattr(grpo.distributed, "gather", lambda value: [value, others_miss])
+    found = learner.collect_rollout(PARAMS, PROMPTS, 0)
+    assert len(calls) == others_miss
+    np.testing.assert_array_equal(found.tokens, drafts.tokens)
 
 
 def test_a_buffer_keeps_what_truncation_kept_and_tells_what_it_lacks(tmp_path):

@@ -318,6 +318,25 @@ def test_log_probabilities_that_do_not_fit_stop_a_resumed_run(rollout):
         learner.check_logprobs(noisy_params(seed=1), rollout)
 
 
+def test_the_ratio_is_checked_before_the_first_update_even_where_the_first_minibatch_is_empty(monkeypatch):
+    learner, checked = like(), []
+    learner.options = dataclasses.replace(learner.options, num_iterations=2, num_minibatches=3)
+    monkeypatch.setattr(grpo, "split_groups", lambda *_: [[], [1], [2]])
+    monkeypatch.setattr(grpo, "left_out", lambda *_: 0.0)
+    learner.prepare = lambda rollout, scored, answers, behaviour: list(answers)
+
+    def update(state, batches, check_ratio, skipped):
+        checked.append((batches, check_ratio))
+        return state, {"skipped_updates": float(not batches)}
+
+    learner.update = update
+    for on_policy in (True, False):
+        _, metrics = learner.learn(fresh_state(), None, None, 0, on_policy)
+        assert metrics["skipped_updates"] == 2
+    expected = [([], False), ([1], True), ([2], False), *([(part, False) for part in ([], [1], [2])])]
+    assert checked == [*expected, *([(part, False) for part in ([], [1], [2])] * 2)]
+
+
 # -- what a run says of itself ----------------------------------------------------------------------------------------
 
 
