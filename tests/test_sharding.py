@@ -35,7 +35,8 @@ EMU35 = BackboneConfig(
 # The devices recompute everything and add gradients in place, the one that they are compared with does neither.
 # Prints the relative errors against one device of the loss, the gradients (the optimiser keeps them as its state) and
 # the decoded hidden states; how many shards the largest parameter and its moment have; and on how many devices the
-# state that was saved on the mesh came back bit for bit.
+# state that was saved on the mesh came back bit for bit; and whether the fingerprint of the same parameters is that on
+# one device.
 SCRIPT = """
 import dataclasses, functools, json, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -43,6 +44,7 @@ from ivr_jax import sharding
 from ivr_jax.models import backbone
 from ivr_jax.training import sft, state
 from ivr_jax.checkpoints.store import Checkpointer
+from ivr_jax.checkpoints.system import sharded_fingerprint
 plain = config = backbone.BackboneConfig(41, 32, 64, 2, 4, 2, 16, vocab_multiple=16)
 rng, rows = np.random.default_rng(0), 16
 positions = np.broadcast_to(np.arange(64, dtype=np.int32) % 40, (rows, 64))
@@ -66,6 +68,9 @@ def run(mesh, **changes):
         decoded = decode(first.params, given["tokens"])
         after, sums = sft.make_step(config, optimizer, 256, 2, 20, placed)(first, given)
     return after, decoded, float(sums["loss"][0] / sums["loss"][1])
+
+def fingerprint(params):
+    return sharded_fingerprint(params, params["embed"].sharding.mesh)
 
 def came_back(saved):
     counts = []
@@ -95,9 +100,11 @@ for sizes in json.loads(sys.argv[1]):
     gather = sizes.pop("gather", False)
     after, decoded, loss = run(sharding.make_mesh(sizes), remat="full", fsdp_over_tensor=gather)
     gradients, theirs = after.opt_state[0].trace, alone.opt_state[0].trace
+    moved = jax.tree.map(lambda x, like: jax.device_put(np.asarray(x), like.sharding), alone.params, after.params)
     worst = max(jax.tree.leaves(jax.tree.map(error, gradients, theirs)))
     print(json.dumps({
         "loss": abs(loss / expected_loss - 1), "gradients": worst,
+        "same_fingerprint": fingerprint(moved) == fingerprint(alone.params) != fingerprint(after.params),
         "decoded": error(decoded, expected), "restored_on": came_back(after) if sizes == {"fsdp": 8} else None,
         "shards": [shards(tree["layers"]["mlp"]["up"]) for tree in (after.params, gradients)]}))
 """
@@ -112,6 +119,7 @@ def on_eight_devices():
 def test_eight_devices_equal_one(on_eight_devices, index):
     got, mesh = on_eight_devices[index], MESHES[index]
     assert got["loss"] < 1e-5 and got["gradients"] < 1e-5 and got["decoded"] < 1e-5
+    assert got["same_fingerprint"]
     assert got["shards"] == [mesh.get("fsdp", 1) * mesh.get("tensor", 1)] * 2
 
 

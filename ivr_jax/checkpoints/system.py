@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ivr_jax import sharding
@@ -267,11 +268,32 @@ def check_vocabulary(
 
 
 def fingerprint(params: Any) -> str:
-    """A short hash of a parameter pytree's values."""
+    """A short hash of a parameter pytree's values, which are all on this process's devices."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
+
+
+def sharded_fingerprint(params: Any, mesh: jax.sharding.Mesh) -> str:
+    """A short hash of parameters that may be spread over processes; the same however they are sharded over `mesh`.
+
+    Called by all processes together.  It is another one than `fingerprint`.
+    """
+    replicated = sharding.replicated(mesh)
+    checksums = jax.jit(lambda leaves: jnp.stack([_checksum(x) for x in leaves]), out_shardings=replicated)
+    return hashlib.sha256(np.asarray(checksums(jax.tree.leaves(params))).tobytes()).hexdigest()[:16]
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """uint32 [2]: sums of the bits of x with weights by place; modulo 2^32, so exact in whatever order."""
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    mixed = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)
+    weights = (2 * place + 1, (mixed ^ (mixed >> 12)) | 1)
+    return jnp.stack([(bits * weight).sum(dtype=jnp.uint32) for weight in weights])
 
 
 def _nearby(path: str | os.PathLike, recorded: str | os.PathLike, which: str) -> str | pathlib.Path:

@@ -46,9 +46,8 @@ def build(
         raise UserError("rl starts from a trained model.", "Give --config.init=WORKDIR of an sft run.")
     options, adapters = rl_options(config), as_dataclass(lora.LoraOptions, config.lora)
     distributed.share(config.prompts_per_step, "config.prompts_per_step")
-    sharding.check_batch(mesh, config.micro_batch, "config.micro_batch")
-    if config.packed_rows:
-        sharding.check_batch(mesh, config.packed_rows, "config.packed_rows")
+    rows, rows_name = config[options.rows_option], f"config.{options.rows_option}"
+    sharding.check_batch(mesh, rows, rows_name)
     answers = config.prompts_per_step * config.group_size
     sharding.check_batch(mesh, answers, "config.prompts_per_step x config.group_size")
     optimizer = make_optimizer(config.optimizer, options.optimizer_steps)
@@ -59,6 +58,7 @@ def build(
     dtype = {} if adapters.rank else {"param_dtype": "float32"}
     text = config.text_tokenizer or None
     system = systems.load(config.init, config.image_tokenizer or None, text_tokenizer_path=text, mesh=mesh, **dtype)
+    sharding.check_batch(mesh, rows, rows_name, system.config.fsdp_over_tensor)  # which the checkpoint says
     system = dataclasses.replace(system, area=config.prompts.image_area)
     longest = min(max(options.buckets), system.config.max_position_embeddings)
     factor = system.image_codec.config.factor
@@ -66,7 +66,10 @@ def build(
     check_lengths(sizes, system.tokenizer, factor, options.answer_length, longest)
     if distributed.is_primary() and (note := room_note(options, system)):
         print(note)
-    fingerprint = systems.fingerprint(system.params) if options.grpo.draft_source == "buffer" else ""
+    drafts = None
+    if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
+        fingerprint = systems.sharded_fingerprint(system.params, mesh)
+        drafts = DraftBuffer(workdir / f"drafts-{jax.process_index()}", fingerprint)
     axes, meta = backbone.param_axes(system.config), _meta(config, system)
     if adapters.rank:
         params, axes = lora.add(system.params, adapters, jax.random.key(config.seed)), lora.axes(axes, adapters)
@@ -75,9 +78,6 @@ def build(
         params = jax.tree.map(jnp.copy, system.params)  # the reference stays; the state is donated
     state, (shards, _) = shard_state(mesh, axes, params, optimizer)
     layout = RolloutLayout(system.config, mesh, as_dataclass(LayoutOptions, config.rollout))
-    drafts = None
-    if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
-        drafts = DraftBuffer(workdir / f"drafts-{jax.process_index()}", fingerprint)
     placement = grpo.Placement(mesh, shards, layout)
     trainer = grpo.Trainer(system, judge, options, optimizer, placement, monitor, workdir / "gallery", drafts, probes)
     batches = SameSize(

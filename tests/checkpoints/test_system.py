@@ -6,6 +6,7 @@ import dataclasses
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -95,3 +96,16 @@ def test_a_mesh_is_given_as_it_is_or_by_what_the_config_asks_for():
     mesh = sharding.local_mesh()
     for given in (mesh, lambda config: mesh):  # a mesh can be called as well
         assert systems.load("micro", mesh=given).mesh is mesh
+
+
+def test_a_sharded_fingerprint_tells_other_values_and_the_same_ones_in_another_place():
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    one = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.zeros(4, jnp.bfloat16), "c": jnp.int32(3)}
+    others = [
+        {**one, "a": one["a"].at[1, 2].add(1e-6)},
+        {**one, "a": one["a"].at[0].set(one["a"][1]).at[1].set(one["a"][0])},
+        {**one, "b": one["b"].at[3].set(-0.0)},
+        {**one, "c": jnp.int32(4)},
+    ]
+    found = [systems.sharded_fingerprint(tree, mesh) for tree in (one, jax.tree.map(jnp.copy, one), *others)]
+    assert found[0] == found[1] and len(set(found)) == 1 + len(others)
