@@ -11,6 +11,7 @@ from ivr_jax.compile import predict, programs, search
 from ivr_jax.compile.memory import gib
 from ivr_jax.compile.topologies import Topology
 from ivr_jax.errors import UserError
+from ivr_jax.training.rl_options import rl_options
 
 STATIC = (  # kinds that do not depend on how many answers a pass has
     "parameters", "moments", "reference", "previous policy", "gradient sum", "gradients", "rollout", "results", "code"
@@ -54,7 +55,7 @@ def _grpo(config: ConfigDict, topology: Topology, measured: Mapping[str, float])
     if static:
         model, sizes = programs.model_of(config), search.mesh_sizes(config, topology.count)
         shards = sizes["data"] * sizes["fsdp"] * (sizes["tensor"] if model.fsdp_over_tensor else 1)
-        size = "packed_rows" if config.packed_rows else "micro_batch"
+        size = rl_options(config).rows_option
         own = (config[size], config.loss_chunk_tokens)
         counts = range(shards, config[size] + 1, shards)
         chunks = (config.loss_chunk_tokens, *(c for c in search.CHUNKS if c < config.loss_chunk_tokens))

@@ -25,9 +25,9 @@ def policy_gradient(setup: Setup) -> Program:
     and the batches of a whole rollout, which all its `num_iterations` and `num_minibatches` read.
     """
     config, model = setup.config, setup.model
-    size = "packed_rows" if config.packed_rows else "micro_batch"
-    sharding.check_batch(setup.mesh, config[size], f"config.{size}", model.fsdp_over_tensor)
     options = rl_options(config)
+    size = options.rows_option
+    sharding.check_batch(setup.mesh, config[size], f"config.{size}", model.fsdp_over_tensor)
     state = setup.state(make_optimizer(config.optimizer, options.optimizer_steps))
     grammar = Grammar(StandInTokenizer(setup.vocabulary), options.grammar)
     trained, frozen = lora.split(state.params)
@@ -40,11 +40,14 @@ def policy_gradient(setup: Setup) -> Program:
     kinds = dict(answer_batches.TOKEN_ARRAYS) | {"reference": jnp.float32}
     if not layout.exact:
         kinds["sampler"] = jnp.float32
-    if config.packed_rows:
+    if options.packs:
         with jax.set_mesh(setup.mesh):
             shares_prompts = fused_attention.choose(model, length) == "plain"
         kinds |= dict.fromkeys(answer_batches.packed_arrays(shares_prompts), jnp.int32)
     batch = {name: setup.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
+    if passes := options.sampling.passes:
+        batch["free_tokens"] = setup.array((rows, passes, length), jnp.int32, ("batch", None, "length"))
+        batch["shifts"] = setup.array((rows, passes), jnp.int32, ("batch", None))
     batches = -(-config.prompts_per_step * config.group_size // rows)
     resident = {
         "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(setup.params),

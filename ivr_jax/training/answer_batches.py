@@ -45,15 +45,14 @@ def passes(
     Packed rows, unless guidance has further prompts; else rows of answers of similar length.  Arguments as in
     `answer_batch` and `pack_answers`.
     """
-    if options.packed_rows and not rollout.unconditional:
-        size = options.packed_rows
+    size = getattr(options, options.rows_option)
+    if options.packs:
         length = bucket_of(int(rollout.total_lengths[answers].max(initial=0)), options.buckets)
         rows = pack_answers(rollout, answers, length, shares_prompts)
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             yield packed_batch(rollout, advantages, some, size, length, shares_prompts, context_length)
         return
-    size = options.micro_batch
     answers = answers[np.argsort(rollout.total_lengths[answers], kind="stable")]
     for start in range(0, len(answers), size):
         yield answer_batch(

@@ -65,6 +65,8 @@ class RLOptions:
                 f"reward.min_valid = {self.reward.min_valid}.",
                 "Raise config.group_size.",
             )
+        if self.packed_rows < 0:
+            raise UserError(f"config.packed_rows is {self.packed_rows}.", "Rows are 1 or more; 0: none are packed.")
         if not self.buckets or min(self.buckets) < 1:
             raise UserError(f"config.buckets {self.buckets} are no lengths.", "Give at least one length in tokens.")
         if min(self.check_every, self.gallery_every) < 0 or self.gallery_answers < 1:
@@ -94,6 +96,16 @@ class RLOptions:
     def group_count(self) -> int:
         """Groups a prompt: its drafts, or one."""
         return self.grpo.drafts if self.grpo.group == "draft" else 1
+
+    @property
+    def packs(self) -> bool:
+        """Whether answers are packed: with guidance, which has further prompts, each has a row of its own."""
+        return self.packed_rows > 0 and not self.sampling.passes
+
+    @property
+    def rows_option(self) -> str:
+        """Which option, "packed_rows" or "micro_batch", says how many rows one pass has."""
+        return "packed_rows" if self.packs else "micro_batch"
 
     @property
     def optimizer_steps(self) -> int:

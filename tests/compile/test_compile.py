@@ -325,6 +325,10 @@ def test_the_rl_plan_holds_the_policy_before_and_the_rollout():
     resident = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident
     assert plain["previous policy"] == 0 and resident["previous policy"] == resident["parameters"] > 0
     assert resident["rollout"] == resident["batch"] * (8 * 8 // 32 - 1)
+    # With guidance answers have rows of their own, whatever packed_rows says, and one more sequence a pass.
+    config.packed_rows, config.sampling.guidance = 2, 2.0
+    guided = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident
+    assert guided["batch"] == resident["batch"] + 4 * 32 * (max(config.buckets) + 1)
 
 
 def test_topologies_are_read():

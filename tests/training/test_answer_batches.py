@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from ivr_jax.errors import UserError
+from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.sampling.batch import Samples
+from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.rollout import Rollout
-from ivr_jax.training.answer_batches import bucket_of, pack_answers, packed_batch
+from ivr_jax.training.answer_batches import bucket_of, pack_answers, packed_batch, passes
+from ivr_jax.training.rl_options import RLOptions
 
 PROMPTS = np.array([[11, 12, 13], [21, 22, 0]], np.int32)
 ANSWERS = np.array([[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 9], [9, 0, 0, 0]], np.int32)  # two to each prompt
@@ -71,3 +76,23 @@ def test_an_answer_that_no_bucket_holds_is_refused():
     assert bucket_of(100, (320, 128)) == 128
     with pytest.raises(UserError):
         bucket_of(321, (320, 128))
+
+
+def test_answers_are_packed_where_rows_are_asked_for_and_guidance_has_no_passes():
+    grammar = GrammarOptions(modes=("direct",), text_cap=2)
+    options = RLOptions(grammar, 2, 4, 3, (16,), 64, packed_rows=2)
+    guided = dataclasses.replace(options, sampling=SamplingOptions(guidance=2.0))
+    plain = dataclasses.replace(options, packed_rows=0)
+    assert options.packs and options.rows_option == "packed_rows"
+    for other in (guided, plain):
+        assert not other.packs and other.rows_option == "micro_batch"
+    made, nothing = rollout(), np.zeros(4, np.float32)
+    free = dataclasses.replace(made, unconditional=((made.prompts, made.prompt_lengths),))
+    shapes = [
+        next(passes(some, nothing, np.arange(4), how, False))["tokens"].shape
+        for some, how in ((made, options), (free, guided), (made, plain))
+    ]
+    assert shapes == [(2, 16), (3, 16), (3, 16)]
+    with pytest.raises(UserError) as caught:
+        dataclasses.replace(options, packed_rows=-1)
+    assert "packed_rows" in caught.value.what
