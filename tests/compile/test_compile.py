@@ -76,7 +76,8 @@ def test_the_count_of_operations_is_the_known_formula():
     """6 N a token and causal attention; chunks and recomputation are counted as what they are."""
     config = cli.config_from_argv(["--config=emu35_sft", "--config.model.remat=none", "--config.data.length=512",
                                    "--config.model.num_hidden_layers=3", "--config.batch=2", "--config.mesh.tensor=1",
-                                   "--config.model.vocab_multiple=1", "--config.model.attention=plain"])  # fmt: skip
+                                   "--config.model.vocab_multiple=1", "--config.model.attention=plain",
+                                   "--config.loss_chunk_tokens=512"])  # fmt: skip
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     setup = programs.Setup(config, mesh)
     program = programs.sft_step(setup)

@@ -207,7 +207,7 @@ def test_the_final_path_of_several_references_may_be_a_list_as_the_released_scri
             "instruction_score is nan",
         ),
         ("cat_dusk", lambda r: r.update(edit_key={"a": float("nan")}), "edit_key holds NaN"),
-        ("cat_dusk", lambda r: r.update(edit_prompt="half \ud83d"), "half a character"),
+        ("cat_dusk", lambda r: r.update(edit_prompt="half \ud83d"), "surrogate"),
         (
             "coffee_mirrored",
             lambda r: r["reflect"][0].pop("reflect_image_path"),

@@ -225,7 +225,7 @@ def test_bad_entries_are_quarantined_with_their_reasons(tmp_path):
     assert len(summary["quarantined"]) == len(bad) + 1 and summary["samples"] == 4 + len(bad) + 1
     assert sum(summary["constructed"].values()) + sum(summary["dropped"].values()) == 4
     reasons = summary["quarantined"]
-    assert "megapixels" in reasons["bomb"] and "not an image" in reasons["text"]
+    assert "megapixels" in reasons["bomb"] and "no image" in reasons["text"]
     assert "is taken" in reasons["entry 6"] and "no object" in reasons["entry 18"] and "surprise" in reasons["entry 13"]
     assert {path.name for path in tmp_path.iterdir()} == {
         "run", "pictures", "samples.json", "text.png", "cut.png", "bomb.png"

@@ -130,7 +130,7 @@ def test_what_an_import_leaves_out_is_named_with_its_reason(tmp_path):
     success = write_success(tmp_path, 16)
     (success / "cat_dusk" / "step1_direct_edit_result.png").write_bytes(b"<html>")
     printed = succeed("export", success, "--format=dataset", f"--out={tmp_path / 'data'}")
-    assert "is not an image file" in printed and "4 samples, 1 left out" in printed
+    assert "no image" in printed and "4 samples, 1 left out" in printed
     counts = TrajectoryDataset(tmp_path / "data").manifest["provenance"]["counts"]
     assert counts == {"folders": 5, "imported": 4}
 

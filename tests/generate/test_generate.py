@@ -209,7 +209,7 @@ def test_an_imported_checkpoint_without_named_tokenizers_is_one_line(emu, tmp_pa
         (("--prompt=x", "--aspect_ratio=9999:1"), "would take"),
         (("--prompt=x", "--task=paint"), "t2i"),
         (("--prompt=x", "--image=THIN"), "is too long and narrow: 1x5000 pixels"),
-        (("--prompt=x", "--image=TEXT"), "is not an image file"),
+        (("--prompt=x", "--image=TEXT"), "TEXT.png"),
         (("--prompt=x", "--cfg=-1"), "cfg"),
         (("--prompt=x", "--text_top_p=0"), "top_p"),
         (("--prompt=x", "--mode=direct", "--mode=interleaved"), "interleaved alone"),

@@ -116,7 +116,7 @@ def drawn(**sizes):
     system = load_sampler(path, mesh, ConfigDict(dataclasses.asdict(LayoutOptions())), images, text)
     baseline = Baseline(system, SamplingOptions(), seed=0, batch=2, area=256)
     generator = CheckpointGenerator(system, "tiny", SamplingOptions(), 5, None, area=256)
-    first = baseline._draw([Request(sample, {}, None) for sample in samples], jax.random.key(0))
+    first = baseline._draw([Request(sample, {}, None) for sample in samples], jax.random.key(0), lambda usage: None)
     return system, [*first, asyncio.run(generator.generate(samples[0], "A cat.", []))]
 
 _, one = drawn()

@@ -202,7 +202,7 @@ def test_rl_needs_a_trained_backbone(runs, tmp_path, capsys):
             "NO_SUCH_KEY",
         ),
         ({"judge.outcome.kind": "oracle"}, "judge.outcome.kind is 'oracle'. Use world, openai or gateway"),
-        ({"judge.concurrency": 0}, "judge.concurrency is 0"),
+        ({"judge.concurrency": 0}, "judge.concurrency"),
         ({"judge.check_every": -1}, "judge.check_every"),
         ({"reward.score_map": "tenth"}, "`reward.score_map` is 'tenth'"),
         ({"reward.axis_weights": (1.0, 1.0)}, "reward.axis_weights .* one weight >= 0 for each of"),
