@@ -12,6 +12,7 @@ arrival, its neighbours, or the window.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -21,14 +22,14 @@ import numpy as np
 
 from ivr_jax.config import Positive, Range, Section
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, decode_attention
 from ivr_jax.protocol.grammar import ACCEPT, ERROR, GrammarState, advance, legal_row
 from ivr_jax.sampling import decode_loop
 from ivr_jax.sampling import slots as device
 from ivr_jax.sampling.logits_processors import SamplingOptions
 
 FEWEST_SLOTS = 8  # slots are moved together down to this many
-# Few shapes, few compilations: widths are multiples of these.
+# Few shapes, few compilations: widths are multiples of these (caches of more with `decode_kernel="pallas"`).
 CACHE_MULTIPLE = 32
 PROMPT_MULTIPLE = 96
 OPENING_MULTIPLE = 32
@@ -283,12 +284,15 @@ class Engine:
         """The width of the cache: enough for `needed`, with room to grow."""
         if needed <= now:
             return now
-        most = _round_up(max(self.widest, needed), CACHE_MULTIPLE)
+        multiple = CACHE_MULTIPLE
+        if self.config.decode_kernel == "pallas":  # which runs on widths of whole blocks only
+            multiple = math.lcm(multiple, decode_attention.BLOCKS[-1])
+        most = _round_up(max(self.widest, needed), multiple)
         if self.options.growth == 1:
             return most
-        wide = max(needed, int(now * self.options.growth), self._prompt_width + CACHE_MULTIPLE)
-        wide = _round_up(wide, CACHE_MULTIPLE)
-        return most if wide + CACHE_MULTIPLE >= most else wide  # no compilation for a last small step
+        wide = max(needed, int(now * self.options.growth), self._prompt_width + multiple)
+        wide = _round_up(wide, multiple)
+        return most if wide + multiple >= most else wide  # no compilation for a last small step
 
     # -- take out ---------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ from plain_sampler import plain_sample
 from tiny_model import CONFIG, TOKENIZER, noisy_params, prompts_of, requests
 
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, decode_attention
 from ivr_jax.protocol.grammar import ACCEPT, FREE, GRID, Grammar, GrammarOptions, advance, legal_row
 from ivr_jax.sampling import decode_loop, slots, speculation
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Samples, Usage, sample
-from ivr_jax.sampling.engine import EngineOptions, pad_prompts
+from ivr_jax.sampling.engine import Engine, EngineOptions, pad_prompts
 from ivr_jax.sampling.logits_processors import SamplingOptions
 
 PARAMS = noisy_params()
@@ -212,3 +212,14 @@ def test_replay_reads_what_the_grammar_reads():
 def test_engine_options_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         EngineOptions(**wrong)
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("plain", [128, 192, 320]), ("pallas", [128, 384, 384])])
+def test_caches_are_as_wide_as_the_decode_kernel_needs(kernel, expected):
+    config = dataclasses.replace(CONFIG, decode_kernel=kernel)
+    made = Engine(config, PARAMS, GRAMMAR, SamplingOptions(), EngineOptions(), length=LENGTH, widest=300)
+    widths = [0]
+    for needed in (100, 129, 193):
+        widths.append(made._wide(widths[-1], needed))
+    assert widths[1:] == expected
+    assert all(decode_attention.fits(wide, 2) for wide in expected) == (kernel == "pallas")
