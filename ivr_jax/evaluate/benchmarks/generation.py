@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ivr_jax.evaluate.benchmarks import run_folder
 from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item
 from ivr_jax.evaluate.benchmarks.run_folder import AnswerRecord
 from ivr_jax.images import Pixels, fit, fitted_size, image_name, load_image, save_png
+from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.protocol import codec, interleaved
 from ivr_jax.protocol.grammar import FREE, INTERLEAVED, Grammar
 from ivr_jax.report.answers import answer_to_json, make_answer
@@ -102,6 +104,7 @@ def generate(
       mesh: where the system's parameters are, when that is not one device.
       progress: called with the number of answers that were just written.
     """
+    system = dataclasses.replace(system, image_codec=_one_by_one(system.image_codec))
     missing = missing_answers(workdir, items, plan.samples)
     todo = [(number, item) for number, item in missing if number % share[1] == share[0]]
     written = 0
@@ -133,6 +136,12 @@ def generate(
                     if progress is not None:
                         progress(1)
     return written
+
+
+@functools.lru_cache(maxsize=1)
+def _one_by_one(image_codec: ImageCodec) -> ImageCodec:
+    """`image_codec`, whose images then do not depend on which answers are drawn together, by which process."""
+    return ImageCodec(image_codec.config, image_codec.params, batch=1)
 
 
 def _prepare(

@@ -39,7 +39,6 @@ from ivr_jax.evaluate.benchmarks import (
 from ivr_jax.evaluate.benchmarks.detection import TransformersDetector
 from ivr_jax.evaluate.benchmarks.interface import MODES, Item, Judged, Judgement, State
 from ivr_jax.evaluate.benchmarks.judges import ChatJudge, DetectorJudge, Judge, NoJudge, WorldJudge, label
-from ivr_jax.models.image_codec import ImageCodec
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout, load_sampler
@@ -191,9 +190,6 @@ class Session:
         """Draws the missing answers of a share of the items: part i of n."""
         config = self.config
         with self._system() as (system, mesh):
-            # one by one: an image does not depend on which answers are drawn together, by which process
-            codec = ImageCodec(system.image_codec.config, system.image_codec.params, batch=1)
-            system = dataclasses.replace(system, image_codec=codec)
             grammar = Grammar(system.tokenizer, grammar_options(system, tuple(config.modes), config.text_cap))
             generation.generate(
                 system, grammar, self.benchmark, self.items, self.data, self.workdir, plan,
