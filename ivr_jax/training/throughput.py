@@ -126,7 +126,8 @@ def rl_work(
 
     Args:
       lengths: int [P * M], tokens of every prompt and answer; sampled: of the answers alone.
-      in_passes: int [N], those of the answers that the update learns from.
+      in_passes: int [N], those of the answers that the update learns from: a prompt counts once an answer, also where
+        packed rows compute it once for several.
       iterations: times that it learns from them; forward_passes: further passes over them, without a gradient.
 
     Returns:
