@@ -131,7 +131,7 @@ class Player:
         arrays = [*instruction.arrays, *(array for name in instruction.operands for array in types.get(name, ()))]
         stacked = trips if trips > 1 else 0
         if "decode_attention" in instruction.name:  # gets the cache of all layers and reads one
-            layers = next(array.shape[0] for array in arrays if len(array.shape) == 5)
+            layers = next((array.shape[0] for array in arrays if len(array.shape) == 5), 1)
             return sum(array.size * _read_share(array, layers) for array in arrays)
         return sum(array.size / (trips if array.shape[:1] == (stacked,) else 1) for array in arrays if not array.near)
 

@@ -445,9 +445,9 @@ def param_axes(config: BackboneConfig) -> Params:
     return nnx.to_pure_dict(held, extract_fn=lambda variable: variable.get_metadata("out_sharding"))
 
 
-def init_cache(config: BackboneConfig, batch: int, cache_length: int, dtype: str | None = None) -> KVCache:
-    """An empty cache of `cache_length` positions a row, in `dtype` (by default `cache_dtype`, or the compute dtype)."""
-    dtype = dtype or config.cache_dtype or config.dtype
+def init_cache(config: BackboneConfig, batch: int, cache_length: int) -> KVCache:
+    """An empty cache of `cache_length` positions a row, in `cache_dtype`, or the compute dtype."""
+    dtype = config.cache_dtype or config.dtype
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, cache_length, config.head_dim)
 
     def empty(shape: tuple[int, ...], dtype: str) -> jax.Array:

@@ -80,18 +80,18 @@ def answer_batch(
       free_tokens int32 [B, passes, T], the same answer after each unconditional prompt, and shifts int32 [B, passes],
       how much later it begins there; with top-k or top-p kept_mask uint8 [B, T, ceil(V / 8)].
     """
-    passes = rollout.unconditional
-    prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in passes)], axis=0)
+    unconditional = rollout.unconditional
+    prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in unconditional)], axis=0)
     length = bucket_of(int((prompts[answers // rollout.group_size] + rollout.samples.lengths[answers]).max()), buckets)
     batch = _empty(rollout, size, length)
-    if passes:
-        batch["free_tokens"] = np.zeros((size, len(passes), length), np.int32)
-        batch["shifts"] = np.zeros((size, len(passes)), np.int32)
+    if unconditional:
+        batch["free_tokens"] = np.zeros((size, len(unconditional), length), np.int32)
+        batch["shifts"] = np.zeros((size, len(unconditional)), np.int32)
     for i, number in enumerate(answers):
         prompt, answer = rollout.prompt(number), rollout.answer_tokens(number)
         batch["tokens"][i, : len(prompt)] = prompt
         _write_answer(batch, i, len(prompt), rollout, advantages, number, context_length)
-        for k, (free, lengths) in enumerate(passes):
+        for k, (free, lengths) in enumerate(unconditional):
             group = number // rollout.group_size
             f = int(lengths[group])
             batch["free_tokens"][i, k, : f + len(answer)] = np.append(free[group, :f], answer)

@@ -138,6 +138,8 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
     model, params = _initial_model(config, options, tokenizer, image_codec, mesh)
     if model.weight_dtype:
         raise UserError("int8 weights cannot be trained.", 'Set config.model.weight_dtype to "".')
+    if model.cache_dtype:
+        raise UserError("training has no cache to hold as int8.", 'Set config.model.cache_dtype to "".')
     axes = backbone.param_axes(model)
     if options.rank:
         params, axes = lora.add(params, options, jax.random.key(config.seed)), lora.axes(axes, options)
