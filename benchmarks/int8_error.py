@@ -21,7 +21,7 @@ import numpy as np
 from speculation import LENGTH, workload
 
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.models import backbone, int8
+from ivr_jax.models import backbone, int8, kv_cache
 from ivr_jax.sampling.batch import RolloutOptions, sample
 
 ROWS = 16  # answers at a time
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 def scores(config: backbone.BackboneConfig, params: Any, tokens: jax.Array) -> jax.Array:
     """float32 [B, T, V]: logits after each of tokens [B, T], read through a cache."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    cache = backbone.init_cache(config, *tokens.shape)
+    cache = kv_cache.init_cache(config, *tokens.shape)
     hidden, _ = backbone.apply(config, params, tokens, positions, cache=cache)
     return backbone.logits(config, params, hidden)
 

@@ -30,7 +30,7 @@ import numpy as np
 from side_by_side import PROMPT, SIDE, SIZES, decoder
 
 from ivr_jax.checkpoints import system as systems
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, kv_cache
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Usage, sample
@@ -98,10 +98,10 @@ def calls(system: systems.System) -> None:
     config, repeats = system.config, 50
 
     @jax.jit
-    def run(params: Any, cache: backbone.KVCache, tokens: jax.Array) -> jax.Array:
+    def run(params: Any, cache: kv_cache.KVCache, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]) + 40, tokens.shape)
 
-        def call(_: int, carry: tuple[backbone.KVCache, jax.Array]) -> tuple[backbone.KVCache, jax.Array]:
+        def call(_: int, carry: tuple[kv_cache.KVCache, jax.Array]) -> tuple[kv_cache.KVCache, jax.Array]:
             hidden, cache = backbone.apply(config, params, tokens + carry[1], positions, cache=carry[0])
             return cache, (hidden.sum() > 1e9).astype(jnp.int32)  # each call needs the one before
 
@@ -109,7 +109,7 @@ def calls(system: systems.System) -> None:
 
     for slots in (1, 8):
         for window in (1, 2, 4, 8, 20):
-            cache, tokens = backbone.init_cache(config, slots, 128), jnp.ones((slots, window), jnp.int32)
+            cache, tokens = kv_cache.init_cache(config, slots, 128), jnp.ones((slots, window), jnp.int32)
             seconds = []
             for _ in range(6):
                 start = time.process_time()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, kv_cache
 from ivr_jax.protocol.grammar import ACCEPT, GRID, Grammar, GrammarState, Tables, advance, legal_row
 from ivr_jax.sampling.batch import Samples
 from ivr_jax.sampling.logits_processors import SamplingOptions, log_probabilities, pack_kept, sample_ids
@@ -145,7 +145,7 @@ def _prefill(
 ) -> tuple[jax.Array, Any]:
     """Logits after the last prompt token float [B, V], and the filled cache, both repeated `group_size` times."""
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    cache = backbone.init_cache(config, prompts.shape[0], slots)
+    cache = kv_cache.init_cache(config, prompts.shape[0], slots)
     hidden, cache = backbone.apply(config, params, prompts, positions, cache=cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = backbone.logits(config, params, last)

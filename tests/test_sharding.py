@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, image_tokenizer, lora
+from ivr_jax.models import backbone, image_tokenizer, kv_cache, lora
 from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
 from ivr_jax.training import state
@@ -41,7 +41,7 @@ SCRIPT = """
 import dataclasses, functools, json, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np, optax
 from ivr_jax import sharding
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, kv_cache
 from ivr_jax.training import sft, state
 from ivr_jax.checkpoints.store import Checkpointer
 from ivr_jax.checkpoints.system import sharded_fingerprint
@@ -57,7 +57,7 @@ optimizer = optax.chain(optax.trace(0.0), optax.scale(-1e-3))
 
 @jax.jit
 def decode(params, tokens):
-    cache = backbone.init_cache(config, rows, 64)
+    cache = kv_cache.init_cache(config, rows, 64)
     return backbone.apply(config, params, tokens[:, :1], jnp.zeros((rows, 1), jnp.int32), cache=cache)[0]
 
 def run(mesh, **changes):
@@ -167,8 +167,8 @@ def test_every_parameter_of_the_full_models_is_covered():
     assert placed["layers"]["mlp"]["down"].spec == PartitionSpec(None, ("tensor", "fsdp"), None)
     placed = sharding.shardings(mesh, image_tokenizer.param_axes(PIXELS), image_tokenizer.param_shapes(PIXELS))
     assert placed["quantize"]["embedding"]["weight"].spec == PartitionSpec("fsdp", None)
-    cache = jax.eval_shape(lambda: backbone.init_cache(EMU35, 64, 8192))
-    assert sharding.sharding(mesh, backbone.CACHE_AXES, cache.k.shape).spec[2] == "tensor"
+    cache = jax.eval_shape(lambda: kv_cache.init_cache(EMU35, 64, 8192))
+    assert sharding.sharding(mesh, kv_cache.CACHE_AXES, cache.k.shape).spec[2] == "tensor"
 
 
 def test_a_large_axis_that_does_not_divide_is_an_error_with_advice():

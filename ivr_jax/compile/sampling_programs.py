@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ivr_jax import sharding
 from ivr_jax.compile.programs import Program, Setup, StandInTokenizer, bytes_a_chip
 from ivr_jax.config import as_dataclass
-from ivr_jax.models import backbone
+from ivr_jax.models.kv_cache import CACHE_AXES
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions, GrammarState
 from ivr_jax.sampling import decode_loop, slots
 from ivr_jax.sampling.engine import EngineOptions
@@ -87,7 +87,7 @@ def _decode(name: str, setup: Setup) -> Program:
     def on_every_chip(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated)
 
-    cache = jax.tree.map(lambda x: setup.array(x.shape, x.dtype, backbone.CACHE_AXES), shapes.cache)
+    cache = jax.tree.map(lambda x: setup.array(x.shape, x.dtype, CACHE_AXES), shapes.cache)
     held = jax.tree.map(on_every_chip, shapes._replace(cache=None))._replace(cache=cache)
     rules = jax.tree.map(on_every_chip, slots.rules_of(grammar))
     until = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)

@@ -14,7 +14,7 @@ Training and sampling use it functionally, with parameters as a plain nested dic
 
     params = init_params(config, key)
     hidden, _ = apply(config, params, tokens, positions, segment_ids)         training, packed rows
-    cache = init_cache(config, batch, cache_length)
+    cache = kv_cache.init_cache(config, batch, cache_length)
     hidden, cache = apply(config, params, prompts, positions, cache=cache)    prefill
     hidden, cache = apply(config, params, tokens, positions, cache=cache)     one token a row
     scores = logits(config, params, hidden)
@@ -33,29 +33,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.models import accumulate_scan, decode_attention, fused_attention, int8, layers, lora
+from ivr_jax.models import accumulate_scan, decode_attention, fused_attention, int8, kv_cache, layers, lora
 from ivr_jax.models.backbone_config import BackboneConfig
+from ivr_jax.models.kv_cache import KVCache
 
 Params = dict[str, Any]
-
-
-class KVCache(NamedTuple):
-    """Keys (rotated) and values of every layer and cache position: k, v [L, B, K, S, h]. Cache position = position.
-
-    k_scale, v_scale: float32 [L, B, K, S, 1], of int8 keys and values (`int8.quantise`); else None.
-    """
-
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None = None
-    v_scale: jax.Array | None = None
-
-
-CACHE_AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")  # of each array of a cache
 
 
 class LayerInputs(NamedTuple):
@@ -139,13 +124,12 @@ class Attention(nnx.Module):
             mixed = self._attend(q, k, v, inputs, dropout_key)
         else:
             # The whole cache is carried, so that XLA updates it in place.
-            new = _cached(k, v, quantised=cache.k_scale is not None)
-            cache = jax.tree.map(lambda stored, x: _written(stored, x, layer, inputs.cache_positions), cache, new)
+            cache = kv_cache.write(cache, k, v, layer, inputs.cache_positions)
             if self.config.decode_kernel == "pallas" and decode_attention.fits(cache.k.shape[3], q.shape[1]):
                 mixed = decode_attention.decode_attention(
                     q, cache.k, cache.v, inputs.positions, layer, scales=(cache.k_scale, cache.v_scale))
             else:
-                k, v = _read(cache, layer, q.dtype)
+                k, v = kv_cache.read(cache, layer, q.dtype)
                 rate = self.config.attention_dropout
                 mixed = layers.attention(q, k, v, inputs.mask, dropout_rate=rate, key=dropout_key)
         fsdp_over_tensor = self.config.fsdp_over_tensor
@@ -372,47 +356,6 @@ def _rematerialised(config: BackboneConfig, one_layer: Any) -> Any:
     return jax.checkpoint(one_layer, policy=policy, prevent_cse=False)
 
 
-def _cached(k: jax.Array, v: jax.Array, quantised: bool) -> KVCache:
-    """New keys and values [B, T, K, h] as a cache stores them; scales [B, T, K, 1]."""
-    if not quantised:
-        return KVCache(k, v)
-    (k, k_scale), (v, v_scale) = int8.quantise(k, axis=-1), int8.quantise(v, axis=-1)
-    return KVCache(k, v, k_scale, v_scale)
-
-
-def _read(cache: KVCache, layer: int | jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Keys and values [B, S, K, h] of one layer in `dtype`."""
-    k, v, *scales = (None if stored is None else stored[layer].swapaxes(1, 2) for stored in cache)
-    if scales[0] is None:
-        return k.astype(dtype), v.astype(dtype)
-    return int8.dequantise(k, scales[0], dtype), int8.dequantise(v, scales[1], dtype)
-
-
-def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
-    """The cache [L, B, K, S, h] with `new` [B, T, K, h] of one layer at `places` [B, T], without those past the end.
-
-    Each device writes its own part, rows and heads as one axis: where one update spans heads, XLA:TPU stores the heads
-    of a position together, and copies all of a layer's cache before it can be read.
-    """
-    place = sharding.spec(stored.shape, CACHE_AXES)
-
-    def local(stored: jax.Array, new: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
-        count, rows, heads, wide, width = stored.shape
-        if place[3] is not None:
-            places = places - jax.lax.axis_index(place[3]) * wide
-            places = jnp.where(places < 0, wide, places)
-        flat = stored.reshape(count, rows * heads, wide, width)
-        new = new.astype(stored.dtype).swapaxes(1, 2).reshape(rows * heads, -1, width)
-        index = jnp.arange(rows * heads)[:, None]
-        flat = flat.at[layer, index, jnp.repeat(places, heads, axis=0)].set(new, mode="drop")
-        return flat.reshape(stored.shape)
-
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(stored, new, layer, places)
-    given = place, PartitionSpec(place[1], None, place[2]), PartitionSpec(), PartitionSpec(place[1])
-    return jax.shard_map(local, in_specs=given, out_specs=place, check_vma=False)(stored, new, layer, places)
-
-
 @functools.lru_cache(maxsize=32)
 def _abstract(module: type[Backbone | DecoderLayer], config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return layers.abstract_module(lambda: module(config, rngs=nnx.Rngs(0)))
@@ -443,21 +386,6 @@ def param_axes(config: BackboneConfig) -> Params:
     """The tree of `init_params` with each array's logical axes, a tuple of one name a dimension."""
     held = _abstract(Backbone, config)[1]
     return nnx.to_pure_dict(held, extract_fn=lambda variable: variable.get_metadata("out_sharding"))
-
-
-def init_cache(config: BackboneConfig, batch: int, cache_length: int) -> KVCache:
-    """An empty cache of `cache_length` positions a row, in `cache_dtype`, or the compute dtype."""
-    dtype = config.cache_dtype or config.dtype
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, cache_length, config.head_dim)
-
-    def empty(shape: tuple[int, ...], dtype: str) -> jax.Array:
-        return sharding.constrain(jnp.zeros(shape, dtype), CACHE_AXES)
-
-    cache = KVCache(empty(shape, dtype), empty(shape, dtype))
-    if dtype != "int8":
-        return cache
-    scales = (*shape[:-1], 1)
-    return cache._replace(k_scale=empty(scales, "float32"), v_scale=empty(scales, "float32"))
 
 
 def apply(

@@ -15,12 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from ivr_jax import sharding
+from ivr_jax.models.kv_cache import CACHE_AXES
 
 # Cache positions that are read at a time: a step of the grid costs some tenths of a microsecond beside its copy, in
 # which a TPU reads half a megabyte.
 BLOCKS = (2048, 1024, 512, 256, 128)
 MASKED = -1e30  # a finite minus infinity
-AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")  # of the cache
 
 
 def fits(cache_length: int, length: int) -> bool:
@@ -55,7 +55,7 @@ def decode_attention(
     run = functools.partial(_on_one_device, interpret=interpret)
     scales = tuple(scale for scale in scales if scale is not None)
     if not mesh.empty and mesh.size > 1:
-        cache = sharding.spec(k.shape, AXES)
+        cache = sharding.spec(k.shape, CACHE_AXES)
         rows, heads = cache[1], cache[2]
         q_spec = PartitionSpec(rows, None, heads)
         specs = (q_spec, cache, cache, PartitionSpec(rows), PartitionSpec(), *[cache] * len(scales))

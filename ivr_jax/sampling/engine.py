@@ -23,6 +23,7 @@ import numpy as np
 from ivr_jax.config import Positive, Range, Section
 from ivr_jax.errors import UserError
 from ivr_jax.models import backbone, decode_attention
+from ivr_jax.models.kv_cache import KVCache
 from ivr_jax.protocol.grammar import ACCEPT, ERROR, GrammarState, advance, legal_row
 from ivr_jax.sampling import decode_loop
 from ivr_jax.sampling import slots as device
@@ -190,11 +191,11 @@ class Engine:
         arrival = Admission(answer, 0, starts[:, 0], opening, after, last, limit, reference)
         self.admit(self.prefill(rows), [arrival], key[None])
 
-    def prefill(self, rows: np.ndarray) -> backbone.KVCache:
+    def prefill(self, rows: np.ndarray) -> KVCache:
         """Keys and values of prompts int32 [C * P, T], contexts after one another."""
         return device.prefill(self.config, self.params, rows)
 
-    def admit(self, prefilled: backbone.KVCache, arrivals: Sequence[Admission], keys: jax.Array) -> None:
+    def admit(self, prefilled: KVCache, arrivals: Sequence[Admission], keys: jax.Array) -> None:
         """Moves answers into free slots.
 
         Args:

@@ -28,6 +28,7 @@ import numpy as np
 
 from ivr_jax import sharding
 from ivr_jax.models import backbone
+from ivr_jax.models.kv_cache import CACHE_AXES, KVCache, init_cache
 from ivr_jax.protocol.grammar import GRID, Grammar, GrammarState, Tables, advance, legal_row
 
 
@@ -58,7 +59,7 @@ class Slots(NamedTuple):
     speculation.
     """
 
-    cache: backbone.KVCache
+    cache: KVCache
     starts: Any
     keys: Any
     state: GrammarState
@@ -114,10 +115,10 @@ def is_full(tables: Tables, state: GrammarState, answered: Any, limit: Any, xp: 
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array) -> backbone.KVCache:
+def prefill(config: backbone.BackboneConfig, params: Any, prompts: jax.Array) -> KVCache:
     """Keys and values of prompts int32 [P, T]: [L, P, K, T, h]."""
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    cache = backbone.init_cache(config, *prompts.shape)
+    cache = init_cache(config, *prompts.shape)
     return backbone.apply(config, params, prompts, positions, cache=_placed(cache))[1]
 
 
@@ -149,7 +150,7 @@ def empty(
         states = GrammarState(*(jnp.zeros((batch, window), jnp.int32) for _ in GrammarState._fields))
         guesses = Guesses(count(0), states, jnp.full((batch, cells), -1, jnp.int32))
     return Slots(
-        _placed(backbone.init_cache(config, contexts * batch, cache_length)),
+        _placed(init_cache(config, contexts * batch, cache_length)),
         jnp.ones((contexts, batch), jnp.int32),
         jnp.broadcast_to(key, (batch,)),
         GrammarState(*(jnp.broadcast_to(x, (batch,)) for x in state)),
@@ -189,7 +190,7 @@ class Arrivals(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("pad",), donate_argnames=("slots",))
-def admit(slots: Slots, prefilled: backbone.KVCache, new: Arrivals, *, pad: int) -> Slots:
+def admit(slots: Slots, prefilled: KVCache, new: Arrivals, *, pad: int) -> Slots:
     """Puts answers into slots: a copy of their prompt's keys and values, and a fresh state."""
     contexts, batch = slots.starts.shape
     prompts = prefilled.k.shape[1] // contexts
@@ -239,7 +240,7 @@ def widen(slots: Slots, *, cache_length: int) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames=("cache_length",))
-def _widened(cache: backbone.KVCache, *, cache_length: int) -> backbone.KVCache:
+def _widened(cache: KVCache, *, cache_length: int) -> KVCache:
     more = ((0, 0), (0, 0), (0, 0), (0, cache_length - cache.k.shape[3]), (0, 0))
     return _placed(jax.tree.map(lambda x: jnp.pad(x, more), cache))
 
@@ -254,8 +255,8 @@ def keep(slots: Slots, index: jax.Array) -> Slots:
     return rest._replace(cache=_placed(cache), starts=slots.starts[:, index])
 
 
-def _placed(cache: backbone.KVCache) -> backbone.KVCache:
-    return jax.tree.map(lambda x: sharding.constrain(x, backbone.CACHE_AXES), cache)
+def _placed(cache: KVCache) -> KVCache:
+    return jax.tree.map(lambda x: sharding.constrain(x, CACHE_AXES), cache)
 
 
 @jax.jit

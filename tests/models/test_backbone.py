@@ -13,7 +13,7 @@ from flax import nnx
 
 from ivr_jax.checkpoints import hf
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, layers
+from ivr_jax.models import backbone, kv_cache, layers
 from ivr_jax.models.backbone_config import BackboneConfig
 
 torch = pytest.importorskip("torch", reason="the independent reference is a test extra")
@@ -92,7 +92,7 @@ def test_left_padded_rows_equal_transformers(tmp_path):
 
     slots = np.where(padding == 1, -1, positions)  # the same through a cache
     hidden, _ = jax.jit(functools.partial(backbone.apply, TINY))(
-        params, tokens, slots, cache=backbone.init_cache(TINY, 2, 12))
+        params, tokens, slots, cache=kv_cache.init_cache(TINY, 2, 12))
     cached = np.asarray(backbone.logits(TINY, params, hidden))
     assert np.isfinite(cached).all()
     np.testing.assert_allclose(cached[padding == 0], expected[padding == 0], atol=1e-4, rtol=0)
@@ -159,7 +159,7 @@ def test_decoding_equals_teacher_forcing_for_prompts_of_different_lengths(config
     score = jax.jit(functools.partial(backbone.logits, config))
 
     prompts = np.where(np.arange(6)[None] < lengths[:, None], tokens[:, :6], 49).astype(np.int32)  # right padding
-    hidden, cache = step(params, prompts, positions[:, :6], cache=backbone.init_cache(config, 3, 12))
+    hidden, cache = step(params, prompts, positions[:, :6], cache=kv_cache.init_cache(config, 3, 12))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(score(params, hidden)[row, :length], expected[row, :length], atol=1e-4, rtol=0)
     for offset in range(6):
@@ -190,7 +190,7 @@ def test_guided_decoding_in_one_batch_equals_two_passes_and_teacher_forcing(side
             prompts[place, start : start + lengths[row]] = tokens[row, : lengths[row]]
             positions[place, start:] = np.arange(width - start)  # right padding continues the positions
         last = width - 1 if side == "left" else lengths[rows] - 1
-        scores, cache = step(prompts, positions, backbone.init_cache(config, len(rows), 12))
+        scores, cache = step(prompts, positions, kv_cache.init_cache(config, len(rows), 12))
         found = [scores[np.arange(len(rows)), last]]
         for offset, token in enumerate(answer):
             at = (lengths[rows] + offset)[:, None].astype(np.int32)
@@ -254,7 +254,7 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
     scores = backbone.logits(config, params, hidden)
     assert hidden.dtype == jnp.bfloat16 and scores.dtype == jnp.float32
     np.testing.assert_allclose(scores, all_logits(TINY, params, tokens, positions), atol=0.3)
-    assert backbone.init_cache(config, 1, 4).k.dtype == jnp.bfloat16
+    assert kv_cache.init_cache(config, 1, 4).k.dtype == jnp.bfloat16
 
 
 def test_full_size_tree():
@@ -338,5 +338,5 @@ def test_strict_dtypes_and_ranks():
         tokens, positions = (jnp.asarray(a) for a in tokens_and_positions(TINY, 1, 64))
         hidden, _ = backbone.apply(TINY, params, tokens, positions, jnp.ones_like(tokens))
         backbone.logits(TINY, params, hidden)
-        cache = backbone.init_cache(TINY, 1, 4)
+        cache = kv_cache.init_cache(TINY, 1, 4)
         backbone.apply(TINY, params, tokens[:, :1], positions[:, :1], cache=cache)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, decode_attention, int8, layers
+from ivr_jax.models import backbone, decode_attention, int8, kv_cache, layers
 from ivr_jax.models.backbone_config import BackboneConfig
 
 
@@ -67,7 +67,7 @@ def test_decoding_with_the_kernel_equals_decoding_without(monkeypatch, cache_dty
     params = backbone.init_params(config, jax.random.key(0))
     tokens = jnp.asarray([[5], [9]], jnp.int32)
     positions = jnp.asarray([[0], [0]], jnp.int32)
-    cache = backbone.init_cache(config, 2, 128)
+    cache = kv_cache.init_cache(config, 2, 128)
     expected, _ = backbone.apply(config, params, tokens, positions, cache=cache)
     fused = dataclasses.replace(config, decode_kernel="pallas")
     found, after = backbone.apply(fused, params, tokens, positions, cache=cache)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, int8
+from ivr_jax.models import backbone, int8, kv_cache
 from ivr_jax.models.backbone_config import BackboneConfig
 
 CONFIG = BackboneConfig(32, 16, 24, 2, 4, 2, 8)
@@ -55,11 +55,11 @@ def test_an_int8_cache_gives_nearly_the_same_and_needs_no_other_arguments():
     config = dataclasses.replace(CONFIG, cache_dtype="int8")
     params = backbone.init_params(CONFIG, jax.random.key(0))
     tokens, positions = jnp.asarray([[3, 1, 4, 1, 5]]), jnp.arange(5)[None]
-    cache = backbone.init_cache(config, 1, 8)
+    cache = kv_cache.init_cache(config, 1, 8)
     assert cache.k.dtype == jnp.int8 and cache.k_scale.shape == (2, 1, 2, 8, 1)
     first, cache = backbone.apply(config, params, tokens[:, :3], positions[:, :3], cache=cache)
     rest, cache = backbone.apply(config, params, tokens[:, 3:], positions[:, 3:], cache=cache)
-    whole, at_once = backbone.apply(config, params, tokens, positions, cache=backbone.init_cache(config, 1, 8))
+    whole, at_once = backbone.apply(config, params, tokens, positions, cache=kv_cache.init_cache(config, 1, 8))
     np.testing.assert_allclose(jnp.concatenate([first, rest], 1), whole, atol=1e-5)
     np.testing.assert_allclose(cache.v_scale, at_once.v_scale, rtol=1e-5)
     exact, _ = backbone.apply(CONFIG, params, tokens, positions)

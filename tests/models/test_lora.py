@@ -14,7 +14,7 @@ from tiny_model import CONFIG, TOKENIZER, noisy_params
 
 from ivr_jax.checkpoints import store
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, lora
+from ivr_jax.models import backbone, kv_cache, lora
 from ivr_jax.training import sft, state
 
 OPTIONS = lora.LoraOptions(3, 6.0, ("q", "o", "down"))
@@ -60,7 +60,7 @@ def test_layers_taken_apart_decode_the_same(params):
 
     @functools.partial(jax.jit, static_argnames="apart")
     def decode(params, apart):
-        layers, cache = backbone.unstack_layers(params) if apart else None, backbone.init_cache(CONFIG, 2, 16)
+        layers, cache = backbone.unstack_layers(params) if apart else None, kv_cache.init_cache(CONFIG, 2, 16)
         return backbone.apply(CONFIG, params, tokens(), positions, cache=cache, unstacked_layers=layers)
 
     scanned, taken = decode(params, False), decode(params, True)
