@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import signal
@@ -15,8 +16,11 @@ from typing import Any
 
 import commands
 import pytest
+from benchmark_model import SETTINGS, write_model
+from benchmark_runs import judge_flags, judging
 from construct_worker import KEY, arguments, contents, recorded, write_samples
 from openai_service import Behaviour, OpenAIService, serving
+from tiny_runs import prepare
 
 pytest.importorskip("ray")
 STORE = 80 << 20
@@ -74,15 +78,29 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
         time.sleep(0.05)
 
 
-def servers(session: str) -> list[int]:
-    """Process ids of the nodes' servers of the cluster with this folder, on this machine."""
-    found = []
+def processes() -> Iterator[tuple[int, list[str]]]:
+    """Process ids on this machine, and their command lines."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            words = (entry / "cmdline").read_text(errors="replace").split("\0") if entry.name.isdigit() else [""]
-            if words[0].endswith(("/raylet", "/gcs_server")) and any(session in word for word in words):
-                found.append(int(entry.name))
-    return found
+            words = (entry / "cmdline").read_text(errors="replace").split("\0") if entry.name.isdigit() else []
+            yield from [(int(entry.name), words)] if words else []
+
+
+def servers(session: str) -> list[int]:
+    """The nodes' servers of the cluster with this folder."""
+    names = ("/raylet", "/gcs_server")
+    return [pid for pid, words in processes() if words[0].endswith(names) and any(session in word for word in words)]
+
+
+def runs_a_part(node: Any) -> bool:
+    """Whether a worker of the node is busy with a part."""
+    raylet = node.all_processes["raylet"][0].process.pid
+    for pid, words in processes():
+        with contextlib.suppress(OSError):  # it has ended
+            is_part, status = words[0].startswith("ray::run_part"), Path(f"/proc/{pid}/status").read_text()
+            if is_part and f"\nPPid:\t{raylet}\n" in status:
+                return True
+    return False
 
 
 def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monkeypatch, cluster):
@@ -95,9 +113,9 @@ def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monke
         service.log.most_in_flight, service.behaviour.latency = 0, 0.03
         lost, workdir = cluster.add_node(**NODE), tmp_path / "ray"
         more = service.log.more(calls // 4)
-        on_ray = ("--engine=ray", "--shards=3", f"--ray_address={cluster.address}")
+        on_ray = ("--engine=ray", "--shards=2", f"--ray_address={cluster.address}")
         with started("construct", *arguments(url, samples, workdir, **limits), *on_ray) as running:
-            wait_for(lambda: more() and len(list(workdir.glob("parts/*"))) >= 2, running)
+            wait_for(lambda: more() and len(list(workdir.glob("parts/*"))) == 2 and runs_a_part(lost), running)
             cluster.remove_node(lost, allow_graceful=False)
             out, err = running.communicate(timeout=180)
     assert running.returncode == 0, err
@@ -106,6 +124,57 @@ def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monke
     assert "kept direct" in out and not (tmp_path / "ray" / "parts").exists()
     # Two services, two calls each, whatever the number of parts; two more may have been under way when the node died.
     assert service.log.most_in_flight <= 6
+
+
+def parts_with_answers(run: Path) -> list[int]:
+    """Of each answer which of two parts has drawn it; the items' keys are 0001, 0002, …"""
+    keys = [path.relative_to(run / "answers").parts[0] for path in run.rglob("answer.json")]
+    return [(int(key) - 1) % 2 for key in keys]
+
+
+def test_answers_and_judgements_are_those_of_one_process_when_a_node_is_killed(tmp_path, cluster):
+    model, prompts = write_model(tmp_path / "model"), tmp_path / "mine.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"{number} cats."}) for number in range(12)))
+
+    def words(name: str, url: str, *more: str) -> list[str]:
+        return [
+            f"--prompts={prompts}", f"--workdir={tmp_path / name}", f"--checkpoint={model}", "--skip_sanity",
+            "--config.modes=('direct',)", *SETTINGS, *judge_flags(url), *more,
+        ]  # fmt: skip
+
+    with judging() as (service, url):
+        commands.succeed("evaluate", *words("one", url))
+        asked, lost, run = service.log.answered.copy(), cluster.add_node(**NODE), tmp_path / "ray"
+        one_by_one = "--config.batch=1"  # so that a part has not ended when its first answer is there
+        on_ray = ("--engine=ray", "--shards=2", f"--ray_address={cluster.address}", one_by_one)
+        with started("evaluate", *words("ray", url, *on_ray)) as running:
+            wait_for(lambda: set(parts_with_answers(run)) == {0, 1} and runs_a_part(lost), running)
+            cluster.remove_node(lost, allow_graceful=False)
+            _, err = running.communicate(timeout=240)
+        assert running.returncode == 0 and re.search(r"generate.* [1-9]\d* run again", err), err
+        assert service.log.answered == asked + asked
+    one, parts = contents(tmp_path / "one"), contents(run)
+    assert one.keys() == parts.keys() and sum(name.endswith(".png") for name in one) >= 12
+    in_any_order = ("judge_cache/", "judgements.jsonl")
+    assert not [name for name in one if one[name] != parts[name] and not name.startswith(in_any_order)]
+    lines = [sorted(files["judgements.jsonl"].splitlines()) for files in (one, parts)]
+    assert lines[0] == lines[1] and len(lines[0]) == 12
+
+
+def test_token_examples_are_those_of_one_process(tmp_path, cluster):
+    runs = prepare(tmp_path)
+    words = [runs / "dataset", f"--image_tokenizer={runs / 'image_tokenizer'}"]
+    commands.succeed("tokenise", *words, f"--out={tmp_path / 'one'}")
+    lost, kept = cluster.add_node(**NODE), tmp_path / ".ray.parts"
+    on_ray = ("--engine=ray", "--shards=3", f"--ray_address={cluster.address}")
+    with started("tokenise", *words, f"--out={tmp_path / 'ray'}", *on_ray) as running:
+        wait_for(lambda: len(list(kept.glob("lock.*"))) >= 2, running)
+        cluster.remove_node(lost, allow_graceful=False)
+        _, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    print(err[-600:])
+    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+    assert not kept.exists()
 
 
 def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_path, monkeypatch):

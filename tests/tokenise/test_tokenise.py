@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,11 +14,16 @@ import pytest
 from construct_worker import contents
 from dataset_fixtures import build
 from tiny_runs import prepare, sft_settings, trained
+from tqdm import tqdm
 
+from ivr_jax.cluster.engine import Engine
+from ivr_jax.cluster.part import Part
 from ivr_jax.data import examples
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.text import PhraseTokenizer
+from ivr_jax.services.limits import ProcessLimits
+from ivr_jax.tokenise.__main__ import run_part
 from ivr_jax.world.language import PHRASES
 
 
@@ -76,6 +82,35 @@ def test_two_processes_of_two_devices_write_what_fine_tuning_takes_for_its_own(t
     for manifest in manifests:
         manifest.pop("limit")  # fine-tuning knows its context, the command takes every length
     assert manifests[0] == manifests[1]
+
+
+class Lost(Exception):
+    """The cluster is gone."""
+
+
+def test_parts_on_a_cluster_write_what_one_process_writes_and_finished_ones_are_kept(tmp_path, monkeypatch):
+    """The parts run one after the other in this process; the cluster itself is tested with other commands."""
+    runs, done = prepare(tmp_path), []
+    words = [runs / "dataset", f"--image_tokenizer={runs / 'image_tokenizer'}"]
+    commands.succeed("tokenise", *words, f"--out={tmp_path / 'one'}")
+
+    def run(self, function, argv, shared, bar, indices=None):
+        assert function == "ivr_jax.tokenise.__main__:run_part"
+        for index in indices:
+            with open(os.devnull, "w") as nowhere, tqdm(file=nowhere) as own:
+                run_part(argv, Part(index, self.parts, own, ProcessLimits))
+                assert own.n == own.total == (6 if index == 0 else 0)
+            done.append(index)
+            if done == [0]:
+                raise Lost
+
+    monkeypatch.setattr(Engine, "run", run)
+    on_ray = [*words, f"--out={tmp_path / 'parts'}", "--engine=ray", "--shards=3"]
+    assert "Lost" in commands.run("tokenise", *on_ray).stderr and not (tmp_path / "parts").exists()
+    commands.succeed("tokenise", *on_ray)
+    assert done == [0, 1, 2]
+    assert contents(tmp_path / "parts") == contents(tmp_path / "one")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_is_missing_is_said(tmp_path):
