@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 WORKDIR := runs/demo
 JOBS := 1
 PIP_FLAGS :=
-PYTEST_FLAGS := -n 2 --dist worksteal
+# Three workers on two cores: some tests wait for servers and processes.
+PYTEST_FLAGS := -n 3 --dist worksteal
 
 # The TPU compiler lies apart from the environment: beside JAX it would make every command look for a TPU first.
 TPU_COMPILER = $(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) --no-deps --target $(VENV)/libtpu 'libtpu>=0.0.52'
