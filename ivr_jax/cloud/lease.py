@@ -45,6 +45,7 @@ class Lease:
             generation = self._watch(generation)
         self._generation = objects.write(NAME, self._content(), expected=generation)
         if self._generation is None:
+            objects.names(NAME)  # S3 takes a conditional write into no bucket for a conflict; this raises
             raise in_use(objects.url)
 
     def _watch(self, generation: bytes) -> bytes:

@@ -35,6 +35,13 @@ def test_a_lock_that_is_renewed_is_respected_and_one_that_is_given_back_is_free(
     Lease(here, SECONDS).release()
 
 
+def test_a_bucket_that_is_not_there_is_no_other_writer(bucket):
+    scheme = bucket.partition("://")[0]
+    with pytest.raises(UserError) as error:
+        Lease(Objects(f"{scheme}://nosuchbucket/held"), SECONDS)
+    assert "nosuchbucket" in error.value.what and error.value.what != lease.in_use(f"{scheme}://nosuchbucket/held").what
+
+
 class renewing:
     """Renews a lease in a thread."""
 
