@@ -20,7 +20,7 @@ from typing import Any
 from ivr_jax import files
 from ivr_jax.errors import UserError
 
-SCHEMES = ("gs://", "s3://")
+SCHEMES = ("gs:/", "s3:/")  # one slash, as some programs leave of two, makes no folder of this machine either
 SIDE = ".ivr_jax"  # objects of ours beside the user's: manifest, lock
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}  # half a minute, then it is an error
@@ -41,8 +41,8 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 def split(url: str) -> tuple[str, str, str]:
     """gs://bucket/a/b -> ("gs", "bucket", "a/b").  Raises UserError for what names no bucket."""
-    scheme, _, rest = url.partition("://")
-    bucket, _, key = rest.partition("/")
+    scheme, _, rest = url.partition(":/")
+    bucket, _, key = rest[1:].partition("/") if rest.startswith("/") else ("", "", "")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket):
         raise UserError(f"{url!r} names no bucket.", f"Write it as {scheme}://BUCKET/FOLDER.")
     if any(part in ("", ".", "..") for part in key.rstrip("/").split("/")) and key.rstrip("/"):

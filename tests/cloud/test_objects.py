@@ -85,8 +85,8 @@ def test_a_clock_that_is_off_is_named():
 
 def test_urls():
     assert split("gs://bucket-1/a/b/") == ("gs", "bucket-1", "a/b") and split("s3://bucket") == ("s3", "bucket", "")
-    for wrong in ("gs://", "gs:///a", "s3://A b/c", "gs://bucket/../c", "gs://bucket//c"):
+    for wrong in ("gs://", "gs:///a", "s3://A b/c", "gs://bucket/../c", "gs://bucket//c", "gs:/bucket/c"):
         with pytest.raises(UserError):
             split(wrong)
-    assert is_url("gs://a") and is_url("s3://a") and not is_url("/gs://a") and not is_url("runs/a")
+    assert is_url("gs://a") and is_url("s3://a") and is_url("gs:/a") and not is_url("/gs://a") and not is_url("runs/a")
     assert absolute("gs://bucket/a/") == "gs://bucket/a" and absolute("/a/../b") == "/b"
