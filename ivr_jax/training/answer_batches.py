@@ -27,6 +27,7 @@ from ivr_jax.training.rl_options import RLOptions
 
 TOKEN_ARRAYS = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32, "advantages": np.float32}
 
+
 def packed_arrays(shares_prompts: bool) -> tuple[str, ...]:
     """Names of the int32 arrays [B, T] that packed rows have beside `TOKEN_ARRAYS`."""
     return ("segments", "positions", "prefixes") if shares_prompts else ("segments", "positions")
