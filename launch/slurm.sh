@@ -35,6 +35,7 @@ while (($#)); do
   esac
   shift
 done
+[[ -n "$nodes" ]] || fail "--nodes is needed: how many nodes the run takes."
 [[ "$nodes" =~ ^[1-9][0-9]*$ && "$gpus" =~ ^[1-9][0-9]*$ && "$chain" =~ ^[1-9][0-9]*$ ]] ||
   fail "--nodes, --gpus and --chain must be whole numbers."
 ((${#command[@]})) || fail "say what to run after --, as: -- ivr_jax.train --config=emu35_sft --workdir=runs/sft."

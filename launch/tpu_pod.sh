@@ -45,6 +45,8 @@ while (($#)); do
 done
 [[ -n "$action" ]] || fail "say what to do: create, run or delete."
 [[ -n "$name" && -n "$zone" ]] || fail "--name and --zone are needed."
+[[ -z "$accelerator" || "$accelerator" =~ ^(v4|v5p|v5litepod|v6e)-[1-9][0-9]*$ ]] ||
+  fail "--accelerator=$accelerator is no TPU slice known here: v4-N, v5p-N, v5litepod-N or v6e-N, as v5p-256."
 where=("--zone=$zone" ${project:+"--project=$project"})
 
 # Runs a command, or prints it so that it can be pasted.

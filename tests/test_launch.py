@@ -132,8 +132,10 @@ def test_runs_are_compiled_as_they_were_planned(kind):
         ("tpu_pod.sh", ()),
         ("tpu_pod.sh", ("create", "--name=a")),
         ("tpu_pod.sh", ("run", *SLICE, "--bucket=b")),
+        ("tpu_pod.sh", ("create", *SLICE, "--accelerator=v9-8")),
         ("gke.sh", ("--dry-run", "--name=A B", *RUN)),
         ("slurm.sh", ("--nodes=x", *RUN)),
+        ("slurm.sh", RUN),
         ("slurm.sh", ("--fast",)),
     ],
 )
@@ -141,6 +143,10 @@ def test_a_wrong_request_is_one_line_and_status_2(name, argv):
     done = script(name, *argv)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1 and f"launch/{name} --help" in done.stderr
+
+
+def test_a_missing_number_of_nodes_is_told_from_a_wrong_one():
+    assert script("slurm.sh", *RUN).stderr != script("slurm.sh", "--nodes=x", *RUN).stderr
 
 
 @pytest.mark.parametrize("name", ["tpu_pod.sh", "gke.sh", "slurm.sh", "laptop.sh"])

@@ -82,7 +82,8 @@ def _user_error(url: str, error: Exception) -> UserError:
     if isinstance(error, PermissionError) or re.search(r"PERMISSION_DENIED|UNAUTHENTICATED|Forbidden|AccessDenied|"
                                                        r"credentials.*not found", text):
         return UserError(f"no permission to use {url}.", f"Check the credentials ({variables}) and the bucket's roles.")
-    if "NoSuchBucket" in text or "NOT_FOUND" in text or isinstance(error, FileNotFoundError):
+    # Google's server answers a listing of no bucket with NOT_FOUND, others with a page that is no listing.
+    if re.search(r"NoSuchBucket|NOT_FOUND|parse response metadata", text) or isinstance(error, FileNotFoundError):
         return UserError(f"{url} is not there.", "Check the name of the bucket; buckets are not created here.")
     if "UNAVAILABLE" in text or "DEADLINE_EXCEEDED" in text or isinstance(error, OSError) or "ABORTED" in text:
         return UserError(f"{url} cannot be reached ({text[:120]}).",

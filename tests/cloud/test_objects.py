@@ -54,6 +54,9 @@ def test_a_bucket_that_is_not_there_is_an_error(bucket):
     with pytest.raises(UserError) as error:
         Objects(f"{bucket}-without/x").write("a", b"1")
     assert f"{bucket}-without/x/a" in error.value.what
+    with pytest.raises(UserError) as listing:
+        Objects(f"{bucket}-without/x").names()
+    assert listing.value.remedy == error.value.remedy  # both ask for the bucket's name, whatever the server answers
 
 
 @pytest.mark.parametrize("scheme", bucket_servers.SCHEMES)
