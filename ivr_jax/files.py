@@ -92,12 +92,23 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def parse_json(text: str, what: str, remedy: str = "Correct it.") -> Any:
-    """A JSON value; `what` names it in errors.  Raises UserError for all that is none, however deep or odd it is."""
+    """A JSON value; `what` names it in errors.
+
+    Raises:
+      UserError: it is none, however deep or odd it is, or an object has a key twice, of which others take the last.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         reason = "too many levels" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
         raise UserError(f"{what} is not JSON ({reason}).", remedy) from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands twice")
+    return value
 
 
 def read_json(path: str | os.PathLike[str], remedy: str = "Correct the file.") -> Any:

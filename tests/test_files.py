@@ -170,6 +170,13 @@ def test_anything_else_than_a_json_object_of_the_schema_is_one_error_that_names_
     assert str(path) in raised.value.what
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": 1, "c": 0, "a": 1}}]'])
+def test_a_key_that_stands_twice_is_an_error_and_none_is_taken(text):
+    with pytest.raises(UserError) as error:
+        files.parse_json(text, "x")
+    assert "'a'" in error.value.what
+
+
 def test_json_lines_end_at_newlines_alone_and_a_bad_line_is_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"a": "one\u2028two"}\r\n\n[3]\n{"b":\n'.encode())

@@ -167,6 +167,8 @@ def questions(rollout: Any, preset: str) -> tuple[Call, ...]:
     for field, kind in kinds.items():
         if not isinstance(rollout.get(field), kind):
             raise UserError(f"a rollout's {field} is no {kind.__name__}.", "Correct the record.")
+    if not isinstance(rollout.get("final_image"), str | None):
+        raise UserError("a rollout's final_image is no path, data URI or null.", "Correct the record.")
     for field in ("intermediate_steps", "reflections"):
         if not all(isinstance(item, Mapping) for item in rollout[field]):
             raise UserError(f"a rollout's {field} hold something else than objects.", "Correct the record.")

@@ -381,6 +381,8 @@ _NOT_A_SCORE = re.compile(
 _GOES_ON = re.compile(
     rf"[\w%+½]|\.\d|\s*(?:[-–—/~&:=]|\bto\b|\bor\b|\band\b|\.\.+|,)\s*{_NUMERAL}|{_OUT_OF}\w|\s*\?"
     rf"|[\s,([]*(?:points?\s+|stars?\s+)?(?:out\s+)?of\s+{_NUMERAL}"
+    r"|\s+(?:(?:right|correct|wrong|missing|of the)\s+)?"  # a count
+    r"(?:images|pictures|objects|steps|errors|faults|mistakes|items|times|criteria|requirements)\b"
     r"|[\s,(]*(?:percent|per cent|would|could|might|if|needs?|requires?|means?|maybe|perhaps|possibly|or|at most"
     r"|at least|at best)\b",
     re.IGNORECASE,

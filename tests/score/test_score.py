@@ -123,6 +123,7 @@ def test_a_judgement_that_failed_is_missing_and_never_a_bad_score(images, preset
     [
         None, [], "x", {}, rollout(final_image="absent.png"), rollout(source_images="a.png"),
         rollout(intermediate_steps=[{"image": "s.png"}]), rollout(intermediate_steps=[3]), rollout(final_image=7),
+        rollout(final_image=[]),
         rollout(assistant_text=None), rollout(reflections=["x"]), rollout(final_image="data:image/png;base64,AAAA"),
         rollout(intermediate_steps=[{"instruction": "go", "image": "s.png"}] * 200), rollout(instruction="\ud800"),
         rollout(id="\ud800"), rollout(explanation=float("nan")), rollout(intermediate_steps=[None]),

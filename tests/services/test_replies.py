@@ -160,7 +160,7 @@ def test_scores_are_read_however_they_are_written(text, score):
         "The previous image had a score of 5.", '{"score": 4, "total": 10, "reason": "x"}',
         "Score: 4. The scale is 1 to 10.", "Score: 4 points of 10", "Score: 4 [of 10]", "Score: 4 (scale: 0-10)",
         "Score (0-10): 4",
-        "Score 1: 4", "Score: 4, maybe 5", "Score: 4?", "between 3 and 4", "Score: between 3 and 4", "7/10",
+        "Score: 4 images", "Score: 3 correct objects of the request.", "Score 1: 4", "Score: 4, maybe 5", "Score: 4?", "between 3 and 4", "Score: between 3 and 4", "7/10",
         '{"score": 4, "out of": 10, "reason": "x"}', '{"score": 4, "maxScore": 10, "reason": "x"}',
         '{"score": 4, "range": "1-10", "reason": "x"}', '{"score": "4.", "score ": 5, "reason": "x"}',
         '{"score": "between 3 and 4", "reason": "x"}', '{"score": "7/10", "reason": "x"}',
