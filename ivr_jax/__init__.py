@@ -13,7 +13,10 @@ Names below are imported when they are first used, so that `import ivr_jax` take
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from ivr_jax.errors import explain_refused_variables
 
 if TYPE_CHECKING:
     from ivr_jax.checkpoints.system import System as Model
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from ivr_jax.trajectory import Evaluation, Mode, Sample, Trajectory
 
 __version__ = "0.1.0"
+
+if sys.argv[:1] == ["-m"]:  # as a command, `python -m ivr_jax.NAME`; whoever imports the package keeps its own hook
+    explain_refused_variables()
 
 _EXPORTS = {  # name -> module, and its name there
     "Model": ("checkpoints.system", "System"),

@@ -52,7 +52,7 @@ from ivr_jax.config import (
     new_name,
     with_article,
 )
-from ivr_jax.errors import UserError
+from ivr_jax.errors import UserError, refused_variable
 
 CACHE_VARIABLE = "IVR_JAX_CACHE"
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)")
@@ -141,6 +141,8 @@ def _explained(error: Exception, argv: Sequence[str]) -> UserError | None:
         spec, _ = _take_config_flag(argv)
         return UserError(f"{spec} has no key `{error.name}`, which this command reads.",
                          "Name a config that was made for this command, or add the key to the file.")
+    if refused := refused_variable(error):
+        return refused
     if os.environ.get("JAX_PLATFORMS") and not _finds_devices():
         return UserError(f"JAX finds no device of JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}.",
                          "Unset the variable, or set it to cpu; `pip install ivr_jax[gpu]` or [tpu] brings the others.")
