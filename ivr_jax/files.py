@@ -98,13 +98,14 @@ def parse_json(text: str, what: str, remedy: str = "Correct it.") -> Any:
       UserError: it is none, however deep or odd it is, or an object has a key twice, of which others take the last.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         reason = "too many levels" if isinstance(error, RecursionError) else str(error).partition("\n")[0]
         raise UserError(f"{what} is not JSON ({reason}).", remedy) from None
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict, for `json.loads(object_pairs_hook=)`.  Raises ValueError for a repeated key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError(f"the key {next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))!r} stands twice")

@@ -602,7 +602,7 @@ def test_64_bit_defaults_of_the_environment_change_nothing(tiny):
 @pytest.mark.parametrize("command", ["train", "export"], ids=["imports JAX at the top", "imports it later"])
 def test_a_value_that_jax_refuses_is_one_line_that_names_the_variable(tmp_path, command, name):
     env = {**os.environ, "PYTHONPATH": str(ROOT), name: "maybe"}
-    done = subprocess.run([sys.executable, "-m", f"ivr_jax.{command}", "nothing", "--format=card"], cwd=tmp_path, env=env,
-                          capture_output=True, text=True)  # fmt: skip
+    call = [sys.executable, "-m", f"ivr_jax.{command}", "nothing", "--format=card"]
+    done = subprocess.run(call, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and f"{name}=maybe" in done.stderr
     assert "Traceback" not in done.stderr

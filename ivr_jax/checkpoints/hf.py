@@ -359,7 +359,8 @@ def read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
         raise UserError(f"{directory} has no {' or '.join(names)}.", "Name a folder that holds a complete checkpoint.")
     try:
         text = files.read_text(path)
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        is_json = path.suffix == ".json"
+        value = json.loads(text, object_pairs_hook=files.unique_keys) if is_json else yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError, OSError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}).", "Get the file again.") from None
     if not isinstance(value, Mapping):

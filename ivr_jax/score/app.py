@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from ivr_jax import files
 from ivr_jax.config import Positive, Section
 from ivr_jax.errors import UserError
 from ivr_jax.score.scoring import Scorer
@@ -106,7 +107,7 @@ class ScoreApp:
             if len(data) > self._limits.body_mb << 20:
                 raise HTTPException(413, f"The request is larger than {self._limits.body_mb} MB.")
         try:
-            body = json.loads(bytes(data), parse_constant=_no_constant)
+            body = json.loads(bytes(data), parse_constant=_no_constant, object_pairs_hook=files.unique_keys)
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):

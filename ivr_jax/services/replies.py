@@ -42,8 +42,17 @@ _OUT_OF = r"\s*(?:/|out\s+of|of)\s*"
 _LONGEST = 20_000  # characters of a text that are kept
 _MOST_BRACES = 1000  # places where an object is looked for
 _SHOWN = 80  # characters of an answer that an error shows
-_SCALE_KEYS = ("scale", "max", "maximum", "maxscore", "maximumscore", "outof", "range", "scorescale",
-               "scorerange", "total", "maxpoints", "possible")  # fmt: skip
+_SCALE_KEYS = re.compile(  # of a key without blanks and marks: "max", "score_max", "highest possible score"
+    r"(?:score|rating|points?|value|possible)*(?:scale|max(?:imum)?|outof|range|limit|highest|denominator)"
+    r"(?:score|rating|points?|value|possible)*|total|possible"
+)
+_SUPPOSED = re.compile(
+    r"\W*(?:if|unless|had|were|suppose|imagine)\b|.*\b(?:example|e\.g|hypothetical\w*)\b", re.IGNORECASE
+)
+_TAKEN_BACK = re.compile(
+    r"[\s`*.]*(?:(?:wait|hold on|hmm+|sorry|correction|scratch that|on second thought|actually)\b|no[,.!])",
+    re.IGNORECASE,
+)
 
 # -- thoughts --
 
@@ -232,15 +241,25 @@ def _with_keys(needed: Sequence[str]) -> Callable[[dict[str, Any]], dict[str, An
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Every outermost JSON object in `text`, strict about numbers (no NaN, no infinity).
 
-    An object that is malformed but closed is passed over, unless it is the last one.
+    An object that is malformed but closed is passed over, unless it is the last one; so is one that is supposed
+    ("If it had a hat: {...}", "Example: {...}").  Raises Unusable when the last one is taken back ("Wait, no.").
     """
-    malformed = False
-    for value, _, _ in _scan(text):
+    malformed, last = False, 0
+    for value, start, end in _scan(text):
         malformed = value is None
-        if value is not None:
+        if value is not None and not _SUPPOSED.match(_lead(text[last:start])):
             yield value
+        last = end
+    if last and _TAKEN_BACK.match(text[last:]):
+        raise Unusable(f"the answer is taken back: {_shown(text[last:])}")
     if malformed:
         raise Unusable(f"the answer's JSON is malformed: {_shown(text)}")
+
+
+def _lead(text: str) -> str:
+    """The unfinished sentence at the end of `text`, which leads to what follows; empty after a finished one."""
+    text = re.sub(r"(?:```\w*|[\s*_>])+\Z", "", text)
+    return "" if text.endswith((".", "!", "?")) else re.split(r"[.!?;]\s|\n", text)[-1]
 
 
 def _scan(text: str) -> Iterator[tuple[dict[str, Any] | None, int, int]]:
@@ -365,7 +384,8 @@ def _score_and_object(
 def check_scale(value: Mapping[str, Any], high: float = HIGHEST) -> None:
     """Raises Unusable when an object with a score names a scale of its own that ends elsewhere."""
     for key, scale in value.items():
-        ends = re.findall(r"\d+(?:\.\d+)?", str(scale)) if re.sub(r"[\W_]+", "", key).lower() in _SCALE_KEYS else []
+        named = _SCALE_KEYS.fullmatch(re.sub(r"[\W_]+", "", key).lower())
+        ends = re.findall(r"\d+(?:\.\d+)?", str(scale)) if named else []
         if ends and float(ends[-1]) != high:
             raise Unusable(f"the answer's score is on another scale: {_shown(f'{key} {scale}')}")
 
@@ -381,6 +401,7 @@ _NOT_A_SCORE = re.compile(
 _GOES_ON = re.compile(
     rf"[\w%+½]|\.\d|\s*(?:[-–—/~&:=]|\bto\b|\bor\b|\band\b|\.\.+|,)\s*{_NUMERAL}|{_OUT_OF}\w|\s*\?"
     rf"|[\s,([]*(?:points?\s+|stars?\s+)?(?:out\s+)?of\s+{_NUMERAL}"
+    r"|[ \t]+(?!(?:out|of|points?|stars?|because|since|as|for|due|given|with|but|and|on|in|at|so|overall)\b)(?-i:[a-z])"
     r"|\s+(?:(?:right|correct|wrong|missing|of the)\s+)?"  # a count
     r"(?:images|pictures|objects|steps|errors|faults|mistakes|items|times|criteria|requirements)\b"
     r"|[\s,(]*(?:percent|per cent|would|could|might|if|needs?|requires?|means?|maybe|perhaps|possibly|or|at most"

@@ -188,6 +188,14 @@ def test_unusable_config_json(exported, content):
         hf.import_backbone(exported)
 
 
+def test_a_key_twice_in_config_json_is_an_error(exported):
+    text = (exported / "config.json").read_text().rstrip().removesuffix("}")
+    (exported / "config.json").write_text(text + ', "rope_theta": 7.0}')
+    with pytest.raises(UserError) as raised:
+        hf.import_backbone(exported)
+    assert "rope_theta" in raised.value.what
+
+
 def test_folder_without_checkpoint(tmp_path):
     with pytest.raises(UserError, match="config.json"):
         hf.import_backbone(tmp_path)

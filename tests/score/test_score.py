@@ -235,6 +235,8 @@ def test_requests_beyond_the_limits_and_strangers_are_refused(served):
     assert status([]) == 400
     assert status(content=b"{", headers={"Content-Type": "application/json"}) == 400
     assert status(content=b'{"preset": NaN}', headers={"Content-Type": "application/json"}) == 400
+    twice = b'{"preset": "paper", "preset": "released", "rollouts": [{}]}'
+    assert status(content=twice, headers={"Content-Type": "application/json"}) == 400
     assert status(content=b"{}", headers={"Content-Type": "text/plain"}) == 415
     assert status({"preset": "released", "rollouts": [{}] * 4}) == 413
     assert status({"preset": "released", "rollouts": ["x" * (2 << 20)]}) == 413
