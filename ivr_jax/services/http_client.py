@@ -304,8 +304,13 @@ def _part(message: Any, kind: str) -> Any:
 def _why_no_text(message: Mapping[str, Any], ended: Any) -> str:
     if message.get("tool_calls"):
         return "the reply is a tool call, without text"
-    if any(message.get(name) for name in ("reasoning_content", "reasoning", "content")):
+    content = message.get("content")
+    kinds = [str(field(part, "type")) for part in content] if isinstance(content, list) else []
+    thought = isinstance(content, str) and bool(content) or any("think" in kind or "reason" in kind for kind in kinds)
+    if thought or message.get("reasoning_content") or message.get("reasoning"):
         return "the reply holds reasoning and no answer"
+    if content:
+        return "the reply's content holds no text"
     why = "" if ended in (None, "stop") else f" (finish_reason={str(ended)[:40]})"
     return f"the answer is empty{why}"
 
