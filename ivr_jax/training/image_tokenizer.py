@@ -193,11 +193,12 @@ def build(config: Any, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Stage:
         shapes = model_lib.param_shapes(model)
         print(parameter_overview.get_parameter_overview(shapes, include_stats=False, max_lines=12))
     optimizer = make_optimizer(config.optimizer, config.steps)
+    # Before the parameters are made, which takes seconds: data that cannot be read is said at once.
+    source, held_out = image_sources(config.data, config.seed, model.resolution, config.eval_images)
     axes = model_lib.param_axes(model)
     init = functools.partial(model_lib.init_params, model, jax.random.key(config.seed))
     first, placed = shard_state(mesh, axes, init, optimizer)
     steps = make_steps(model, optimizer, config.loss, placed)
-    source, held_out = image_sources(config.data, config.seed, model.resolution, config.eval_images)
     data = pipeline.indexed_batches(source, config.batch, config.seed)
     mine = sharding.local_rows(mesh, config.batch)
     meta = {"kind": systems.IMAGE_TOKENIZER, "model": dataclasses.asdict(model), "run": config.to_dict()}
