@@ -179,7 +179,9 @@ def _sample(line: str, where: str, root: Path) -> InputSample:
     check(len(images) <= MAX_REFLECTIONS + 1, f"there are {len(images) - 1} reflections; at most {MAX_REFLECTIONS} are")
     for i, step in enumerate(steps):
         named = isinstance(step, dict) and set(step) == {"reflection", "action", "edit"}
-        check(named and all(isinstance(text, str) for text in step.values()), f"steps[{i}] is no step")
+        check(named, f"steps[{i}] is no object with reflection, action and edit alone")
+        for name, text in step.items():
+            check(isinstance(text, str), f"steps[{i}].{name} is no text")
         check(bool(step["reflection"].strip()), f"steps[{i}].reflection is empty")
         last = i + 1 == len(steps)
         check(step["action"] == ("stop" if last else "continue"), f"steps[{i}].action is {step['action']!r}")
