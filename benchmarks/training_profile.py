@@ -43,8 +43,9 @@ PARTS = (
     ("RMSNorm", r"rms_norm"),
     ("rotary positions", r"rotate|rotary_tables"),
     ("attention", r"_attend|_attend_once|attention|causal_mask"),
+    ("projections (q, k, v, o, MLP)", r"_?project(_\w+)?$|_kernel_gradient"),  # their gradients do not say which
     ("MLP", r"Mlp\."),
-    ("q, k, v, o", r"Attention\."),
+    ("attention", r"Attention\."),
     ("embedding", r"embed_lookup|_rows.*"),
     ("vocabulary", r"token_statistics.*|logits_of|Backbone\.logits|log_probabilities|legal_ids"),
     ("sampling", r"sample_ids|decode_loop.*|GrammarMask.*"),
