@@ -43,7 +43,7 @@ PARTS = (
     ("RMSNorm", r"rms_norm"),
     ("rotary positions", r"rotate|rotary_tables"),
     ("attention", r"_attend|_attend_once|attention|causal_mask"),
-    ("projections (q, k, v, o, MLP)", r"_?project(_\w+)?$|_kernel_gradient"),  # their gradients do not say which
+    ("projections", r"_?project(_\w+)?$|_kernel_gradient"),  # of attention and MLP
     ("MLP", r"Mlp\."),
     ("attention", r"Attention\."),
     ("embedding", r"embed_lookup|_rows.*"),

@@ -79,7 +79,7 @@ def layer_inputs(
     )
     mask, cache_positions = None, None
     if cache is not None:
-        count = cache.k.shape[3]
+        count = kv_cache.length(cache)
         mask = jnp.arange(count)[None, None, :] <= positions[:, :, None]
         # padding is written past the end, which drops it
         cache_positions = jnp.where(positions < 0, count, positions)
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
         else:
             # The whole cache is carried, so that XLA updates it in place.
             cache = kv_cache.write(cache, k, v, layer, inputs.cache_positions)
-            if self.config.decode_kernel == "pallas" and decode_attention.fits(cache.k.shape[3], q.shape[1]):
+            if self.config.decode_kernel == "pallas" and decode_attention.fits(kv_cache.length(cache), q.shape[1]):
                 mixed = decode_attention.decode_attention(
                     q, cache.k, cache.v, inputs.positions, layer, scales=(cache.k_scale, cache.v_scale))
             else:

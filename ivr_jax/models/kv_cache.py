@@ -15,6 +15,8 @@ from ivr_jax import sharding
 from ivr_jax.models import int8
 from ivr_jax.models.backbone_config import BackboneConfig
 
+Layers = jax.Array | tuple[jax.Array, ...]
+
 CACHE_AXES = ("layers", "batch", "kv_heads", "cache_length", "head_dim")  # of each array of a cache
 
 
@@ -22,12 +24,13 @@ class KVCache(NamedTuple):
     """Keys (rotated) and values of every layer and cache position: k, v [L, B, K, S, h]. Cache position = position.
 
     k_scale, v_scale: float32 [L, B, K, S, 1], of int8 keys and values (`int8.quantise`); else None.
+    After `unstack` each is a tuple of L arrays, without their first axis.
     """
 
-    k: jax.Array
-    v: jax.Array
-    k_scale: jax.Array | None = None
-    v_scale: jax.Array | None = None
+    k: Layers
+    v: Layers
+    k_scale: Layers | None = None
+    v_scale: Layers | None = None
 
 
 def init_cache(config: BackboneConfig, batch: int, cache_length: int) -> KVCache:
@@ -45,6 +48,24 @@ def init_cache(config: BackboneConfig, batch: int, cache_length: int) -> KVCache
     return cache._replace(k_scale=empty(scales, "float32"), v_scale=empty(scales, "float32"))
 
 
+def unstack(cache: KVCache) -> KVCache:
+    """The cache with each layer in arrays of its own, for a loop whose layers are numbered by Python's integers.
+
+    XLA:CPU copies a layer out of a stacked cache each time before it is read.
+    """
+    return KVCache(*(None if x is None else tuple(x[layer] for layer in range(x.shape[0])) for x in cache))
+
+
+def stack(cache: KVCache) -> KVCache:
+    """The reverse of `unstack`."""
+    return KVCache(*(None if x is None else jnp.stack(x) for x in cache))
+
+
+def length(cache: KVCache) -> int:
+    """S, the positions of a row."""
+    return jax.tree.leaves(cache.k)[0].shape[-2]
+
+
 def write(
     cache: KVCache, k: jax.Array, v: jax.Array, layer: int | jax.Array, cache_positions: jax.Array
 ) -> KVCache:
@@ -56,7 +77,10 @@ def write(
     if cache.k_scale is not None:
         (k, k_scale), (v, v_scale) = int8.quantise(k, axis=-1), int8.quantise(v, axis=-1)
         new = KVCache(k, v, k_scale, v_scale)
-    return jax.tree.map(lambda stored, x: _written(stored, x, layer, cache_positions), cache, new)
+    return KVCache(*(
+        None if stored is None else _written_layer(stored, x, layer, cache_positions)
+        for stored, x in zip(cache, new, strict=True)
+    ))  # fmt: skip
 
 
 def read(cache: KVCache, layer: int | jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +91,14 @@ def read(cache: KVCache, layer: int | jax.Array, dtype: Any) -> tuple[jax.Array,
     return int8.dequantise(k, scales[0], dtype), int8.dequantise(v, scales[1], dtype)
 
 
-def _written(stored: jax.Array, new: jax.Array, layer: jax.Array, places: jax.Array) -> jax.Array:
+def _written_layer(stored: Layers, new: jax.Array, layer: Any, places: jax.Array) -> Layers:
+    if not isinstance(stored, tuple):
+        return _written(stored, new, layer, places)
+    (written,) = _written(stored[layer][None], new, 0, places)
+    return (*stored[:layer], written, *stored[layer + 1 :])
+
+
+def _written(stored: jax.Array, new: jax.Array, layer: int | jax.Array, places: jax.Array) -> jax.Array:
     """The cache [L, B, K, S, h] with `new` [B, T, K, h] of one layer at `places` [B, T], without those past the end.
 
     Each device writes its own part, rows and heads as one axis: where one update spans heads, XLA:TPU stores the heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ivr_jax import sharding
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, kv_cache
 from ivr_jax.models.fused_attention import platform
 from ivr_jax.protocol.grammar import GRID
 from ivr_jax.sampling.logits_processors import SamplingOptions
@@ -17,7 +18,7 @@ from ivr_jax.sampling.slots import Rules, Slots, Work
 from ivr_jax.sampling.speculation import begin, speculate
 from ivr_jax.sampling.token_choice import VocabRange, choose, extend, vocab_ranges
 
-UNSTACK_BYTES = 32 << 20, 8 << 30  # bytes of all layers
+UNSTACK_BYTES = 8 << 30  # of all layers, at most
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options", "visual_start"), donate_argnames=("slots",))
@@ -37,9 +38,13 @@ def run(
     `calls` int32 []: or until this many calls, so that the host can say how far it is; None: no bound.
     """
     rules = jax.tree.map(jnp.asarray, rules)
-    width, wide = slots.window.shape[1], slots.cache.k.shape[3]
+    width, wide = slots.window.shape[1], kv_cache.length(slots.cache)
     ranges = vocab_ranges(config, params, rules.tables, visual_start)
-    unstacked = backbone.unstack_layers(params) if _unstacking_pays(params["layers"]) else None
+    unstacked = None
+    if _unstacking_pays(config, params["layers"]):
+        unstacked = backbone.unstack_layers(params)
+        slots = slots._replace(cache=kv_cache.unstack(slots.cache))
+        config = dataclasses.replace(config, remat="none")  # there is no gradient; layers are numbered by integers
 
     def going(carry: tuple[Slots, Work]) -> jax.Array:
         now, work = carry
@@ -60,13 +65,15 @@ def run(
     if slots.guesses is not None:
         slots = begin(rules, slots, visual_start)
     after, work = jax.lax.while_loop(going, call, (slots, Work(*(jnp.int32(0),) * len(Work._fields))))
+    if unstacked is not None:
+        after = after._replace(cache=kv_cache.stack(after.cache))
     return _readable(after), work
 
 
-def _unstacking_pays(layers: Any) -> bool:
-    """Whether to unstack the layers (`backbone.unstack_layers`): on a CPU, if larger than its caches."""
+def _unstacking_pays(config: backbone.BackboneConfig, layers: Any) -> bool:
+    """Whether to hold each layer's kernels and cache in arrays of their own: on a CPU, if they fit in memory twice."""
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers))
-    return platform() == "cpu" and UNSTACK_BYTES[0] <= size <= UNSTACK_BYTES[1]
+    return platform() == "cpu" and config.decode_kernel == "plain" and size <= UNSTACK_BYTES
 
 
 def _readable(slots: Slots) -> Slots:

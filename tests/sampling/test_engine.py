@@ -68,16 +68,16 @@ def test_the_same_tokens_as_one_padded_batch_in_lock_step(how):
     assert usage.tokens == plain().lengths.sum() - 5 * len(KEYS)  # five forced ones, which the prefill reads
 
 
-def test_large_layers_are_unstacked_on_a_cpu_and_sample_the_same(monkeypatch):
+@pytest.mark.parametrize("most", [0, 1 << 30], ids=["stacked", "apart"])
+def test_layers_in_arrays_of_their_own_sample_as_stacked_ones_do(monkeypatch, most):
     taken = mock.Mock(side_effect=backbone.unstack_layers)
     monkeypatch.setattr(decode_loop.backbone, "unstack_layers", taken)
-    monkeypatch.setattr(decode_loop, "UNSTACK_BYTES", (1, 1 << 30))
-    config = dataclasses.replace(CONFIG, unroll=2)  # a program of its own
-    how = EngineOptions(**AHEAD)
-    options = RolloutOptions(LENGTH, engine=how, group_size=GROUP, size=SIZE)
+    monkeypatch.setattr(decode_loop, "UNSTACK_BYTES", most)
+    config = dataclasses.replace(CONFIG, unroll=2, remat="dots" if most else "none")  # programs of their own
+    options = RolloutOptions(LENGTH, engine=EngineOptions(**AHEAD), group_size=GROUP, size=SIZE)
     found, _ = sample(config, PARAMS, GRAMMAR, PromptBatch(*PROMPTS), KEYS, options)
     assert_same(found, plain())
-    assert taken.called
+    assert taken.called == (most > 0)
 
 
 def test_speculation_draws_the_same_tokens_in_fewer_calls():
