@@ -45,7 +45,7 @@ def compare(system: systems.System, slots: int, turns: int) -> None:
             ratios.append(seconds["stacked"] / seconds["own"])
         else:
             first = seconds
-    print(f"slots {slots:>3}  first turn, with compilation {first['stacked']:.1f} and {first['own']:.1f} s of CPU; then "
+    print(f"slots {slots:>3}  first turn, compiling {first['stacked']:.1f} and {first['own']:.1f} s of CPU, then "
           f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as fast", flush=True)
 
 
