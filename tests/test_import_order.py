@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ivr_jax"
 LAYERS = (
-    "errors files cloud images trajectory thresholds interfaces config cli",
+    "errors files cloud images trajectory thresholds interfaces config heartbeat cli",
     "distributed sharding",
     "protocol",
     "world",

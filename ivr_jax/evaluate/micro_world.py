@@ -13,6 +13,7 @@ from ivr_jax.checkpoints.system import System
 from ivr_jax.config import as_dataclass
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate import typed
+from ivr_jax.heartbeat import Heartbeat
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.report.answers import EvaluatedAnswer, make_answer
 from ivr_jax.rewards import functions as reward_functions
@@ -86,7 +87,8 @@ def run(system: System, config: Any) -> Evaluated:
     grammar = Grammar(system.tokenizer, as_dataclass(GrammarOptions, config.grammar))
     tasks, key = held_out_tasks(config), jax.random.key(config.seed)
     answers, images = [], {}
-    with tqdm(total=len(tasks), desc="evaluate", unit="answer") as bar:
+    with tqdm(total=len(tasks), desc="evaluate", unit="answer") as bar, Heartbeat(bar) as heartbeat:
+        heartbeat.begin("drawing")
         rollout = roll_out(
             system,
             grammar,

@@ -24,6 +24,7 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
 from ivr_jax.generate.answer_folder import PAGE, InterleavedAnswer, check_writable, read_about, write_answer
 from ivr_jax.generate.answering import IMAGE, MODES, Answering, make_answering
+from ivr_jax.heartbeat import Heartbeat
 from ivr_jax.protocol.grammar import INTERLEAVED
 from ivr_jax.sampling import requests as requests_lib
 from ivr_jax.sampling.batch import Usage
@@ -127,9 +128,12 @@ def main(call: cli.Call) -> None:
     check_writable(out)
     answering = load(wanted)
     clock = time.perf_counter()
-    with tqdm(desc="compile", unit=" tokens", leave=False) as bar:  # how many it will be, nobody knows
+    # how many tokens it will be, nobody knows
+    with tqdm(desc="compile", unit=" tokens", leave=False) as bar, Heartbeat(bar) as heartbeat:
+        heartbeat.begin("compiling")
 
         def show(usage: Usage) -> None:
+            heartbeat.begin("drawing, or compiling for longer answers")
             bar.set_description_str("draw", refresh=False)
             bar.update(usage.tokens - bar.n)
 
@@ -169,10 +173,16 @@ def answer_all(wanted: flags.FlagValues, out: Path) -> None:
     failed, total, clock = [], 0, time.perf_counter()
 
     def show(usage: Usage) -> None:
+        heartbeat.begin("drawing, or compiling for longer answers")
         rate = (total + usage.tokens) / (time.perf_counter() - clock)
         bar.set_postfix_str(f"{usage.tokens} tokens of the next, {rate:.0f} tokens/s")
 
-    with tqdm(desc="answer", unit="answer", initial=len(requests) - len(todo), total=len(requests)) as bar:
+    done = len(requests) - len(todo)
+    with (
+        tqdm(desc="answer", unit="answer", initial=done, total=len(requests)) as bar,
+        Heartbeat(bar) as heartbeat,
+    ):
+        heartbeat.begin("compiling")
         for request in todo:
             try:
                 answer, tokens = answering.answer(request, show)

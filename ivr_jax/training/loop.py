@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ivr_jax import distributed
 from ivr_jax.checkpoints.store import Checkpointer
+from ivr_jax.heartbeat import Heartbeat
 from ivr_jax.training.metrics import MetricsLog, Pending, check
 from ivr_jax.training.throughput import Profile, Throughput, parse_window
 
@@ -121,7 +122,7 @@ def run(stage: Stage, workdir: str | os.PathLike, plan: Plan, name: str) -> Any:
         throughput = Throughput(plan.peak, plan.devices)
         bar = tqdm(total=plan.steps, initial=first, desc=name, unit="step", mininterval=1.0, disable=not primary)
         stack.enter_context(bar)
-        heartbeat = stack.enter_context(_Heartbeat(bar, stage.activity))
+        heartbeat = stack.enter_context(Heartbeat(bar, stage.activity))
         preempted = stack.enter_context(_Preemption(name))
         pending = Pending(sums)
         clock, timed = time.perf_counter(), first
@@ -187,39 +188,6 @@ def _log_row(
     if stage.summary is not None:
         row |= stage.summary(state, done)
     return row
-
-
-class _Heartbeat:
-    """Says on the progress bar what a step is doing and for how long, once it takes long."""
-
-    EVERY = 10.0  # seconds
-
-    def __init__(self, bar: tqdm, activity: Callable[[], str]):
-        self._bar, self._activity = bar, activity
-        self._began, self._first = time.monotonic(), ""
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-
-    def begin(self, first: str) -> None:
-        """A step begins; `first` is shown while its activity is not known."""
-        self._began, self._first = time.monotonic(), first
-
-    def _run(self) -> None:
-        while not self._ended.wait(self.EVERY):
-            seconds = time.monotonic() - self._began
-            if seconds >= self.EVERY:
-                words = self._activity() or self._first or "step"
-                self._bar.set_postfix_str(f"{words}, {seconds:.0f} s")
-
-    def __enter__(self) -> _Heartbeat:
-        if not self._bar.disable:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
 
 
 class _Preemption:

@@ -1,0 +1,48 @@
+"""A progress bar that shows that the program lives while nothing advances it: what it does, and for how long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Heartbeat:
+    """Says on a progress bar what is being done and for how long, once it takes long.
+
+    Args:
+      bar: its text after the counts is replaced.
+      activity: what is being done, "" where that is not known.
+    """
+
+    EVERY = 10.0  # seconds
+
+    def __init__(self, bar: tqdm, activity: Callable[[], str] = str):
+        self._bar, self._activity = bar, activity
+        self._began, self._first = time.monotonic(), ""
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def begin(self, first: str) -> None:
+        """Something begins; `first` is shown while its activity is not known."""
+        self._began, self._first = time.monotonic(), first
+
+    def _run(self) -> None:
+        while not self._ended.wait(self.EVERY):
+            seconds = time.monotonic() - self._began
+            if seconds >= self.EVERY:
+                words = self._activity() or self._first or "step"
+                self._bar.set_postfix_str(f"{words}, {seconds:.0f} s")
+
+    def __enter__(self) -> Heartbeat:
+        if not self._bar.disable:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()

@@ -1,0 +1,33 @@
+"""A bar that nothing advances says what is being done, and for how long."""
+
+from __future__ import annotations
+
+import time
+from unittest import mock
+
+from tqdm import tqdm
+
+from ivr_jax.heartbeat import Heartbeat
+
+
+def test_it_speaks_once_something_takes_long_and_stops_with_its_block(monkeypatch, capsys):
+    monkeypatch.setattr(Heartbeat, "EVERY", 0.05)
+    bar = mock.Mock(wraps=tqdm(total=1), disable=False)
+    with Heartbeat(bar) as heartbeat:
+        heartbeat.begin("compiling")
+        while not bar.set_postfix_str.called:
+            time.sleep(0.01)
+    said = [call.args[0] for call in bar.set_postfix_str.call_args_list]
+    assert all(words.startswith("compiling, ") for words in said)
+    time.sleep(0.12)
+    assert bar.set_postfix_str.call_count == len(said)
+
+
+def test_what_is_known_goes_before_what_was_said_first(monkeypatch):
+    monkeypatch.setattr(Heartbeat, "EVERY", 0.05)
+    bar = mock.Mock(disable=False)
+    with Heartbeat(bar, lambda: "judging") as heartbeat:
+        heartbeat.begin("compiling")
+        while not bar.set_postfix_str.called:
+            time.sleep(0.01)
+    assert bar.set_postfix_str.call_args.args[0].startswith("judging, ")
