@@ -31,3 +31,17 @@ def test_what_is_known_goes_before_what_was_said_first(monkeypatch):
         while not bar.set_postfix_str.called:
             time.sleep(0.01)
     assert bar.set_postfix_str.call_args.args[0].startswith("judging, ")
+
+
+def test_what_begins_next_takes_back_what_was_said_and_leaves_other_words(monkeypatch):
+    monkeypatch.setattr(Heartbeat, "EVERY", 0.05)
+    with tqdm(total=1) as bar, Heartbeat(bar) as heartbeat:
+        heartbeat.begin("compiling")
+        while not bar.postfix:
+            time.sleep(0.01)
+        monkeypatch.setattr(Heartbeat, "EVERY", 1000.0)
+        heartbeat.begin("drawing")
+        assert bar.postfix == ""
+        bar.set_postfix_str("loss 1")
+        heartbeat.begin("drawing")
+        assert bar.postfix == "loss 1"
