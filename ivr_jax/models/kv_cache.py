@@ -53,7 +53,7 @@ def unstack(cache: KVCache) -> KVCache:
 
     XLA:CPU copies a layer out of a stacked cache each time before it is read.
     """
-    return KVCache(*(None if x is None else tuple(x[layer] for layer in range(x.shape[0])) for x in cache))
+    return KVCache(*(None if x is None else tuple(x[layer] for layer in range(len(x))) for x in cache))
 
 
 def stack(cache: KVCache) -> KVCache:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ivr_jax.config import Positive, Range, Section
 from ivr_jax.errors import UserError
-from ivr_jax.models import backbone, decode_attention
+from ivr_jax.models import backbone, decode_attention, kv_cache
 from ivr_jax.models.kv_cache import KVCache
 from ivr_jax.protocol.grammar import ACCEPT, ERROR, GrammarState, advance, legal_row
 from ivr_jax.sampling import decode_loop
@@ -203,7 +203,7 @@ class Engine:
         """
         size = len(keys)
         contexts = len(arrivals[0].starts)
-        self._prompt_width = max(self._prompt_width, prefilled.k.shape[3])
+        self._prompt_width = max(self._prompt_width, kv_cache.length(prefilled))
         if self._slots is None:
             self._slots = device.empty(
                 self.config, keys[0], _one(arrivals[0].state), batch=self.batch, contexts=contexts,
@@ -276,7 +276,7 @@ class Engine:
         return self.options.shrink and self.batch >= 2 * FEWEST_SLOTS
 
     def _widen(self, needed: int) -> None:
-        now = self._slots.cache.k.shape[3]
+        now = kv_cache.length(self._slots.cache)
         wide = self._wide(now, needed)
         if wide != now:
             self._slots = device.widen(self._slots, cache_length=wide)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ivr_jax import sharding
-from ivr_jax.models import backbone
+from ivr_jax.models import backbone, kv_cache
 from ivr_jax.models.kv_cache import CACHE_AXES, KVCache, init_cache
 from ivr_jax.protocol.grammar import GRID, Grammar, GrammarState, Tables, advance, legal_row
 
@@ -193,11 +193,11 @@ class Arrivals(NamedTuple):
 def admit(slots: Slots, prefilled: KVCache, new: Arrivals, *, pad: int) -> Slots:
     """Puts answers into slots: a copy of their prompt's keys and values, and a fresh state."""
     contexts, batch = slots.starts.shape
-    prompts = prefilled.k.shape[1] // contexts
+    prompts = jax.tree.leaves(prefilled)[0].shape[1] // contexts
     inside = new.slot < batch
     rows = jnp.concatenate([jnp.where(inside, c * batch + new.slot, contexts * batch) for c in range(contexts)])
     source = jnp.concatenate([c * prompts + new.prompt for c in range(contexts)])
-    width = prefilled.k.shape[3]
+    width = kv_cache.length(prefilled)
 
     def put_prompt(whole: jax.Array, part: jax.Array) -> jax.Array:
         return whole.at[:, rows, :, :width].set(part[:, source].astype(whole.dtype), mode="drop")
@@ -241,7 +241,7 @@ def widen(slots: Slots, *, cache_length: int) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("cache_length",))
 def _widened(cache: KVCache, *, cache_length: int) -> KVCache:
-    more = ((0, 0), (0, 0), (0, 0), (0, cache_length - cache.k.shape[3]), (0, 0))
+    more = ((0, 0), (0, 0), (0, 0), (0, cache_length - kv_cache.length(cache)), (0, 0))
     return _placed(jax.tree.map(lambda x: jnp.pad(x, more), cache))
 
 
