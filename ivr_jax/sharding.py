@@ -237,15 +237,18 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
     return np.concatenate([np.arange(*bounds) for bounds in sorted(mine)])
 
 
-def global_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int) -> dict[str, jax.Array]:
+def global_batch(
+    mesh: Mesh, batch: Mapping[str, np.ndarray], rows: int, axes: Mapping[str, Axes] | None = None
+) -> dict[str, jax.Array]:
     """One global batch of `rows` rows from each process's own `local_rows` of it.
 
-    The first axis is "batch"; the second axis of arrays with more is "length".
+    Args:
+      axes: of arrays by name; of the others the first axis is "batch" and the second, if there is one, "length".
     """
 
     def one(name: str, x: np.ndarray) -> jax.Array:
-        axes = ("batch", "length", *(None,) * x.ndim)[: x.ndim]
-        placed = sharding(mesh, axes, (rows, *x.shape[1:]), name)
+        own = (axes or {}).get(name) or ("batch", "length", *(None,) * x.ndim)[: x.ndim]
+        placed = sharding(mesh, own, (rows, *x.shape[1:]), name)
         return jax.make_array_from_process_local_data(placed, x, (rows, *x.shape[1:]))
 
     return {name: one(name, np.asarray(x)) for name, x in batch.items()}

@@ -268,6 +268,8 @@ def test_a_batch_is_split_along_rows_and_tokens():
     assert batch["tokens"].sharding.spec == PartitionSpec(("data", "fsdp"), "sequence")
     assert batch["advantages"].sharding.spec == PartitionSpec(("data", "fsdp"))
     np.testing.assert_array_equal(sharding.local_rows(mesh, 4), np.arange(4))
+    given = sharding.global_batch(mesh, {"free": np.ones((4, 2, 6))}, 4, {"free": ("batch", None, "length")})
+    assert given["free"].sharding.spec == PartitionSpec(("data", "fsdp"), None, "sequence")
 
 
 def test_shapes_asked_for_under_a_mesh_are_free_of_it():

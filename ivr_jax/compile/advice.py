@@ -13,8 +13,9 @@ from ivr_jax.compile.topologies import Topology
 from ivr_jax.errors import UserError
 from ivr_jax.training.rl_options import rl_options
 
-STATIC = (  # kinds that do not depend on how many answers a pass has
-    "parameters", "moments", "reference", "previous policy", "gradient sum", "gradients", "rollout", "results", "code"
+STATIC = (  # kinds that do not depend on how many answers a pass has; a batch is a part of the rollout's
+    "parameters", "moments", "reference", "previous policy", "gradient sum", "gradients", "batch", "rollout", "results",
+    "code",
 )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -9,11 +11,12 @@ from ivr_jax import sharding
 from ivr_jax.compile.programs import Program, Setup, StandInTokenizer, bytes_a_chip
 from ivr_jax.config import as_dataclass
 from ivr_jax.models import fused_attention, lora
+from ivr_jax.models.backbone_config import BackboneConfig
 from ivr_jax.protocol.grammar import Grammar
 from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout
 from ivr_jax.training import answer_batches, policy_logprobs
 from ivr_jax.training.optimizer import make_optimizer
-from ivr_jax.training.rl_options import rl_options
+from ivr_jax.training.rl_options import RLOptions, rl_options
 from ivr_jax.training.throughput import train_flops
 
 
@@ -37,18 +40,13 @@ def policy_gradient(setup: Setup) -> Program:
     gradient = policy_logprobs.policy_gradient(model, grammar, options, outputs)
     rows, length = config[size], max(config.buckets)
     layout = RolloutLayout(model, setup.mesh, as_dataclass(LayoutOptions, config.rollout))
-    kinds = dict(answer_batches.TOKEN_ARRAYS) | {"reference": jnp.float32}
-    if not layout.exact:
-        kinds["sampler"] = jnp.float32
-    if options.packs:
-        with jax.set_mesh(setup.mesh):
-            shares_prompts = fused_attention.choose(model, length) == "plain"
-        kinds |= dict.fromkeys(answer_batches.packed_arrays(shares_prompts), jnp.int32)
-    batch = {name: setup.array((rows, length), kind, ("batch", "length")) for name, kind in kinds.items()}
-    if passes := options.sampling.passes:
-        batch["free_tokens"] = setup.array((rows, passes, length), jnp.int32, ("batch", None, "length"))
-        batch["shifts"] = setup.array((rows, passes), jnp.int32, ("batch", None))
-    batches = -(-config.prompts_per_step * config.group_size // rows)
+    shapes = batch_shapes(model, setup.mesh, options, layout.exact)
+    batch = {
+        name: setup.array(x.shape, x.dtype, answer_batches.AXES.get(name, answer_batches.TOKEN_AXES))
+        for name, x in shapes.items()
+    }
+    answers = config.prompts_per_step * options.group_count * config.group_size
+    batches = -(-answers // rows)
     resident = {
         "parameters": bytes_a_chip(state.params), "reference": 0 if frozen else bytes_a_chip(setup.params),
         "previous policy": bytes_a_chip(trained) * options.overlap, "moments": bytes_a_chip(state.opt_state),
@@ -57,3 +55,21 @@ def policy_gradient(setup: Setup) -> Program:
     }  # fmt: skip
     flops = train_flops(model, rows * length, rows * length * length / 2)
     return setup.program("grpo", lambda: gradient.trace(trained, frozen, batch), resident, flops, rows * length)
+
+
+def batch_shapes(
+    model: BackboneConfig, mesh: jax.sharding.Mesh, options: RLOptions, exact: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of what `training.grpo.Trainer.prepare` makes of a pass in the largest bucket.
+
+    Args:
+      exact: whether answers are sampled in training's precision (`RolloutLayout.exact`).
+    """
+    rows, length, packed = getattr(options, options.rows_option), max(options.buckets), ()
+    if options.packs:
+        with jax.set_mesh(mesh):
+            packed = answer_batches.packed_arrays(fused_attention.choose(model, length) == "plain")
+    kept_bytes = math.ceil(model.vocab_size / 8) if options.sampling.truncates else 0
+    shapes = answer_batches.array_shapes(rows, length, options.sampling.passes, kept_bytes, packed)
+    further = ("reference",) if exact else ("reference", "sampler")
+    return shapes | {name: jax.ShapeDtypeStruct((rows, length), jnp.float32) for name in further}

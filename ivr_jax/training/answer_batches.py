@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from ivr_jax.errors import UserError
@@ -26,6 +27,29 @@ from ivr_jax.sampling.rollout import Rollout
 from ivr_jax.training.rl_options import RLOptions
 
 TOKEN_ARRAYS = {"tokens": np.int32, "rows": np.int32, "old": np.float32, "mask": np.float32, "advantages": np.float32}
+AXES = {"free_tokens": ("batch", None, "length"), "shifts": ("batch", None), "kept_mask": ("batch", "length", None)}
+TOKEN_AXES = ("batch", "length")  # of every other array
+
+
+def array_shapes(
+    size: int, length: int, guidance_passes: int = 0, kept_bytes: int = 0, packed: Sequence[str] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of the arrays of a batch, as `answer_batch` and `packed_batch` describe them.
+
+    Args:
+      size, length: B and T.
+      guidance_passes: unconditional prompts of each answer.
+      kept_bytes: of the last axis of "kept_mask"; 0 without top-k and top-p.
+      packed: `packed_arrays`, where answers are packed.
+    """
+    kinds = TOKEN_ARRAYS | dict.fromkeys(packed, np.int32)
+    arrays = {name: jax.ShapeDtypeStruct((size, length), kind) for name, kind in kinds.items()}
+    if guidance_passes:
+        arrays["free_tokens"] = jax.ShapeDtypeStruct((size, guidance_passes, length), np.int32)
+        arrays["shifts"] = jax.ShapeDtypeStruct((size, guidance_passes), np.int32)
+    if kept_bytes:
+        arrays["kept_mask"] = jax.ShapeDtypeStruct((size, length, kept_bytes), np.uint8)
+    return arrays
 
 
 def packed_arrays(shares_prompts: bool) -> tuple[str, ...]:
@@ -85,9 +109,6 @@ def answer_batch(
     prompts = np.max([rollout.prompt_lengths, *(lengths for _, lengths in unconditional)], axis=0)
     length = bucket_of(int((prompts[answers // rollout.group_size] + rollout.samples.lengths[answers]).max()), buckets)
     batch = _empty(rollout, size, length)
-    if unconditional:
-        batch["free_tokens"] = np.zeros((size, len(unconditional), length), np.int32)
-        batch["shifts"] = np.zeros((size, len(unconditional)), np.int32)
     for i, number in enumerate(answers):
         prompt, answer = rollout.prompt(number), rollout.answer_tokens(number)
         batch["tokens"][i, : len(prompt)] = prompt
@@ -145,8 +166,7 @@ def packed_batch(
       The arrays of `answer_batch` but those of guidance, and segments, positions and, with shared prompts, prefixes,
       int32 [B, T].  Each answer has a segment of its own, from 1; 0 is padding.
     """
-    batch = _empty(rollout, size, length)
-    batch |= {name: np.zeros((size, length), np.int32) for name in packed_arrays(shares_prompts)}
+    batch = _empty(rollout, size, length, packed_arrays(shares_prompts))
 
     def write(row: int, start: int, tokens: np.ndarray, first: int, segment: int) -> int:
         end = start + len(tokens)
@@ -174,11 +194,10 @@ def packed_batch(
     return batch
 
 
-def _empty(rollout: Rollout, size: int, length: int) -> dict[str, np.ndarray]:
-    batch = {name: np.zeros((size, length), kind) for name, kind in TOKEN_ARRAYS.items()}
-    if rollout.samples.kept is not None:
-        batch["kept_mask"] = np.zeros((size, length, rollout.samples.kept.shape[-1]), np.uint8)
-    return batch
+def _empty(rollout: Rollout, size: int, length: int, packed: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    kept = rollout.samples.kept
+    shapes = array_shapes(size, length, len(rollout.unconditional), 0 if kept is None else kept.shape[-1], packed)
+    return {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
 
 
 def _write_answer(

@@ -57,7 +57,7 @@ from ivr_jax.rewards.judge_service import JudgeResult, JudgeService
 from ivr_jax.sampling.drafts import DraftBuffer
 from ivr_jax.sampling.rollout import Drafts, Rollout, roll_out, sample_drafts
 from ivr_jax.sampling.slots import rules_of
-from ivr_jax.training.answer_batches import passes
+from ivr_jax.training.answer_batches import AXES, passes
 from ivr_jax.training.minibatches import context_length, in_passes, join_metrics, left_out, split_groups
 from ivr_jax.training.monitor import Monitor, MonitorOptions
 from ivr_jax.training.multihost_rl import global_judge_result, global_rollout
@@ -445,7 +445,7 @@ class Trainer:
         for batch in passes(rollout, advantages, answers, self.options, shares_prompts, context):
             size = len(batch["tokens"])
             mine = sharding.local_rows(mesh, size)
-            yield sharding.global_batch(mesh, {name: x[mine] for name, x in batch.items()}, size)
+            yield sharding.global_batch(mesh, {name: x[mine] for name, x in batch.items()}, size, AXES)
 
     def _token_advantages(self, rollout: Rollout, scored: Scored) -> np.ndarray:
         return token_advantages(rollout, scored, self.options.grpo, self.grammar.tokenizer.vocab.visual_start)

@@ -330,6 +330,13 @@ def test_the_rl_plan_holds_the_policy_before_and_the_rollout():
     config.packed_rows, config.sampling.guidance = 2, 2.0
     guided = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident
     assert guided["batch"] == resident["batch"] + 4 * 32 * (max(config.buckets) + 1)
+    # With top-k or top-p a bit for each id and token; draft groups have as many groups a prompt as drafts.
+    config.packed_rows, config.sampling.guidance, config.sampling.text_top_k = 0, 1.0, 9
+    config.grpo.group, config.grpo.drafts = "draft", 3
+    kept = rl_programs.policy_gradient(programs.Setup(config, mesh)).resident
+    vocabulary = programs.vocabulary_of(config).size
+    assert kept["batch"] == resident["batch"] + 32 * max(config.buckets) * -(-vocabulary // 8)
+    assert kept["rollout"] == kept["batch"] * (3 * 8 * 8 // 32 - 1)
 
 
 def test_topologies_are_read():

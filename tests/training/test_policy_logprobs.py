@@ -16,6 +16,7 @@ from answer_tokens import evaluation
 from tiny_model import CONFIG, answer_logits, legal_mask, log_softmax, noisy_params, requests, system
 
 from ivr_jax.checkpoints import hf
+from ivr_jax.compile import rl_programs
 from ivr_jax.errors import UserError
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.rewards import judge_service
@@ -117,8 +118,16 @@ def test_the_ratio_before_the_first_update_is_one_whatever_is_sampled(name):
 
 @pytest.mark.parametrize("name", LEARNT)
 def test_before_the_first_update_the_policy_is_the_reference(name):
+    """What the gradient is computed from are the arrays that an ahead-of-time plan counts."""
     learner, rollout = trainer(name), drawn(name)
-    _, metrics = learner.update(state_of(PARAMS), learner.prepare(rollout, scored_by(rollout)), check_ratio=True)
+    batches = learner.prepare(rollout, scored_by(rollout))
+    options = dataclasses.replace(learner.options, buckets=(batches[0]["tokens"].shape[1],))
+    planned = rl_programs.batch_shapes(CONFIG, learner.placement.mesh, options, learner.placement.layout.exact)
+    assert {key: (x.shape, x.dtype) for key, x in batches[0].items()} == {
+        key: (x.shape, x.dtype) for key, x in planned.items()
+    }
+    assert ("kept_mask" in planned) == (name == "all") and ("free_tokens" in planned) == (name != "bare")
+    _, metrics = learner.update(state_of(PARAMS), batches, check_ratio=True)
     assert float(metrics["max_ratio_deviation"]) < 1e-4
     assert abs(float(metrics["kl"][0])) < 1e-4
 
