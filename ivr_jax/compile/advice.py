@@ -66,8 +66,8 @@ def _grpo(config: ConfigDict, topology: Topology, measured: Mapping[str, float])
                 model=model, mesh=sizes, rows=answers, length=max(config.buckets), parts=1, chunk=chunk,
                 gradient_bytes=4, adapters=bool(config.lora.rank), param_bytes=measured["parameters"],
             )  # fmt: skip
-            found = predict.temporaries(step)
-            return found["activations"] + found["temporaries"]
+            # Without the gradients, which the compiler's figure holds already.
+            return max(found["activations"] + found["temporaries"] for found in predict.phases(step))
 
         factor = (sum(measured.values()) - static) / moving(*own)
         halved = measured.get("moments", 0) / 2 if config.optimizer.moment_dtype != "bfloat16" else 0

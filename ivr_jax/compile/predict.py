@@ -70,6 +70,11 @@ class Prediction:
 
 def temporaries(step: Step) -> dict[str, float]:
     """Bytes a chip of {"activations", "gradients", "temporaries"} at the phase of the step that needs most."""
+    return max(phases(step), key=lambda kinds: sum(kinds.values()))
+
+
+def phases(step: Step) -> tuple[dict[str, float], ...]:
+    """Bytes a chip of {"activations", "gradients", "temporaries"} in the phases of the module's table, in its order."""
     model, mesh = step.model, step.mesh
     tensor, fsdp = mesh["tensor"], mesh["fsdp"]
     batch_shards = mesh["data"] * fsdp * (tensor if model.fsdp_over_tensor else 1)
@@ -114,13 +119,13 @@ def temporaries(step: Step) -> dict[str, float]:
         total = step.param_bytes / param * step.gradient_bytes
         gradients = total + step.param_bytes * ((1 - layer_share) if in_place else 1)
     before_layers = gradients if step.parts > 1 else 0.0
-    phases = {
-        "loss": (activations, before_layers, casts + loss),
-        "layers": (activations, gradients, casts + layer),
-        "embedding": (residual, gradients, table_gradient),
-    }
-    activations, gradients, rest = max(phases.values(), key=sum)
-    return {"activations": activations, "gradients": gradients, "temporaries": rest}
+    kinds = "activations", "gradients", "temporaries"
+    needs = (
+        (activations, before_layers, casts + loss),
+        (activations, gradients, casts + layer),
+        (residual, gradients, table_gradient),
+    )
+    return tuple(dict(zip(kinds, sizes, strict=True)) for sizes in needs)
 
 
 def seconds(step: Step, flops: float, topology: Topology) -> float:

@@ -262,16 +262,16 @@ def test_advice_for_grpo_knows_what_does_not_fall_with_the_answers_of_a_pass():
     topology, config = parse_topology("v6e:4x8"), load_config("emu35_rl")
     source = load_config("emu35_sft")
     config.model, config.text_tokenizer = source.model, source.text_tokenizer
-    said = dict(
-        flag.removeprefix("--config.").split("=")
-        for flag in flags_of(advice.advice("grpo", config, topology, {k: v * GIB for k, v in GRPO.items()}))
-    )
+    line = advice.advice("grpo", config, topology, {k: v * GIB for k, v in GRPO.items()})
+    said = dict(flag.removeprefix("--config.").split("=") for flag in flags_of(line))
     answers, chunk = int(said["micro_batch"]), int(said["loss_chunk_tokens"])
     assert answers % 8 == 0 and answers < config.micro_batch
     # Three float32 arrays of a chunk's logits are there at once, whatever the number of answers.
     logits = 3 * 4 * programs.model_of(config).padded_vocab_size / 4 * min(chunk, answers * 9216) / 8 / GIB
     fixed = sum(GRPO.values()) - GRPO["activations"] - GRPO["temporaries"]
     assert fixed + GRPO["activations"] * answers / config.micro_batch + logits <= topology.chip.hbm / GIB
+    named = re.search(r"about ([\d.]+) GiB", line)
+    assert float(named.group(1)) == pytest.approx(30.14, rel=0.05)  # what the compiler gave for that program
     none = advice.advice("grpo", config, parse_topology("v6e:2x2"), {"parameters": 60 * GIB, "temporaries": GIB})
     assert not flags_of(none)
 
