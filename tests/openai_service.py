@@ -47,6 +47,7 @@ class Behaviour:
       latency: seconds before every answer.
       fault_rate, faults: the share of calls that go wrong, and how.
       hang: seconds for which a hanging call hangs.
+      held_after: once so many calls have been answered in all, further calls wait until this is None.
       key: the key that calls must carry, if any; `echo_key` repeats it in every error and reason.
       schema: whether `response_format` is understood (otherwise it is refused with 400).
       answer: replaces the text of every chat answer.
@@ -59,6 +60,7 @@ class Behaviour:
     fault_rate: float = 0.0
     faults: tuple[str, ...] = MIXED_FAULTS
     hang: float = 1.0
+    held_after: int | None = None
     key: str = ""
     echo_key: bool = False
     schema: bool = True
@@ -115,6 +117,8 @@ class OpenAIService:
                     log.headers.append(dict(request.headers))
                 if behaviour.latency:
                     await asyncio.sleep(behaviour.latency)
+                while behaviour.held_after is not None and sum(log.answered.values()) >= behaviour.held_after:
+                    await asyncio.sleep(0.01)
                 if behaviour.key and request.headers.get("authorization") != f"Bearer {behaviour.key}":
                     return _error(401, f"no such key: {request.headers.get('authorization')}")
                 if behaviour.raw is not None:

@@ -127,8 +127,9 @@ class Engine:
                 signal.signal(signal.SIGTERM, stopped_by)  # Ray has put its own in place
 
     def _results(self, ray: Any, command: Command, wanted: Sequence[int], bar: tqdm) -> dict[int, Any]:
+        # Beside this process, which it need not outlive; a soft affinity puts it on any machine, which may be lost.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
+            ray.get_runtime_context().get_node_id(), soft=False
         )
         coordinator = ray.remote(Coordinator).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=100_000, scheduling_strategy=here

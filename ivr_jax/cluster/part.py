@@ -70,6 +70,8 @@ def run_part(command: Command, index: int, coordinator: Any) -> dict[str, Any]:
 
 
 def _run(command: Command, index: int, coordinator: Any) -> Any:
+    import ray
+
     host = os.uname().nodename
     if command.version != ivr_jax.__version__:
         raise UserError(f"the machine {host} has version {ivr_jax.__version__} of ivr_jax, this one {command.version}.",
@@ -91,8 +93,9 @@ def _run(command: Command, index: int, coordinator: Any) -> Any:
         def report(end: bool = False) -> Any:
             return coordinator.report.remote(index, attempt, int(bar.n), int(bar.total or 0), end)
 
+        ray.get(report())  # calls of an attempt that nobody knows would not be counted
+
         def keep_reporting() -> None:
-            report()
             while not ended.wait(_REPORT_EVERY):
                 report()
 

@@ -27,7 +27,8 @@ STORE = 80 << 20
 # By default a worker gives way to every other process of the machine, for instance to another test.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "RAY_worker_niceness": "0"}
 
-
+# Of several nodes with one address Ray attaches a command to any; the one that is to be killed has its own.
+LOST = {"node_ip_address": "127.0.0.2"}
 NODE = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "include_log_monitor": False}
 
 
@@ -110,13 +111,16 @@ def test_a_node_is_killed_and_the_dataset_is_that_of_one_process(tmp_path, monke
     with serving(service) as url:
         commands.succeed("construct", *arguments(url, samples, tmp_path / "one", **limits))
         calls = sum(service.log.answered.values())
-        service.log.most_in_flight, service.behaviour.latency = 0, 0.03
-        lost, workdir = cluster.add_node(**NODE), tmp_path / "ray"
+        service.log.most_in_flight = 0
+        # Neither part can end before the node is killed: three quarters of the calls wait for that.
+        service.behaviour.held_after = calls + calls // 4
+        lost, workdir = cluster.add_node(**NODE, **LOST), tmp_path / "ray"
         more = service.log.more(calls // 4)
         on_ray = ("--engine=ray", "--shards=2", f"--ray_address={cluster.address}")
         with started("construct", *arguments(url, samples, workdir, **limits), *on_ray) as running:
             wait_for(lambda: more() and len(list(workdir.glob("parts/*"))) == 2 and runs_a_part(lost), running)
             cluster.remove_node(lost, allow_graceful=False)
+            service.behaviour.held_after = None
             out, err = running.communicate(timeout=180)
     assert running.returncode == 0, err
     assert int(re.findall(r"(\d+) run again", err)[-1]) >= 1
@@ -138,7 +142,7 @@ def test_answers_and_judgements_are_those_of_one_process_when_a_node_is_killed(t
 
     with judging() as (service, url):
         commands.succeed("evaluate", *words("one", url))
-        asked, lost, run = service.log.answered.copy(), cluster.add_node(**NODE), tmp_path / "ray"
+        asked, lost, run = service.log.answered.copy(), cluster.add_node(**NODE, **LOST), tmp_path / "ray"
         service.behaviour.latency, more = 0.8, service.log.more(3)
         on_ray = ("--engine=ray", "--shards=2", f"--ray_address={cluster.address}", "--config.judge.in_flight=2")
         with started("evaluate", *words("ray", url, *on_ray)) as running:
@@ -160,7 +164,7 @@ def test_token_examples_are_those_of_one_process(tmp_path, cluster):
     runs = prepare(tmp_path)
     words = [runs / "dataset", f"--image_tokenizer={runs / 'image_tokenizer'}"]
     commands.succeed("tokenise", *words, f"--out={tmp_path / 'one'}")
-    lost, kept = cluster.add_node(**NODE), tmp_path / ".ray.parts"
+    lost, kept = cluster.add_node(**NODE, **LOST), tmp_path / ".ray.parts"
     on_ray = ("--engine=ray", "--shards=3", f"--ray_address={cluster.address}")
     with started("tokenise", *words, f"--out={tmp_path / 'ray'}", *on_ray) as running:
         wait_for(lambda: len(list(kept.glob("lock.*"))) >= 2, running)

@@ -247,8 +247,7 @@ def test_a_critique_is_edited_and_the_model_goes_on_from_there(server, open_page
     assert kinds(page)[:4] == ["image", "evaluation", "reflection", "image"]
     page.go_back()
     until(page, f"location.href === {json.dumps(first)}")
-    finished(page)
-    assert page.locator(".part.reflection").first.locator(".said").first.text_content() != "no"
+    until(page, "!['no', undefined].includes(document.querySelector('.part.reflection .said')?.textContent)")
 
 
 def test_a_verdict_is_turned_and_an_image_replaced(server, open_page):

@@ -211,6 +211,7 @@ function toggleHistory(open = $("history").hidden) {
 }
 
 async function open() {
+  const address = location.pathname;
   complain();
   const ids = location.pathname.startsWith("/a/") ? location.pathname.slice(3).split("+").filter(Boolean).slice(0, 2) : [];
   if (!ids.length) return show([]);
@@ -218,6 +219,7 @@ async function open() {
     const opened = [];
     for (const id of ids) {
       const record = await ask(`/api/answers/${encodeURIComponent(id)}`);
+      if (location.pathname !== address) return; // by now another answer is open
       const view = new AnswerView(record.request, act);
       if (record.running) view.follow(id);
       else view.show(id, record);
@@ -229,6 +231,7 @@ async function open() {
     $("seed").value = request.seed;
     setMode(request.mode);
   } catch (error) {
+    if (location.pathname !== address) return;
     show([]);
     complain(error);
   }
