@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ LOCAL, RAY = "local", "ray"
 _STORE = 100 << 20  # bytes of Ray's object store on this machine: what passes through it are counts
 _POLL, _LAST_LOOK = 1.0, 10.0  # seconds between two looks at the parts, and for the last one
 _HEAD_SILENT = 20.0  # seconds without an answer of the head after which the run ends
+_COORDINATOR_SILENT = 60.0  # of the coordinator, which may be starting anew on a busy machine
+_COORDINATOR_STARTS = 300.0  # before its first answer
 _AGAIN = "Give the same command again: what is finished is kept."
 
 
@@ -110,6 +112,7 @@ class Engine:
                 raise UserError(f"this machine has {has.get(lacking[0], 0):g} of {lacking[0]} for Ray; a part needs "
                                 f"{self.resources[lacking[0]]:g}.", "Lower --shard_resources, or name --ray_address.")
         else:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # a head that is lost fills the screen otherwise
             if not _answers(self.address):
                 raise UserError(f"no Ray cluster answers at {self.address}.",
                                 "Start one (ray start --head --port=6379), or correct --ray_address.")
@@ -118,7 +121,8 @@ class Engine:
             except (ConnectionError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise UserError(f"the Ray cluster at {self.address} cannot be joined: {reason}",
-                                "See docs/how-to/ray.md.") from error
+                                "If it was started with a token (the default of `ray start` where ~/.ray/auth_token "
+                                "exists), set RAY_AUTH_MODE=token. See docs/how-to/ray.md.") from error
         try:
             yield ray
         finally:
@@ -141,24 +145,56 @@ class Engine:
         results: dict[int, Any] = {}
         asked = coordinator.progress.remote()
         head = self.address if self.address.startswith("ray://") else ray.get_runtime_context().gcs_address
-        heard = time.monotonic()
+        signs = Signs()
         while open_:
             ended, _ = ray.wait(list(open_), num_returns=len(open_), timeout=_POLL)
-            if _answers(head):
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _HEAD_SILENT:
-                raise UserError(f"the head of the Ray cluster no longer answers; {len(results)} of {len(wanted)} parts "
-                                "are finished.", _AGAIN)
             for ref in ended:
                 index = open_.pop(ref)
                 results[index] = _value(ray, ref, index, self.retries)
+            told = False
             if ray.wait([asked], timeout=0)[0]:
                 with contextlib.suppress(ray.exceptions.RayError):  # the actor is being started anew
                     _show(bar, ray.get(asked), len(results), len(wanted))
+                    told = True
                 asked = coordinator.progress.remote()
+            if open_ and signs.lost(_answers(head), told):
+                raise UserError("the head of the Ray cluster no longer answers, or was started anew; "
+                                f"{len(results)} of {len(wanted)} parts are finished.", _AGAIN)
         with contextlib.suppress(ray.exceptions.RayError):
             _show(bar, ray.get(asked, timeout=_LAST_LOOK), len(results), len(wanted))
         return results
+
+
+class Signs:
+    """Signs of life of the cluster that was given the parts.
+
+    A head that was started anew accepts connections and knows nothing of them: what it does not have is the actor that
+    they share.
+
+    Args:
+      clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._reached = self._told = clock()
+        self._patience = _COORDINATOR_STARTS
+
+    def lost(self, reached: bool, told: bool) -> bool:
+        """Whether the parts are given up.
+
+        Args:
+          reached: the head accepts connections now.
+          told: the coordinator has answered since the last call.
+        """
+        now = self._clock()
+        if told:
+            self._told, self._patience = now, _COORDINATOR_SILENT
+        if reached:
+            self._reached = now
+        else:  # it may come back as another one
+            self._patience = _HEAD_SILENT
+        return now - self._reached > _HEAD_SILENT or now - self._told > self._patience
 
 
 def from_call(call: cli.Call) -> Engine | None:

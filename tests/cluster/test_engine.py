@@ -22,6 +22,8 @@ from construct_worker import KEY, arguments, contents, recorded, write_samples
 from openai_service import Behaviour, OpenAIService, serving
 from tiny_runs import prepare
 
+from ivr_jax.cluster import engine
+
 pytest.importorskip("ray")
 STORE = 80 << 20
 # By default a worker gives way to every other process of the machine, for instance to another test.
@@ -200,6 +202,24 @@ def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_p
     asked_again = {name for name, count in (service.log.answered - before).items() if name in paid and count > 1}
     assert paid and not asked_again  # once more in the run to compare with, and in no other
     assert contents(tmp_path / "run" / "dataset") == contents(tmp_path / "one" / "dataset")
+
+
+def test_a_head_that_was_started_anew_at_the_same_address_is_told_from_the_one_that_was_lost():
+    """By the actor of this run, which the new one does not have, although it accepts connections."""
+    now = [0.0]
+    signs = engine.Signs(lambda: now[0])
+
+    def lost(seconds: float, reached: bool = True, told: bool = False) -> bool:
+        now[0] += seconds
+        return signs.lost(reached, told)
+
+    assert not lost(200)  # a coordinator may take its time to begin
+    assert not lost(10, told=True) and not lost(50)
+    assert lost(20)  # it is silent
+    assert not lost(0, told=True) and not lost(5, reached=False)
+    assert not lost(10) and lost(10)  # the head was away for a moment, and the coordinator with it
+    assert not lost(0, told=True) and not lost(19, reached=False, told=True)
+    assert lost(2, reached=False, told=True)  # beside this machine nobody hears anything
 
 
 @pytest.mark.parametrize(
