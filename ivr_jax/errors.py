@@ -25,7 +25,9 @@ def refused_variable(error: BaseException) -> UserError | None:
         return None
     text = str(error)
     for name, value in os.environ.items():
-        if name.startswith("JAX_") and (f"'{name}'" in text or text.endswith(f" {name.lower()}")):
+        named = f"'{name}'" in text or text.endswith(f" {name.lower()}")
+        quoted = text.startswith("invalid literal") and text.endswith(repr(value))
+        if name.startswith("JAX_") and (named or quoted):
             return UserError(f"JAX does not accept {name}={value}.", "Unset the variable, or correct its value.")
     return None
 

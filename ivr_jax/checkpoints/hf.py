@@ -352,6 +352,14 @@ def _open_torch(path: Path) -> dict[str, _TorchTensor]:
     return {name: _TorchTensor(tensor, dtypes[tensor.dtype], path) for name, tensor in state.items()}
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a mapping in which a key stands twice, as JSON files are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        files.unique_keys([(str(key.value), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
+
+
 def read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
     """The first of the JSON or YAML files `names` that is in `directory`. UserError when none is, or it is unfit."""
     path = next((directory / name for name in names if (directory / name).is_file()), None)
@@ -360,7 +368,7 @@ def read_mapping(directory: Path, names: Sequence[str]) -> Mapping[str, Any]:
     try:
         text = files.read_text(path)
         is_json = path.suffix == ".json"
-        value = json.loads(text, object_pairs_hook=files.unique_keys) if is_json else yaml.safe_load(text)
+        value = json.loads(text, object_pairs_hook=files.unique_keys) if is_json else yaml.load(text, _UniqueKeys)
     except (ValueError, RecursionError, yaml.YAMLError, OSError) as error:
         raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}).", "Get the file again.") from None
     if not isinstance(value, Mapping):

@@ -30,6 +30,7 @@ from ivr_jax.construct.released import (
     Problem,
     check_final_passes,
     load_result,
+    require_some,
     result_from_trajectory,
     sample_folders,
 )
@@ -199,7 +200,7 @@ def export_success(
       How many records were written, and the folders that could not be.
 
     Raises:
-      UserError: the form is unknown, `root` holds no samples, or `out` cannot be written.
+      UserError: the form is unknown, `root` holds no samples or none that can be used, or `out` cannot be written.
     """
     folders, problems = sample_folders(root), []
 
@@ -212,7 +213,9 @@ def export_success(
 
     list(export_records([], form))
     with _new_lines(Path(out)) as lines:
-        return _write_lines(lines, records()), problems
+        written = _write_lines(lines, records())
+        require_some(written, problems)
+    return written, problems
 
 
 def export_dataset(
@@ -227,7 +230,8 @@ def export_dataset(
       How many records were written, and what was left out.
 
     Raises:
-      UserError: the form is unknown, an image is corrupt, the folder of images exists, or nothing can be written there.
+      UserError: the form is unknown, an image is corrupt, all samples are left out, the folder of images exists, or
+        nothing can be written there.
     """
     list(export_records([], form))
     target = Path(out)
@@ -251,6 +255,7 @@ def export_dataset(
 
     with _new_lines(target) as lines, files.NewFolder(pictures) as folder:  # the images get their name first
         written = _write_lines(lines, records(folder))
+        require_some(written, problems)
     return written, problems
 
 

@@ -59,6 +59,13 @@ class Problem:
         return self.reason if str(self.path) in self.reason else f"{self.path}: {self.reason}"
 
 
+def require_some(written: int, problems: Sequence[Problem]) -> None:
+    """Raises UserError when every sample was left out: nothing useful would be written."""
+    if problems and not written:
+        raise UserError(f"none of the {len(problems)} samples can be exported; the first: {problems[0]}",
+                        "Choose another format, or correct the samples; nothing was written.")
+
+
 def check_storable(value: Any, what: str, any_number: bool = False) -> None:
     """Raises UserError for what Python reads from JSON and nobody can write as such; `what` names it.
 

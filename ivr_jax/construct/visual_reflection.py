@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ivr_jax import files
-from ivr_jax.construct.released import Problem, check_final_passes, check_storable
+from ivr_jax.construct.released import Problem, check_final_passes, check_storable, require_some
 from ivr_jax.construct.samples import GivenRound, InputSample, Quarantined, sort_entries
 from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
@@ -98,7 +98,7 @@ def export_visual_reflection(dataset: TrajectoryDataset, out: str | os.PathLike[
       How many records were written, and the trajectories that have no place in the format, with the reason.
 
     Raises:
-      UserError: an image is corrupt, or nothing can be written there.
+      UserError: an image is corrupt, no trajectory has a place in the format, or nothing can be written there.
     """
     target = Path(out)
     pictures = target.with_name(f"{target.stem}_images")
@@ -118,6 +118,7 @@ def export_visual_reflection(dataset: TrajectoryDataset, out: str | os.PathLike[
                 (folder / f"{name}.png").write_bytes(png)
             lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             written += 1
+        require_some(written, problems)
     return written, problems
 
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from ivr_jax import cli, files
 from ivr_jax.construct.exports import FORMS, ExportOptions, export_dataset, export_success
-from ivr_jax.construct.released import Problem, check_final_passes, iter_released, write_trajectory
+from ivr_jax.construct.released import Problem, check_final_passes, iter_released, require_some, write_trajectory
 from ivr_jax.construct.visual_reflection import export_visual_reflection
 from ivr_jax.data.store import TrajectoryDataset, TrajectoryWriter, write_card
 from ivr_jax.errors import UserError
@@ -45,6 +45,7 @@ def write_released(dataset: TrajectoryDataset, out: Path) -> tuple[int, list[Pro
                 continue
             write_trajectory(partial, trajectory, dataset.images(trajectory), recorded_root=out)
             written += 1
+        require_some(written, problems)
     return written, problems
 
 
@@ -58,6 +59,7 @@ def import_success(root: Path, out: Path, image_root: str | None) -> tuple[int, 
             else:
                 writer.add(found.trajectory, found.images)
                 written += 1
+        require_some(written, problems)
         writer.provenance["counts"] = {"folders": written + len(problems), "imported": written}
     return written, problems
 

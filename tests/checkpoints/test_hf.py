@@ -276,3 +276,12 @@ def test_model_ckpt_is_read_without_running_code(tmp_path):
     pickled.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="model.ckpt"):
         hf.import_image_tokenizer(tmp_path / "out")
+
+
+def test_a_key_twice_in_config_yaml_is_an_error(tmp_path):
+    (tmp_path / "config.yaml").write_text("n_embed: 8\nddconfig: {ch: 4, ch: 8}\n")
+    with pytest.raises(UserError) as raised:
+        hf.read_mapping(tmp_path, ("config.yaml",))
+    assert "'ch'" in raised.value.what
+    (tmp_path / "config.yaml").write_text("n_embed: 8\nddconfig: {ch: 4}\n")
+    assert hf.read_mapping(tmp_path, ("config.yaml",)) == {"n_embed": 8, "ddconfig": {"ch": 4}}

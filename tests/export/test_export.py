@@ -121,9 +121,31 @@ def test_out_to_released_folders_and_in_again_is_the_same_dataset(tmp_path, data
 
 
 def test_keys_that_cannot_name_a_folder_are_named_and_left_out(tmp_path):
-    build(tmp_path / "data", 2)
+    trajectory, images = example(0)
+    with TrajectoryWriter(tmp_path / "data") as writer:
+        writer.add(Trajectory(Sample("good", "p"), trajectory.rounds), images)
+        writer.add(Trajectory(Sample("key/1", "p"), trajectory.rounds), images)
     printed = succeed("export", tmp_path / "data", "--format=released", f"--out={tmp_path / 'out'}")
-    assert "left out" in printed and "'key/1' cannot name a folder" in printed and "0 samples, 2 left out" in printed
+    assert "'key/1' cannot name a folder" in printed and "1 samples, 1 left out" in printed
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize("form", [*FORMS, "released", "visual_reflection"])
+def test_an_export_of_nothing_is_an_error_and_leaves_nothing(tmp_path, form):
+    _, images = example(0)
+    with TrajectoryWriter(tmp_path / "data") as writer:
+        writer.add(failed_end("bad"), images)
+    done = run("export", tmp_path / "data", f"--format={form}", f"--out={tmp_path / 'out.jsonl'}")
+    assert "'bad'" in done.complaint
+    assert [file.name for file in tmp_path.iterdir()] == ["data"]
+
+
+def test_an_import_of_nothing_is_an_error_and_leaves_nothing(tmp_path):
+    success = write_success(tmp_path, 16)
+    for file in success.glob("*/*.png"):
+        file.write_bytes(b"no image")
+    done = run("export", success, "--format=dataset", f"--out={tmp_path / 'dataset'}")
+    assert "no image" in done.complaint and not (tmp_path / "dataset").exists()
 
 
 def test_what_an_import_leaves_out_is_named_with_its_reason(tmp_path):
