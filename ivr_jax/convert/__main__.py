@@ -46,6 +46,7 @@ from ivr_jax.cloud import inputs, mirror
 from ivr_jax.cloud.objects import is_url
 from ivr_jax.convert.pack import pack_model
 from ivr_jax.errors import UserError
+from ivr_jax.heartbeat import Heartbeat
 from ivr_jax.models import backbone, image_tokenizer
 from ivr_jax.models.backbone_config import MODEL_TYPES, BackboneConfig
 from ivr_jax.models.image_tokenizer import ImageTokenizerConfig
@@ -260,7 +261,8 @@ def _compared_logits(model: Model, folder: Path) -> tuple[float | None, float | 
         return None, None
     tokens = parity.prompt(model.config)
     total = 2 * model.config.num_hidden_layers + 1  # theirs counts the last norm
-    with tqdm(total=total, desc="compare logits", unit="layer", leave=False) as bar:
+    with tqdm(total=total, desc="compare logits", unit="layer", leave=False) as bar, Heartbeat(bar) as heartbeat:
+        heartbeat.begin("starting PyTorch")
         theirs = parity.transformers_logits(model.config, folder, tokens, bar.update)
         if theirs is None:
             return None, None
