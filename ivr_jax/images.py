@@ -63,7 +63,10 @@ def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     megapixels, or more than 32,768 pixels a side; and for samples of unknown range, which would turn black: 32-bit
     integers and floats, and 16-bit samples that use 14 bits at most, unless the file says which value is white.
     """
-    return _read(inputs.local(path) if is_url(path) else Path(path), str(path))
+    file = inputs.local(path) if is_url(path) else Path(path)
+    if file.is_fifo():
+        raise UserError(f"{path} is a pipe.", "Name a file: reading an image needs to go back in it.")
+    return _read(file, str(path))
 
 
 def decode_image(data: bytes, what: str) -> np.ndarray:

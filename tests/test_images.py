@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -51,6 +52,13 @@ def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         save_png(tmp_path / "folder.png", PIXELS)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_pipe_is_an_error_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError) as raised:
+        load_image(tmp_path / "pipe.png")
+    assert "pipe.png" in raised.value.what
 
 
 def test_exif_rotation_is_applied(tmp_path):

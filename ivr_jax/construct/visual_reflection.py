@@ -185,14 +185,14 @@ def _sample(line: str, where: str, root: Path) -> InputSample:
             check(isinstance(text, str), f"steps[{i}].{name} is no text")
         check(bool(step["reflection"].strip()), f"steps[{i}].reflection is empty")
         last = i + 1 == len(steps)
-        check(step["action"] == ("stop" if last else "continue"), f"steps[{i}].action is {step['action']!r}")
+        check(step["action"] == ("stop" if last else "continue"), f"steps[{i}].action is {step['action'][:80]!r}")
         check(bool(step["edit"].strip()) != last, f"steps[{i}].edit does not fit its action")
     check_storable(record, f"{where}: it")
     check(record["trajectory_id"] == trajectory_id(record), "trajectory_id is not that of the record's content")
     texts = {"prompt": record["prompt"], **{f"steps[{i}].{name}": step[name] for i, step in enumerate(steps)
                                             for name in ("reflection", "edit")}}
     for name, text in texts.items():
-        check_user_text(text, f"{where}: {name} of the record {record['source_record_id']!r}")
+        check_user_text(text, f"{where}: {name} of the record {record['source_record_id'][:80]!r}")
     paths = [_image_file(image, f"{where}: images[{i}]", root) for i, image in enumerate(images)]
     given = tuple(
         GivenRound(Reflection(step["reflection"].strip(), step["edit"].strip()), image)
@@ -222,11 +222,17 @@ def _image_file(image: Any, where: str, root: Path) -> Path:
     if not _SHA256.fullmatch(digest):
         raise UserError(f"{where}: sha256 is {digest[:80]!r}.", "Give 64 hexadecimal digits in lower case.")
     path = files.written_path(root, _path_of_url(uri) if scheme else uri)
+    name, remedy = str(path)[:200], "Correct the path, or name --config.image_root."
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):  # a link in the folder may lead out of it
+        raise UserError(f"{where}: {name} is not below {root}.", "Copy it there, or name a folder above it: "
+                        "--config.image_root=FOLDER.")
+    if not files.is_file(path):  # nor a folder, a pipe or a device
+        raise UserError(f"{where}: {name} is no file.", remedy)
     try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{where}: {str(path)[:200]} cannot be read: {error.strerror}.", "Correct the path, or name "
-                        "--config.image_root.") from error
+        raise UserError(f"{where}: {name} cannot be read: {error.strerror}.", remedy) from error
     if found != digest:
         raise UserError(f"{where}: {path} is another file than the one that sha256 names.", "Get the file again.")
     return path

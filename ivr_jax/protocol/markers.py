@@ -37,13 +37,19 @@ SYSTEM = {task: f"You are a helpful assistant for {task} task. USER: " for task 
 SYSTEM_UNCONDITIONAL = "You are a helpful assistant. USER: "
 ASSISTANT = " ASSISTANT: "
 
+MAX_CHARACTERS = 200_000
 _CONTROL = re.compile(
     r"<\|[^|<>\n]{1,40}\|>|</?(?:Evaluate|Failure Analysis|Improvement Plan|Step \d+)>", re.IGNORECASE
 )
 
 
 def check_user_text(text: str, where: str) -> str:
-    """Returns `text`, or raises UserError when it holds a control token, an answer marker, or what UTF-8 has not."""
+    """Returns `text`, or raises UserError when it holds a control token, an answer marker, or what UTF-8 has not.
+
+    A text of more than `MAX_CHARACTERS` is refused too: no model has the context for it.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{where} holds {len(text):,} characters; at most {MAX_CHARACTERS:,} are used.", "Shorten it.")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where} contains half of a surrogate pair.", "Remove it; it is no character.")
     found = _CONTROL.search(text)

@@ -123,11 +123,6 @@ def test_images_are_found_at_addresses_of_files(exported, form):
     assert not quarantined and samples[0].load().first_image.shape[2] == 3
 
 
-def broken(record: dict, change) -> str:
-    change(record)
-    return json.dumps(record)
-
-
 CHANGES = {
     "field": lambda r: r.update(extra=1),
     "missing": lambda r: r.pop("manifest_id"),
@@ -147,6 +142,16 @@ CHANGES = {
     "bucket": lambda r: r["images"][0].update(uri="S3://bucket/a.png"),
     "name of a hash": lambda r: r["images"][0].update(sha256="sha256:" + r["images"][0]["sha256"]),
     "half a character": lambda r: r.update(prompt="\ud800"),
+    "outside": lambda r: r["images"][0].update(uri="../x.png"),
+    "root": lambda r: r["images"][0].update(uri="file:///dev/null", sha256=hashlib.sha256(b"").hexdigest()),
+    "folder": lambda r: r["images"][0].update(uri="."),
+    "marker in an edit": lambda r: r["steps"][0].update(edit="</Evaluate>"),
+    "token in a reflection": lambda r: r["steps"][0].update(reflection="<|image start|>"),
+    "action": lambda r: r["steps"][0].update(action="revise"),
+    "no action": lambda r: r["steps"][0].update(action=None),
+    "too many": lambda r: r.update(images=r["images"][:1] * 6, steps=r["steps"][:1] * 5 + r["steps"][1:]),
+    "too long": lambda r: r.update(prompt="a" * 200_001),
+    "not a number": lambda r: r.update(source_dataset=float("nan")),
 }
 
 
@@ -159,13 +164,66 @@ def test_a_faulty_record_is_set_aside_with_its_line(exported, change, with_id):
     if with_id:
         try:
             record["trajectory_id"] = trajectory_id(record)
-        except (KeyError, UnicodeError):
-            pytest.skip("no id without its fields, as UTF-8")
+        except (KeyError, ValueError):
+            pytest.skip("no id without its fields, as UTF-8 and JSON")
     if with_id and change is CHANGES["content"]:
         pytest.skip("another prompt with its own id is a good record")
     exported.write_text("\ufeff" + exported.read_text() + json.dumps(record) + "\n{\n", encoding="utf-8")
     samples, quarantined = read_visual_reflection(exported)
     assert len(samples) == 2 and [entry.key for entry in quarantined] == ["line 3", "line 4"]
+
+
+def altered(exported: Path, **changes) -> dict:
+    record = json.loads(exported.read_text().splitlines()[0]) | changes
+    return record | {"trajectory_id": trajectory_id(record)}
+
+
+def test_an_image_outside_the_folder_needs_a_root_above_it(exported):
+    folder = exported.parent / "folder"
+    folder.mkdir()
+    images = json.loads(exported.read_text().splitlines()[0])["images"]
+    changed = altered(exported, images=[{**image, "uri": str(exported.parent / image["uri"])} for image in images])
+    (folder / "v.jsonl").write_text(json.dumps(changed) + "\n")
+    samples, quarantined = read_visual_reflection(folder / "v.jsonl")
+    assert not samples and images[0]["uri"] in quarantined[0].reason.what
+    samples, quarantined = read_visual_reflection(folder / "v.jsonl", exported.parent)
+    assert len(samples) == 1 and not quarantined
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000,
+        '{"trajectory_id": 1e400}',
+        "9" * 5000,
+        "[1, 2]",
+        "null",
+        '{"prompt": 1, "prompt": 2}',
+        "{",
+        "a" * 10**7,
+    ],
+    ids=["deep", "1e400", "digits", "list", "null", "key twice", "cut", "long"],
+)
+def test_a_line_that_is_no_record_is_set_aside_in_few_words(exported, line):
+    exported.write_bytes(exported.read_bytes().replace(b"\n", b"\r\n") + line.encode() + b"\r\n")
+    samples, quarantined = read_visual_reflection(exported)
+    assert len(samples) == 2 and [entry.key for entry in quarantined] == ["line 3"]
+    assert len(quarantined[0].reason.what) < 500
+
+
+def test_of_a_record_that_stands_twice_the_second_is_set_aside(exported):
+    exported.write_text(exported.read_text() * 2)
+    samples, quarantined = read_visual_reflection(exported)
+    assert len(samples) == 2 and [entry.key for entry in quarantined] == ["line 3", "line 4"]
+
+
+def test_an_error_quotes_the_beginning_of_what_is_wrong(exported):
+    steps = json.loads(exported.read_text().splitlines()[0])["steps"]
+    for long in ({"action": "x" * 10**6}, {"edit": "<|im_end|>"}):
+        changed = altered(exported, steps=[{**steps[0], **long}, *steps[1:]], source_record_id="r" * 10**6)
+        (exported.parent / "long.jsonl").write_text(json.dumps(changed))
+        _, quarantined = read_visual_reflection(exported.parent / "long.jsonl")
+        assert len(quarantined[0].reason.what) < 1000
 
 
 @given(trajectories())
