@@ -90,6 +90,8 @@ def test_checkpoints_images_and_answers_may_be_in_a_bucket(paths, tmp_path, monk
         assert {"cat/answer.json", "cat/G1.png", "cat/source1.png"} <= set(inputs.listed(f"{bucket}/out"))
         shutil.rmtree(tmp_path / "cache")
         assert "1 answers were there" in commands.succeed(*command)
+        asked = commands.succeed("evaluate", f"--prompts={bucket}/in/prompts.jsonl", "--checkpoint=micro", "--dry_run")
+        assert asked.split()[:2] == ["prompts", "1"]
         refused = commands.run("serve", "--checkpoint=micro", f"--out={bucket}/answers")
         assert f"{bucket}/answers" in refused.complaint
 

@@ -32,7 +32,7 @@ from ivr_jax.evaluate.benchmarks.suites import own
 
 CONFIG = "benchmark"
 READS = ("compare", "data", "rewritten", "answers", "judge_prompts", "detector", "clip", "sanity")
-URLS = ("checkpoint", "image_tokenizer", "text_tokenizer")
+URLS = ("prompts", "checkpoint", "image_tokenizer", "text_tokenizer")
 
 
 def add_flags(values: flags.FlagValues) -> None:
