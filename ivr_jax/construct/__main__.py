@@ -331,6 +331,13 @@ def _deliver(config: Any, workdir: Path, journal: Journal, found: Pass) -> dict[
     }
     if config.folders:
         write_folders(workdir / "folders", journal, found)
+    if not found.chosen:
+        raise UserError(
+            f"none of {found.seen} samples gave a trajectory: "
+            f"{in_words({'dropped': counts['drops'], 'quarantined': counts['quarantined']})}.",
+            f"Look at their images in {workdir / 'folders' / 'fail'}." if config.folders else
+            "Give the same command with --config.folders=True, which shows their images.",
+        )
     area = config.image_area if config.samples else 0
     settings = config.to_dict()
     for role in ROLES:

@@ -283,3 +283,12 @@ def bomb(side: int) -> bytes:
     head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     body = zlib.compress(b"\0" * 100_000, 9)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def test_when_every_sample_is_dropped_the_causes_are_named_and_no_dataset_is_left(tmp_path):
+    samples = write_samples(tmp_path / "in", 2, ends=("ambiguous",))
+    with serving(OpenAIService(Behaviour(key=KEY))) as url:
+        done = commands.run("construct", *arguments(url, samples, tmp_path / "run", folders=True))
+    assert done.returncode == 2 and "ambiguous_prompt 2" in done.complaint
+    assert not (tmp_path / "run" / "dataset").exists()
+    assert len(list((tmp_path / "run" / "folders" / "fail").iterdir())) == 2
