@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import tempfile
 import threading
@@ -102,6 +103,8 @@ def refresh(folder: str | os.PathLike[str]) -> None:
 def open_folder(url: str, *, without: tuple[str, ...] = ()) -> Iterator[Path]:
     """The local folder of a URL, which is copied there until the block ends, however it ends.
 
+    SIGTERM, which a machine sends that is taken away, ends it as Ctrl-C does, unless somebody else handles it.
+
     Args:
       url: gs://… or s3://….
       without: names of subfolders that are not copied.
@@ -112,7 +115,8 @@ def open_folder(url: str, *, without: tuple[str, ...] = ()) -> Iterator[Path]:
     mirror = Mirror(url, without=without)
     mirror.start()
     try:
-        yield mirror.folder
+        with _sigterm_interrupts():
+            yield mirror.folder
     except BaseException:
         try:
             mirror.close()
@@ -121,6 +125,20 @@ def open_folder(url: str, *, without: tuple[str, ...] = ()) -> Iterator[Path]:
         raise
     mirror.close()
     print(f"{mirror.url}: copied, {mirror.count} files")
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt in the block, where nobody has a handler for it and this is the main thread."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Follower:

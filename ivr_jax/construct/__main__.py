@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from ivr_jax import cli, files
 from ivr_jax.cloud.inputs import local
+from ivr_jax.cloud.mirror import with_urls
 from ivr_jax.cluster import engine as cluster
 from ivr_jax.cluster.part import Part
 from ivr_jax.config import check_least, claim_workdir, saved_config
@@ -224,11 +225,11 @@ def main(call: cli.Call) -> int | None:
     begun = complete or (saved_config(workdir) is not None and Journal.begun(workdir / "journal"))
     claim_workdir(workdir, config, resuming=begun, ignore=_ANY_TIME if complete else (*_ANY_TIME, *_UNTIL_DONE))
     if complete:
-        print(f"construct: {target} is complete, {len(TrajectoryDataset(target))} trajectories")
+        print(with_urls(f"construct: {target} is complete, {len(TrajectoryDataset(target))} trajectories"))
         _show(config, workdir)
         return None
     if config.released:
-        print(f"construct: {target}: {in_words(import_released(config, target))}")
+        print(with_urls(f"construct: {target}: {in_words(import_released(config, target))}"))
         return None
     if engine is not None:
         _on_cluster(call, engine, begun)
@@ -260,7 +261,7 @@ def main(call: cli.Call) -> int | None:
     _show(config, workdir)
     if not services.remote:
         shutil.rmtree(workdir / "journal")  # of no use beside the dataset: nothing in it was paid for
-    print(f"construct: {target}: {in_words(counts)}")
+    print(with_urls(f"construct: {target}: {in_words(counts)}"))
     return None
 
 
@@ -355,15 +356,15 @@ def _show(config: Any, workdir: Path) -> None:
     """Writes the gallery of a finished dataset, unless it is there already or nobody wants it."""
     page = workdir / "gallery.html"
     if config.gallery and not config.released and not page.exists():
-        print(f"construct: gallery: {write_gallery(page, TrajectoryDataset(workdir / 'dataset'))}")
+        print(with_urls(f"construct: gallery: {write_gallery(page, TrajectoryDataset(workdir / 'dataset'))}"))
 
 
 def _report_pending(workdir: Path, found: Pass) -> int:
     key, reason = next(iter(found.pending.items()))
     print(f"construct: {len(found.finished)} samples are finished, {len(found.quarantined)} quarantined, "
           f"{len(found.pending)} pending ({key}: {reason} ...)")
-    print(f"construct: {workdir / 'summary.json'} lists them.  Give the same command again to retry them, or add "
-          "--config.leave_pending=True to write the dataset without them.")
+    print(with_urls(f"construct: {workdir / 'summary.json'} lists them.  Give the same command again to retry them, or "
+                    "add --config.leave_pending=True to write the dataset without them."))
     return PENDING
 
 

@@ -370,7 +370,7 @@ def report(found: Mapping[str, Any], model: Model, target: Path, exported: bool)
     held, files = jax.tree.leaves(model.params)[0].dtype.name, found["dtypes"]
     check(found, target, _is_exact(files, held, exported), exported)
     count = sum(int(np.prod(slot.shape)) for slot in model.slots.values())
-    print(f"{target}: {model.kind}, {count:,} parameters")
+    print(mirror.with_urls(f"{target}: {model.kind}, {count:,} parameters"))
     print(f"  tensors      {found['tensors']}, {found['bytes']:,} bytes in the files")
     print(f"  dtypes       {dtypes_in_words(files, held, exported)}")
     print(f"  bit-equal    {found['equal']} of {found['tensors']} tensors (SHA-256 of each, in the files' dtype)")

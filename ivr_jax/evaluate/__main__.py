@@ -20,6 +20,7 @@ from typing import Any
 from ivr_jax import cli, files
 from ivr_jax.checkpoints import packed, store
 from ivr_jax.checkpoints.system import System
+from ivr_jax.cloud.mirror import with_urls
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
 from ivr_jax.evaluate import micro_world, paired, probes, typed
 from ivr_jax.evaluate.verdicts import VerdictScorer
@@ -49,7 +50,7 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
         claim_workdir(workdir, config, resuming=True, ignore=("mesh",))
         result = metrics.read_evaluation(workdir)
         if result["about"] == about:
-            print(f"evaluate: {workdir} is complete")
+            print(with_urls(f"evaluate: {workdir} is complete"))
             return result
     claim_workdir(workdir, config, resuming=False)
     tokenizers = config.image_tokenizer or None, config.text_tokenizer or None

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ivr_jax import cli, sharding
 from ivr_jax.checkpoints import system as systems
+from ivr_jax.cloud.mirror import with_urls
 from ivr_jax.errors import UserError
 from ivr_jax.generate.answer_folder import PAGE, InterleavedAnswer, check_writable, read_about, write_answer
 from ivr_jax.generate.answering import IMAGE, MODES, Answering, make_answering
@@ -144,7 +145,7 @@ def main(call: cli.Call) -> None:
     kind = answering.about["modes"][0] if isinstance(answer, InterleavedAnswer) else answer.trajectory.mode.value
     if isinstance(answer, InterleavedAnswer) and not answer.finished:
         print(f"the answer was cut after {tokens:,} tokens, before its end: raise --answer_length")
-    print(f"{kind}, {speed(tokens, seconds)}; {out / PAGE}")
+    print(with_urls(f"{kind}, {speed(tokens, seconds)}; {out / PAGE}"))
 
 
 def speed(tokens: int, seconds: float) -> str:
@@ -159,7 +160,7 @@ def report(answer: Answer | InterleavedAnswer, images: list[Path]) -> None:
         if isinstance(answer, Answer):
             passed = answer.trajectory.rounds[number - 1].evaluation.passed
             verdict = f"  own verdict: {'pass' if passed else 'fail'}"
-        print(f"G{number}: {path}{verdict}")
+        print(with_urls(f"G{number}: {path}{verdict}"))
 
 
 def answer_all(wanted: flags.FlagValues, out: Path) -> None:
@@ -194,7 +195,7 @@ def answer_all(wanted: flags.FlagValues, out: Path) -> None:
             bar.update()
     seconds = time.perf_counter() - clock
     there, made = len(requests) - len(todo), len(todo) - len(failed)
-    print(f"{out}: {there} answers were there, {made} made, {speed(total, seconds)}")
+    print(with_urls(f"{out}: {there} answers were there, {made} made, {speed(total, seconds)}"))
     if failed:
         raise UserError(f"{len(failed)} of {len(requests)} requests have no answer; {failed[0]}",
                         "The others are kept: the same command tries again only these.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import signal
 import sqlite3
 import time
 from pathlib import Path
@@ -161,6 +163,19 @@ def test_two_writers(bucket):
             with open_folder(url):
                 raise AssertionError
         assert url in error.value.what
+
+
+def test_a_command_that_is_asked_to_stop_copies_what_it_made_and_gives_the_lock_back(bucket):
+    """SIGTERM, where the command itself does nothing about it; the bucket of another machine has what was made."""
+    url = f"{bucket}/stopped"
+    with pytest.raises(KeyboardInterrupt):
+        with open_folder(url) as folder:
+            write(folder, log="1")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    shutil.rmtree(inputs.cache_folder())
+    assert contents(inputs.local(url)) == {"log": "1"} and Objects(url).read(NAME)[0] is None
 
 
 def test_a_journal_is_copied_whole_while_it_is_written(bucket, cache):

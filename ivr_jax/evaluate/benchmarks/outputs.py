@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ivr_jax import files
+from ivr_jax.cloud.mirror import with_urls
 from ivr_jax.evaluate.benchmarks import gallery, run_folder, tables
 from ivr_jax.evaluate.benchmarks.interface import NOT_JUDGED, Benchmark, Item, Judged
 from ivr_jax.evaluate.benchmarks.run_folder import Found
@@ -121,7 +122,7 @@ def show(benchmark: Benchmark, made: Mapping[str, Any], workdir: Path, console: 
     console.print(Text(f"{benchmark.title}, {benchmark.headline}: {tables.headline_text(made, benchmark.decimals)}"))
     for reason in made["reasons"]:
         console.print(Text(f"not a full result: {reason}"))
-    console.print(Text(str(workdir / PAGE)))
+    console.print(Text(with_urls(str(workdir / PAGE))))
 
 
 def file_name(text: str) -> str:
