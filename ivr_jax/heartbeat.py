@@ -23,22 +23,26 @@ class Heartbeat:
     def __init__(self, bar: tqdm, activity: Callable[[], str] = str):
         self._bar, self._activity = bar, activity
         self._began, self._first, self._said = time.monotonic(), "", ""
+        self._due = self._began + self.EVERY
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def begin(self, first: str) -> None:
         """Something begins; `first` is shown while its activity is not known."""
         self._began, self._first = time.monotonic(), first
+        self._due = self._began + self.EVERY
         if self._said and self._bar.postfix == self._said:  # what was said of the thing before
             self._bar.set_postfix_str("", refresh=False)
 
     def _run(self) -> None:
-        while not self._ended.wait(self.EVERY):
-            seconds = time.monotonic() - self._began
-            if seconds >= self.EVERY:
-                words = self._activity() or self._first or "step"
-                self._said = f"{words}, {seconds:.0f} s"
-                self._bar.set_postfix_str(self._said)
+        while not self._ended.wait(self.EVERY / 20):  # what begins between two looks is still spoken of in time
+            now = time.monotonic()
+            if now < self._due:
+                continue
+            self._due = now + self.EVERY
+            words = self._activity() or self._first or "step"
+            self._said = f"{words}, {now - self._began:.0f} s"
+            self._bar.set_postfix_str(self._said)
 
     def __enter__(self) -> Heartbeat:
         if not self._bar.disable:

@@ -45,3 +45,15 @@ def test_what_begins_next_takes_back_what_was_said_and_leaves_other_words(monkey
         bar.set_postfix_str("loss 1")
         heartbeat.begin("drawing")
         assert bar.postfix == "loss 1"
+
+
+def test_what_begins_late_is_spoken_of_as_soon_as_it_has_taken_long(monkeypatch):
+    monkeypatch.setattr(Heartbeat, "EVERY", 0.8)
+    bar = mock.Mock(disable=False)
+    with Heartbeat(bar) as heartbeat:
+        time.sleep(0.2)
+        heartbeat.begin("compiling")
+        began = time.monotonic()
+        while not bar.set_postfix_str.called:
+            time.sleep(0.01)
+        assert 0.8 <= time.monotonic() - began < 1.3
