@@ -75,10 +75,13 @@ def stored_examples(folder: str | os.PathLike, mix: Mapping[str, float], length:
         )
     modes = [mode for mode, weight in mix.items() if weight > 0]
     missing = [mode for mode in modes if not manifest["counts"].get(mode)]
-    if missing or not modes:
+    held = ", ".join(f"{mode} {count}" for mode, count in manifest["counts"].items())
+    if not modes:
+        raise UserError(f"data.mix weights nothing; the dataset holds {held}.", "Give one of them a positive weight.")
+    if missing:
         raise UserError(
-            f"data.mix weights {missing or 'nothing'}, but the dataset holds {manifest['counts']}.",
-            "Set the weights of absent modes to 0 and give one that is there a positive weight.",
+            f"data.mix gives weight to {' and '.join(missing)}, of which the dataset holds no example: {held}.",
+            f"Add {' '.join(f'--config.data.mix.{mode}=0' for mode in missing)}, or data of that mode.",
         )
     sources = []
     for number, mode in enumerate(modes):

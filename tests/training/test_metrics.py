@@ -222,6 +222,13 @@ def stored(folder, length):
     return pipeline.stored_examples(folder, {"direct": 1.0}, length, 3)
 
 
+def test_a_weight_for_a_mode_without_examples_is_an_error_that_gives_the_flag(token_examples):
+    with pytest.raises(UserError) as raised:
+        pipeline.stored_examples(token_examples, {"direct": 1.0, "reflection": 0.0, "multi_step": 2.0}, 64, 3)
+    assert "multi_step" in raised.value.what and "reflection" not in raised.value.what
+    assert "--config.data.mix.multi_step=0" in raised.value.remedy
+
+
 def test_the_number_of_readers_changes_no_batch(token_examples):
     """8 rows from 4 streams: read by one process, and by two that hold rows 0, 1, 4, 5 and the rest."""
 
