@@ -8,7 +8,8 @@ An alarm is a line in the log when it begins (and when it ends), and a metric `a
     calibration_drift   P(pass | wrong) has risen far above its value at the start of the run
     truncation          many answers are cut at the answer length
 
-Each looks at the last `window` steps.  The state is JSON, so that a resumed run raises the same alarms.
+Each looks at the last `window` steps, but that all answers are cut is told at once.  The state is JSON, so that a
+resumed run raises the same alarms.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class MonitorOptions(Section, name="monitor"):
     """When to raise an alarm, and when to stop.
 
     Attributes:
-      window: steps that an alarm looks back on; none is raised before there are so many.
+      window: steps that an alarm looks back on; before there are so many, only that all answers are cut is told.
       min_frac_nonzero_std: zero_variance when a smaller share of groups has contrast.
       min_grad_norm: zero_gradient when all norms of the window are at or below it.
       max_mode_share: mode_collapse when one mode has more than this share of the answers.
@@ -77,11 +78,13 @@ class Monitor:
             if self._start is None:
                 self._start = self._sums("pass_given_wrong")
             alarms = self._alarms()
-            for name in sorted(set(alarms) - set(self._on)):
-                logging.warning("step %d: ALARM %s: %s", step, name, alarms[name])
-            for name in sorted(set(self._on) - set(alarms)):
-                logging.warning("step %d: alarm %s is over", step, name)
-            self._on = sorted(alarms)
+        else:
+            alarms = self._early_alarms()
+        for name in sorted(set(alarms) - set(self._on)):
+            logging.warning("step %d: ALARM %s: %s", step, name, alarms[name])
+        for name in sorted(set(self._on) - set(alarms)):
+            logging.warning("step %d: alarm %s is over", step, name)
+        self._on = sorted(alarms)
         return {f"alarm_{name}": float(name in self._on) for name in ALARMS}
 
     def count_missing(self, missing: int, judged: int, reasons: Mapping[str, int]) -> None:
@@ -128,6 +131,12 @@ class Monitor:
         if cut is not None and cut > options.max_truncated:
             alarms["truncation"] = f"{cut:.0%} of the answers are cut at config.answer_length"
         return alarms
+
+    def _early_alarms(self) -> dict[str, str]:
+        """Those that need no whole window: nothing can be learnt while every answer is cut."""
+        if self._share("truncated") == 1.0:
+            return {"truncation": "all answers are cut at config.answer_length"}
+        return {}
 
     def get_state(self) -> dict[str, Any]:
         """What it has observed, as JSON values."""

@@ -50,6 +50,13 @@ def test_each_alarm_goes_on_and_off_again_and_no_other_does(name, caplog):
         assert f"alarm {name} is over" in caplog.text
 
 
+def test_that_every_answer_is_cut_is_told_at_the_first_step():
+    watch = Monitor(OPTIONS, MODES)
+    assert watch.observe(1, healthy(truncated=(8.0, 8.0)))["alarm_truncation"] == 1.0
+    assert watch.observe(2, healthy(truncated=(1.0, 8.0)))["alarm_truncation"] == 0.0
+    assert Monitor(OPTIONS, MODES).observe(1, healthy(truncated=(7.0, 8.0)))["alarm_truncation"] == 0.0
+
+
 def test_calibration_counts_every_image_that_was_judged():
     def said(*verdicts: str) -> types.SimpleNamespace:
         own = [types.SimpleNamespace(passed=verdict == "pass") for verdict in verdicts]

@@ -122,6 +122,19 @@ def read_answers(workdir: Path, items: Sequence[Item], samples: int) -> Iterator
                 yield item, record
 
 
+def check_drawn(workdir: Path, items: Sequence[Item], samples: int) -> None:
+    """Raises UserError when the model has answered and no answer holds an image."""
+    records = [record for _, record in read_answers(workdir, items, samples)]
+    if records and not any(record.images for record in records):
+        first = records[0]
+        raise UserError(
+            f"none of the {len(records)} answers in {workdir / ANSWERS} holds an image. The first has {first.tokens} "
+            f"tokens: {first.error or 'it is text alone.'}",
+            "Allow longer answers (--config.answer_length=N) or shorter texts (--config.text_cap=N), in another "
+            "--workdir.",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """The images of a run.

@@ -39,6 +39,7 @@ from ivr_jax.evaluate.benchmarks import (
 from ivr_jax.evaluate.benchmarks.detection import TransformersDetector
 from ivr_jax.evaluate.benchmarks.interface import MODES, Item, Judged, Judgement, State
 from ivr_jax.evaluate.benchmarks.judges import ChatJudge, DetectorJudge, Judge, NoJudge, WorldJudge, label
+from ivr_jax.heartbeat import Heartbeat
 from ivr_jax.protocol.grammar import INTERLEAVED, Grammar, GrammarOptions
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.layout import LayoutOptions, RolloutLayout, load_sampler
@@ -173,7 +174,11 @@ class Session:
         if not missing:
             return
         total, done = len(self.items) * self.samples, (len(self.items) - len(missing)) * self.samples
-        with tqdm(desc="generate", unit="answer", total=total, initial=done, disable=not primary) as bar:
+        with (
+            tqdm(desc="generate", unit="answer", total=total, initial=done, disable=not primary) as bar,
+            Heartbeat(bar) as heartbeat,
+        ):
+            heartbeat.begin("drawing")
             if self.engine is None:
                 self._draw(plan, (jax.process_index(), jax.process_count()), bar)
             else:
@@ -243,6 +248,8 @@ class Session:
         self.check_references()
         run = self._run_to_judge()
         images = Path(self.flags.answers) if self.flags.answers else self.workdir / run_folder.IMAGES
+        if not self.flags.answers:
+            run_folder.check_drawn(self.workdir, self.items, self.samples)
         found = run_folder.find_images(self.benchmark, images, self.items, self.samples)
         with contextlib.closing(Journal(self.workdir / CACHE)) as journal:
             judge = self.make_judge(journal)
@@ -335,6 +342,8 @@ class Session:
     def judge_part(self, part: Part) -> None:
         """Judges the items of one part, into a folder of its own."""
         images = Path(self.flags.answers) if self.flags.answers else self.workdir / run_folder.IMAGES
+        if not self.flags.answers:
+            run_folder.check_drawn(self.workdir, self.items, self.samples)
         found = run_folder.find_images(self.benchmark, images, self.items, self.samples)
         folder = self.workdir / PARTS / f"{part.index:05d}"
         mine = {item.key for item in self.items[part.index :: part.count]}

@@ -185,6 +185,18 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         run_folder.read_run(tmp_path)
 
 
+def test_answers_without_any_image_are_an_error_that_says_what_became_of_them(tmp_path):
+    items = [Item(key, "p", "c") for key in ("a", "b")]
+    run_folder.check_drawn(tmp_path, items, 1)  # no answers: images of another model may be there
+    for item in items:
+        run_folder.write_answer(tmp_path, item, AnswerRecord(item.key, 0, "invalid", 0, 640, error="It was cut."))
+    with pytest.raises(UserError) as raised:
+        run_folder.check_drawn(tmp_path, items, 1)
+    assert "It was cut." in raised.value.what and "640" in raised.value.what
+    run_folder.write_answer(tmp_path, items[1], AnswerRecord("b", 0, "direct", 1, 40))
+    run_folder.check_drawn(tmp_path, items, 1)
+
+
 def test_answers_are_there_or_not(tmp_path):
     item = Item("a/1", "p", "c")
     assert run_folder.read_answer(tmp_path, item, 0) is None
