@@ -71,12 +71,16 @@ def prepare(folder: Path) -> Path:
 
 
 def sft_settings(runs: Path) -> dict:
-    """Log lines and checkpoints fall on different steps, so that half a line's sums must be resumed too."""
+    """Log lines and checkpoints fall on different steps, so that half a line's sums must be resumed too.
+
+    AdamW instead of the config's Muon, whose iterations take long to compile.
+    """
     return {
         "steps": 20, "batch": 2, "grad_accum_steps": 1, "loss_chunk_tokens": 64, "log_every": 3, "checkpoint_every": 4,
         "image_tokenizer": runs / "image_tokenizer", "data.path": runs / "dataset", "data.length": 128,
         "data.practice_share": 0.0,
-        "data.mix.reflection": 2.0, "data.mix.multi_step": 2.0, "optimizer.learning_rate": 2e-3,
+        "data.mix.reflection": 2.0, "data.mix.multi_step": 2.0, "optimizer.kind": "adamw",
+        "optimizer.learning_rate": 2e-3,
         **{f"model.{key}": value for key, value in MODEL.items()},
     }  # fmt: skip
 
@@ -125,6 +129,11 @@ def metrics(workdir: Path) -> list[dict]:
 
 def assert_same_run(workdir: Path, other: Path) -> None:
     assert metrics(workdir) == metrics(other)
-    ours, theirs = systems.load(workdir), systems.load(other)
+    assert_same_parameters(workdir, other)
+
+
+def assert_same_parameters(run: Path | str, other: Path | str) -> None:
+    """Of two runs, each in a folder or at the URL of a bucket."""
+    ours, theirs = systems.load(run), systems.load(other)
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -6,10 +6,11 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
@@ -386,12 +387,11 @@ SMALL = (
 )  # fmt: skip
 
 
-def compile_micro(tmp_path, *argv: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+def compile_micro(tmp_path, *argv: str) -> tuple[commands.Done, list[dict]]:
+    """The finished command, and the plans that it wrote; the compiler has a process of its own."""
     answer = tmp_path / "plan.json"
-    answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "ivr_jax.compile", *argv, f"--json={answer}"]
-    environment = {**os.environ, "TPU_LIBRARY_PATH": compiler()}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    with mock.patch.dict(os.environ, {"TPU_LIBRARY_PATH": compiler()}):
+        done = commands.run("compile", *argv, f"--json={answer}")
     return done, json.loads(answer.read_text()) if answer.exists() else []
 
 

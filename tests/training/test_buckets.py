@@ -12,14 +12,11 @@ from pathlib import Path
 
 import bucket_servers
 import commands
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from tiny_runs import ROOT, flags_of, metrics, prepare, sft_settings, trained
+from tiny_runs import ROOT, assert_same_parameters, flags_of, metrics, prepare, sft_settings, trained
 
 from ivr_jax.checkpoints import store
-from ivr_jax.checkpoints import system as systems
 from ivr_jax.cloud import inputs, manifest, mirror
 from ivr_jax.cloud.objects import Objects
 from ivr_jax.errors import UserError
@@ -177,9 +174,3 @@ def test_a_bucket_that_vanishes_while_a_checkpoint_is_written_shows_the_last_who
         assert steps(url)[0] == {2} and store.resolve(url).name == "2"
         save(4)
         assert steps(url)[0] == {2, 4}
-
-
-def assert_same_parameters(url: str, other: Path) -> None:
-    ours, theirs = systems.load(url), systems.load(other)
-    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
-        np.testing.assert_array_equal(a, b)

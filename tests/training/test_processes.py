@@ -8,13 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import bucket_servers
 import commands
+import jax
 import numpy as np
 import pytest
-from tiny_runs import assert_same_run, metrics, newest_checkpoint, prepare, rl_settings, sft_settings, trained
+from tiny_runs import assert_same_parameters, metrics, newest_checkpoint, prepare, rl_settings, sft_settings, trained
 
 from ivr_jax import distributed
 from ivr_jax.checkpoints import store
@@ -58,7 +60,7 @@ def runs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(runs) -> dict:
-    changes = {"steps": 8, "batch": 4, "grad_accum_steps": 2, "data.streams": 4, "optimizer.kind": "adamw"}
+    changes = {"steps": 8, "batch": 4, "grad_accum_steps": 2, "data.streams": 4}
     return sft_settings(runs) | changes | {"log_every": 1, "checkpoint_every": 2}
 
 
@@ -67,46 +69,50 @@ def alone(runs, settings) -> list[str]:
     return trained(runs / "alone", "micro_base", settings)
 
 
-def test_two_processes_compute_what_one_does_and_one_that_is_killed_costs_nothing(runs, alone):
-    first, second = finish(processes(alone, runs / "both"))
+@pytest.fixture(scope="module")
+def undisturbed(runs, alone, tmp_path_factory) -> Iterator[tuple[str, Path, list[str]]]:
+    """The run as two processes in a bucket, with a cache each: its URL, their caches, and what each printed."""
+    url, caches = f"gs://{bucket_servers.BUCKET}/both", tmp_path_factory.mktemp("machines")
+    with pytest.MonkeyPatch.context() as patch, bucket_servers.server("gs"):
+        patch.setenv(CACHE_VARIABLE, str(caches / "third machine"))
+        yield url, caches, finish(processes(alone, url, caches=caches))
+
+
+def test_two_processes_compute_what_one_does_in_a_bucket_from_disks_of_their_own(runs, undisturbed):
+    """Process 0 alone tokenises; the other one has its examples from the bucket.  Orbax writes from both."""
+    url, caches, (first, second) = undisturbed
     assert "examples:" in first and "examples:" not in second  # process 0 alone speaks
-    theirs, ours = metrics(runs / "alone"), metrics(runs / "both")
+    theirs, ours = metrics(runs / "alone"), metrics(inputs.local(f"{url}/metrics.jsonl").parent)
     assert [row["step"] for row in ours] == list(range(1, 9))
     for row, expected in zip(ours, theirs, strict=True):
         assert row.keys() == expected.keys()
         np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
         for name in ("packing_efficiency", "tokens_per_step"):
             assert row[name] == expected[name]  # the same rows, whoever reads them
-    started = processes(alone, runs / "killed")
+    assert list((caches / "1" / "written").glob("*/both/examples/examples.json"))
+    assert f"{url}/checkpoints/8" == str(store.resolve(url))
+
+
+def test_one_of_two_processes_that_is_killed_costs_nothing(runs, alone, undisturbed):
+    """On a disk that both share."""
+    workdir, (url, *_) = runs / "killed", undisturbed
+    started = processes(alone, workdir)
     deadline = time.monotonic() + 300
-    while newest_checkpoint(runs / "killed") < 2 and time.monotonic() < deadline:
+    while newest_checkpoint(workdir) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
     started[1].send_signal(signal.SIGKILL)
     time.sleep(1)  # what a scheduler does next: it ends the others and starts all again
     started[0].kill()
     for process in started:
         process.communicate()
-    killed_at = newest_checkpoint(runs / "killed")
+    killed_at = newest_checkpoint(workdir)
     assert 2 <= killed_at < 8
-    assert f"resumed at step {killed_at} of 8" in finish(processes(alone, runs / "killed"))[0]
-    assert_same_run(runs / "killed", runs / "both")
-    saved = json.loads((runs / "killed" / "config.json").read_text())
+    first, second = finish(processes(alone, workdir))
+    assert f"resumed at step {killed_at} of 8" in first and "resumed" not in second
+    assert metrics(workdir) == metrics(inputs.local(f"{url}/metrics.jsonl").parent)
+    assert_same_parameters(workdir, url)
+    saved = json.loads((workdir / "config.json").read_text())
     assert saved["mesh"]["data"] == -1
-
-
-def test_two_processes_with_disks_of_their_own_share_a_work_directory_in_a_bucket(runs, alone, tmp_path, monkeypatch):
-    """Process 0 alone tokenises; the other one has its examples from the bucket.  Orbax writes from both."""
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "third machine"))
-    with bucket_servers.server("gs"):
-        url = f"gs://{bucket_servers.BUCKET}/both"
-        first, second = finish(processes(alone, url, caches=tmp_path))
-        assert "examples:" in first and "examples:" not in second
-        ours = metrics(inputs.local(f"{url}/metrics.jsonl").parent)
-        assert [row["step"] for row in ours] == list(range(1, 9))
-        for row, expected in zip(ours, metrics(runs / "alone"), strict=True):
-            np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
-        assert list((tmp_path / "1" / "written").glob("*/both/examples/examples.json"))
-        assert f"{url}/checkpoints/8" == str(store.resolve(url))
 
 
 def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
@@ -124,10 +130,13 @@ def test_rl_as_two_processes_draws_judges_and_learns_what_one_does(runs, alone):
             if name not in ("slot_utilisation", "tokens_per_call", "calls_per_image_token", "max_ratio_deviation"):
                 np.testing.assert_allclose(row[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
     assert (runs / "rl both" / "gallery" / "step_000002.html").exists()
-    wrong = processes([*argv, "--config.prompts_per_step=3", "--config.group_size=4"], runs / "rl wrong")
-    for process in wrong:
-        output = process.communicate(timeout=300)[0]
-        assert process.returncode == 2 and "which does not divide over 2 processes" in output, output
+
+
+def test_prompts_that_do_not_divide_over_the_processes_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    changes = ("--config.init=none", "--config.prompts_per_step=3", "--config.group_size=4")
+    done = commands.run("train", "--config=micro_rl", f"--workdir={tmp_path}", *changes)
+    assert "config.prompts_per_step" in done.complaint and "2 processes" in done.complaint
 
 
 def flags_of(**given) -> object:
