@@ -15,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+TESTS = Path(__file__).resolve().parent
+CACHE = TESTS.parent / ".cache"
 
 # Read by the libraries on import, and inherited by subprocesses.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -47,13 +48,26 @@ LONGEST = ["test_end_to_end", "test_processes", "test_resume", "test_generate", 
 
 
 # Pure functions and formats: what `make test-fast` runs.  Everything else carries the marker `slow`.
-FAST = {"protocol", "world", "rewards", "data", "review", "test_import_order", "test_images", "test_cli", "test_readme"}
+FAST = {
+    "protocol", "world", "rewards", "data", "review", "test_import_order", "test_images", "test_cli", "test_config",
+    "test_readme",
+}  # fmt: skip
+
+
+def is_slow(path: Path) -> bool:
+    parts = path.relative_to(TESTS).with_suffix("").parts
+    return parts[0] not in FAST or path.stem == "test_browser"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make test-fast` need not import the modules whose tests it leaves out."""
+    inside = TESTS in collection_path.parents
+    return True if config.option.markexpr == "not slow" and inside and is_slow(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        parts = item.path.relative_to(Path(__file__).parent).with_suffix("").parts
-        if parts[0] not in FAST or item.path.stem == "test_browser":
+        if is_slow(item.path):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import signal
@@ -112,8 +113,6 @@ from ivr_jax import sharding
 from ivr_jax.checkpoints import store
 from ivr_jax.cloud import mirror
 
-url = sys.argv[1]
-
 def state(mesh, make):
     shapes = {"kernel": ((64, 96), P("fsdp", "tensor"), jnp.bfloat16), "embed": ((40, 16), P("tensor"), jnp.float32),
               "scale": ((7,), P(), jnp.float32)}
@@ -125,29 +124,37 @@ def random(name, shape, placed, dtype):
 def shape_of(name, shape, placed, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
-saved = state(sharding.make_mesh({"fsdp": 2, "tensor": 4}), random)
-with mirror.open_folder(url, without=store.written_directly(url)) as folder:
-    checkpointer = store.Checkpointer(folder)
-    checkpointer.save(3, saved, [1], {"kind": "test"})
-    checkpointer.wait()
-    checkpointer.close()
-like = state(sharding.make_mesh({"fsdp": 4, "tensor": 2}), shape_of)
-with mirror.open_folder(url, without=store.written_directly(url)) as folder:
-    checkpointer = store.Checkpointer(folder)
-    restored = checkpointer.restore(like)
-    assert restored.step == 3 and restored.data == [1]
-    checkpointer.close()
-restored = restored.state
-for name, array in saved.items():
-    found = restored[name]
-    print(name, len(found.sharding.device_set), found.dtype == array.dtype, np.array_equal(found, array))
+for url in sys.argv[1:]:
+    saved = state(sharding.make_mesh({"fsdp": 2, "tensor": 4}), random)
+    with mirror.open_folder(url, without=store.written_directly(url)) as folder:
+        checkpointer = store.Checkpointer(folder)
+        checkpointer.save(3, saved, [1], {"kind": "test"})
+        checkpointer.wait()
+        checkpointer.close()
+    like = state(sharding.make_mesh({"fsdp": 4, "tensor": 2}), shape_of)
+    with mirror.open_folder(url, without=store.written_directly(url)) as folder:
+        checkpointer = store.Checkpointer(folder)
+        restored = checkpointer.restore(like)
+        assert restored.step == 3 and restored.data == [1]
+        checkpointer.close()
+    restored = restored.state
+    for name, array in saved.items():
+        found = restored[name]
+        same = found.dtype == array.dtype and np.array_equal(found, array)
+        print(url.partition(":")[0], name, len(found.sharding.device_set), same)
 """
 
 
-def test_a_sharded_checkpoint_comes_back_bit_for_bit_on_another_mesh(bucket):
-    lines = commands.on_devices(8, SHARDED, f"{bucket}/sharded")
+def test_a_sharded_checkpoint_comes_back_bit_for_bit_on_another_mesh(tmp_path, monkeypatch):
+    monkeypatch.setenv(inputs.CACHE_VARIABLE, str(tmp_path))
+    with contextlib.ExitStack() as stack:
+        for scheme in bucket_servers.SCHEMES:
+            stack.enter_context(bucket_servers.server(scheme))
+        urls = [f"{scheme}://{bucket_servers.BUCKET}/sharded" for scheme in bucket_servers.SCHEMES]
+        lines = commands.on_devices(8, SHARDED, *urls)
+    found = [line for line in lines if line.endswith("True")]
     names = ("kernel", "embed", "scale")
-    assert [line for line in lines if line.endswith("True")] == [f"{name} 8 True True" for name in names]
+    assert found == [f"{scheme} {name} 8 True" for scheme in bucket_servers.SCHEMES for name in names]
 
 
 def test_a_bucket_that_vanishes_while_a_checkpoint_is_written_shows_the_last_whole_one(tmp_path, monkeypatch):
