@@ -17,6 +17,7 @@ from ivr_jax.data.examples import read_manifest, unpack_example
 from ivr_jax.errors import UserError
 
 PACKED_TOGETHER = 64  # least number of rows that a stream fills at the same time: more rows, less padding
+_AHEAD, _THREADS, _MOST_AHEAD = 8, 16, 500  # batches read ahead, by how many threads, and the most elements of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ def packed_batches(
     def stream(number: int) -> grain.DatasetIterator:
         part = examples.slice(slice(number, None, streams)) if streams > 1 else examples
         packed = grain_experimental.BestFitPackIterDataset(
-            part.to_iter_dataset(), length_struct={"tokens": length, "loss": length},
+            part.to_iter_dataset(_reading(each)), length_struct={"tokens": length, "loss": length},
             num_packing_bins=max(4 * each, PACKED_TOGETHER), seed=seed + number,
         )  # fmt: skip
         return iter(packed.map(_rename).batch(each, drop_remainder=True))
@@ -144,6 +145,14 @@ def indexed_batches(source: Indexed, batch: int, seed: int, collate: Callable | 
     if len(source) < 1:
         raise UserError("the dataset is empty.", "Add at least one sample.")
     dataset = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    return iter(
-        dataset.to_iter_dataset().batch(batch, drop_remainder=True, **({"batch_fn": collate} if collate else {}))
-    )
+    options = {"batch_fn": collate} if collate else {}
+    return iter(dataset.to_iter_dataset(_reading(batch)).batch(batch, drop_remainder=True, **options))
+
+
+def _reading(batch: int) -> grain.ReadOptions:
+    """Some batches are read ahead, not Grain's 500 elements whatever their number: a run would begin with making those.
+
+    An element can be dear: a lesson is rendered, and a shuffled index of very few takes milliseconds.
+    """
+    ahead = min(max(_AHEAD * batch, _THREADS), _MOST_AHEAD)
+    return grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=ahead)
