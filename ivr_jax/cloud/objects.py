@@ -24,6 +24,11 @@ SCHEMES = ("gs:/", "s3:/")  # one slash, as some programs leave of two, makes no
 SIDE = ".ivr_jax"  # objects of ours beside the user's: manifest, lock
 _DRIVERS = {"gs": "gcs", "s3": "s3"}
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}  # half a minute, then it is an error
+_TIMEOUTS = {  # of a server that takes requests and says nothing, for every user of TensorStore in this process
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20",  # without a byte; then the request is tried again
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
 _IN_FLIGHT = 1 << 28  # bytes that are read or written at once
 _PART = 1 << 26  # bytes of one read of a large object
 _LARGE = 1 << 29  # bytes from which a file is written in parts, by fsspec
@@ -105,6 +110,8 @@ class Objects:
     """
 
     def __init__(self, url: str):
+        for name, value in _TIMEOUTS.items():
+            os.environ.setdefault(name, value)
         import tensorstore as ts  # not for those who use no bucket
 
         self.url = url.rstrip("/")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import time
 
 import bucket_servers
+import commands
 import pytest
 
 from ivr_jax.cloud import objects
@@ -75,6 +77,27 @@ def test_without_permission_and_without_a_server_it_says_so(scheme, monkeypatch)
         with pytest.raises(UserError) as error:
             Objects(f"{scheme}://{name}/x").read("a")
         assert "cannot be reached" in error.value.what and time.monotonic() - began < 20
+
+
+SILENT = """
+import sys
+from ivr_jax.cloud import objects
+from ivr_jax.errors import UserError
+objects._RETRIES = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}
+try:
+    objects.Objects(sys.argv[1]).read("a")
+except UserError as error:
+    print(error.what)
+"""
+
+
+@pytest.mark.parametrize("scheme", bucket_servers.SCHEMES)
+def test_a_server_that_takes_requests_and_says_nothing_is_not_waited_for(scheme):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = bucket_servers.variables(scheme, server.getsockname()[1])
+        there["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"] = "1"
+        lines = commands.on_devices(1, SILENT, f"{scheme}://runs/x", **there)
+    assert "cannot be reached" in lines[-1]
 
 
 def test_a_clock_that_is_off_is_named():
