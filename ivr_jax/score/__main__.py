@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from ivr_jax import cli, files
 from ivr_jax.config import as_dataclass
-from ivr_jax.construct.released import check_storable
 from ivr_jax.errors import UserError
-from ivr_jax.score.scoring import PRESETS, Result, Scorer, with_bonus
+from ivr_jax.score.scoring import PRESETS, Result, Scorer, named_scores, with_bonus
 from ivr_jax.services.build import service_from_config
 from ivr_jax.services.config import secret
 from ivr_jax.services.journal import Journal
@@ -75,20 +74,12 @@ async def score_file(config: Any, workdir: Path, journal: Journal) -> int | None
         for service in services:
             await service.client.close()
     target = workdir / "scores.jsonl"
-    files.write_file(target, "".join(_line(*pair, i) for i, pair in enumerate(zip(rollouts, results, strict=True))))
+    lines = (json.dumps(score, ensure_ascii=False) + "\n" for score in named_scores(rollouts, results))
+    files.write_file(target, "".join(lines))
     missing = sum(bool(result.missing) for result in results)
     failed = sum(bool(result.error) for result in results)
     print(f"score: {target}: {len(results)} rollouts, {missing} with missing judgements, {failed} faulty records")
     return MISSING if missing else None
-
-
-def _line(rollout: Any, result: Result, index: int) -> str:
-    name = rollout.get("id", index) if isinstance(rollout, dict) else index
-    try:
-        check_storable(name, "the id")
-    except UserError:
-        name = index
-    return json.dumps({"id": name, **result.to_json()}, ensure_ascii=False) + "\n"
 
 
 def serve(config: Any, journal: Journal) -> None:

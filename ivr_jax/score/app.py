@@ -2,8 +2,8 @@
 
     GET  /healthz     {"status": "ok", "presets": [...], "limits": {...}}
     POST /v1/score    {"preset": "released", "rollouts": [rollout, ...]}
-                      -> {"preset": ..., "scores": [{"total", "components", "effective_weights", "bonus", "missing",
-                          "error"}, ...]}
+                      -> {"preset": ..., "scores": [{"id", "total", "components", "effective_weights", "bonus",
+                          "missing", "error"}, ...]}
 
 Images of rollouts are data URIs, or paths below the folder that is served.  A total of null comes with `missing`
 (judgements that failed: ask again later) or `error` (the rollout itself is at fault).  Statuses: 400 no such JSON, 401
@@ -28,7 +28,7 @@ from starlette.routing import Route
 from ivr_jax import files
 from ivr_jax.config import Positive, Section
 from ivr_jax.errors import UserError
-from ivr_jax.score.scoring import Scorer
+from ivr_jax.score.scoring import Scorer, named_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class ScoreApp:
             raise HTTPException(502, str(error)) from error
         finally:
             self._pending -= len(rollouts)
-        return JSONResponse({"preset": preset, "scores": [result.to_json() for result in results]})
+        return JSONResponse({"preset": preset, "scores": named_scores(rollouts, results)})
 
     def _check_caller(self, request: Request) -> None:
         if self._token:

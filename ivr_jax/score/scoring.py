@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,19 @@ class Result:
             "missing": [{"judgement": key, "reason": reason} for key, reason in self.missing],
             "error": self.error or None,
         }
+
+
+def named_scores(rollouts: Sequence[Any], results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Results as plain JSON values, each with the `id` of its rollout, or its place from 0 where that has none."""
+    scores = []
+    for index, (rollout, result) in enumerate(zip(rollouts, results, strict=True)):
+        name = rollout.get("id", index) if isinstance(rollout, Mapping) else index
+        try:
+            check_storable(name, "the id")
+        except UserError:
+            name = index
+        scores.append({"id": name, **result.to_json()})
+    return scores
 
 
 class Scorer:
@@ -148,6 +162,8 @@ class Scorer:
                 return decode_image(decode_base64(name), "an image of the rollout")
             except replies.Unusable as error:
                 raise UserError(f"an image of the rollout cannot be read: {error}.") from None
+        if re.match("https?://", name, re.IGNORECASE):
+            raise UserError(f"the image {name[:80]!r} is not fetched: give a path or a data URI.")
         path = files.written_path(self._root, name)
         if self._confined and not path.resolve().is_relative_to(self._root.resolve()):
             raise UserError(f"the image {name!r} is not below the folder that is served.")

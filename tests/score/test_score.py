@@ -216,10 +216,11 @@ def served(images):
 def test_a_batch_goes_in_and_components_and_missing_states_come_out(served):
     reply = served.post("/v1/score", json={"preset": "released", "rollouts": [rollout()]})
     assert reply.status_code == 200 and reply.json()["scores"][0]["total"] == pytest.approx(1)
-    reply = served.post("/v1/score", json={"preset": "released", "rollouts": [rollout(), {}, rollout()]}).json()
+    reply = served.post("/v1/score", json={"preset": "released", "rollouts": [rollout(id="first"), {}, rollout()]}).json()
     totals = [score["total"] for score in reply["scores"]]
     assert totals[0] == pytest.approx((0.4 * 0.9 + 0.1) / 0.5) and totals[1:] == [None, None]
     assert reply["scores"][1]["error"] and len(reply["scores"][2]["missing"]) == 4
+    assert [score["id"] for score in reply["scores"]] == ["first", 1, 2]
     assert served.get("/healthz").json()["limits"] == {"batch": 3, "body_mb": 1, "pending": 4}
 
 
