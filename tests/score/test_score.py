@@ -216,7 +216,8 @@ def served(images):
 def test_a_batch_goes_in_and_components_and_missing_states_come_out(served):
     reply = served.post("/v1/score", json={"preset": "released", "rollouts": [rollout()]})
     assert reply.status_code == 200 and reply.json()["scores"][0]["total"] == pytest.approx(1)
-    reply = served.post("/v1/score", json={"preset": "released", "rollouts": [rollout(id="first"), {}, rollout()]}).json()
+    batch = [rollout(id="first"), {}, rollout()]
+    reply = served.post("/v1/score", json={"preset": "released", "rollouts": batch}).json()
     totals = [score["total"] for score in reply["scores"]]
     assert totals[0] == pytest.approx((0.4 * 0.9 + 0.1) / 0.5) and totals[1:] == [None, None]
     assert reply["scores"][1]["error"] and len(reply["scores"][2]["missing"]) == 4
