@@ -8,16 +8,18 @@ are a folder of the user's own photographs with `metadata.jsonl`, one object a l
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ivr_jax.errors import UserError
-from ivr_jax.evaluate.benchmarks import datafiles
+from ivr_jax.evaluate.benchmarks import datafiles, judging
 from ivr_jax.evaluate.benchmarks.interface import Benchmark, Item, Kind, Question, State
-from ivr_jax.evaluate.benchmarks.judges import Judge
+from ivr_jax.evaluate.benchmarks.judges import Judge, Outcome
 from ivr_jax.images import Pixels, load_image
 from ivr_jax.services.http_client import Picture
 
@@ -57,13 +59,23 @@ def checks_for(benchmark: Benchmark, judge: Judge, folder: Path | None) -> list[
     ]  # fmt: skip
 
 
-async def run(checks: list[Check], judge: Judge) -> str:
-    """`PASSED`, `NOT_RUN` without checks, or what failed."""
+async def run(checks: list[Check], judge: Judge, progress: Callable[[], object] = lambda: None) -> str:
+    """`PASSED`, `NOT_RUN` without checks, or what failed; `progress` is called after each check."""
     if not checks:
         return NOT_RUN
-    wrong = []
-    for check in checks:
+
+    async def ask(check: Check) -> Outcome:
         outcome = await judge.ask(Item("sanity", "sanity", ""), check.question, [Picture("Image", check.pixels)])
+        progress()
+        return outcome
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(ask(check)) for check in checks]
+    except BaseExceptionGroup as errors:
+        raise judging.first_error(errors) from None
+    wrong = []
+    for check, outcome in zip(checks, (task.result() for task in asked), strict=True):
         if outcome.state != State.OK:
             wrong.append(f"{outcome.state.value} ({outcome.detail})")
             continue

@@ -305,7 +305,13 @@ class Session:
                 return {}, sanity.NOT_RUN
             if not self.flags.skip_sanity and judge.form != "world":
                 folder = Path(self.flags.sanity) if self.flags.sanity else None
-                checked = await sanity.run(sanity.checks_for(self.benchmark, judge, folder), judge)
+                checks = sanity.checks_for(self.benchmark, judge, folder)
+                with (
+                    tqdm(desc="check the judge", unit="question", total=len(checks), leave=False) as bar,
+                    Heartbeat(bar) as heartbeat,
+                ):
+                    heartbeat.begin("waiting for answers")
+                    checked = await sanity.run(checks, judge, bar.update)
                 if checked not in (sanity.PASSED, sanity.NOT_RUN):
                     return {}, checked
             elif judge.form == "world":
