@@ -185,7 +185,8 @@ class _Batch:
             batch=min(engine.slots, _power_above(count)), cells=cells,
         )  # fmt: skip
         given = prompts.given or [()] * len(prompts.tokens)
-        self.openings = [self.engine.open(self.initial, tokens) for tokens in given]
+        opened = {tokens: self.engine.open(self.initial, tokens) for tokens in dict.fromkeys(map(tuple, given))}
+        self.openings = [opened[tuple(tokens)] for tokens in given]
         openings = [opening for opening, _ in self.openings]
         contexts = [(prompts.tokens, prompts.lengths), *prompts.unconditional]
         self.prompts, self.starts = join_contexts(contexts, openings, grammar.tokenizer.vocab.pad)
@@ -246,7 +247,7 @@ class _Batch:
             last = min(len(self.keys), (first + self.wave_size) * self.group_size, self.next + min(free, self.quantum))
             arrivals = [self._admission(answer, first) for answer in range(self.next, last)]
             padded = np.minimum(np.arange(self.next, self.next + self.quantum), last - 1)
-            self.engine.admit(self.wave[1], arrivals, self.keys[padded])
+            self.engine.admit(self.wave[1], arrivals, device.take_keys(self.keys, padded))
             self.next = last
 
     def _prefilled(self, prompt: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,10 +16,15 @@ from ivr_jax.models.fused_attention import platform
 from ivr_jax.protocol.grammar import GRID
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work
-from ivr_jax.sampling.speculation import begin, speculate
+from ivr_jax.sampling.speculation import begin, choose_without_guesses, has_no_guesses, speculate
 from ivr_jax.sampling.token_choice import VocabRange, choose, extend, vocab_ranges
 
 UNSTACK_BYTES = 8 << 30  # of all layers, at most
+SHORT = 2  # window places that a call reads where no answer has guesses
+
+Step = Callable[
+    [Rules, tuple[VocabRange, VocabRange], jax.Array, Slots, SamplingOptions], tuple[Slots, Work]
+]  # from the hidden states [C, B, W, D] of a call to the next slots
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options", "visual_start"), donate_argnames=("slots",))
@@ -51,20 +57,35 @@ def run(
         more = ((~now.ended).sum() > until) & (reach(now) <= wide)
         return more if calls is None else more & (work.calls < calls)
 
-    def call(carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
+    def call_with(step: Step, read: int, carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
         now, work = carry
         contexts, batch = now.starts.shape
-        positions = first_of(now).reshape(-1, 1) + jnp.arange(width)[None, :]
-        window = jnp.tile(now.window, (contexts, 1))
+        positions = first_of(now).reshape(-1, 1) + jnp.arange(read)[None, :]
+        window = jnp.tile(now.window[:, :read], (contexts, 1))
         hidden, cache = backbone.apply(config, params, window, positions, cache=now.cache, unstacked_layers=unstacked)
-        hidden = hidden.reshape(contexts, batch, width, -1)
+        hidden = hidden.reshape(contexts, batch, read, -1)
         after, counts = step(rules, ranges, hidden, now._replace(cache=cache), options)
         return after, Work(*(x + y for x, y in zip(work, counts, strict=True)))
 
-    step = _step if slots.guesses is None else speculate
-    if slots.guesses is not None:
-        slots = begin(rules, slots, visual_start)
-    after, work = jax.lax.while_loop(going, call, (slots, Work(*(jnp.int32(0),) * len(Work._fields))))
+    carry = slots, Work(*(jnp.int32(0),) * len(Work._fields))
+    if slots.guesses is None:
+        after, work = jax.lax.while_loop(going, functools.partial(call_with, _step, width), carry)
+    else:
+        short = min(width, SHORT)
+
+        def in_text(carry: tuple[Slots, Work]) -> jax.Array:
+            return going(carry) & has_no_guesses(rules, carry[0], short)
+
+        def in_images(carry: tuple[Slots, Work]) -> jax.Array:
+            return going(carry) & ~has_no_guesses(rules, carry[0], short)
+
+        def both(carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
+            # Two loops, not a condition in one: XLA copies the caches that go through a condition.
+            step = functools.partial(choose_without_guesses, _step)
+            carry = jax.lax.while_loop(in_text, functools.partial(call_with, step, short), carry)
+            return jax.lax.while_loop(in_images, functools.partial(call_with, speculate, width), carry)
+
+        after, work = jax.lax.while_loop(going, both, (begin(rules, slots, visual_start), carry[1]))
     if unstacked is not None:
         after = after._replace(cache=kv_cache.stack(after.cache))
     return _readable(after), work

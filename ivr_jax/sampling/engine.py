@@ -258,7 +258,7 @@ class Engine:
             self.params, self._rules, self._slots, np.int32(until), None if calls is None else np.int32(calls),
             config=self.config, options=self.sampling, visual_start=self.vocab.visual_start,
         )  # fmt: skip
-        return device.Work(*map(int, work))
+        return device.Work(*map(int, jax.device_get(work)))
 
     def shrink(self) -> None:
         """Moves answers together into fewer slots while no more than half are in use (`EngineOptions.shrink`)."""

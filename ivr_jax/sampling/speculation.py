@@ -10,12 +10,13 @@ most of an image stays as it was, or where there is none, the cells of the row a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ivr_jax.protocol.grammar import GRID, GrammarState, advance, image_ahead
+from ivr_jax.protocol.grammar import GRID, GrammarState, advance, image_ahead, legal_row
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work, is_full
 from ivr_jax.sampling.token_choice import Choice, VocabRange, choose, extend, next_forced, where_rows
@@ -29,6 +30,26 @@ def begin(rules: Rules, slots: Slots, visual_start: int) -> Slots:
     return filled._replace(
         window=where_rows(new, filled.window, slots.window), guesses=where_rows(new, filled.guesses, slots.guesses)
     )
+
+
+def has_no_guesses(rules: Rules, slots: Slots, short: int) -> jax.Array:
+    """bool []: whether the next call needs no more than the first `short` window places: all answers are in text."""
+    in_grid = rules.tables.kind[slots.state.node] == GRID
+    return (slots.ended | (~in_grid & (slots.guesses.count <= 0) & (slots.known <= short))).all()
+
+
+def choose_without_guesses(
+    step: Callable[..., tuple[Slots, Work]],
+    rules: Rules,
+    ranges: tuple[VocabRange, VocabRange],
+    hidden: jax.Array,
+    slots: Slots,
+    options: SamplingOptions,
+) -> tuple[Slots, Work]:
+    """Samples one token a slot by `step`, from hidden [C, B, W', D] of the first window places; then guesses again."""
+    after, work = step(rules, ranges, hidden, slots, options)
+    nothing = jnp.full(slots.window.shape, -1, jnp.int32)
+    return _fill_window(rules, after, after.answered, nothing, ranges[0].first), work
 
 
 def speculate(
@@ -45,12 +66,14 @@ def speculate(
     place = slots.answered[:, None] + steps
     keys = jnp.broadcast_to(slots.keys[:, None], scored.shape).reshape(-1)
     flat_states = jax.tree.map(jnp.ravel, states)
-    choice = choose(rules, ranges, hidden, flat_states, keys, place.ravel(), scored.ravel(), options)
+    choice = choose(rules, ranges[:1], hidden, flat_states, keys, place.ravel(), scored.ravel(), options)
     choice = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), choice)
+    in_grid = rules.tables.kind[states.node] == GRID
+    choice = _with_text(rules, ranges, hidden, slots, choice, in_grid, options)
 
     offered = active[:, None] & (steps < slots.guesses.count[:, None])
     right = jnp.cumprod((offered & (choice.token == draft)).astype(jnp.int32), axis=1)
-    accepted, in_grid = right.sum(1), rules.tables.kind[states.node] == GRID
+    accepted = right.sum(1)
     last = jax.tree.map(lambda x: x[jnp.arange(x.shape[0]), accepted], (choice, states))
     moved = _record(slots, choice, right > 0)
     moved = moved._replace(
@@ -70,6 +93,30 @@ def speculate(
         (offered & in_grid & (steps <= accepted[:, None])).sum(), ((right > 0) & in_grid).sum(),
     )  # fmt: skip
     return _fill_window(rules, after, slots.answered, samples, ranges[0].first), work
+
+
+def _with_text(
+    rules: Rules,
+    ranges: tuple[VocabRange, VocabRange],
+    hidden: jax.Array,
+    slots: Slots,
+    choice: Choice,
+    in_grid: jax.Array,
+    options: SamplingOptions,
+) -> Choice:
+    """`choice` [B, W] with a token of text where one comes next: only behind the last guess can that be.
+
+    So the vocabulary of text, most of all ids, is scored for one place of a slot; `hidden` [C, B * W, D].
+    """
+    batch, width = in_grid.shape
+    rows, last = jnp.arange(batch), jnp.minimum(jnp.maximum(slots.guesses.count, 0), width - 1)
+    state = jax.tree.map(lambda x: x[rows, last], slots.guesses.states)
+    wanted = ~slots.ended & ~in_grid[rows, last]
+    hidden = hidden.reshape(hidden.shape[0], batch, width, -1)[:, rows, last]
+    text = choose(rules, ranges[1:], hidden, state, slots.keys, slots.answered + last, wanted, options)
+    here = wanted & (rules.forced[legal_row(rules.tables, state, jnp)] < 0)
+    column = jnp.where(here, last, width)
+    return jax.tree.map(lambda x, y: x.at[rows, column].set(y, mode="drop"), choice, text)
 
 
 def _record(slots: Slots, choice: Choice, accepted: jax.Array) -> Slots:

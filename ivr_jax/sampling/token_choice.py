@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +15,13 @@ from ivr_jax.sampling.slots import Rules, Slots, is_full
 
 
 class VocabRange(NamedTuple):
-    """A range of ids that is scored alone: its columns [D, ids] of the output matrix, and tables for these ids."""
+    """A range of ids that is scored alone: its columns [D, ids] of the output matrix, and tables for these ids.
 
+    `visual`: whether it holds the visual ids; `size`: how many ids there are in all.
+    """
+
+    visual: bool
+    size: int
     first: int
     kernel: jax.Array
     tables: Tables
@@ -27,10 +33,11 @@ def vocab_ranges(
     """Visual ids, and all ids before them: those legal at one position always belong to one of the two."""
     kernel = backbone.lm_head(config, params)
 
-    def between(first: int, end: int) -> VocabRange:
-        return VocabRange(first, kernel[:, first:end], tables._replace(class_of=tables.class_of[first:end]))
+    def between(visual: bool, first: int, end: int) -> VocabRange:
+        part = tables._replace(class_of=tables.class_of[first:end])
+        return VocabRange(visual, config.vocab_size, first, kernel[:, first:end], part)
 
-    return between(visual_start, config.vocab_size), between(0, visual_start)
+    return between(True, visual_start, config.vocab_size), between(False, 0, visual_start)
 
 
 class Choice(NamedTuple):
@@ -43,7 +50,7 @@ class Choice(NamedTuple):
 
 def choose(
     rules: Rules,
-    ranges: tuple[VocabRange, VocabRange],
+    ranges: Sequence[VocabRange],
     hidden: jax.Array,
     state: GrammarState,
     keys: jax.Array,
@@ -54,17 +61,18 @@ def choose(
     """A token for each of N places, from hidden [C, N, D]: answer token `number` [N] of the answer with key `keys` [N].
 
     A part of the vocabulary is scored only if some place needs it; a token that is forced needs none, and a place that
-    is not `wanted` bool [N] gets some token.
+    is not `wanted` bool [N], or needs a part that is not among `ranges`, gets some token.
     """
     row = legal_row(rules.tables, state, jnp)
     forced = rules.forced[row]
     in_grid = rules.tables.kind[state.node] == GRID
     undecided = wanted & (forced < 0)
     keys = jax.vmap(jax.random.fold_in)(keys, number)
-    size = ranges[0].first + ranges[0].kernel.shape[1]
+    size = ranges[0].size
     kept = jnp.full((*row.shape, -(-size // 8)), 255, jnp.uint8) if options.truncates else None
     chosen = Choice(jnp.maximum(forced, 0), jnp.zeros(forced.shape, jnp.float32), kept)
-    for part, here in zip(ranges, (undecided & in_grid, undecided & ~in_grid), strict=True):
+    for part in ranges:
+        here = undecided & (in_grid == part.visual)
 
         def score(part: VocabRange = part, before: Choice = chosen, here: jax.Array = here) -> Choice:
             logits = jnp.matmul(hidden, part.kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
