@@ -34,8 +34,8 @@ LOST = {"node_ip_address": "127.0.0.2"}
 NODE = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, "include_log_monitor": False}
 
 
-@contextlib.contextmanager
-def running_cluster() -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
     """A Ray cluster of one node of one core; every process of it has ended afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (commands.environment() | QUIET | {"TEST_KEY": KEY}).items():
@@ -44,19 +44,13 @@ def running_cluster() -> Iterator[Any]:
 
         stopped_by = signal.getsignal(signal.SIGTERM)
         made = Cluster(initialize_head=True, head_node_args=NODE | {"no_monitor": True})
+        session = made.head_node.get_session_dir_path()
         try:
+            assert len(servers(session)) >= 2
             yield made
         finally:
             made.shutdown()
             signal.signal(signal.SIGTERM, stopped_by)  # Ray has put its own in place
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with running_cluster() as made:
-        session = made.head_node.get_session_dir_path()
-        assert len(servers(session)) >= 2
-        yield made
     assert not servers(session)
 
 
@@ -177,18 +171,17 @@ def test_token_examples_are_those_of_one_process(tmp_path, cluster):
     assert not kept.exists()
 
 
-def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_path, monkeypatch):
+def test_a_head_that_is_lost_ends_in_one_line_and_the_same_command_resumes(tmp_path, monkeypatch, cluster):
+    """The last test with this cluster, which is gone afterwards."""
     monkeypatch.setenv("TEST_KEY", KEY)
     samples, service = write_samples(tmp_path, 8), OpenAIService(Behaviour(key=KEY, latency=0.1))
     with serving(service) as url:
         command = arguments(url, samples, tmp_path / "run", services={"in_flight": 4})
-        with running_cluster() as nodes:
-            address = nodes.address
-            more = service.log.more(40)
-            with started("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}") as running:
-                wait_for(more, running)
-                nodes.remove_node(nodes.head_node, allow_graceful=False)
-                out, err = running.communicate(timeout=120)
+        address, more = cluster.address, service.log.more(40)
+        with started("construct", *command, "--engine=ray", "--shards=2", f"--ray_address={address}") as running:
+            wait_for(more, running)
+            cluster.remove_node(cluster.head_node, allow_graceful=False)
+            out, err = running.communicate(timeout=120)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert running.returncode == 2 and len(lines) == 1 and "Traceback" not in err, err
         assert not (tmp_path / "run" / "dataset").exists()
