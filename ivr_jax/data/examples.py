@@ -7,6 +7,7 @@ fingerprint, so examples are never read with another vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -130,11 +131,15 @@ def write_part(
     }
     chunks: list[Counter[str]] = []
     tokens, most, dropped = 0, 0, 0
-    try:
+    with contextlib.ExitStack() as stack:
+        for writer in writers.values():
+            stack.callback(writer.close)
         starts = range(part * chunk, len(dataset), parts * chunk)
         hidden = part > 0 or on_chunk is not None
-        for start in tqdm(starts, desc="tokenise", unit=f"x{chunk}", leave=False, disable=hidden):
-            indices = range(start, min(start + chunk, len(dataset)))
+        chosen = [range(start, min(start + chunk, len(dataset))) for start in starts]
+        total = sum(map(len, chosen))
+        bar = stack.enter_context(tqdm(total=total, desc="tokenise", unit="trajectory", leave=False, disable=hidden))
+        for indices in chosen:
             trajectories = [dataset[i] for i in indices if i not in left_out]
             dropped += len(indices) - len(trajectories)
             codes = _codes(dataset, trajectories, encode_images)
@@ -149,11 +154,9 @@ def write_part(
                 writers[trajectory.mode].write(pack_example(encoded.tokens, encoded.target_parts()))
                 tokens, most = tokens + size, max(most, size)
             chunks.append(Counter(t.mode.value for t in trajectories))
+            bar.update(len(indices))
             if on_chunk is not None:
                 on_chunk(len(indices))
-    finally:
-        for writer in writers.values():
-            writer.close()
     counts = {"chunks": chunks, "tokens": tokens, "longest": most, "dropped": dropped}
     files.write_json(part_file(partial, part), counts)
 

@@ -72,6 +72,8 @@ def export(source: Path, form: str, out: Path | None, values: flags.FlagValues) 
     if form == "dataset" and is_dataset:
         raise UserError(f"{source} is a dataset already.", f"Choose another format: {', '.join(FORMATS)}.")
     if form == "card":
+        if out is not None:
+            raise UserError("--out was given, but a card is written into its dataset.", "Leave --out out.")
         return f"{write_card(source)}"
     if out is None:
         raise UserError("no place to write to was named.", "Add --out=PATH.")

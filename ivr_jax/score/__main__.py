@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,9 @@ def services_of(config: Any, journal: Journal) -> list[Service]:
     return [service_from_config(section, journal, i + 1 < len(sections)) for i, section in enumerate(sections)]
 
 
-async def score_file(config: Any, workdir: Path, journal: Journal) -> int | None:
-    """Scores `config.rollouts` into `workdir/scores.jsonl`; returns the exit status."""
+async def score_file(config: Any, rollouts: Sequence[Any], workdir: Path, journal: Journal) -> int | None:
+    """Scores the rollouts of the file `config.rollouts` into `workdir/scores.jsonl`; returns the exit status."""
     source = Path(config.rollouts).expanduser()
-    rollouts = read_rollouts(source)
     services = services_of(config, journal)
     root = Path(config.image_root).expanduser() if config.image_root else source.parent
     scorer = Scorer(services, config.preset, root, worst_for_failures=config.worst_for_failures,
@@ -116,11 +116,12 @@ def main(call: cli.Call) -> int | None:
     config = call.config
     if not call.flags.serve and not config.rollouts:
         raise UserError("no rollouts were named.", "Add --config.rollouts=FILE.jsonl, or --serve.")
+    rollouts = None if call.flags.serve else read_rollouts(Path(config.rollouts).expanduser())  # before a journal
     with Journal(call.workdir / "journal") as journal:
-        if call.flags.serve:
+        if rollouts is None:
             serve(config, journal)
             return None
-        return asyncio.run(score_file(config, call.workdir, journal))
+        return asyncio.run(score_file(config, rollouts, call.workdir, journal))
 
 
 def add_flags(values: flags.FlagValues) -> None:

@@ -180,6 +180,7 @@ def test_images_elsewhere_are_imported_from_the_image_root(tmp_path):
         (["{data}", "--format=tfds", "--out={file}/x"], "cannot write"),
         (["{success}", "--format=released", "--out={out}"], "holds no dataset"),
         (["{success}", "--format=card"], "holds no dataset"),
+        (["{data}", "--format=card", "--out={out}"], "--out was given"),
         (["{data}", "--format=released", "--out={data}"], "exists"),
         (["{success}", "--format=dataset", "--out={data}"], "exists"),
         (["{empty}", "--format=chatml", "--out={out}"], "no folder in"),
