@@ -44,7 +44,7 @@ settings.load_profile("repeatable")
 
 # The longest first, all to one of two workers while the other takes the rest: what starts last ends soon, and the
 # fixtures of a module are made once.
-LONGEST = ["test_end_to_end", "test_processes", "test_resume", "test_generate", "test_sharding"]
+LONGEST = ["test_end_to_end", "test_processes", "test_engine", "test_resume", "test_generate", "test_sharding"]
 
 
 # Pure functions and formats: what `make test-fast` runs.  Everything else carries the marker `slow`.

@@ -94,7 +94,7 @@ def test_a_run_of_adapters_resumes_exactly_and_its_checkpoint_is_an_ordinary_mod
     assert_same_run(runs / "cut", runs / "whole")
     rows = [row for row in metrics(runs / "whole") if "kl" in row]  # steps without contrast learn nothing
     assert len(rows) > 1
-    assert abs(rows[0]["kl"]) < 1e-9 < rows[-1]["kl"] and all(row["max_ratio_deviation"] < 1e-3 for row in rows)
+    assert abs(rows[0]["kl"]) < 1e-8 < rows[-1]["kl"] and all(row["max_ratio_deviation"] < 1e-3 for row in rows)
     start, end = systems.load(runs / "sft").params, systems.load(runs / "whole").params
     changed = {
         name for name, leaf in jax.tree_util.tree_leaves_with_path(start)
