@@ -78,12 +78,6 @@ def check_storable(value: Any, what: str, any_number: bool = False) -> None:
         raise UserError(what, "Correct it.") from None
 
 
-def read_released(root: str | os.PathLike, **options: Any) -> tuple[list[Released], list[Problem]]:
-    """`iter_released` collected: what could be read, and what could not (all images in memory)."""
-    found = list(iter_released(root, **options))
-    return [f for f in found if isinstance(f, Released)], [f for f in found if isinstance(f, Problem)]
-
-
 def iter_released(
     root: str | os.PathLike,
     *,

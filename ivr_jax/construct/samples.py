@@ -99,23 +99,6 @@ def _stat(path: Path) -> tuple[str, int, int]:
     return str(path), found.st_size, found.st_mtime_ns
 
 
-def read_samples(file: str | os.PathLike, image_root: str | os.PathLike | None = None) -> list[InputSample]:
-    """Reads and checks the whole list; images are loaded later, sample by sample (`InputSample.load`).
-
-    Args:
-      file: a JSON list of samples.
-      image_root: where relative image paths start; the directory of `file` when None.
-
-    Raises:
-      UserError: unreadable JSON, an unknown or missing field, a field of the wrong kind, a key that is taken or that
-        cannot name a folder, an image file that does not exist.  The entry and its field are named.
-    """
-    samples, quarantined = sort_samples(file, image_root)
-    if quarantined:
-        raise quarantined[0].reason
-    return samples
-
-
 @dataclasses.dataclass(frozen=True)
 class Quarantined:
     """An entry that cannot be used: its key, or "entry N" where it has none, and why."""
@@ -127,7 +110,14 @@ class Quarantined:
 def sort_samples(
     file: str | os.PathLike, image_root: str | os.PathLike | None = None
 ) -> tuple[list[InputSample], list[Quarantined]]:
-    """`read_samples` that sets bad entries aside, each with its reason; of equal keys the first entry is used.
+    """Reads and checks a JSON list of samples; images are loaded later, sample by sample (`InputSample.load`).
+
+    Bad entries are set aside, each with its reason: an unknown or missing field, a field of the wrong kind, a key that
+    is taken (the first entry is used) or that cannot name a folder, an image file that does not exist.
+
+    Args:
+      file: the list.
+      image_root: where relative image paths start; the directory of `file` when None.
 
     Raises:
       UserError: unreadable JSON, or no list.

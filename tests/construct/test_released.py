@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ from ivr_jax.construct.__main__ import import_released
 from ivr_jax.construct.escalation import RELEASED_RULES, Drop, Rules, construct
 from ivr_jax.construct.released import (
     STEPS_REMAIN,
+    Problem,
     Released,
     iter_released,
     load_result,
-    read_released,
     result_from_trajectory,
     trajectory_from_result,
     write_outcome,
@@ -43,6 +44,12 @@ from ivr_jax.trajectory import (
 )
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "success"
+
+
+def read_released(root: Path, **options: Any) -> tuple[list[Released], list[Problem]]:
+    """What could be read, and what could not."""
+    found = list(iter_released(root, **options))
+    return [f for f in found if isinstance(f, Released)], [f for f in found if isinstance(f, Problem)]
 
 
 @pytest.fixture

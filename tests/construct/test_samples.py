@@ -13,10 +13,18 @@ from photographs import photograph
 
 from ivr_jax.construct.escalation import Outcome, construct
 from ivr_jax.construct.released import load_result, write_outcome
-from ivr_jax.construct.samples import read_samples, sort_samples
+from ivr_jax.construct.samples import InputSample, sort_samples
 from ivr_jax.errors import UserError
 from ivr_jax.images import image_name, save_png
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation
+
+
+def read_samples(file: Path, image_root: Path | None = None) -> list[InputSample]:
+    """The samples of a list; raises what is wrong with the first bad entry."""
+    samples, quarantined = sort_samples(file, image_root)
+    if quarantined:
+        raise quarantined[0].reason
+    return samples
 
 
 @pytest.fixture
