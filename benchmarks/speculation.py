@@ -4,6 +4,7 @@
     python benchmarks/speculation.py --requests=edits --slots=1,8 --windows=4,8,20 --guidance=3
     python benchmarks/speculation.py --checkpoint=runs/demo/rl
     python benchmarks/speculation.py --calls                            CPU time of one call of the model alone
+    python benchmarks/speculation.py --parts --windows=8,20             where the CPU time of an edit goes
     python benchmarks/speculation.py --size=small                       cost of a call of the engine at 33 M parameters
 
 Requests are held-out tasks of the micro-world: `edits` change one source once, and the answer's first image is drawn;
@@ -19,10 +20,12 @@ that a trained model needs with the window, that is an estimate of the time that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import time
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +36,8 @@ from ivr_jax.checkpoints import system as systems
 from ivr_jax.models import backbone, kv_cache
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import Grammar, GrammarOptions
+from ivr_jax.sampling import decode_loop
+from ivr_jax.sampling import slots as slots_module
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Usage, sample
 from ivr_jax.sampling.engine import EngineOptions
 from ivr_jax.sampling.logits_processors import SamplingOptions
@@ -118,6 +123,45 @@ def calls(system: systems.System) -> None:
             print(f"slots {slots}  window {window:>2}  {1e3 * min(seconds[1:]) / repeats:.3f} ms a call", flush=True)
 
 
+def parts(system: systems.System, windows: list[int]) -> None:
+    """Prints the CPU time of an answer to an edit, one at a time, and how much of it each part takes."""
+    grammar, prompts, size = workload(system, "edits", 16, 0)
+    keys = jax.random.split(jax.random.key(0), 16)
+    length = len(codec.encode_image(system.tokenizer, np.zeros(size, np.int32)))
+    spent: dict[str, float] = {}
+
+    def clocked(name: str, function: Any) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            start = time.process_time()
+            result = jax.block_until_ready(function(*arguments, **options))
+            spent[name] = spent.get(name, 0.0) + time.process_time() - start
+            return result
+
+        return wrapped
+
+    parts_of = {
+        "reading the prompt": (slots_module, "prefill"),
+        "admission": (slots_module, "admit"),
+        "calls": (decode_loop, "run"),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, (module, function) in parts_of.items():
+            stack.enter_context(mock.patch.object(module, function, clocked(name, getattr(module, function))))
+        for window in (0, *windows):
+            engine = EngineOptions(1, window=window or 2, speculate=window > 0)
+            how = RolloutOptions(length, SamplingOptions(), engine, size=size)
+            found = []
+            for _ in range(6):
+                spent.clear()
+                start = time.process_time()
+                _, usage = sample(system.config, system.params, grammar, prompts, keys, how)
+                found.append((time.process_time() - start, dict(spent)))
+            whole, shares = min(found[1:], key=lambda turn: turn[0])
+            shown = ", ".join(f"{name} {1e3 * seconds / 16:.2f}" for name, seconds in shares.items())
+            print(f"window {window or 'plain':>5}  {1e3 * whole / 16:.2f} ms an answer: {shown}; "
+                  f"{usage.calls / 16:.1f} calls", flush=True)  # fmt: skip
+
+
 def costs(size: str, options: argparse.Namespace) -> None:
     """Prints the time of one call of the engine for each window, as a ratio to plain decoding's."""
     tokenizer, config, params = decoder(size)
@@ -153,6 +197,7 @@ def main() -> None:
         return [int(x) for x in text.split(",")]
 
     parser.add_argument("--calls", action="store_true", help="measure calls of the model alone")
+    parser.add_argument("--parts", action="store_true", help="measure the parts of an answer to an edit")
     parser.add_argument("--size", choices=SIZES, help="measure calls of the engine with random weights of this size")
     parser.add_argument("--checkpoint", default=systems.MICRO)
     parser.add_argument("--requests", default="edits,all")
@@ -171,6 +216,9 @@ def main() -> None:
     system = systems.load(options.checkpoint)
     if options.calls:
         calls(system)
+        return
+    if options.parts:
+        parts(system, options.windows)
         return
     for requests in options.requests.split(","):
         for slots in options.slots:

@@ -79,3 +79,13 @@ def few_memory_mappings():
     if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a config and a command, made the current one."""
+    import tiny_command
+
+    tiny_command.write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

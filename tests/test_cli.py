@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_command
 from absl import flags, logging
 from tiny_command import parsed
 
@@ -19,14 +18,6 @@ from ivr_jax import cli
 from ivr_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch) -> Path:
-    """A folder with a config and a command, made the current one."""
-    tiny_command.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def complaint(*argv: str) -> str:

@@ -9,21 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-import tiny_command
 from tiny_command import TINY_CONFIG, parsed
 
 from ivr_jax import cli, config
 from ivr_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch) -> Path:
-    """A folder with a config and a command, made the current one."""
-    tiny_command.write(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 # Config files

@@ -16,7 +16,7 @@ from ivr_jax.models.fused_attention import platform
 from ivr_jax.protocol.grammar import GRID
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.sampling.slots import Rules, Slots, Work
-from ivr_jax.sampling.speculation import begin, choose_without_guesses, has_no_guesses, speculate
+from ivr_jax.sampling.speculation import begin, guess, has_no_guesses, speculate
 from ivr_jax.sampling.token_choice import VocabRange, choose, extend, vocab_ranges
 
 UNSTACK_BYTES = 8 << 30  # of all layers, at most
@@ -81,8 +81,7 @@ def run(
 
         def both(carry: tuple[Slots, Work]) -> tuple[Slots, Work]:
             # Two loops, not a condition in one: XLA copies the caches that go through a condition.
-            step = functools.partial(choose_without_guesses, _step)
-            carry = jax.lax.while_loop(in_text, functools.partial(call_with, step, short), carry)
+            carry = jax.lax.while_loop(in_text, functools.partial(call_with, _step, short), carry)
             return jax.lax.while_loop(in_images, functools.partial(call_with, speculate, width), carry)
 
         after, work = jax.lax.while_loop(going, both, (begin(rules, slots, visual_start), carry[1]))
@@ -124,4 +123,5 @@ def _step(
     choice = choose(rules, ranges, last, slots.state, slots.keys, slots.answered, active, options)
     after = extend(rules, slots, choice)
     images = (active & (rules.tables.kind[slots.state.node] == GRID)).sum()
-    return after, Work(1, active.sum(), (after.answered - slots.answered).sum(), images, images, 0, 0)
+    work = Work(1, active.sum(), (after.answered - slots.answered).sum(), images, images, 0, 0)
+    return after if slots.guesses is None else guess(rules, after, ranges[0].first), work

@@ -10,7 +10,6 @@ most of an image stays as it was, or where there is none, the cells of the row a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,11 +21,15 @@ from ivr_jax.sampling.slots import Rules, Slots, Work, is_full
 from ivr_jax.sampling.token_choice import Choice, VocabRange, choose, extend, next_forced, where_rows
 
 
+def guess(rules: Rules, slots: Slots, visual_start: int) -> Slots:
+    """Guesses where no call has sampled anything yet: from the image before, and the grammar."""
+    nothing = jnp.full(slots.window.shape, -1, jnp.int32)
+    return _fill_window(rules, slots, slots.answered, nothing, visual_start)
+
+
 def begin(rules: Rules, slots: Slots, visual_start: int) -> Slots:
     """Guesses for the answers that have arrived since the last segment."""
-    nothing = jnp.full(slots.window.shape, -1, jnp.int32)
-    filled = _fill_window(rules, slots, slots.answered, nothing, visual_start)
-    new = slots.guesses.count < 0
+    filled, new = guess(rules, slots, visual_start), slots.guesses.count < 0
     return filled._replace(
         window=where_rows(new, filled.window, slots.window), guesses=where_rows(new, filled.guesses, slots.guesses)
     )
@@ -36,20 +39,6 @@ def has_no_guesses(rules: Rules, slots: Slots, short: int) -> jax.Array:
     """bool []: whether the next call needs no more than the first `short` window places: all answers are in text."""
     in_grid = rules.tables.kind[slots.state.node] == GRID
     return (slots.ended | (~in_grid & (slots.guesses.count <= 0) & (slots.known <= short))).all()
-
-
-def choose_without_guesses(
-    step: Callable[..., tuple[Slots, Work]],
-    rules: Rules,
-    ranges: tuple[VocabRange, VocabRange],
-    hidden: jax.Array,
-    slots: Slots,
-    options: SamplingOptions,
-) -> tuple[Slots, Work]:
-    """Samples one token a slot by `step`, from hidden [C, B, W', D] of the first window places; then guesses again."""
-    after, work = step(rules, ranges, hidden, slots, options)
-    nothing = jnp.full(slots.window.shape, -1, jnp.int32)
-    return _fill_window(rules, after, after.answered, nothing, ranges[0].first), work
 
 
 def speculate(

@@ -155,19 +155,19 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("with_id", [False, True])
-def test_a_faulty_record_is_set_aside_with_its_line(exported, change, with_id):
+# No id can be made of these; with an id of its own "content" is a good record.
+OLD_ID_ALONE = {"missing", "half a character", "not a number", "content"}
+
+
+@pytest.mark.parametrize("name, with_id", [
+    *((name, False) for name in CHANGES), *((name, True) for name in CHANGES if name not in OLD_ID_ALONE)
+])  # fmt: skip
+def test_a_faulty_record_is_set_aside_with_its_line(exported, name, with_id):
     """Also when its id was made for the faulty content."""
     record = json.loads(exported.read_text().splitlines()[0])
-    change(record)
+    CHANGES[name](record)
     if with_id:
-        try:
-            record["trajectory_id"] = trajectory_id(record)
-        except (KeyError, ValueError):
-            pytest.skip("no id without its fields, as UTF-8 and JSON")
-    if with_id and change is CHANGES["content"]:
-        pytest.skip("another prompt with its own id is a good record")
+        record["trajectory_id"] = trajectory_id(record)
     exported.write_text("\ufeff" + exported.read_text() + json.dumps(record) + "\n{\n", encoding="utf-8")
     samples, quarantined = read_visual_reflection(exported)
     assert len(samples) == 2 and [entry.key for entry in quarantined] == ["line 3", "line 4"]
