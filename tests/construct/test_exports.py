@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from photographs import write_success
+from released_reader import read_released
 
 from ivr_jax.construct.exports import FORMS, ExportOptions, export_records, export_success
-from ivr_jax.construct.released import load_result, read_released, result_from_trajectory
+from ivr_jax.construct.released import load_result, result_from_trajectory
 from ivr_jax.errors import UserError
 
 VECTORS = Path(__file__).parents[1] / "vectors"

@@ -7,12 +7,12 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from photographs import photograph, scores, write_success
+from released_reader import read_released
 from trajectory_strategies import PICTURES, Services, name, pixels, trajectories
 
 from ivr_jax.cli import config_from_argv
@@ -20,7 +20,6 @@ from ivr_jax.construct.__main__ import import_released
 from ivr_jax.construct.escalation import RELEASED_RULES, Drop, Rules, construct
 from ivr_jax.construct.released import (
     STEPS_REMAIN,
-    Problem,
     Released,
     iter_released,
     load_result,
@@ -44,12 +43,6 @@ from ivr_jax.trajectory import (
 )
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "success"
-
-
-def read_released(root: Path, **options: Any) -> tuple[list[Released], list[Problem]]:
-    """What could be read, and what could not."""
-    found = list(iter_released(root, **options))
-    return [f for f in found if isinstance(f, Released)], [f for f in found if isinstance(f, Problem)]
 
 
 @pytest.fixture

@@ -20,11 +20,11 @@ import commands
 import pytest
 from construct_worker import KEY, arguments, contents, kill, recorded, start, write_samples
 from openai_service import Behaviour, OpenAIService, serving
+from released_reader import read_released
 
 from ivr_jax.cloud import inputs
 from ivr_jax.cloud.objects import Objects
 from ivr_jax.construct.__main__ import PENDING
-from ivr_jax.construct.released import read_released
 from ivr_jax.data.store import TrajectoryDataset
 
 COUNT = 24
