@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -106,8 +107,7 @@ def disturbed(
     deadline = time.monotonic() + 300
 
     def early() -> bool:
-        begun = any("tmp" in p.name for p in workdir.glob("checkpoints/*"))
-        return newest_checkpoint(workdir) < after or (saving and not begun)
+        return newest_checkpoint(workdir) < after or (saving and not _in_a_save(process, workdir))
 
     while early() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001 if saving else 0.005)
@@ -115,6 +115,22 @@ def disturbed(
     process.send_signal(sign)
     output, _ = process.communicate(timeout=120)
     return process.returncode, output
+
+
+def _in_a_save(process: subprocess.Popen, workdir: Path) -> bool:
+    """Stops the process while a save has begun and is not committed: true; false when there is none."""
+
+    def begun() -> bool:
+        return any("tmp" in p.name for p in workdir.glob("checkpoints/*"))
+
+    if not begun() or process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+    if begun():
+        return True
+    process.send_signal(signal.SIGCONT)  # it was committed before the process stopped
+    return False
 
 
 def newest_checkpoint(workdir: Path) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import itertools
 import struct
-import time
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
@@ -100,23 +99,25 @@ def test_a_concurrency_of_zero_is_refused(tmp_path):
 def test_results_do_not_wait_for_the_next_item():
     """A slow input (a model that draws first images, say) holds up neither the work in progress nor its results."""
 
-    async def slow():
+    async def slow(both: asyncio.Event):
         yield 0
         yield 1
-        await asyncio.sleep(0.5)
+        await asyncio.wait_for(both.wait(), 30)
         yield 2
 
     async def work(item):
         await asyncio.sleep(0.01)
         return item
 
-    async def timed():
-        begin = time.monotonic()
-        return [(item, time.monotonic() - begin) async for item in in_order(slow(), work, 4, 16)]
+    async def collected():
+        results, both = [], asyncio.Event()
+        async for item in in_order(slow(both), work, 4, 16):
+            results.append(item)
+            if len(results) == 2:  # only then does the third item come
+                both.set()
+        return results
 
-    times = asyncio.run(timed())
-    assert [item for item, _ in times] == [0, 1, 2]
-    assert times[1][1] < 0.4 < times[2][1]
+    assert asyncio.run(collected()) == [0, 1, 2]
 
 
 def test_whatever_a_library_raises_for_a_user_s_file_quarantines_one_sample(tmp_path):

@@ -300,7 +300,7 @@ def test_a_bad_line_is_named_before_anything_is_drawn(emu, tmp_path, line, words
 
 
 def test_a_killed_run_goes_on_where_it_was(emu, tmp_path):
-    file = write_lines(tmp_path, [{"prompt": f"A cat, {i}."} for i in range(40)])
+    file = write_lines(tmp_path, [{"prompt": f"A cat, {i}."} for i in range(80)])
     out = tmp_path / "out"
     command = [
         sys.executable, "-m", "ivr_jax.generate", f"--checkpoint={emu.backbone}", f"--text_tokenizer={emu.text}",
@@ -315,14 +315,14 @@ def test_a_killed_run_goes_on_where_it_was(emu, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     printed = process.communicate()[0].decode()
     finished = {path.parent.name for path in out.glob("[0-9]*/answer.json")}
-    assert 0 < len(finished) < 40, printed
+    assert 0 < len(finished) < 80, printed
     (out / ".answer-left").mkdir()  # as a kill in the middle of writing leaves it
     before = tree(out)
     done = ask(emu, out, f"--prompts={file}")
-    assert f"{len(finished)} answers were there, {40 - len(finished)} made" in done.stdout, done.stderr
+    assert f"{len(finished)} answers were there, {80 - len(finished)} made" in done.stdout, done.stderr
     after = tree(out)
     assert all(after[name] == before[name] for name in before if name.split("/")[0] in finished)
-    assert sorted(path.name for path in out.iterdir()) == [f"{2 * i + 1:04d}" for i in range(40)]
+    assert sorted(path.name for path in out.iterdir()) == [f"{2 * i + 1:04d}" for i in range(80)]
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def test_answers_are_read_however_they_are_written(service, answer, score):
 def test_retry_after_is_honoured():
     assert retry_after({"retry-after": "3"}) == 3
     assert retry_after({"retry-after-ms": "250"}) == 0.25
-    assert 8 < retry_after({"retry-after": formatdate(time.time() + 10, usegmt=True)}) <= 10
+    assert 5 < retry_after({"retry-after": formatdate(time.time() + 10, usegmt=True)}) <= 10
     assert retry_after({"retry-after": "soon"}) is None and retry_after({"retry-after": "nan"}) is None
 
     async def run(after):
