@@ -6,6 +6,7 @@ so what is checked is that everything is there and hangs together, never how goo
 
 from __future__ import annotations
 
+import concurrent.futures
 import fcntl
 import functools
 import json
@@ -81,18 +82,25 @@ def run_demo(root: Path, without: str = "") -> str:
     Steps of the command `without` are left out.
     """
 
-    def in_this_process(command: list[str], check: bool, env: dict[str, str]) -> types.SimpleNamespace:
+    def in_this_process(command: list[str], check: bool, env: dict[str, str], file=None) -> types.SimpleNamespace:
         assert command[:2] == [sys.executable, "-m"] and not check
         if command[2] == without:
             return types.SimpleNamespace(returncode=0)
         done = commands.run(command[2].removeprefix("ivr_jax."), *command[3:])
-        print(done.stdout, done.stderr if done.returncode else "")
+        print(done.stdout, done.stderr if done.returncode else "", file=file)
         return types.SimpleNamespace(returncode=done.returncode)
 
+    def begun(command: list[str], stdout, stderr: int, env: dict[str, str]) -> types.SimpleNamespace:
+        assert stderr == subprocess.STDOUT
+        status = in_this_process(command, check=False, env=env, file=stdout).returncode
+        return types.SimpleNamespace(wait=lambda: status, poll=lambda: status)
+
     small = functools.partial(demo.plan, overrides=OVERRIDES)
+    processes = types.SimpleNamespace(run=in_this_process, Popen=begun, STDOUT=subprocess.STDOUT)
     with (
         mock.patch.object(demo, "plan", small),
-        mock.patch.object(steps, "subprocess", types.SimpleNamespace(run=in_this_process)),
+        mock.patch.object(steps, "subprocess", processes),
+        mock.patch.object(steps.concurrent.futures, "ThreadPoolExecutor", AtOnce),
     ):
         done = commands.run("demo", f"--workdir={root}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
@@ -129,6 +137,21 @@ def files_of(root: Path, *patterns: str) -> dict[str, tuple[int, int]]:
 
 def numbers_of(root: Path, name: str) -> dict:
     return json.loads((root / name / "evaluation.json").read_text())
+
+
+class AtOnce(concurrent.futures.Executor):
+    """Runs what is submitted before `submit` returns, in the same thread."""
+
+    def __init__(self, workers: int, name: str):
+        assert workers == 1 and name
+
+    def submit(self, function, /, *args, **kwargs) -> concurrent.futures.Future:
+        future = concurrent.futures.Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 # The demo

@@ -4,20 +4,21 @@
 
 Trains an image tokenizer and a base model on the micro-world, constructs reasoning trajectories with the base model's
 own images, fine-tunes on them, improves the result with RL, evaluates all three on held-out prompts, exports the
-model for transformers and writes a report.  Each stage is one command, printed before it runs; a run that was
-stopped resumes where it was.
+model for transformers and writes a report.  Each stage is one command, printed before it runs; evaluations run beside
+the training that follows them.  A run that was stopped resumes where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 
 from absl import flags
 from rich.console import Console
 
 from ivr_jax import cli
-from ivr_jax.demo.steps import Step, configured, run_step
+from ivr_jax.demo.steps import Beside, Step, configured, run_step
 from ivr_jax.evaluate import typed
 from ivr_jax.report import metrics, tables
 from ivr_jax.report.answers import read_answers
@@ -32,7 +33,8 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
     def step(title: str, module: str, config: str, name: str, **keys: object) -> Step:
         settings = (f"{key.replace('__', '.')}={value}" for key, value in keys.items())
         made = configured(title, module, config, root / name, *settings)
-        return dataclasses.replace(made, arguments=(*made.arguments, *more.get(name, ())))
+        beside = module == "evaluate" and name != "eval_rl"  # nothing is left to run beside the last one
+        return dataclasses.replace(made, arguments=(*made.arguments, *more.get(name, ())), beside=beside)
 
     images, base, sft, rl = (root / name for name in ("image_tokenizer", "base", "sft", "rl"))
     built = root / "construct" / "dataset"
@@ -59,8 +61,8 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
             for name in ("eval_direct", "eval_multi_step")
         ),
         step("Improve it with RL", "train", "micro_rl", "rl", init=sft, gallery__every=4),
-        step("Evaluate the result", "evaluate", check, "eval_rl", checkpoint=rl),
         step("Ask it twenty typed requests", "evaluate", f"{check}:typed", "eval_typed", checkpoint=rl),
+        step("Evaluate the result", "evaluate", check, "eval_rl", checkpoint=rl),
     ]
     export = ("--from=orbax", str(rl), "--to=hf", str(root / "export"), "--overwrite")
     return [*steps, Step("Export for transformers", "ivr_jax.convert", export)]
@@ -72,21 +74,25 @@ def main(call: cli.Call) -> None:
     if call.flags.dry_run:
         print("\n".join(step.command for step in steps))
         return
-    seconds = []
-    for number, step in enumerate(steps, 1):
-        seconds.append(run_step(step, number, len(steps) + 1, console))
+    clock, count, seconds = time.perf_counter(), len(steps) + 1, {}
+    with Beside(root / "logs", count, console) as beside:
+        for number, step in enumerate(steps, 1):
+            if step.beside:
+                beside.add(step, number)
+            else:
+                seconds[step.title] = run_step(step, number, count, console)
+            seconds |= beside.show()
+        seconds |= beside.show(wait=True)
     results = {name: metrics.read_evaluation(root / name) for name in (*ARMS, *FURTHER)}
     gates = entry_gates({name.removeprefix("eval_"): result for name, result in results.items()}, DEMO)
     write_gates(root, gates)
-    seconds.append(
-        run_step(
-            Step("Write the report", "ivr_jax.report", (f"--workdir={root}",)), len(steps) + 1, len(steps) + 1, console
-        )
-    )
+    report = Step("Write the report", "ivr_jax.report", (f"--workdir={root}",))
+    seconds[report.title] = run_step(report, count, count, console)
     console.rule("[bold]Done")
-    for step, spent in zip(steps, seconds, strict=False):
-        console.print(f"{spent:7.0f} s  {step.title}", highlight=False)
-    console.print(f"{sum(seconds):7.0f} s  in all", highlight=False)
+    for step in (*steps, report):
+        side = ", beside others" if step.beside else ""
+        console.print(f"{seconds[step.title]:7.0f} s  {step.title}{side}", highlight=False)
+    console.print(f"{time.perf_counter() - clock:7.0f} s  in all", highlight=False)
     print_gates(gates, console)
     tables.print_table({title: results[name] for name, title in ARMS.items()}, console)
     typed.print_answers(read_answers(root / "eval_typed"), console)

@@ -1,6 +1,7 @@
 """Steps: commands that a longer run consists of, each resumable by itself.
 
-`demo` runs its steps one after another with their output shown.  `reproduce` has a trunk and branches: independent
+`demo` runs its steps one after another with their output shown, and evaluations beside the training that follows them:
+two programs fill two cores better than one with two threads.  `reproduce` has a trunk and branches: independent
 branches run at the same time, each writing to its own log.
 """
 
@@ -31,11 +32,15 @@ MALLOC_VARIABLE, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One command: what it does, the module to run and its arguments."""
+    """One command: what it does, the module to run and its arguments.
+
+    `beside`: no later step reads what it writes, so it may run while they do.
+    """
 
     title: str
     module: str
     arguments: tuple[str, ...]
+    beside: bool = False
 
     @property
     def command(self) -> str:
@@ -81,11 +86,86 @@ def run_step(step: Step, number: int, count: int, console: Console) -> float:
     command = [sys.executable, "-m", step.module, *step.arguments]
     status = subprocess.run(command, check=False, env=environment()).returncode
     if status:
-        raise UserError(
-            f"step {number} ({step.title}) ended with status {status}.",
-            "Fix the error above, then run the same command again.",
-        )
+        raise _failed(f"step {number} ({step.title})", status, "Fix the error above")
     return time.perf_counter() - clock
+
+
+def _failed(what: str, status: int, remedy: str) -> UserError:
+    return UserError(f"{what} ended with status {status}.", f"{remedy}, then run the same command again.")
+
+
+class Beside:
+    """Runs steps one after another while its user runs others; each one's output is shown when it has ended.
+
+    A context manager: left by an error, it ends the step that runs and drops those that wait.  Both are resumed when
+    the same command is run again.
+
+    Args:
+      logs: folder for `<number>_<module>.log`, a step's output; made when missing.
+      count: of all steps, for their headings.
+      console: where the output is shown.
+    """
+
+    def __init__(self, logs: pathlib.Path, count: int, console: Console):
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs, self._count, self._console = logs, count, console
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "beside")
+        self._waiting: list[tuple[int, Step, concurrent.futures.Future[float]]] = []
+        self._process: subprocess.Popen | None = None
+        self._given_up = threading.Event()
+
+    def add(self, step: Step, number: int) -> None:
+        """Runs `step` when those that were added before it have ended."""
+        self._console.rule(f"[bold]{number}/{self._count}  {step.title}")
+        self._console.print(f"$ {step.command}", style="dim", highlight=False, soft_wrap=True)
+        self._console.print(f"Runs beside the next steps; output: {self._log(step, number)}", soft_wrap=True)
+        self._waiting.append((number, step, self._pool.submit(self._run, step, self._log(step, number))))
+
+    def show(self, *, wait: bool = False) -> dict[str, float]:
+        """Shows the output of those that have ended, of all with `wait`: the seconds each took, by its title.
+
+        Raises:
+          UserError: a step failed.
+        """
+        seconds = {}
+        while self._waiting and (wait or self._waiting[0][2].done()):
+            number, step, running = self._waiting[0]
+            if not running.done():
+                self._console.print(f"Waiting for step {number}: {self._log(step, number)}", soft_wrap=True)
+            concurrent.futures.wait([running])
+            self._console.rule(f"[bold]{number}/{self._count}  {step.title}")
+            written = self._log(step, number).read_bytes().decode("utf-8", errors="replace")  # "\r" ends no line here
+            for line in written.split("\n")[:-1]:
+                self._console.print(line.rsplit("\r", 1)[-1], markup=False, highlight=False, soft_wrap=True)
+            del self._waiting[0]
+            seconds[step.title] = running.result()
+        return seconds
+
+    def _log(self, step: Step, number: int) -> pathlib.Path:
+        return self._logs / f"{number:02d}_{step.module.rpartition('.')[2]}.log"
+
+    def _run(self, step: Step, log: pathlib.Path) -> float:
+        clock = time.perf_counter()
+        command = [sys.executable, "-m", step.module, *step.arguments]
+        with open(log, "w", encoding="utf-8") as output:
+            variables = environment(COLUMNS=str(self._console.width))
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
+            if self._given_up.is_set():  # while the process was being made
+                self._process.terminate()
+            status = self._process.wait()
+        if status:
+            raise _failed(f"the step beside the others ({step.title})", status, f"Fix the error in {log}")
+        return time.perf_counter() - clock
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._given_up.set()
+            if self._process is not None and self._process.poll() is None:
+                self._process.terminate()
+        self._pool.shutdown(cancel_futures=kind is not None)
 
 
 def run_branches(branches: Sequence[Branch], jobs: int, logs: pathlib.Path, title: str) -> None:
