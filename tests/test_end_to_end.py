@@ -96,11 +96,12 @@ def run_demo(root: Path, without: str = "") -> str:
         return types.SimpleNamespace(wait=lambda: status, poll=lambda: status)
 
     small = functools.partial(demo.plan, overrides=OVERRIDES)
+    futures = types.SimpleNamespace(ThreadPoolExecutor=AtOnce, wait=concurrent.futures.wait)
     processes = types.SimpleNamespace(run=in_this_process, Popen=begun, STDOUT=subprocess.STDOUT)
     with (
         mock.patch.object(demo, "plan", small),
         mock.patch.object(steps, "subprocess", processes),
-        mock.patch.object(steps.concurrent.futures, "ThreadPoolExecutor", AtOnce),
+        mock.patch.object(steps, "concurrent", types.SimpleNamespace(futures=futures)),
     ):
         done = commands.run("demo", f"--workdir={root}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr

@@ -4,8 +4,8 @@
 
 Trains an image tokenizer and a base model on the micro-world, constructs reasoning trajectories with the base model's
 own images, fine-tunes on them, improves the result with RL, evaluates all three on held-out prompts, exports the
-model for transformers and writes a report.  Each stage is one command, printed before it runs; evaluations run beside
-the training that follows them.  A run that was stopped resumes where it was.
+model for transformers and writes a report.  Each stage is one command, printed before it runs; on a CPU evaluations
+run beside the training that follows them.  A run that was stopped resumes where it was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from absl import flags
 from rich.console import Console
 
 from ivr_jax import cli
-from ivr_jax.demo.steps import Beside, Step, configured, run_step
+from ivr_jax.demo.steps import Beside, Step, accelerator_possible, configured, run_step
 from ivr_jax.evaluate import typed
 from ivr_jax.report import metrics, tables
 from ivr_jax.report.answers import read_answers
@@ -75,9 +75,10 @@ def main(call: cli.Call) -> None:
         print("\n".join(step.command for step in steps))
         return
     clock, count, seconds = time.perf_counter(), len(steps) + 1, {}
+    alone = accelerator_possible()
     with Beside(root / "logs", count, console) as beside:
         for number, step in enumerate(steps, 1):
-            if step.beside:
+            if step.beside and not alone:
                 beside.add(step, number)
             else:
                 seconds[step.title] = run_step(step, number, count, console)
@@ -90,7 +91,7 @@ def main(call: cli.Call) -> None:
     seconds[report.title] = run_step(report, count, count, console)
     console.rule("[bold]Done")
     for step in (*steps, report):
-        side = ", beside others" if step.beside else ""
+        side = ", beside others" if step.beside and not alone else ""
         console.print(f"{seconds[step.title]:7.0f} s  {step.title}{side}", highlight=False)
     console.print(f"{time.perf_counter() - clock:7.0f} s  in all", highlight=False)
     print_gates(gates, console)

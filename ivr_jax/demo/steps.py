@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shlex
@@ -76,6 +77,13 @@ def configured(title: str, module: str, config: str, workdir: pathlib.Path, *set
 def environment(**more: str) -> dict[str, str]:
     """The variables that a step runs with: those of this process and `more`, and huge pages unless tunables are set."""
     return {MALLOC_VARIABLE: HUGE_PAGES, **os.environ, **more}
+
+
+def accelerator_possible() -> bool:
+    """Whether JAX may find an accelerator here, which one program holds, or fills the memory of, at a time."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return False
+    return any(importlib.util.find_spec(plugin) is not None for plugin in ("libtpu", "jax_plugins"))
 
 
 def run_step(step: Step, number: int, count: int, console: Console) -> float:

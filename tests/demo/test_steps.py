@@ -69,3 +69,13 @@ def test_a_failed_step_shows_what_it_said_and_an_error_drops_those_that_wait(tmp
         others.add(waits(tmp_path, "Never"), 2)
         raise KeyError
     assert not (tmp_path / "logs" / "02_waits.log").exists()
+
+
+def test_programs_share_a_cpu_and_no_accelerator(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    (tmp_path / "jax_plugins" / "xla_cuda12").mkdir(parents=True)  # as jax[cuda12] installs it
+    before = steps.accelerator_possible()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not before and steps.accelerator_possible()
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not steps.accelerator_possible()
