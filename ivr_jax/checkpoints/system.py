@@ -133,6 +133,16 @@ def load_image_codec(path: str | os.PathLike) -> ImageCodec:
     return ImageCodec(config, params)
 
 
+def folder_of(path: str | os.PathLike) -> pathlib.Path:
+    """The files of the model at `path`: a packed model's folder, or the step folder of a checkpoint."""
+    return packed.folder_of(path) or store.resolve(path)
+
+
+def name_of(path: str | os.PathLike) -> str:
+    """What a record calls the model at `path`: a packed model's folder, or `store.name_of`."""
+    return str(packed.folder_of(path) or store.name_of(path))
+
+
 def load(
     path: str | os.PathLike,
     image_tokenizer_path: str | os.PathLike | None = None,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ivr_jax import cli, files
-from ivr_jax.checkpoints import packed, store
+from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
 from ivr_jax.cloud.mirror import with_urls
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
@@ -42,8 +42,7 @@ def main(call: cli.Call) -> None:
 
 def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     """The evaluation in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
-    checkpoint = packed.folder_of(config.checkpoint) or store.name_of(config.checkpoint)
-    about = {"checkpoint": str(checkpoint), "config": config.to_dict()}
+    about = {"checkpoint": systems.name_of(config.checkpoint), "config": config.to_dict()}
     del about["config"]["mesh"]  # the answers are the same on every mesh
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / metrics.EVALUATION_FILE).exists():

@@ -24,7 +24,6 @@ import numpy as np
 from rich.console import Console
 
 from ivr_jax import cli, files, sharding
-from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.checkpoints.system import System
 from ivr_jax.cloud import inputs
@@ -54,7 +53,7 @@ def main(call: cli.Call) -> None:
 
 def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
     """The swap test in `workdir` if it has this checkpoint and config; otherwise it is run and written there."""
-    about = {"checkpoint": store.name_of(config.checkpoint), "config": config.to_dict()}
+    about = {"checkpoint": systems.name_of(config.checkpoint), "config": config.to_dict()}
     about = json.loads(json.dumps(about))  # as it will be read back: tuples are lists
     if (workdir / SWAP_FILE).exists():
         claim_workdir(workdir, config, resuming=True)

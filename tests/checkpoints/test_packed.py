@@ -110,6 +110,11 @@ def test_the_package_carries_a_small_model_that_answers():
     assert found.answers[0].trajectory.mode is Mode.DIRECT, found.errors
 
 
+def test_every_command_knows_the_package_s_model_and_a_checkpoint_by_the_same_names(run):
+    assert systems.folder_of("micro") == packed.FOLDER and systems.name_of("micro") == str(packed.FOLDER)
+    assert systems.folder_of(run) == store.resolve(run) and systems.name_of(run) == str(store.resolve(run))
+
+
 def test_both_flags_belong_together(run):
     with pytest.raises(UserError):
         pack(f"--pack={run}")

@@ -18,7 +18,6 @@ import jax
 from tqdm import tqdm
 
 from ivr_jax import cli, distributed, files, sharding
-from ivr_jax.checkpoints import store
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.cluster import engine as cluster
 from ivr_jax.cluster.part import Part
@@ -150,10 +149,10 @@ class Session:
         config, wanted = self.config, self.flags
         if not wanted.checkpoint:
             raise UserError("--checkpoint is missing.", "Name one, or judge images that are there: --judge_only.")
-        path = store.resolve(wanted.checkpoint)
+        path = systems.folder_of(wanted.checkpoint)
         plan = self._plan()
         part = {
-            "checkpoint": store.name_of(wanted.checkpoint),
+            "checkpoint": systems.name_of(wanted.checkpoint),
             "checkpoint_hash": checkpoint_hash(path),
             "modes": list(config.modes),
             "text_cap": config.text_cap,
