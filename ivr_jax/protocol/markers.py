@@ -44,7 +44,7 @@ _CONTROL = re.compile(
 
 
 def check_user_text(text: str, where: str) -> str:
-    """Returns `text`, or raises UserError when it holds a control token, an answer marker, or what UTF-8 has not.
+    """Returns `text`, or raises UserError when it holds a control token, an answer marker, NUL, or what UTF-8 has not.
 
     A text of more than `MAX_CHARACTERS` is refused too: no model has the context for it.
     """
@@ -52,6 +52,8 @@ def check_user_text(text: str, where: str) -> str:
         raise UserError(f"{where} holds {len(text):,} characters; at most {MAX_CHARACTERS:,} are used.", "Shorten it.")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where} contains half of a surrogate pair.", "Remove it; it is no character.")
+    if "\0" in text:
+        raise UserError(f"{where} contains the character NUL.", "Remove it; files that hold it are no plain text.")
     found = _CONTROL.search(text)
     if found:
         raise UserError(
