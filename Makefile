@@ -93,7 +93,7 @@ $(VENV)/.installed: setup.py $(VENV)/bin/python
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
-	@echo "$(BIN)/python -m pip install -e '.[test]'"; $(TPU_COMPILER) >/dev/null 2>&1 & compiler=$$!; \
-		$(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) -e '.[test]'; failed=$$?; \
+	@echo "$(BIN)/python launch/install.py -e '.[test]'"; $(TPU_COMPILER) >/dev/null 2>&1 & compiler=$$!; \
+		$(BIN)/python launch/install.py $(PIP_FLAGS) -e '.[test]'; failed=$$?; \
 		wait $$compiler || echo "no TPU compiler for this machine: its tests will be skipped"; exit $$failed
 	@touch $(VENV)/.installed-serve $(VENV)/.installed $@

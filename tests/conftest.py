@@ -44,13 +44,16 @@ settings.load_profile("repeatable")
 
 # The longest first, all to one of two workers while the other takes the rest: what starts last ends soon, and the
 # fixtures of a module are made once.
-LONGEST = ["test_end_to_end", "test_processes", "test_engine", "test_resume", "test_generate", "test_sharding"]
+LONGEST = [
+    "test_end_to_end", "test_processes", "test_engine", "test_resume", "test_generate", "test_sharding", "test_on_mesh",
+    "test_quickstart",
+]  # fmt: skip
 
 
 # Pure functions and formats: what `make test-fast` runs.  Everything else carries the marker `slow`.
 FAST = {
     "protocol", "world", "rewards", "data", "review", "test_import_order", "test_images", "test_cli", "test_config",
-    "test_readme",
+    "test_install", "test_readme",
 }  # fmt: skip
 
 
