@@ -80,15 +80,14 @@ $(VENV)/bin/python:
 	@echo "making $(VENV) and installing into it; the first time this takes some minutes"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# Modules are compiled when they are first imported, which most of them never are.
 $(VENV)/.installed-serve: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
-	$(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) -e '.[serve]'
+	$(BIN)/python launch/install.py $(PIP_FLAGS) -e '.[serve]'
 	@touch $@
 
 $(VENV)/.installed: setup.py $(VENV)/bin/python
 	$(ENSURE_PIP)
-	$(BIN)/python -m pip install --quiet --no-compile $(PIP_FLAGS) -e '.[all]'
+	$(BIN)/python launch/install.py $(PIP_FLAGS) -e '.[all]'
 	@touch $(VENV)/.installed-serve $@
 
 $(VENV)/.installed-test: setup.py $(VENV)/bin/python
