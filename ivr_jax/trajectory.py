@@ -102,11 +102,6 @@ class Evaluation:
         """The scores in the order of `AXES`, None where there is none."""
         return tuple(axis.score for axis in self.axes)
 
-    def without_scores(self) -> Evaluation:
-        """What an answer's tokens hold: observation, verdicts and reasons."""
-        axes = {name: dataclasses.replace(getattr(self, name), score=None) for name in AXES}
-        return dataclasses.replace(self, **axes)
-
 
 @dataclasses.dataclass(frozen=True)
 class Reflection:
@@ -221,20 +216,10 @@ class Trajectory:
         """Names of the drawn images, in order."""
         return tuple(r.image for r in self.rounds)
 
-    @property
-    def token_content(self) -> Trajectory:
-        """The part that tokens carry: no scores, no step evaluations."""
-        rounds = (Round(r.cause, r.image, r.evaluation.without_scores()) for r in self.rounds)
-        return Trajectory(self.sample, tuple(rounds))
-
-
-def _verdict_to_json(verdict: AxisVerdict) -> dict[str, Any]:
-    return dataclasses.asdict(verdict)
-
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
     """The evaluation as plain JSON values."""
-    axes = {axis: _verdict_to_json(verdict) for axis, verdict in zip(AXES, evaluation.axes, strict=True)}
+    axes = {axis: dataclasses.asdict(verdict) for axis, verdict in zip(AXES, evaluation.axes, strict=True)}
     # Records without an observation are as they were before there were any.
     return axes | ({"observation": evaluation.observation} if evaluation.observation else {})
 

@@ -6,6 +6,7 @@ automaton's tables.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
@@ -18,6 +19,17 @@ from ivr_jax.protocol.text import PhraseTokenizer, TextTokenizer
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
 
 WHITE = " \t\n\r\f\v"
+
+
+def without_scores(found: Evaluation) -> Evaluation:
+    """What the tokens of an evaluation hold: observation, verdicts and reasons."""
+    return dataclasses.replace(found, **{axis: dataclasses.replace(getattr(found, axis), score=None) for axis in AXES})
+
+
+def token_content(answer: Trajectory) -> Trajectory:
+    """What the tokens of an answer hold: no scores, no step evaluations."""
+    rounds = (Round(r.cause, r.image, without_scores(r.evaluation)) for r in answer.rounds)
+    return Trajectory(answer.sample, tuple(rounds))
 
 
 def micro(visual: int = 8) -> PhraseTokenizer:

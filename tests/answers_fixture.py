@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from answer_tokens import without_scores
 
 from ivr_jax.images import image_name
 from ivr_jax.report.answers import EvaluatedAnswer, SegmentRecord, write_answers
@@ -80,7 +81,7 @@ class Studio:
         for index, evaluation in enumerate(truth):
             misjudges = character.fails_right if evaluation.passed else character.passes_wrong
             slips = index == len(truth) - 1 and self.rng.random() < misjudges
-            own.append((flip(evaluation) if slips else evaluation).without_scores())
+            own.append(without_scores(flip(evaluation) if slips else evaluation))
         rounds = tuple(Round(cause, self.draw(task, scene), evaluation)
                        for cause, scene, evaluation in zip(causes, scenes, own, strict=True))
         trajectory = Trajectory(task.sample, rounds)
@@ -119,7 +120,7 @@ class Studio:
             scenes = [self.after(task, 0), *(self.after(task, k + 1) for k in range(total))]
             causes = [None, *(Step(language.step(edit)) for edit in task.edits)]
         truth = tuple(judge(scene, task) for scene in scenes)
-        rounds = tuple(Round(cause, self.draw(task, scene), evaluation.without_scores())
+        rounds = tuple(Round(cause, self.draw(task, scene), without_scores(evaluation))
                        for cause, scene, evaluation in zip(causes, scenes, truth, strict=True))
         trajectory = Trajectory(task.sample, rounds)
         exact = tuple(scene == task.target for scene in scenes)

@@ -10,7 +10,6 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from ivr_jax.errors import UserError
@@ -100,7 +99,7 @@ def compiler_library() -> Path:
     return path
 
 
-def compiler_environment(dump: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def compiler_environment(dump: Path) -> dict[str, str]:
     """Environment of a process that compiles for a TPU: quiet, asking no metadata server, dumping its HLO to `dump`."""
     return {
         **os.environ,
@@ -115,5 +114,4 @@ def compiler_environment(dump: Path, extra: Mapping[str, str] | None = None) -> 
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*",
-        **(extra or {}),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -52,13 +51,11 @@ def write_page(
     bars: Sequence[Bar],
     mixes: Sequence[Mix],
     gallery: Sequence[GallerySection],
-    written: datetime.datetime | None = None,
 ) -> None:
     """Writes the page.  Raises UserError when it cannot be written."""
     page = render_page(
         "benchmark.html",
         title,
-        written,
         subtitle=subtitle,
         notes=list(notes),
         tables=list(tables),

@@ -44,6 +44,7 @@ FURTHER: Mapping[str, str] = {
 }
 METRICS_FILE, CONFIG_FILE, SAMPLES_FOLDER = "metrics.jsonl", "config.json", "training_samples"
 _PROMPTS_SHOWN, _SAMPLES_SHOWN = 12, 9
+_SEED = 0  # of the choice of answers
 
 
 class ReportInputs(NamedTuple):
@@ -58,13 +59,12 @@ class ReportInputs(NamedTuple):
     swaps: dict[str, dict[str, Any]]
 
 
-def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> ReportInputs:
+def collect(workdir: str | os.PathLike[str], title: str = "") -> ReportInputs:
     """Everything that `workdir` holds for a report.
 
     Args:
       workdir: laid out as the module says.
       title: of the page; by default it names the folder.
-      seed: chooses which answers are shown.
 
     Raises:
       UserError: when `workdir` is not a folder, or a file in it is broken.
@@ -80,12 +80,12 @@ def collect(workdir: str | os.PathLike[str], title: str = "", seed: int = 0) -> 
             "Answers",
             "The same prompts, answered by each model. Prompts are sampled evenly from the kinds of answer that "
             "the last model gave, so rare kinds are over-represented here.",
-            choose(answered, _PROMPTS_SHOWN, seed),
+            choose(answered, _PROMPTS_SHOWN, _SEED),
         )
     ]
     for name, stage in STAGES.items():
         if (root / name / SAMPLES_FOLDER / ANSWERS_FILE).is_file():
-            gallery.append(_training_samples(root / name / SAMPLES_FOLDER, stage, seed))
+            gallery.append(_training_samples(root / name / SAMPLES_FOLDER, stage))
     gates = read_gates(root) if (root / GATES_FILE).is_file() else ()
     swaps = {path.parent.name.replace("_", " "): read_swap(path.parent) for path in sorted(root.glob(f"*/{SWAP_FILE}"))}
     return ReportInputs(
@@ -167,10 +167,10 @@ def _arms(
     return evaluations, answered
 
 
-def _training_samples(folder: Path, stage: str, seed: int) -> GallerySection:
+def _training_samples(folder: Path, stage: str) -> GallerySection:
     """Training samples of one stage, the modes in turn."""
     answers, images = read_answers(folder), read_images(folder)
-    order = np.random.default_rng(seed).permutation(len(answers))
+    order = np.random.default_rng(_SEED).permutation(len(answers))
     by_mode: dict[str, list[EvaluatedAnswer]] = {}
     for index in order:
         by_mode.setdefault(mode_of(answers[index]), []).append(answers[index])

@@ -24,12 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ivr_jax.construct.exports import ExportOptions, answer
-from ivr_jax.construct.released import result_from_trajectory
 from ivr_jax.errors import UserError
 from ivr_jax.rewards import functions
 from ivr_jax.services import replies
-from ivr_jax.trajectory import AXES, Reflection, Step, Trajectory
+from ivr_jax.trajectory import AXES
 
 BEST, WORST = 5.0, 1.0
 _ASKED = ("consistency", "instruction", "quality", "knowledge")  # the order of the released calls
@@ -225,27 +223,3 @@ def _mean(scores: Sequence[float | None], options: functions.RewardOptions) -> f
     if not scores or None in scores:
         return 0.0
     return float(np.mean(functions.rescale(np.array(scores, np.float64), options.score_map)))
-
-
-def record_of(trajectory: Trajectory) -> dict[str, Any]:
-    """A trajectory as a rollout record; images are given by name."""
-    sample = trajectory.sample
-    result, files = result_from_trajectory(trajectory, "")
-    turns = answer(result, ExportOptions())
-    steps, reflections = [], []
-    for previous, round_ in zip(trajectory.rounds, trajectory.rounds[1:], strict=False):
-        if isinstance(round_.cause, Step):
-            steps.append({"instruction": round_.cause.instruction, "image": round_.image})
-        elif isinstance(round_.cause, Reflection):
-            text = f"{round_.cause.failure_analysis} {round_.cause.improvement_plan}"
-            reflections.append({"prev_image": previous.image, "text": text, "next_image": round_.image})
-    drawn = zip(turns, trajectory.images, strict=True)
-    return {
-        "instruction": sample.prompt,
-        "source_images": list(sample.sources),
-        "explanation": sample.explanation,
-        "assistant_text": "".join(f"{turn.thought}<image>{name}</image>" for turn, name in drawn),
-        "intermediate_steps": steps,
-        "final_image": trajectory.images[-1],
-        "reflections": reflections,
-    }

@@ -19,7 +19,7 @@ from ivr_jax.images import Images, image_name
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import ACCEPT, Grammar
 from ivr_jax.sampling.batch import PromptBatch, RolloutOptions, Samples, Usage, sample
-from ivr_jax.sampling.engine import EngineOptions, pad_prompts
+from ivr_jax.sampling.engine import pad_prompts
 from ivr_jax.sampling.layout import RolloutLayout
 from ivr_jax.sampling.logits_processors import SamplingOptions
 from ivr_jax.trajectory import Sample, Trajectory
@@ -288,7 +288,6 @@ def draw_first_images(
     images: Sequence[Images],
     key: jax.Array,
     options: SamplingOptions | None = None,
-    engine: EngineOptions | None = None,
     size: tuple[int, int] | None = None,
     on_usage: Callable[[Usage], None] | None = None,
 ) -> list[np.ndarray]:
@@ -298,7 +297,7 @@ def draw_first_images(
       size: latent rows and columns; by default those of the first source, or `system.cells` without sources.
       on_usage: called with the cost so far, now and then; what it raises ends the drawing.
     """
-    how = RolloutOptions(0, options or SamplingOptions(), engine or EngineOptions(), size=size)
+    how = RolloutOptions(0, options or SamplingOptions(), size=size)
     _, sampled, _ = _sample(system, Grammar(system.tokenizer), samples, images, key, how, only_image=True,
                             on_usage=on_usage)
     return system.image_codec.decode([codec.decode_image(system.tokenizer, tokens) for tokens in sampled.tokens])

@@ -166,18 +166,17 @@ class Caller:
     Args:
       config: limits and prices.
       has_fallback: whether another service is asked when this one fails.
-      seed: of the jitter.
       limits: grants calls; those of the config for this process by default.
     """
 
     def __init__(
-        self, config: ServiceConfig, has_fallback: bool = False, seed: int | None = None, limits: Limits | None = None
+        self, config: ServiceConfig, has_fallback: bool = False, limits: Limits | None = None
     ):
         self.config, self.counts = config, Counts()
         self.breaker = Breaker(config.breaker_failures, config.breaker_rest, config.patience, waits=not has_fallback)
         self._limits = limits or ProcessLimits(config)
         self._stopped = asyncio.Event()
-        self._random = random.Random(seed)
+        self._random = random.Random()
 
     async def call(self, ask: Callable[[str], Awaitable[R]], read: Callable[[R], T], tokens: int = 0) -> T:
         """Asks until `read` can use a reply (a `Reply`, or what `ask` made of one), and returns what it read.

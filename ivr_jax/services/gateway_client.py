@@ -14,27 +14,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx2
 
 from ivr_jax.errors import UserError
+from ivr_jax.services import http_client as http
 from ivr_jax.services.caller import Fault, Reply
 from ivr_jax.services.config import Secrets, ServiceConfig
-from ivr_jax.services.http_client import (
-    Picture,
-    PictureEncoder,
-    chat_reply,
-    check_no_error,
-    connection_limits,
-    decode_base64,
-    field,
-    outcome_of_status,
-    parsed,
-    proxy_note,
-    usage_of,
-)
+from ivr_jax.services.http_client import Picture, PictureEncoder
 from ivr_jax.services.replies import Unusable
 
 
@@ -50,15 +39,14 @@ class GatewayClient:
     Args:
       config: the service.
       app, secret: the application's id and secret.
-      clock: seconds since 1970.
     """
 
-    def __init__(self, config: ServiceConfig, app: str, secret: str, clock: Callable[[], float] = time.time):
-        self._config, self._app, self._secret, self._clock = config, app, secret, clock
+    def __init__(self, config: ServiceConfig, app: str, secret: str):
+        self._config, self._app, self._secret = config, app, secret
         self._secrets, self._pictures = Secrets([secret, app]), PictureEncoder(config.image_side)
-        self._proxy = proxy_note(config.base_url)
+        self._proxy = http.proxy_note(config.base_url)
         try:
-            self._client = httpx2.AsyncClient(timeout=config.timeout, limits=connection_limits(config.in_flight))
+            self._client = httpx2.AsyncClient(timeout=config.timeout, limits=http.connection_limits(config.in_flight))
         except (ImportError, ValueError) as error:  # of a proxy for other addresses, too
             reason = str(error).partition(".")[0]
             raise UserError(f"a proxy that the environment names cannot be used: {reason}.",
@@ -77,12 +65,12 @@ class GatewayClient:
         if self._config.max_tokens:
             body["max_tokens"] = self._config.max_tokens
         reply = await self._post("chat_completions", body)
-        text = field(reply, "response")
-        completion = field(reply, "detail") or reply
-        if isinstance(text, str) and text and not field(completion, "choices"):
-            return Reply(self._secrets.hide(text), None, *usage_of(completion))
-        check_no_error(completion, {}, self._secrets, self._config.name)
-        return chat_reply(completion, self._config, self._secrets)
+        text = http.field(reply, "response")
+        completion = http.field(reply, "detail") or reply
+        if isinstance(text, str) and text and not http.field(completion, "choices"):
+            return Reply(self._secrets.hide(text), None, *http.usage_of(completion))
+        http.check_no_error(completion, {}, self._secrets, self._config.name)
+        return http.chat_reply(completion, self._config, self._secrets)
 
     async def first_token(self, text: str, pictures: Sequence[Picture], count: int) -> Reply:
         raise UserError("the gateway gives no log-probabilities of tokens.", 'Use a service of the kind "openai".')
@@ -96,7 +84,7 @@ class GatewayClient:
         }
         reply = await self._post("txt2img/gemini/generate", body)
         try:
-            return Reply(None, decode_base64(field(reply, "data", "urls", 0)))
+            return Reply(None, http.decode_base64(http.field(reply, "data", "urls", 0)))
         except Unusable as error:
             raise Fault("unusable answer", str(error), sick=False) from None
 
@@ -104,7 +92,7 @@ class GatewayClient:
         await self._client.aclose()
 
     async def _post(self, where: str, body: Mapping[str, Any]) -> Any:
-        timestamp = int(self._clock())
+        timestamp = int(time.time())
         headers = {
             "X-AppID": self._app,
             "X-Source": self._config.source,
@@ -119,12 +107,12 @@ class GatewayClient:
             raise Fault("connection", self._secrets.hide(str(error))[:200] + self._proxy) from None
         if not answer.is_success:
             text = self._secrets.hide(answer.text)
-            raise outcome_of_status(answer.status_code, answer.headers, text, self._config.name)
-        reply = parsed(answer.content)
-        code = field(reply, "code")
+            raise http.outcome_of_status(answer.status_code, answer.headers, text, self._config.name)
+        reply = http.parsed(answer.content)
+        code = http.field(reply, "code")
         if code != 0:
-            message = self._secrets.hide(str(field(reply, "msg")))
+            message = self._secrets.hide(str(http.field(reply, "msg")))
             if isinstance(code, int) and 400 <= code < 600:
-                raise outcome_of_status(code, answer.headers, message, self._config.name)
+                raise http.outcome_of_status(code, answer.headers, message, self._config.name)
             raise Fault(f"code {code}", message[:200])
         return reply

@@ -16,21 +16,10 @@ import httpx2
 import openai
 
 from ivr_jax.errors import UserError
+from ivr_jax.services import http_client as http
 from ivr_jax.services.caller import Fault, Rejected, Reply
 from ivr_jax.services.config import Secrets, ServiceConfig
-from ivr_jax.services.http_client import (
-    Picture,
-    PictureEncoder,
-    chat_reply,
-    check_no_error,
-    connection_limits,
-    decode_base64,
-    field,
-    outcome_of_status,
-    parsed,
-    proxy_note,
-    usage_of,
-)
+from ivr_jax.services.http_client import Picture, PictureEncoder
 from ivr_jax.services.replies import Unusable
 
 _NO_KEY = "none"  # what the client sends to a server without keys
@@ -46,8 +35,8 @@ class OpenAIClient:
 
     def __init__(self, config: ServiceConfig, key: str):
         self._config, self._secrets, self._pictures = config, Secrets([key]), PictureEncoder(config.image_side)
-        self._proxy = proxy_note(config.base_url)
-        limits = connection_limits(config.in_flight)
+        self._proxy = http.proxy_note(config.base_url)
+        limits = http.connection_limits(config.in_flight)
         self._client = openai.AsyncOpenAI(
             api_key=key or _NO_KEY,
             base_url=config.base_url,
@@ -66,7 +55,7 @@ class OpenAIClient:
         }
         if self._config.temperature >= 0:
             request["temperature"] = self._config.temperature
-        return chat_reply(await self._complete(request, schema), self._config, self._secrets)
+        return http.chat_reply(await self._complete(request, schema), self._config, self._secrets)
 
     async def _complete(self, request: Mapping[str, Any], schema: Mapping[str, Any]) -> Any:
         """The completion; what the server refuses is left out or renamed from then on, where that may be.
@@ -104,13 +93,13 @@ class OpenAIClient:
             "top_logprobs": count,
         }
         completion = await self._post("/chat/completions", request)
-        if refusal := field(completion, "choices", 0, "message", "refusal"):
+        if refusal := http.field(completion, "choices", 0, "message", "refusal"):
             raise Rejected(f"refused: {self._secrets.hide(str(refusal))[:200]}")
-        likeliest = field(completion, "choices", 0, "logprobs", "content", 0, "top_logprobs")
-        tokens = [[field(token, "token"), field(token, "logprob")] for token in likeliest or ()]
+        likeliest = http.field(completion, "choices", 0, "logprobs", "content", 0, "top_logprobs")
+        tokens = [[http.field(token, "token"), http.field(token, "logprob")] for token in likeliest or ()]
         if not tokens or not all(_is_chance(*token) for token in tokens):
             raise Fault("unusable answer", "the reply holds no log-probabilities of its first token", sick=False)
-        return Reply(self._secrets.hide(json.dumps(tokens)), None, *usage_of(completion))
+        return Reply(self._secrets.hide(json.dumps(tokens)), None, *http.usage_of(completion))
 
     async def _shown(self, pictures: Sequence[Picture]) -> list[dict[str, Any]]:
         """Each picture under its label."""
@@ -130,12 +119,12 @@ class OpenAIClient:
             drawn = await self._draw(request, sources)
         except Rejected as refused:
             raise _refused_setting(self._config, refused, "image_reply") from None
-        data = field(drawn, "data", 0)
+        data = http.field(drawn, "data", 0)
         try:
-            image = decode_base64(field(data, "b64_json") or field(data, "url"))
+            image = http.decode_base64(http.field(data, "b64_json") or http.field(data, "url"))
         except Unusable as error:
             raise Fault("unusable answer", str(error), sick=False) from None
-        return Reply(None, image, *usage_of(drawn))
+        return Reply(None, image, *http.usage_of(drawn))
 
     async def _draw(self, request: Mapping[str, Any], sources: Sequence[Picture]) -> Any:
         if not sources:
@@ -157,8 +146,8 @@ class OpenAIClient:
         return self._parsed(reply)
 
     def _parsed(self, reply: Any) -> Any:
-        value = parsed(reply.content)
-        check_no_error(value, reply.headers, self._secrets, self._config.name)
+        value = http.parsed(reply.content)
+        http.check_no_error(value, reply.headers, self._secrets, self._config.name)
         return value
 
     @contextlib.contextmanager
@@ -175,7 +164,7 @@ class OpenAIClient:
         except openai.APIStatusError as error:
             message, parameter = _complaint(error)
             message = self._secrets.hide(message)
-            raise outcome_of_status(error.status_code, error.response.headers, message, who, parameter) from None
+            raise http.outcome_of_status(error.status_code, error.response.headers, message, who, parameter) from None
         except openai.APIConnectionError as error:
             raise Fault("connection", self._secrets.hide(str(error.__cause__ or error))[:200] + self._proxy) from None
         except openai.APIError as error:
@@ -221,8 +210,9 @@ def _is_chance(text: Any, log_probability: Any) -> bool:
 def _complaint(error: openai.APIStatusError) -> tuple[str, str]:
     """What the server says is wrong, and the parameter that it names, or ""."""
     body = error.body[0] if isinstance(error.body, list) and error.body else error.body  # Gemini sends a list
-    body = field(body, "error") or body
+    body = http.field(body, "error") or body
     if not isinstance(body, Mapping):
         return (body if isinstance(body, str) and body else error.response.text), ""
-    message = field(body, "message") or body
-    return (message if isinstance(message, str) else json.dumps(message, default=str)), str(field(body, "param") or "")
+    message = http.field(body, "message") or body
+    message = message if isinstance(message, str) else json.dumps(message, default=str)
+    return message, str(http.field(body, "param") or "")

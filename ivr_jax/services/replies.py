@@ -321,13 +321,13 @@ def read_scored(text: str | None) -> tuple[float, str]:
     return score, as_text(reason, "reason")
 
 
-def read_score(text: str | None, key: str = "score", low: float = LOWEST, high: float = HIGHEST) -> float:
-    """The score under `key`, from `low` to `high`; prose that states one ("KEY: 4") is read too.
+def read_score(text: str | None, key: str) -> float:
+    """The score under `key`, from `LOWEST` to `HIGHEST`; prose that states one ("KEY: 4") is read too.
 
     Raises:
       Unusable: there is no such score.
     """
-    return _score_and_object(text, key, low, high)[0]
+    return _score_and_object(text, key, LOWEST, HIGHEST)[0]
 
 
 def read_scores(

@@ -13,20 +13,21 @@ from ivr_jax.protocol.text import TextTokenizer
 from ivr_jax.report.answers import make_answer, write_answers
 from ivr_jax.trajectory import Mode
 
+PER_MODE = 6
+SEARCHED = 2000
+
 
 def write_training_samples(
     folder: str | os.PathLike[str],
     dataset: TrajectorySource,
     tokenizer: TextTokenizer,
     encode_images: Callable[[Sequence[np.ndarray]], list[np.ndarray]],
-    each: int = 6,
-    search: int = 2000,
 ) -> None:
-    """Writes up to `each` trajectories of every mode, taken from the first `search` of `dataset`, into `folder`."""
+    """Writes up to `PER_MODE` trajectories of every mode, from the first `SEARCHED` of `dataset`, into `folder`."""
     chosen = {mode: [] for mode in Mode}
-    for index in range(min(search, len(dataset))):
+    for index in range(min(SEARCHED, len(dataset))):
         trajectory = dataset[index]
-        if len(chosen[trajectory.mode]) < each:
+        if len(chosen[trajectory.mode]) < PER_MODE:
             chosen[trajectory.mode].append(trajectory)
     answers, images = [], {}
     for trajectory in (t for same in chosen.values() for t in same):

@@ -169,17 +169,18 @@ WRONG = "wrong at"
 MORE = " and more"
 FAULTS = ("Under-editing", "Wrong target", "Over-editing", "Artefact")  # failure types, in the order they are named
 NO_FAULT, NO_PLAN = "No fault.", "Keep it."
+MAX_PLACES = 4
 _PLACE = rf"{_CELL}|{'|'.join(ATTRIBUTES)}|{RULER}|{SIZE}"
 _CONTENT = rf"{EMPTY}|{OBJECT_PATTERN}|{'|'.join(BACKGROUNDS + STYLES + TONES + (REDRAWN,))}"
 _ENTRY = re.compile(rf"(?P<place>{_PLACE}) (?P<content>{_CONTENT})")
 _PLACES = re.compile(_PLACE)
 
 
-def reason(wrong: Sequence[str], most: int = 4) -> str:
-    """Why an axis passed (nothing `wrong`) or failed, naming at most `most` places: "wrong at b2 c1"."""
+def reason(wrong: Sequence[str]) -> str:
+    """Why an axis passed (nothing `wrong`) or failed, naming at most `MAX_PLACES` places: "wrong at b2 c1"."""
     if not wrong:
         return PASSED
-    return " ".join((WRONG, *wrong[:most])) + (MORE if len(wrong) > most else "")
+    return " ".join((WRONG, *wrong[:MAX_PLACES])) + (MORE if len(wrong) > MAX_PLACES else "")
 
 
 def failure_analysis(faults: Mapping[str, Sequence[str]]) -> str:

@@ -120,13 +120,13 @@ def t2i_request(rules: Level, number: int) -> Request:
     return Request(0, (first, *[later] * (number - 1)), max(rules.relational, 0.15), dependence=0.3)
 
 
-def sample_facts(rng: np.random.Generator, rules: Level, edits: int, held_out: bool = False) -> tuple[Facts, str]:
+def sample_facts(rng: np.random.Generator, rules: Level, edits: int) -> tuple[Facts, str]:
     """A request of the training mixture without pixels: its facts and its prompt.
 
     Args:
       rules: the level, whose kinds of edits may be weighed otherwise than it says.
     """
-    return _draw_facts(rng, rules, lambda: _training_request(rng, rules, None, edits), "", held_out)
+    return _draw_facts(rng, rules, lambda: _training_request(rng, rules, None, edits), "", held_out=False)
 
 
 def _draw(rng: np.random.Generator, rules: Level, request: Callable[[], Request], key: str, split: str,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from answer_tokens import token_content
 from commands import run, succeed
 from dataset_fixtures import build, example
 from photographs import write_success
@@ -114,7 +115,7 @@ def test_out_to_released_folders_and_in_again_is_the_same_dataset(tmp_path, data
     before, after = TrajectoryDataset(dataset), TrajectoryDataset(tmp_path / "back")
     assert before.image_names == after.image_names
     # inferred verdicts get a score on the way, nothing else changes
-    assert [t.token_content for t in before] == [t.token_content for t in after]
+    assert list(map(token_content, before)) == list(map(token_content, after))
     succeed("export", tmp_path / "back", "--format=released", f"--out={tmp_path / 'third'}")
     succeed("export", tmp_path / "third", "--format=dataset", f"--out={tmp_path / 'last'}")
     assert list(after) == list(TrajectoryDataset(tmp_path / "last"))

@@ -191,7 +191,7 @@ def test_prompts_are_the_released_templates_encoded_as_a_whole(released, task, c
 
 
 def test_answers_in_this_vocabulary_are_accepted_and_read_back(released, small):
-    from answer_tokens import trajectory
+    from answer_tokens import token_content, trajectory
 
     from ivr_jax.trajectory import Reflection, Step
 
@@ -203,7 +203,7 @@ def test_answers_in_this_vocabulary_are_accepted_and_read_back(released, small):
             grids = {name: np.full((10, 12), k) for k, name in enumerate(answer.images)}
             tokens, _ = codec.encode_answer(tokenizer, answer, grids)
             assert grammar.run(np.array([tokens]))[0, -1] == ACCEPT
-            assert codec.parse_answer(grammar, answer.sample, np.array(tokens)).trajectory == answer.token_content
+            assert codec.parse_answer(grammar, answer.sample, np.array(tokens)).trajectory == token_content(answer)
             assert all(tokenizer.marker(text) == tuple(tokenizer.encode(text)) for text in markers.ANSWER_MARKERS)
 
 

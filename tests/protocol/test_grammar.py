@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from answer_tokens import ByteTokenizer, Recogniser, answered, evaluation, micro, self_overlapping, trajectory
+from answer_tokens import (
+    ByteTokenizer,
+    Recogniser,
+    answered,
+    evaluation,
+    micro,
+    self_overlapping,
+    token_content,
+    trajectory,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,7 +95,7 @@ def test_every_encoded_trajectory_is_an_answer_and_reads_back(name, data):
     tokens, segments = codec.encode_answer(tokenizer, answer, codes)
     assert grammar.run(np.array([tokens]))[0, -1] == ACCEPT
     parsed = codec.parse_answer(grammar, answer.sample, tokens)
-    assert parsed.trajectory == answer.token_content
+    assert parsed.trajectory == token_content(answer)
     assert parsed.segments == segments
     assert set(parsed.codes) == set(answer.images)
     assert all((parsed.codes[image] == codes[image]).all() for image in answer.images)

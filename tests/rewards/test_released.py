@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from answer_tokens import trajectory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ivr_jax.errors import UserError
 from ivr_jax.rewards.functions import PAPER, RELEASED, RewardOptions
-from ivr_jax.rewards.released import calls, format_score, read_score, record_of, score_record
-from ivr_jax.trajectory import Reflection, Step
+from ivr_jax.rewards.released import calls, format_score, read_score, score_record
 
 CASES = json.loads((Path(__file__).parents[1] / "vectors" / "rewards.json").read_text())
 NAMES = ("final", "step", "format", "reflection")
@@ -184,18 +182,6 @@ def test_a_record_without_a_field_is_refused():
     del broken["final_image"]
     with pytest.raises(UserError):
         calls(broken)
-
-
-def test_a_trajectory_becomes_a_record_of_full_format():
-    steps = trajectory([Step("one"), Step("two")], [False, False, True])
-    told = record_of(steps)
-    assert format_score(told["assistant_text"]) == 1.0
-    assert [step["image"] for step in told["intermediate_steps"]] == list(steps.images[1:])
-    reflected = record_of(trajectory([Reflection("why", "how")], [False, True]))
-    assert reflected["reflections"] == [{"prev_image": "G1", "text": "why how", "next_image": "G2"}]
-    assert reflected["final_image"] == "G2" and reflected["intermediate_steps"] == []
-    keys = [call.key for call in calls(reflected)]
-    assert keys == [f"{axis}_score" for axis in AXIS_WEIGHTS] + ["reflection_score"]
 
 
 def test_the_presets_are_those_of_paper_and_code():

@@ -42,9 +42,8 @@ def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], force:
 
 
 def compare(
-    benchmark: Benchmark, items: Sequence[Item], first: Judged, second: Judged, seed: int = 0,
-    modes: Sequence[str] = MODES,
-) -> dict[str, Any]:  # fmt: skip
+    benchmark: Benchmark, items: Sequence[Item], first: Judged, second: Judged, seed: int = 0
+) -> dict[str, Any]:
     """The second run against the first.
 
     Returns:
@@ -53,7 +52,7 @@ def compare(
     """
     strata = {item.key: item.category for item in items}
     result: dict[str, Any] = {"figures": {}, "wins": {}, "items": {}}
-    for mode in modes:
+    for mode in MODES:
         before = {figure.name: figure for figure in benchmark.figures(items, first, mode)}
         after = {figure.name: figure for figure in benchmark.figures(items, second, mode)}
         result["figures"][mode] = {
