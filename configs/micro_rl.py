@@ -58,60 +58,9 @@ def get_config() -> ConfigDict:
             "text_cap": 96,
         }
     )
-    config.reward = ConfigDict(
-        {
-            "outcome_weight": 0.7,
-            "format_weight": 0.1,
-            "step_weight": 0.2,
-            "reflection_weight": 0.0,
-            "axis_weights": (0.25, 0.25, 0.25, 0.25),  # instruction, consistency, quality, knowledge
-            "score_map": "div5",  # what a score s counts: "div5" s / 5, "unit" (s - 1) / 4
-            "intermediate": "texts",  # the step reward is a mean over: "texts" or "images"
-            "step_reward_evals": "none",  # of the answer's own, those that count in it: "none" none, "final" or "all"
-            "renormalise": True,
-            "missing_value": 1.0,
-            "bonus_weight": 1.0,
-            "epsilon": 0.05,
-            "bonus_min_outcome": 0.0,  # least outcome reward that the bonus is paid for
-            "divide_by_std": True,
-            "std_floor": 1e-6,
-            "min_valid": 2,
-        }
-    )
-    config.grpo = ConfigDict(
-        {
-            "clip_low": 0.2,
-            "clip_high": 0.2,
-            "beta": 0.01,
-            "loss_type": "grpo",  # how the objective is averaged: "grpo", "bnpo" or "dr_grpo" (docs/how-to/rl.md)
-            "dr_grpo_length": 256,
-            "tis_cap": 2.0,  # only where rollouts are sampled in another precision
-            "skip_equal_groups": True,  # groups whose answers earn the same are left out of the passes
-            "refill": 0,  # how often answers without a judgement are replaced by new ones; 0: they leave their group
-            "drop_truncated": False,  # leave answers that were cut at answer_length out of the update
-            # what is compared: "prompt" the answers to a prompt, "draft" the continuations of one first image
-            "group": "prompt",
-            "drafts": 2,  # first images a prompt, each with `group_size` continuations
-            "draft_source": "rollout",  # who samples them: "rollout" the policy, "buffer" the checkpoint of `init`
-            "credit": "local",  # "local" or "broadcast": whether drafts and continuations share their advantages
-            "modality_advantages": False,  # image tokens by the outcome alone, text tokens by the whole reward
-        }
-    )
-    config.judge = ConfigDict(
-        {
-            # who judges: images; one step's image; texts; and who never decides a reward.  "": as outcome, none
-            "outcome": service("world"),
-            "step": service(""),
-            "reasoning": service(""),
-            "held_out": service(""),
-            "every_image": True,  # also evaluate images that no reward needs: for P(passes | wrong)
-            "concurrency": 64,
-            "deadline": 0.0,  # seconds for one judgement, retries and all; 0 waits as long as it takes
-            "check_every": 0,  # steps between checks of the judge by repeated calls and by the held-out judge
-            "check_answers": 8,
-            "check_repeats": 3,
-        }
-    )
+    config.reward = _reward()
+    config.grpo = _grpo()
+    config.judge = _judge()
     config.monitor = ConfigDict(  # alarms over the last `window` steps, and the limit of missing judgements
         {
             "window": 10,
@@ -147,3 +96,69 @@ def get_config() -> ConfigDict:
         }
     )
     return config
+
+
+def _reward() -> ConfigDict:
+    """The paper's reward and complexity bonus."""
+    return ConfigDict(
+        {
+            "outcome_weight": 0.7,
+            "format_weight": 0.1,
+            "step_weight": 0.2,
+            "reflection_weight": 0.0,
+            "axis_weights": (0.25, 0.25, 0.25, 0.25),  # instruction, consistency, quality, knowledge
+            "score_map": "div5",  # what a score s counts: "div5" s / 5, "unit" (s - 1) / 4
+            "intermediate": "texts",  # the step reward is a mean over: "texts" or "images"
+            "step_reward_evals": "none",  # of the answer's own, those that count in it: "none" none, "final" or "all"
+            "renormalise": True,
+            "missing_value": 1.0,
+            "bonus_weight": 1.0,
+            "epsilon": 0.05,
+            "bonus_min_outcome": 0.0,  # least outcome reward that the bonus is paid for
+            "divide_by_std": True,
+            "std_floor": 1e-6,
+            "min_valid": 2,
+        }
+    )
+
+
+def _grpo() -> ConfigDict:
+    """The objective, and which answers are compared."""
+    return ConfigDict(
+        {
+            "clip_low": 0.2,
+            "clip_high": 0.2,
+            "beta": 0.01,
+            "loss_type": "grpo",  # how the objective is averaged: "grpo", "bnpo" or "dr_grpo" (docs/how-to/rl.md)
+            "dr_grpo_length": 256,
+            "tis_cap": 2.0,  # only where rollouts are sampled in another precision
+            "skip_equal_groups": True,  # groups whose answers earn the same are left out of the passes
+            "refill": 0,  # how often answers without a judgement are replaced by new ones; 0: they leave their group
+            "drop_truncated": False,  # leave answers that were cut at answer_length out of the update
+            # what is compared: "prompt" the answers to a prompt, "draft" the continuations of one first image
+            "group": "prompt",
+            "drafts": 2,  # first images a prompt, each with `group_size` continuations
+            "draft_source": "rollout",  # who samples them: "rollout" the policy, "buffer" the checkpoint of `init`
+            "credit": "local",  # "local" or "broadcast": whether drafts and continuations share their advantages
+            "modality_advantages": False,  # image tokens by the outcome alone, text tokens by the whole reward
+        }
+    )
+
+
+def _judge() -> ConfigDict:
+    """Who judges, how often, and how the judge itself is checked."""
+    return ConfigDict(
+        {
+            # who judges: images; one step's image; texts; and who never decides a reward.  "": as outcome, none
+            "outcome": service("world"),
+            "step": service(""),
+            "reasoning": service(""),
+            "held_out": service(""),
+            "every_image": True,  # also evaluate images that no reward needs: for P(passes | wrong)
+            "concurrency": 64,
+            "deadline": 0.0,  # seconds for one judgement, retries and all; 0 waits as long as it takes
+            "check_every": 0,  # steps between checks of the judge by repeated calls and by the held-out judge
+            "check_answers": 8,
+            "check_repeats": 3,
+        }
+    )

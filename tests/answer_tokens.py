@@ -19,6 +19,7 @@ from ivr_jax.protocol.text import PhraseTokenizer, TextTokenizer
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
 
 WHITE = " \t\n\r\f\v"
+CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\0")  # that a text of a user may hold
 
 
 def without_scores(found: Evaluation) -> Evaluation:
@@ -94,8 +95,7 @@ def answered(draw, tokenizer: TextTokenizer, alphabet: str | None = None, longes
     """A trajectory whose control flow follows its verdicts, and the codes of all its images."""
 
     def text(close: str) -> str:
-        letters = {} if alphabet is None else {"alphabet": alphabet}
-        written = st.text(min_size=1, max_size=longest, **letters)
+        written = st.text(CHARACTERS if alphabet is None else alphabet, min_size=1, max_size=longest)
         return draw(written.map(lambda t: t if fits(tokenizer, t, close) else "x"))
 
     def judged(passed: bool) -> Evaluation:
@@ -118,7 +118,7 @@ def answered(draw, tokenizer: TextTokenizer, alphabet: str | None = None, longes
             cause = Step(text(markers.STEP_CLOSE[k]))
         rounds.append(Round(cause, f"G{k}", judged(last_passes if k == extra + 1 else False)))
     sources = tuple(f"source {i}" for i in range(draw(st.integers(0, 3))))
-    prompt = draw(st.text(max_size=20).map(lambda t: t if t.strip(WHITE) else "paint"))
+    prompt = draw(st.text(CHARACTERS, max_size=20).map(lambda t: t if t.strip(WHITE) else "paint"))
     answer = Trajectory(Sample("key", prompt, sources), tuple(rounds))
     sizes = st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 9, 10, 12]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
