@@ -9,7 +9,8 @@ from ivr_jax.images import image_name
 from ivr_jax.interfaces import RootCause
 from ivr_jax.trajectory import AXES, AxisVerdict, Evaluation, Mode, Reflection, Round, Sample, Step, Trajectory
 
-texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=12).filter(str.strip)
+characters = st.characters(exclude_categories=("Cs",), exclude_characters="\0")
+texts = st.text(characters, min_size=1, max_size=12).filter(str.strip)
 verdicts = st.builds(AxisVerdict, st.booleans(), texts, st.sampled_from([1, 2, 2.5, 3, 4, 5]))
 evaluations = st.builds(Evaluation, verdicts, verdicts, verdicts, verdicts)
 
