@@ -252,6 +252,36 @@ def _free_text(tokenizer: TextTokenizer, text: str, close: str) -> list[int]:
     return ids + marker
 
 
+@dataclasses.dataclass(frozen=True)
+class AnswerBound:
+    """What an answer has at most: images, free texts, and tokens with its markers and EOS."""
+
+    images: int
+    texts: int
+    tokens: int
+
+
+def longest_answer(tokenizer: TextTokenizer, options: grammar_lib.GrammarOptions, image: int) -> AnswerBound:
+    """The longest answer that the grammar allows, every text of `text_cap` tokens and every image of `image`."""
+
+    def size(*texts: str) -> int:
+        return sum(len(tokenizer.marker(text)) for text in texts)
+
+    verdict = max(size(markers.PASS), size(markers.FAIL))
+    evaluation = size(markers.EVALUATE_OPEN, *markers.AXIS.values(), markers.EVALUATE_CLOSE) + len(AXES) * verdict
+    reflection = size(markers.ANALYSIS_OPEN, markers.ANALYSIS_CLOSE, markers.PLAN_OPEN, markers.PLAN_CLOSE)
+    bounds = []
+    for mode in options.modes:
+        steps = options.max_steps if mode == Mode.MULTI_STEP else 0
+        reflections = options.max_reflections if mode == Mode.REFLECTION else 0
+        images = 1 + steps + reflections
+        texts = images * (1 + len(AXES)) + 2 * reflections + steps  # an observation and a reason for each axis
+        led = sum(size(markers.STEP_OPEN[k], markers.STEP_CLOSE[k]) for k in range(2, 2 + steps))
+        led += reflections * reflection
+        bounds.append(AnswerBound(images, texts, images * (image + evaluation) + led + texts * options.text_cap + 1))
+    return max(bounds, key=lambda bound: bound.tokens)
+
+
 def parse_answer(
     grammar: grammar_lib.Grammar, sample: Sample, tokens: np.ndarray, nodes: np.ndarray | None = None
 ) -> ParsedAnswer:

@@ -64,7 +64,7 @@ def build(
     factor = system.image_codec.config.factor
     sizes = image_sizes(config.prompts, config.prompts.seed)
     check_lengths(sizes, system.tokenizer, factor, options.answer_length, longest)
-    if distributed.is_primary() and (note := room_note(options, system)):
+    if distributed.is_primary() and (note := length_note(options, system)):
         print(note)
     drafts = None
     if options.grpo.group == "draft" and options.grpo.draft_source == "buffer":
@@ -102,21 +102,19 @@ def _meta(config: Any, system: systems.System) -> dict[str, Any]:
     return {**system.meta, **made}
 
 
-def room_note(options: RLOptions, system: systems.System) -> str:
+def length_note(options: RLOptions, system: systems.System) -> str:
     """What to say where the longest answers that the grammar allows may be cut; "" where they fit.
 
-    Their images, as large as those of prompts without a source, and one text of full length a round are counted.
+    Their images are as large as those of prompts without a source.
     """
     image = len(codec.encode_image(system.tokenizer, np.zeros(system.cells, np.int32)))
-    grammar = options.grammar
-    rounds = {"reflection": grammar.max_reflections, "multi_step": grammar.max_steps}
-    most = 1 + max((rounds.get(mode, 0) for mode in grammar.modes), default=0)
-    needed = most * (image + grammar.text_cap)
-    if needed <= options.answer_length:
+    most = codec.longest_answer(system.tokenizer, options.grammar, image)
+    if most.tokens <= options.answer_length:
         return ""
     return (
-        f"note: {most} images of {image} tokens with a text of {grammar.text_cap} each need {needed} tokens; "
-        f"config.answer_length is {options.answer_length}. Longer answers are cut (metric `truncated`)."
+        f"note: an answer may have up to {most.images} images of {image} tokens and {most.texts} texts of up to "
+        f"{options.grammar.text_cap} each, {most.tokens:,} tokens in all; config.answer_length is "
+        f"{options.answer_length:,}. Longer answers are cut (metric `truncated`)."
     )
 
 

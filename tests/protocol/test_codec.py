@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ivr_jax.errors import UserError
 from ivr_jax.protocol import codec, markers, vocabulary
-from ivr_jax.protocol.grammar import Grammar
+from ivr_jax.protocol.grammar import Grammar, GrammarOptions
 from ivr_jax.protocol.text import PhraseTokenizer
 from ivr_jax.trajectory import (
     AxisVerdict,
@@ -278,3 +278,26 @@ def test_a_malformed_answer_is_refused_where_it_goes_wrong():
             codec.parse_answer(grammar, sample, np.array(mistaken, np.int32))
     with pytest.raises(UserError):  # something follows EOS
         codec.parse_answer(grammar, sample, np.array([*tokens, VOCAB.eos]))
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, ByteTokenizer()], ids=["one id a marker", "spelled markers"])
+@pytest.mark.parametrize(
+    "modes, cause, rounds, texts",
+    [(("direct",), None, 1, 5), (("direct", "reflection"), Reflection("x", "x"), 4, 26),
+     (("direct", "multi_step"), Step("x"), 5, 29)],
+)  # fmt: skip
+def test_the_longest_answer_is_one_with_every_round_and_all_texts_full(tokenizer, modes, cause, rounds, texts):
+    options = GrammarOptions(modes=modes, max_reflections=3, max_steps=4, text_cap=7)
+    failed = Evaluation(*[AxisVerdict(False, "x")] * 4, observation="x")
+    answer = Trajectory(
+        Sample("a", "paint"), tuple(Round(cause if k > 1 else None, f"G{k}", failed) for k in range(1, rounds + 1))
+    )
+    tokens, _ = codec.encode_answer(tokenizer, answer, {name: GRID for name in answer.images})
+    bound = codec.longest_answer(tokenizer, options, len(codec.encode_image(tokenizer, GRID)))
+    assert bound == codec.AnswerBound(rounds, texts, len(tokens) + texts * (options.text_cap - 1))
+
+
+def test_of_several_modes_the_one_with_the_longest_answers_counts():
+    alone = [codec.longest_answer(TOKENIZER, GrammarOptions(modes=(mode,)), 10) for mode in ("reflection", "multi_step")]
+    both = codec.longest_answer(TOKENIZER, GrammarOptions(modes=("direct", "reflection", "multi_step")), 10)
+    assert both == max(alone, key=lambda bound: bound.tokens) and alone[0] != alone[1]
