@@ -1,13 +1,29 @@
-"""A progress bar that shows that the program lives while nothing advances it: what it does, and for how long."""
+"""What takes long without a progress of its own is said: on a progress bar, or in one line where there is none."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
+
+SLOW = 5.0  # seconds
+
+
+@contextlib.contextmanager
+def announced(activity: str) -> Iterator[None]:
+    """Writes `activity` to stderr once, if the block takes more than `SLOW` seconds."""
+    timer = threading.Timer(SLOW, lambda: print(f"{activity} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Heartbeat:

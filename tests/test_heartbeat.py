@@ -1,4 +1,4 @@
-"""A bar that nothing advances says what is being done, and for how long."""
+"""What takes long is said: on a bar that nothing advances, or in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from unittest import mock
 
 from tqdm import tqdm
 
-from ivr_jax.heartbeat import Heartbeat
+from ivr_jax import heartbeat as heartbeats
+from ivr_jax.heartbeat import Heartbeat, announced
 
 
 def test_it_speaks_once_something_takes_long_and_stops_with_its_block(monkeypatch, capsys):
@@ -64,3 +65,16 @@ def test_what_begins_late_is_spoken_of_as_soon_as_it_has_taken_long(monkeypatch)
         while not bar.set_postfix_str.called:
             time.sleep(0.01)
     assert bar.set_postfix_str.call_args.args[0] == "compiling, 1 s"
+
+
+def test_a_slow_block_is_announced_once_and_a_quick_one_never(monkeypatch, capsys):
+    with announced("quick"):
+        pass
+    monkeypatch.setattr(heartbeats, "SLOW", 0.01)
+    said = ""
+    with announced("reading x"):
+        while not said:
+            time.sleep(0.01)
+            said = capsys.readouterr().err
+    time.sleep(0.05)
+    assert said.splitlines() == ["reading x ..."] and capsys.readouterr().err == ""

@@ -26,6 +26,7 @@ from ivr_jax.cloud import inputs, mirror
 from ivr_jax.cloud.objects import Objects, explained, is_url
 from ivr_jax.config import renamed
 from ivr_jax.errors import UserError
+from ivr_jax.heartbeat import announced
 from ivr_jax.models import lora
 
 FOLDER = "checkpoints"
@@ -277,7 +278,9 @@ def read_params(
         handler = ocp.PyTreeCheckpointHandler(
             restore_concurrent_gb=_gigabytes_at_once(wanted, meta)  # it is only multiplied
         )
-        with ocp.Checkpointer(handler) as checkpointer:
+        silent = jax.process_index() > 0
+        reading = contextlib.nullcontext() if silent else announced(f"reading the parameters of {folder}")
+        with ocp.Checkpointer(handler) as checkpointer, reading:
             found = checkpointer.restore(
                 folder / "state",
                 args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True),

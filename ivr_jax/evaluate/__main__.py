@@ -24,6 +24,7 @@ from ivr_jax.cloud.mirror import with_urls
 from ivr_jax.config import as_dataclass, check_least, claim_workdir
 from ivr_jax.evaluate import micro_world, paired, probes, typed
 from ivr_jax.evaluate.verdicts import VerdictScorer
+from ivr_jax.heartbeat import announced
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import metrics, tables
 from ivr_jax.report.answers import read_answers, write_answers
@@ -58,12 +59,14 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
         found = micro_world.run(system, config)
         result = metrics.evaluate(found.answers, config.seed, about)
         if config.probe_prompts:
-            result["probes"] = probes.probe(
-                system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch,
-                config.observe,
-            )  # fmt: skip
+            with announced("evaluate: probes of its verdicts and repairs"):
+                result["probes"] = probes.probe(
+                    system, config.level, config.probe_prompts, config.most_edits, config.seed + 1, config.batch,
+                    config.observe,
+                )  # fmt: skip
         if config.paired_prompts:
-            result["paired"] = paired_verdicts(system, config, found)
+            with announced("evaluate: the paired verdict test"):
+                result["paired"] = paired_verdicts(system, config, found)
     write_answers(workdir, found.answers, found.images)
     metrics.write_evaluation(workdir, result)
     return result

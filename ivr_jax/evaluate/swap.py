@@ -32,6 +32,7 @@ from ivr_jax.data.store import TrajectoryDataset
 from ivr_jax.errors import UserError
 from ivr_jax.evaluate.paired import EXACT, MASKED, OWN, Case, paired_test
 from ivr_jax.evaluate.verdicts import VerdictScorer
+from ivr_jax.heartbeat import announced
 from ivr_jax.protocol import codec
 from ivr_jax.protocol.grammar import GrammarOptions
 from ivr_jax.report import tables
@@ -76,7 +77,8 @@ def finished_or_made(config: Any, workdir: Path) -> dict[str, Any]:
         scorer = VerdictScorer(
             system, as_dataclass(GrammarOptions, config.grammar), config.evaluation_length, config.batch
         )
-        result = {"about": about, **paired_test(cases, scorer, config.seed)}
+        with announced(f"swap: scoring {len(cases)} pairs of images"):
+            result = {"about": about, **paired_test(cases, scorer, config.seed)}
     write_swap(workdir, result)
     return result
 

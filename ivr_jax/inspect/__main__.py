@@ -26,6 +26,7 @@ from ivr_jax import cli, files
 from ivr_jax.checkpoints import packed
 from ivr_jax.checkpoints import system as systems
 from ivr_jax.errors import UserError
+from ivr_jax.heartbeat import announced
 from ivr_jax.inspect import rollouts, sources
 from ivr_jax.inspect.render import html_page, print_item
 from ivr_jax.inspect.tokens import Inspected
@@ -83,7 +84,8 @@ def main(call: cli.Call) -> None:
     for text in wanted.filter:  # before a model is loaded
         sources.parse_filter(text)
     system = systems.load(wanted.checkpoint, wanted.image_tokenizer, text_tokenizer_path=wanted.text_tokenizer)
-    found = chosen(call, system)
+    with announced("compiling and computing" if wanted.figures or wanted.rollout else f"reading {wanted.source}"):
+        found = chosen(call, system)
     if wanted.html:
         files.write_file(wanted.html, html_page(wanted.source or f"Rollout of task {wanted.task}", found))
         print(f"{wanted.html}: {len(found)} items")

@@ -298,6 +298,8 @@ def test_the_longest_answer_is_one_with_every_round_and_all_texts_full(tokenizer
 
 
 def test_of_several_modes_the_one_with_the_longest_answers_counts():
-    alone = [codec.longest_answer(TOKENIZER, GrammarOptions(modes=(mode,)), 10) for mode in ("reflection", "multi_step")]
+    alone = [
+        codec.longest_answer(TOKENIZER, GrammarOptions(modes=(mode,)), 10) for mode in ("reflection", "multi_step")
+    ]
     both = codec.longest_answer(TOKENIZER, GrammarOptions(modes=("direct", "reflection", "multi_step")), 10)
     assert both == max(alone, key=lambda bound: bound.tokens) and alone[0] != alone[1]
