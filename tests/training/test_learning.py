@@ -167,7 +167,7 @@ def test_held_out_images_are_no_training_images(tmp_path):
 def tokenizer_config() -> ConfigDict:
     config = load_config(str(ROOT / "configs/micro_image_tokenizer.py"))
     config.update({"steps": 4, "continuous_steps": 2, "codebook_images": 8, "batch": 4, "eval_images": 4})
-    config.model.update({"ch": 4, "ch_mult": (1, 1, 1), "z_channels": 4, "n_embed": 8, "embed_dim": 4})
+    config.model.update({"ch": 4, "ch_mult": (1, 1), "z_channels": 4, "n_embed": 8, "embed_dim": 4})
     config.optimizer.kind = "adamw"  # Muon compiles for long
     config.data.size = 20
     return config
