@@ -113,7 +113,9 @@ def files_of(root: Path, *patterns: str) -> dict[str, tuple[int, int]]:
 
 
 def run_twice(base: Path) -> types.SimpleNamespace:
-    """A finished demo that was run twice, and what it printed: `root`, `first`, `second`; `touched`: files that changed.
+    """The folder of a demo that was run twice, what it printed, and the files that the second run changed.
+
+    As `root`, `first`, `second` and `touched`.
 
     Made once in the folder `base`, whichever process asks first.
     """
