@@ -45,7 +45,7 @@ def workdir(words: list[str]) -> str:
 def test_the_stages_come_in_the_order_in_which_they_need_each_other():
     workdirs = [workdir(words) for words in commands()]
     assert workdirs == ["image_tokenizer", "base", "eval_base", "eval_kinds", "construct", "sft", "eval_sft",
-                        "eval_direct", "eval_multi_step", "rl", "eval_rl", "eval_typed", ""]
+                        "eval_direct", "eval_multi_step", "rl", "eval_typed", "eval_rl", ""]
 
 
 @pytest.mark.parametrize("words", commands(), ids=workdir)
