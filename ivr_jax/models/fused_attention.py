@@ -17,13 +17,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.models.blocked_attention import BLOCK as CPU_BLOCK
 from ivr_jax.models.blocked_attention import SAVED, blocked_attention
 
 LANES = 128  # of a TPU's vector registers: blocks are multiples of it
 BLOCK, BLOCK_COMPUTE = 1024, 512
 SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory a core: blocks of half the size
 SHARES_PREFIXES = ("plain", "blocked")
+SHORT = 128  # tokens of a row, for which blocks are not faster than the plain attention on a CPU
 
 
 def platform() -> str:
@@ -61,7 +61,7 @@ def choose(config: Any, length: int, dropout: float = 0.0) -> str:
             raise UserError(f"attention={wanted!r} does not support {case}.", 'Use config.model.attention="auto".')
         return wanted
     if where == "cpu":
-        return "blocked" if fits["blocked"] and length > CPU_BLOCK else "plain"
+        return "blocked" if fits["blocked"] and length > SHORT else "plain"
     kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(where, "plain")
     if not fits[kernel]:
         warnings.warn(f"{kernel} attention on {where} does not support {case}: plain attention runs, whose memory and "
