@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ivr_jax import sharding
 from ivr_jax.models import layers
 from ivr_jax.models.blocked_attention import BLOCK, _Documents, _visits, blocked_attention
 
@@ -25,7 +24,8 @@ ROWS = {
 def segments_of(rows: tuple[tuple[int, ...], ...], length: int = LENGTH) -> np.ndarray:
     """int32 [B, T]: 1, 2, … for the examples of each row, 0 after them."""
     packed = [np.repeat(np.arange(len(row) + 1), (*row, length - sum(row))) for row in rows]
-    return np.stack([np.where(row == len(of), 0, row + 1) for row, of in zip(packed, rows, strict=True)]).astype("int32")
+    numbers = [np.where(row == len(of), 0, row + 1) for row, of in zip(packed, rows, strict=True)]
+    return np.stack(numbers).astype("int32")
 
 
 def operands(batch: int = 2, length: int = LENGTH, heads: int = 4, kv_heads: int = 2, width: int = 8, dtype="float32"):
@@ -99,6 +99,7 @@ SHARDED = """
 import json, sys
 import jax, numpy as np
 from models.test_blocked_attention import *
+from ivr_jax import sharding
 segments = segments_of(((70, 90), (20, 5, 130), (200,), (10,)), 256)
 prefixes = np.where(segments > 1, 1, 0).astype("int32")
 inputs = *operands(4, 256), segments, prefixes
