@@ -9,6 +9,6 @@ import benchmark_kills
 
 
 def test_judging_survives_kills(tmp_path):
-    found = benchmark_kills.judge_kills(20, tmp_path)
+    found = benchmark_kills.judge_kills(10, tmp_path)
     assert found.equal and found.repeated == 0 and found.done == 105
-    assert found.hit >= 10
+    assert found.hit >= 5
