@@ -68,8 +68,7 @@ def batch_shapes(
     rows, length, packed = getattr(options, options.rows_option), max(options.buckets), ()
     if options.packs:
         with jax.set_mesh(mesh):
-            kernel = fused_attention.choose(model, length)
-            packed = answer_batches.packed_arrays(kernel in fused_attention.SHARES_PREFIXES)
+            packed = answer_batches.packed_arrays(fused_attention.choose(model, length) == "plain")
     kept_bytes = math.ceil(model.vocab_size / 8) if options.sampling.truncates else 0
     shapes = answer_batches.array_shapes(rows, length, options.sampling.passes, kept_bytes, packed)
     further = ("reference",) if exact else ("reference", "sampler")

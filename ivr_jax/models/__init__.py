@@ -4,8 +4,7 @@
     backbone.py           the decoder: parameters with their logical axes, forward pass
     backbone_config.py    its sizes and options; transformers' config.json
     kv_cache.py           its keys and values so far: layout, writing, reading, int8
-    fused_attention.py    attention of the training pass on TPU (splash) and GPU (cuDNN), and which one runs
-    blocked_attention.py  attention of the training pass on a CPU
+    fused_attention.py    attention of the training pass on TPU (splash) and GPU (cuDNN)
     decode_attention.py   attention over the KV cache on TPU (Pallas)
     accumulate_scan.py    a scan over layers whose backward pass adds to sums of gradients
     int8.py               weights and KV cache of inference as int8

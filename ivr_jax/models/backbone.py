@@ -51,7 +51,6 @@ class LayerInputs(NamedTuple):
       rotary: cosines and sines, float32 [B, T, h/2] each.
       mask: bool [B or 1, T, S], which key each query sees; None where a fused kernel makes its own.
       segment_ids: int32 [B, T] of packed rows, or None.
-      prefix_ids: int32 [B, T], a further segment that each token sees (0: none), or None.
       cache_positions: int32 [B, T], where in the cache each token is written, or None without a cache.
       dropout_key: None turns dropout off.
     """
@@ -60,7 +59,6 @@ class LayerInputs(NamedTuple):
     rotary: tuple[jax.Array, jax.Array]
     mask: jax.Array | None
     segment_ids: jax.Array | None
-    prefix_ids: jax.Array | None
     cache_positions: jax.Array | None
     dropout_key: jax.Array | None
 
@@ -85,16 +83,13 @@ def layer_inputs(
         mask = jnp.arange(count)[None, None, :] <= positions[:, :, None]
         # padding is written past the end, which drops it
         cache_positions = jnp.where(positions < 0, count, positions)
-    elif _kernel(config, positions.shape[1], dropout_key, prefix_ids) == "plain":
+    elif prefix_ids is not None or _kernel(config, positions.shape[1], dropout_key) == "plain":
         mask = layers.causal_mask(positions.shape[1], segment_ids, prefix_ids)
-    return LayerInputs(positions, rotary, mask, segment_ids, prefix_ids, cache_positions, dropout_key)
+    return LayerInputs(positions, rotary, mask, segment_ids, cache_positions, dropout_key)
 
 
-def _kernel(
-    config: BackboneConfig, length: int, dropout_key: jax.Array | None, prefix_ids: jax.Array | None
-) -> str:
-    kernel = fused_attention.choose(config, length, config.attention_dropout if dropout_key is not None else 0.0)
-    return kernel if prefix_ids is None or kernel in fused_attention.SHARES_PREFIXES else "plain"
+def _kernel(config: BackboneConfig, length: int, dropout_key: jax.Array | None) -> str:
+    return fused_attention.choose(config, length, config.attention_dropout if dropout_key is not None else 0.0)
 
 
 class Attention(nnx.Module):
@@ -163,15 +158,13 @@ class Attention(nnx.Module):
 
     def _attend(self, q, k, v, inputs: LayerInputs, dropout_key) -> jax.Array:
         config = self.config
-        kernel = _kernel(config, q.shape[1], dropout_key, inputs.prefix_ids)
-        if kernel == "blocked":
-            documents = inputs.segment_ids, config.fsdp_over_tensor, inputs.prefix_ids
-            return fused_attention.blocked_attention(q, k, v, *documents)
+        kernel = "plain" if inputs.mask is not None else _kernel(config, q.shape[1], dropout_key)
 
         def attend(q, k, v, inputs, key):
             if kernel != "plain":
                 return fused_attention.KERNELS[kernel](q, k, v, inputs.segment_ids, config.fsdp_over_tensor)
-            return layers.attention(q, k, v, inputs.mask, dropout_rate=config.attention_dropout, key=key)
+            rate = config.attention_dropout
+            return layers.attention(q, k, v, inputs.mask, causal=True, dropout_rate=rate, key=key)
 
         if config.remat == "none":
             attend = jax.checkpoint(attend)  # weights [B, H, T, S] cost more to store than to compute again

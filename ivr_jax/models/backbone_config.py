@@ -41,8 +41,8 @@ class BackboneConfig(Section, name="model"):
       dtype: of activations and matrix products; param_dtype: of the stored parameters.
       remat: what the backward pass recomputes in a layer: "none", "full" (all), "dots" (all but matrix products and the
         results of fused attention), or all but the named ones of `KEPT`, joined by "+", as "attention+output".
-      attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, blocked on a CPU, plain wherever
-        they do not fit), "plain", "splash", "cudnn" or "blocked".
+      attention: kernel of the training pass: "auto" (splash on TPU, cuDNN on GPU, plain elsewhere and wherever they do
+        not fit), "plain", "splash" or "cudnn".
       weight_dtype: of the layers' kernels in inference: "" (`param_dtype`) or "int8" with scales (`models/int8.py`).
       cache_dtype: of the keys and values in a cache: "" (`dtype`) or "int8" with scales.
       decode_kernel: attention of a few tokens over a cache: "plain" reads all of a row; "pallas" (TPU) the positions
@@ -72,7 +72,7 @@ class BackboneConfig(Section, name="model"):
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     remat: str = "none"
-    attention: Annotated[str, OneOf("auto", "plain", "splash", "cudnn", "blocked")] = "auto"
+    attention: Annotated[str, OneOf("auto", "plain", "splash", "cudnn")] = "auto"
     weight_dtype: Annotated[str, OneOf("", "int8")] = ""
     cache_dtype: Annotated[str, OneOf("", "int8")] = ""
     decode_kernel: Annotated[str, OneOf("plain", "pallas")] = "plain"

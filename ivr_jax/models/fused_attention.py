@@ -1,9 +1,8 @@
-"""Causal attention for training without stored scores: Pallas splash attention on TPU, cuDNN on GPU (untested on a
-GPU), `blocked_attention` on a CPU.
+"""Fused causal attention for training: Pallas splash attention on TPU, cuDNN on GPU (untested on a GPU).
 
-All take q [B, T, H, h] and k, v [B, T, K, h] with H a multiple of K, and segment ids int [B, T] (a token sees earlier
+Both take q [B, T, H, h] and k, v [B, T, K, h] with H a multiple of K, and segment ids int [B, T] (a token sees earlier
 tokens of its own segment; None: of its row), and return [B, T, H, h]; scores [T, T] are never stored.  `choose` says
-which one runs; `backbone.Attention` calls it.  Those of `SHARES_PREFIXES` take prefix ids as well.
+which one runs; `backbone.Attention` calls it.
 """
 
 from __future__ import annotations
@@ -17,13 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ivr_jax import sharding
 from ivr_jax.errors import UserError
-from ivr_jax.models.blocked_attention import SAVED, blocked_attention
 
 LANES = 128  # of a TPU's vector registers: blocks are multiples of it
 BLOCK, BLOCK_COMPUTE = 1024, 512
 SMALL_CHIPS = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of vector memory a core: blocks of half the size
-SHARES_PREFIXES = ("plain", "blocked")
-SHORT = 128  # tokens of a row, for which blocks are not faster than the plain attention on a CPU
+SAVED = "attention"  # checkpoint name of the kernel's results, for remat policies
 
 
 def platform() -> str:
@@ -51,7 +48,6 @@ def choose(config: Any, length: int, dropout: float = 0.0) -> str:
     where, wanted = platform(), config.attention
     fits = {
         "plain": True,
-        "blocked": not dropout,
         "splash": config.head_dim % (LANES // 2) == 0 and not dropout,
         "cudnn": config.dtype in ("bfloat16", "float16") and config.head_dim <= 128 and not dropout,
     }
@@ -60,8 +56,6 @@ def choose(config: Any, length: int, dropout: float = 0.0) -> str:
         if not fits[wanted]:
             raise UserError(f"attention={wanted!r} does not support {case}.", 'Use config.model.attention="auto".')
         return wanted
-    if where == "cpu":
-        return "blocked" if fits["blocked"] and length > SHORT else "plain"
     kernel = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(where, "plain")
     if not fits[kernel]:
         warnings.warn(f"{kernel} attention on {where} does not support {case}: plain attention runs, whose memory and "
@@ -157,4 +151,4 @@ def cudnn_attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=implementation)
 
 
-KERNELS = {"splash": splash_attention, "cudnn": cudnn_attention, "blocked": blocked_attention}
+KERNELS = {"splash": splash_attention, "cudnn": cudnn_attention}

@@ -440,8 +440,7 @@ class Trainer:
     def _passes(self, rollout: Rollout, advantages: np.ndarray, answers: np.ndarray) -> Iterator[dict[str, Any]]:
         """`answer_batches.passes` on the mesh; prompts are shared where attention takes any mask."""
         mesh = self.placement.mesh
-        kernel = fused_attention.choose(self.system.config, max(self.options.buckets))
-        shares_prompts = kernel in fused_attention.SHARES_PREFIXES
+        shares_prompts = fused_attention.choose(self.system.config, max(self.options.buckets)) == "plain"
         context = context_length(rollout, self.options.grpo)
         for batch in passes(rollout, advantages, answers, self.options, shares_prompts, context):
             size = len(batch["tokens"])

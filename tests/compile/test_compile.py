@@ -87,8 +87,8 @@ def test_the_count_of_operations_is_the_known_formula():
     assert abs(params - train_flops(model, 1, 0) / 6) < 1e-4 * params  # norms alone are left out
     counted = flops.count(program.trace().jaxpr)
     head = 2 * model.hidden_size * model.vocab_size * program.tokens  # computed once more for its gradient
-    # Plain attention computes the hidden scores too, and its checkpoint computes it twice forwards.
-    score = 4 * model.num_hidden_layers * 64 * 128 * 512 * program.tokens
+    # Plain attention leaves out 6/16 of the scores instead of a half, and its checkpoint computes it twice forwards.
+    score = 4 * model.num_hidden_layers * 64 * 128 * 512 * program.tokens * 10 / 16
     expected = train_flops(model, program.tokens, 0) + head + 4 * score
     assert abs(counted / expected - 1) < 1e-3
     assert abs(program.model_flops / (6 * params * program.tokens) - 1) < 0.02

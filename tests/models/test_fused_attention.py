@@ -95,9 +95,7 @@ def test_splash_attention_on_a_mesh_equals_plain_attention():
         ("tpu", {}, 200, 0.0, "splash"),
         ("tpu", {"attention": "plain"}, 256, 0.0, "plain"),
         ("gpu", {}, 200, 0.0, "cudnn"),
-        ("cpu", {}, 256, 0.0, "blocked"),
-        ("cpu", {}, 32, 0.0, "plain"),
-        ("cpu", {}, 256, 0.1, "plain"),
+        ("cpu", {}, 256, 0.0, "plain"),
     ],
 )
 def test_the_kernel_is_chosen_by_platform_and_shape(monkeypatch, platform, change, length, dropout, kernel):
