@@ -1,8 +1,8 @@
-"""`pip install ARGUMENTS` into this interpreter's environment, in a third of the time where uv can do it.
+"""`pip install ARGUMENTS` into this interpreter's environment, by uv where it can do that.
 
     .venv/bin/python launch/install.py -e '.[test]'
 
-uv resolves and unpacks faster than pip and installs the same.  It reads none of pip's settings (files and `PIP_*`
+uv takes less time than pip and installs the same versions.  It reads none of pip's settings (files and `PIP_*`
 variables), so it is told of them.  pip itself installs when a setting has no counterpart in uv, when uv cannot be had,
 and when it fails, for instance because it does not know one of the arguments.
 """

@@ -33,7 +33,7 @@ def plan(root: pathlib.Path, overrides: dict[str, tuple[str, ...]] | None = None
     def step(title: str, module: str, config: str, name: str, **keys: object) -> Step:
         settings = (f"{key.replace('__', '.')}={value}" for key, value in keys.items())
         made = configured(title, module, config, root / name, *settings)
-        beside = module == "evaluate" and name != "eval_rl"  # nothing is left to run beside the last one
+        beside = module == "evaluate" and name != "eval_rl"  # no training follows eval_rl
         return dataclasses.replace(made, arguments=(*made.arguments, *more.get(name, ())), beside=beside)
 
     images, base, sft, rl = (root / name for name in ("image_tokenizer", "base", "sft", "rl"))

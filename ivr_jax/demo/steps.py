@@ -1,8 +1,7 @@
 """Steps: commands that a longer run consists of, each resumable by itself.
 
-`demo` runs its steps one after another with their output shown, and evaluations beside the training that follows them:
-two programs fill two cores better than one with two threads.  `reproduce` has a trunk and branches: independent
-branches run at the same time, each writing to its own log.
+`demo` runs its steps one after another with their output shown, and evaluations beside the training that follows them.
+`reproduce` has a trunk and branches: independent branches run at the same time, each writing to its own log.
 """
 
 from __future__ import annotations
@@ -42,6 +41,11 @@ class Step:
     module: str
     arguments: tuple[str, ...]
     beside: bool = False
+
+    @property
+    def argv(self) -> list[str]:
+        """What is executed: this interpreter, the module and its arguments."""
+        return [sys.executable, "-m", self.module, *self.arguments]
 
     @property
     def command(self) -> str:
@@ -91,8 +95,7 @@ def run_step(step: Step, number: int, count: int, console: Console) -> float:
     console.rule(f"[bold]{number}/{count}  {step.title}")
     console.print(f"$ {step.command}", style="dim", highlight=False, soft_wrap=True)
     clock = time.perf_counter()
-    command = [sys.executable, "-m", step.module, *step.arguments]
-    status = subprocess.run(command, check=False, env=environment()).returncode
+    status = subprocess.run(step.argv, check=False, env=environment()).returncode
     if status:
         raise _failed(f"step {number} ({step.title})", status, "Fix the error above")
     return time.perf_counter() - clock
@@ -154,10 +157,9 @@ class Beside:
 
     def _run(self, step: Step, log: pathlib.Path) -> float:
         clock = time.perf_counter()
-        command = [sys.executable, "-m", step.module, *step.arguments]
         with open(log, "w", encoding="utf-8") as output:
             variables = environment(COLUMNS=str(self._console.width))
-            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
+            self._process = subprocess.Popen(step.argv, stdout=output, stderr=subprocess.STDOUT, env=variables)
             if self._given_up.is_set():  # while the process was being made
                 self._process.terminate()
             status = self._process.wait()
@@ -200,9 +202,8 @@ def run_branches(branches: Sequence[Branch], jobs: int, logs: pathlib.Path, titl
                     return
                 bar.set_postfix_str(f"{branch.name}: {step.title}")
                 print(f"$ {step.command}", file=log, flush=True)
-                command = [sys.executable, "-m", step.module, *step.arguments]
                 clock = time.perf_counter()
-                status = subprocess.run(command, check=False, stdout=log, stderr=log, env=variables).returncode
+                status = subprocess.run(step.argv, check=False, stdout=log, stderr=log, env=variables).returncode
                 print(f"[{step.title}: {time.perf_counter() - clock:.0f} s, status {status}]", file=log, flush=True)
                 if status:
                     failed.set()

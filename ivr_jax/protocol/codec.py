@@ -262,7 +262,11 @@ class AnswerBound:
 
 
 def longest_answer(tokenizer: TextTokenizer, options: grammar_lib.GrammarOptions, image: int) -> AnswerBound:
-    """The longest answer that the grammar allows, every text of `text_cap` tokens and every image of `image`."""
+    """The longest answer that the grammar allows: every text has `text_cap` tokens.
+
+    Args:
+      image: tokens of an image's block, with its markers (`encode_image`).
+    """
 
     def size(*texts: str) -> int:
         return sum(len(tokenizer.marker(text)) for text in texts)
@@ -276,9 +280,10 @@ def longest_answer(tokenizer: TextTokenizer, options: grammar_lib.GrammarOptions
         reflections = options.max_reflections if mode == Mode.REFLECTION else 0
         images = 1 + steps + reflections
         texts = images * (1 + len(AXES)) + 2 * reflections + steps  # an observation and a reason for each axis
-        led = sum(size(markers.STEP_OPEN[k], markers.STEP_CLOSE[k]) for k in range(2, 2 + steps))
-        led += reflections * reflection
-        bounds.append(AnswerBound(images, texts, images * (image + evaluation) + led + texts * options.text_cap + 1))
+        lead_ins = sum(size(markers.STEP_OPEN[k], markers.STEP_CLOSE[k]) for k in range(2, 2 + steps))
+        lead_ins += reflections * reflection
+        tokens = images * (image + evaluation) + lead_ins + texts * options.text_cap + 1
+        bounds.append(AnswerBound(images, texts, tokens))
     return max(bounds, key=lambda bound: bound.tokens)
 
 
